@@ -1,0 +1,209 @@
+/*
+test_moe.c: every check of train_moe.c. `make test` builds and runs it; it prints a line for each check, ends with
+`N passed, N failed`, and its exit code says the same. `./test_moe WORD` runs only the groups whose name contains WORD.
+
+The program under test is included, so functions are called directly. Where a whole run of the command line is tested,
+this program starts itself with `--as-train-moe` as its first argument and then behaves as ./train_moe does.
+*/
+#define TRAIN_MOE_NO_MAIN
+#include "train_moe.c"
+
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Harness
+
+static int passed = 0, failed = 0;
+static const char* group_name = "";
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+static void check(int ok, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    printf("%s %s: ", ok ? "ok    " : "FAILED", group_name);
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+    if (ok) passed++;
+    else failed++;
+}
+
+// |a - b| / |b| in the 2-norm; where b is zero, a must be zero as well. A permuted, missing or zero tensor gives about 1.
+static double relative_error(const float* a, const float* b, long n) {
+    double difference = 0, norm = 0;
+    for (long i = 0; i < n; i++) {
+        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        norm += (double)b[i] * b[i];
+    }
+    if (!(difference == difference)) return INFINITY;
+    return norm > 0 ? sqrt(difference / norm) : difference > 0 ? INFINITY : 0;
+}
+
+static double max_error(const float* a, const float* b, long n) {
+    double worst = 0;
+    for (long i = 0; i < n; i++) {
+        double d = fabs((double)a[i] - b[i]);
+        if (!(d <= worst)) worst = d;
+    }
+    return worst;
+}
+
+// a float tensor of a file, to be freed; ends the test program if it is not there
+static float* reference_floats(SafeTensors* s, const char* name, long* count) {
+    Error error = {""};
+    StoredTensor* t = safetensors_find(s, name);
+    if (!t) die(1, "the reference has no tensor %s", name);
+    float* out = (float*)checked_malloc(sizeof(float) * (size_t)t->count);
+    if (!safetensors_read(s, t, 0, t->count, out, &error)) die(1, "%s", error.text);
+    if (count) *count = t->count;
+    return out;
+}
+
+static int* reference_ints(SafeTensors* s, const char* name, long* shape) {
+    StoredTensor* t = safetensors_find(s, name);
+    if (!t || t->dtype != DTYPE_I32) die(1, "the reference has no I32 tensor %s", name);
+    int* out = (int*)checked_malloc((size_t)t->bytes);
+    if (!read_at(s->fds[t->file], out, (size_t)t->bytes, t->offset)) die(1, "cannot read %s", name);
+    for (int i = 0; shape && i < t->ndim; i++) shape[i] = t->shape[i];
+    return out;
+}
+
+static double metadata_number(const SafeTensors* s, const char* key) {
+    const Json* j = json_get(s->metadata, key);
+    return j ? strtod(j->string, NULL) : 0;
+}
+
+static int metadata_is(const SafeTensors* s, const char* key, const char* value) {
+    const Json* j = json_get(s->metadata, key);
+    return j && !strcmp(j->string, value);
+}
+
+// deterministic numbers in (-1, 1)
+static void fill_random(float* x, long n, uint64_t key) {
+    for (long i = 0; i < n; i++) x[i] = (float)(2 * random_uniform(mix64(key ^ (uint64_t)i)) - 1);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Against transformers in fp64 (dev/reference/make_references.py)
+
+static const char* golden_models[] = {"llama", "llama_tied", "mistral", "mixtral", "mixtral_top1", "olmoe", "olmoe_norm", "qwen3",
+                                      "qwen3_moe", "qwen3_moe_all", "qwen3_moe_mlp_only", "qwen3_moe_top1"};
+
+static Model* open_model(const char* dir, Purpose purpose, int B, int T) {
+    Config c;
+    Error error = {""};
+    if (!config_read(&c, dir, &error)) die(1, "%s", error.text);
+    Model* m = model_create(&c, purpose, B, T, T, NULL);
+    if (!checkpoint_load(m, dir, &error)) die(1, "%s", error.text);
+    return m;
+}
+
+static void test_golden_model(const char* folder, const char* name) {
+    char dir[PATH_SIZE], path[PATH_SIZE];
+    Error error = {""};
+    snprintf(dir, sizeof dir, "dev/reference/%s/%s", folder, name);
+    join_path(path, dir, "reference.safetensors");
+    SafeTensors* s = safetensors_open(path, &error);
+    if (!s) die(1, "%s", error.text);
+    long shape[4], n;
+    int *tokens = reference_ints(s, "tokens", shape), *targets = reference_ints(s, "targets", NULL);
+    int B = (int)shape[0], T = (int)shape[1], N = B * T;
+    Model* m = open_model(dir, FOR_TRAINING, B, T);
+    const Config* c = &m->config;
+    m->balance.aux = (float)metadata_number(s, "aux");
+    m->balance.z = (float)metadata_number(s, "z_loss");
+    m->balance.aux_form = metadata_is(s, "aux_form", "hf") ? AUX_HF : AUX_SWITCH;
+    model_forward(m, tokens, targets, B, T);
+
+    float* logits = reference_floats(s, "logits", &n);
+    double e = max_error(m->logits, logits, n);
+    check(n == (long)N * c->vocab_size && e <= 1e-5, "%s: logits, largest error %.1e", name, e);
+    free(logits);
+    static const char* losses[] = {"loss", "aux_loss", "z_loss"};
+    for (int i = 0; i < 3; i++) {
+        float* expected = reference_floats(s, losses[i], NULL);
+        double got = i == 0 ? m->loss : i == 1 ? m->aux_loss : m->z_loss;
+        check(fabs(got - expected[0]) <= 1e-5 * (1 + fabs(expected[0])), "%s: %s %.7f, expected %.7f", name, losses[i], got, expected[0]);
+        free(expected);
+    }
+    for (int l = 0; l < c->num_layers; l++) {
+        if (!c->sparse[l]) continue;
+        char tensor[64];
+        snprintf(tensor, sizeof tensor, "router.%d", l);
+        int *experts = reference_ints(s, tensor, shape), same = shape[0] == N && shape[1] == c->num_experts_per_tok;
+        for (long i = 0; same && i < shape[0] * shape[1]; i++) same = experts[i] == m->layers[l].experts[i];
+        check(same, "%s: layer %d: chosen experts", name, l);
+        free(experts);
+        snprintf(tensor, sizeof tensor, "gate.%d", l);
+        float* gates = reference_floats(s, tensor, &n);
+        check(max_error(m->layers[l].gates, gates, n) <= 1e-6, "%s: layer %d: gates", name, l);
+        free(gates);
+    }
+
+    model_backward(m, 1);
+    double worst = 0;
+    const char* worst_name = "";
+    for (int i = 0; i < m->layout.count; i++) {
+        const Tensor* t = &m->layout.tensors[i];
+        char tensor[160];
+        snprintf(tensor, sizeof tensor, "grad.%s", t->name);
+        float* expected = reference_floats(s, tensor, &n);
+        e = n == tensor_size(t) ? relative_error(m->grads + t->offset, expected, n) : INFINITY;
+        if (e >= worst) {
+            worst = e;
+            worst_name = t->name;
+        }
+        free(expected);
+    }
+    check(worst <= 1e-5, "%s: %d gradients, largest relative error %.1e (%s)", name, m->layout.count, worst, worst_name);
+
+    if (safetensors_find(s, "adamw.losses")) {
+        float *expected = reference_floats(s, "adamw.losses", &n), *norms = reference_floats(s, "adamw.grad_norms", NULL);
+        AdamW o = {metadata_number(s, "beta1"), metadata_number(s, "beta2"), metadata_number(s, "eps"),
+                   metadata_number(s, "weight_decay"), metadata_number(s, "clip")};
+        double norm_error = 0;
+        worst = 0;
+        memset(m->grads, 0, sizeof(float) * (size_t)m->layout.total);
+        for (int step = 0; step < n; step++) {
+            double loss = model_forward(m, tokens, targets, B, T);
+            model_backward(m, 1);
+            double norm = model_update(m, &o, metadata_number(s, "lr"), step + 1);
+            worst = fmax(worst, fabs(loss - expected[step]));
+            norm_error = fmax(norm_error, fabs(norm / norms[step] - 1));
+        }
+        check(n == 10 && worst <= 1e-4, "%s: %ld AdamW steps, largest error of the loss %.1e", name, n, worst);
+        check(norm_error <= 1e-3, "%s: gradient norms on the way, largest relative error %.1e", name, norm_error);
+        free(expected);
+        free(norms);
+    }
+    free(tokens);
+    free(targets);
+    safetensors_close(s);
+    model_free(m);
+}
+
+static void test_golden(void) {
+    for (size_t i = 0; i < sizeof golden_models / sizeof golden_models[0]; i++) test_golden_model("golden", golden_models[i]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+static const struct { const char* name; void (*run)(void); } groups[] = {
+    {"golden", test_golden},
+};
+
+int main(int argc, char** argv) {
+    if (argc > 1 && !strcmp(argv[1], "--as-train-moe")) {
+        argv[1] = argv[0];
+        return train_moe_main(argc - 1, argv + 1);
+    }
+    for (size_t i = 0; i < sizeof groups / sizeof groups[0]; i++) {
+        group_name = groups[i].name;
+        if (argc < 2 || strstr(group_name, argv[1])) groups[i].run();
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}

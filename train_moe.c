@@ -1,0 +1,3976 @@
+/*
+train_moe.c: a complete mixture-of-experts GPT in one C file.
+
+It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen3 and Qwen3-MoE models on a CPU in fp32, reads and
+writes their Hugging Face directories, and needs a C compiler and nothing else. Every forward pass is followed by its
+backward pass, written by hand. Read it from top to bottom; nothing is used before it is explained:
+
+     1  Configuration        what a model is: a dozen numbers
+     2  Random numbers       counter-based, so that results do not depend on the number of threads
+     3  Matrix products      y = x W^T and its two gradients, also for many experts at once
+     4  Layers               embedding, RMSNorm, rotary positions, attention, SwiGLU, cross-entropy
+     5  Mixture of experts   top-K routing, grouping tokens by expert, balance losses
+     6  The model            parameters, activations, forward, backward, AdamW
+     7  Data                 text and token shards, in an order that is a function of the step
+     8  Training loop        learning rate, accumulation, validation, logs
+
+To be skipped on first reading:
+
+     9  JSON                 a small strict parser
+    10  safetensors          reading and writing tensors, with every check that a hostile file needs
+    11  Checkpoints          Hugging Face directories; saves that survive kill -9
+    12  Sampling             generation with a key/value cache
+    13  Command line         one table of options
+
+Dimension letters, the same everywhere:
+    B  sequences in a batch         H   hidden size                     E  experts in a layer
+    T  positions in a sequence      I   width of an expert (or FFN)     K  experts that each token uses
+    N  tokens in a batch, B T       NH  attention heads                 V  vocabulary
+    L  layers                       NKV key/value heads, HD head size
+Arrays are row-major and written with the outermost dimension first: (N, H) is N rows of H floats. `dx` is the gradient
+of the loss with respect to `x`. Functions write their first arguments and read the others.
+
+The file is also a library: test_moe.c and others define TRAIN_MOE_NO_MAIN and include it. It is written in the common
+subset of C11 (with gcc's vector types) and C++17, because the CUDA compiler reads it as C++.
+*/
+#ifndef TRAIN_MOE_C
+#define TRAIN_MOE_C
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <glob.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define VERSION "0.1"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Small helpers
+
+static const char* program_name = "train_moe";
+
+// Bad input ends the program with one line and exit code 2 (the user's to mend), a failure while running with 1.
+#if defined(__GNUC__)
+__attribute__((noreturn, format(printf, 2, 3)))
+#endif
+static void die(int code, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fprintf(stderr, "%s: ", program_name);
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    va_end(args);
+    exit(code);
+}
+
+static void* checked_malloc(size_t bytes) {
+    void* p = malloc(bytes ? bytes : 1);
+    if (!p) die(1, "out of memory: %zu bytes wanted", bytes);
+    return p;
+}
+
+static char* copy_string(const char* s) {
+    char* p = (char*)checked_malloc(strlen(s) + 1);
+    strcpy(p, s);
+    return p;
+}
+
+// "dir/name" in `path`, which has room for PATH_SIZE bytes
+enum { PATH_SIZE = 4096 };
+static const char* join_path(char* path, const char* dir, const char* name) {
+    size_t n = strlen(dir), k = strlen(name);
+    if (n + k + 2 > PATH_SIZE) die(2, "the path %.60s.../%s is too long", dir, name);
+    memcpy(path, dir, n);
+    path[n] = '/';
+    memcpy(path + n + 1, name, k + 1);
+    return path;
+}
+
+static int imin(int a, int b) { return a < b ? a : b; }
+static long lmin(long a, long b) { return a < b ? a : b; }
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+static int thread_count(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 1. Configuration
+//
+// One block, repeated L times, with few switches (x is a row of H numbers, one per token):
+//
+//     x += Wo attention( rope(qknorm(Wq n1(x))), rope(qknorm(Wk n1(x))), Wv n1(x) )        causal, grouped-query
+//     x += sum over the token's K experts e of  gate_e  f_e(n2(x))                         f_e is a SwiGLU network
+//
+// n1, n2 are RMSNorms. A dense layer is a layer with one expert whose gate is 1: there is one code path.
+
+typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, NUM_ARCHS } Arch;      // the Hugging Face class
+typedef enum { QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_ROW } QKNorm;    // none; each head; all heads of a token as one row
+typedef enum { AUX_SWITCH, AUX_HF } AuxForm;                        // the two published balance losses, see section 5
+
+#define MAX_LAYERS 512
+
+typedef struct {
+    Arch arch;
+    int num_layers;                 // L
+    int hidden_size;                // H
+    int num_heads;                  // NH
+    int num_kv_heads;               // NKV: every NH / NKV query heads share one key and value head
+    int head_dim;                   // HD, even; NH HD need not be H
+    int intermediate_size;          // width of the FFN of a dense layer
+    int num_experts;                // E of a sparse layer; 0 for a dense model
+    int num_experts_per_tok;        // K
+    int moe_intermediate_size;      // I, the width of an expert
+    int norm_topk_prob;             // 1: the K gates of a token are divided by their sum
+    int vocab_size;                 // V
+    int max_position_embeddings;    // the longest sequence that the model is meant for
+    int sliding_window;             // 0, or the length beyond which the original would stop looking back
+    QKNorm qk_norm;
+    int tie_word_embeddings;        // 1: the LM head is the embedding
+    double rope_theta;
+    double rms_norm_eps;
+    double router_aux_loss_coef;
+    char sparse[MAX_LAYERS];        // 1: layer l is a mixture of experts, 0: it is dense
+    char token_ids[3][64];          // bos, eos, pad as written in config.json, empty where absent
+} Config;
+
+static int layer_experts(const Config* c, int l) { return c->sparse[l] ? c->num_experts : 1; }
+static int layer_topk(const Config* c, int l) { return c->sparse[l] ? c->num_experts_per_tok : 1; }
+static int layer_width(const Config* c, int l) { return c->sparse[l] ? c->moe_intermediate_size : c->intermediate_size; }
+static int qkv_width(const Config* c) { return (c->num_heads + 2 * c->num_kv_heads) * c->head_dim; }
+static int count_sparse(const Config* c) {
+    int n = 0;
+    for (int l = 0; l < c->num_layers; l++) n += c->sparse[l];
+    return n;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2. Random numbers
+//
+// There is no generator with a state: every draw is a hash of what it is for (the seed, the tensor, the element). So
+// the same seed gives the same numbers in any order, on any number of threads, and after a resume.
+
+// splitmix64's output function (Steele, Lea, Flood 2014): a bijection of 64 bits in which every input bit matters.
+static uint64_t mix64(uint64_t z) {
+    z += 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+static uint64_t random_key(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+    return mix64(mix64(mix64(mix64(a) ^ b) ^ c) ^ d);
+}
+
+// uniform in (0, 1), from the upper 24 bits
+static double random_uniform(uint64_t key) { return ((double)(key >> 40) + 0.5) / 16777216.0; }
+
+// N(0, 1) by Box and Muller
+static double random_normal(uint64_t key) {
+    double u1 = random_uniform(key), u2 = random_uniform(mix64(key));
+    return sqrt(-2.0 * log(u1)) * cos(2.0 * M_PI * u2);
+}
+
+// FNV-1a: names a stream of random numbers after a tensor
+static uint64_t hash_string(const char* s) {
+    uint64_t h = 0xCBF29CE484222325ull;
+    for (; *s; s++) h = (h ^ (unsigned char)*s) * 0x100000001B3ull;
+    return h;
+}
+
+// Element i of a random permutation of 0..n-1. A Feistel network with four rounds permutes 0..2^(2 half)-1 >= n; results
+// of n and more are sent round again until they fall inside. Nothing is stored, whatever n.
+static long random_permutation(long i, long n, uint64_t key) {
+    int half = 1;
+    while ((1L << (2 * half)) < n) half++;
+    uint64_t mask = (1ull << half) - 1, left, right;
+    do {
+        left = (uint64_t)i >> half;
+        right = (uint64_t)i & mask;
+        for (int round = 0; round < 4; round++) {
+            uint64_t next = left ^ (mix64(key ^ (right * 4 + round)) & mask);
+            left = right;
+            right = next;
+        }
+        i = (long)(left << half | right);
+    } while (i >= n);
+    return i;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3. Matrix products
+//
+// A linear layer needs three of them, all matrices row-major:
+//     forward          y  = x W^T       y (rows, OC), x (rows, C), W (OC, C)
+//     backward input   dx = dy W        dx (rows, C), or dx += dy W
+//     backward weight  dW += dy^T x     dW (OC, C)
+// All three are one product, result(i,j) = sum over k of left(i,k) * right(k,j): only the roles of i, j, k change.
+//
+// Order of summation. Every element of a result is the plain loop
+//     sum = 0 (or what the result held);  for k = 0, 1, 2, ...: sum = sum + left(i,k) * right(k,j)
+// in just that order. Blocks, vectors and threads only decide which elements are computed when, and where a sum
+// waits while it is unfinished. So bits never depend on the number of rows, threads or experts in the call, on the
+// place of a row in the batch, or on the block sizes below: a token generated alone equals the same token in a batch.
+//
+// Speed. The innermost routine, multiply_tile, keeps TILE_ROWS x TILE_COLUMNS sums in registers. For each k it loads
+// two vectors of `right`, and each number of `left` it broadcasts is used for two multiply-adds. Its operands come
+// from small copies ("packed"), made just before use in the order in which the tile reads them.
+
+#if defined(__CUDACC__) || !defined(__GNUC__) // plain C for front ends without the vector extensions
+#define VECTOR_LENGTH 1
+#elif defined(__AVX512F__)
+#define VECTOR_LENGTH 16
+#elif defined(__AVX__)
+#define VECTOR_LENGTH 8
+#else
+#define VECTOR_LENGTH 4 // SSE, NEON; other machines: the compiler splits vectors into what they have
+#endif
+
+#if VECTOR_LENGTH == 1
+typedef float vector;
+#define UNROLL
+#define ALWAYS_INLINE static inline
+#else
+typedef float vector __attribute__((vector_size(4 * VECTOR_LENGTH), aligned(4), may_alias)); // any float's address
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#endif
+
+enum {
+    TILE_VECTORS = 2,                             // vectors in a row of the tile
+    TILE_COLUMNS = TILE_VECTORS * VECTOR_LENGTH,
+#if VECTOR_LENGTH == 16 || defined(__aarch64__)
+    TILE_ROWS = 14,                               // 14*2 sums + 2 of right + 1 of left = 31 of 32 vector registers
+#else
+    TILE_ROWS = 6,                                // 6*2 sums + 2 + 1 = 15 of 16 vector registers
+#endif
+    // numbers of `left` stored for each k: TILE_ROWS rounded up to whole vectors
+    LEFT_WIDTH = (TILE_ROWS + VECTOR_LENGTH - 1) / VECTOR_LENGTH * VECTOR_LENGTH,
+    // values of k done at a time: 192 * (32 + 16) floats = 36 KB of packed numbers stay in a 48 KB first-level cache
+    CHUNK = 192,
+    // most floats of `left` packed at a time: 512 KB, a quarter to a half of the second-level cache
+    LEFT_FLOATS = 1 << 17,
+    BLOCK_ROWS = LEFT_FLOATS / (CHUNK * LEFT_WIDTH) * TILE_ROWS, // most rows of the result in a unit of work
+};
+
+#ifndef APF
+#define APF
+#endif
+#ifdef PFN
+#define PREFETCH(p) __builtin_prefetch(p, 0, PFN)
+#else
+#define PREFETCH(p) (void)(p)
+#endif
+ALWAYS_INLINE int blocks_of(int n, int size) { return (n + size - 1) / size; }
+
+// Transposes a square of VECTOR_LENGTH vectors. One round interleaves vector i with vector i + VECTOR_LENGTH/2, as a
+// perfect shuffle of cards; log2(VECTOR_LENGTH) rounds move every element to its place.
+ALWAYS_INLINE void transpose(vector* r) {
+#if VECTOR_LENGTH > 1
+#if VECTOR_LENGTH == 16
+#define LOW_HALVES  0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif VECTOR_LENGTH == 8
+#define LOW_HALVES  0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW_HALVES  0, 4, 1, 5
+#define HIGH_HALVES 2, 6, 3, 7
+#endif
+    vector t[VECTOR_LENGTH];
+    UNROLL
+    for (int half = 1; half < VECTOR_LENGTH; half *= 2) {
+        UNROLL
+        for (int i = 0; i < VECTOR_LENGTH / 2; i++) {
+            t[2 * i] = __builtin_shufflevector(r[i], r[i + VECTOR_LENGTH / 2], LOW_HALVES);
+            t[2 * i + 1] = __builtin_shufflevector(r[i], r[i + VECTOR_LENGTH / 2], HIGH_HALVES);
+        }
+        UNROLL
+        for (int i = 0; i < VECTOR_LENGTH; i++) r[i] = t[i];
+    }
+#else
+    (void)r;
+#endif
+}
+
+// Copies packed[k*width + q] = source[q*q_step + k*k_step] for q < count and k < depth; the rest of the width is
+// filled up with zeros to whole vectors. One of the two steps is 1: k_step = 1 needs a transpose, q_step = 1 does not.
+ALWAYS_INLINE void pack(float* packed, const int width, const float* source, long q_step, long k_step, int count,
+                        int depth, long ahead) {
+    for (int q = 0; q < count; q += VECTOR_LENGTH) {
+        int valid = imin(VECTOR_LENGTH, count - q), k = 0;
+        const float* s = source + q * q_step;
+        float* p = packed + q;
+        if (k_step == 1) {
+            for (; k + VECTOR_LENGTH <= depth; k += VECTOR_LENGTH) {
+                vector r[VECTOR_LENGTH], zero = {0};
+                UNROLL
+                for (int i = 0; i < VECTOR_LENGTH; i++) {
+                    r[i] = i < valid ? *(const vector*)(s + i * q_step + k) : zero;
+                    PREFETCH(s + i * q_step + k + ahead);
+                }
+                transpose(r);
+                UNROLL
+                for (int i = 0; i < VECTOR_LENGTH; i++) *(vector*)(p + (k + i) * width) = r[i];
+            }
+        } else if (valid == VECTOR_LENGTH) {
+            for (; k < depth; k++) {
+                *(vector*)(p + k * width) = *(const vector*)(s + k * k_step);
+                PREFETCH(s + k * k_step + ahead);
+            }
+        }
+        for (; k < depth; k++) {
+            for (int i = 0; i < VECTOR_LENGTH; i++) p[k * width + i] = i < valid ? s[i * q_step + k * k_step] : 0.0f;
+        }
+    }
+}
+
+// result(i,j) (+)= sum over k of left(i,k) * right(k,j), i < rows, j < TILE_COLUMNS. `rows` is a constant wherever
+// this is inlined, so that `sum` lives in registers.
+ALWAYS_INLINE void multiply_tile(const int rows, int depth, const float* left, const float* right, long right_step,
+                                 float* result, long result_step, int add) {
+    vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        UNROLL
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            sum[i][v] = add ? *(const vector*)(result + i * result_step + v * VECTOR_LENGTH) : zero;
+        }
+    }
+    for (int k = 0; k < depth; k++) {
+        vector r[TILE_VECTORS];
+        UNROLL
+        for (int v = 0; v < TILE_VECTORS; v++) r[v] = *(const vector*)(right + v * VECTOR_LENGTH);
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            UNROLL
+            for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += left[i] * r[v];
+        }
+        left += LEFT_WIDTH;
+        right += right_step;
+    }
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        UNROLL
+        for (int v = 0; v < TILE_VECTORS; v++) *(vector*)(result + i * result_step + v * VECTOR_LENGTH) = sum[i][v];
+    }
+}
+
+// Picks the compiled tile for a number of rows.
+static void multiply_rows(int rows, int depth, const float* left, const float* right, long right_step, float* result,
+                          long result_step, int add) {
+    switch (rows) {
+#define TILE_CASE(n) case n: \
+        multiply_tile(n <= TILE_ROWS ? n : TILE_ROWS, depth, left, right, right_step, result, result_step, add); break;
+        TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4) TILE_CASE(5) TILE_CASE(6) TILE_CASE(7)
+        TILE_CASE(8) TILE_CASE(9) TILE_CASE(10) TILE_CASE(11) TILE_CASE(12) TILE_CASE(13) TILE_CASE(14)
+    }
+}
+
+// A tile cut off at the right edge is computed in a full tile of its own, from which the valid columns are copied.
+static void multiply_edge(int rows, int columns, int depth, const float* left, const float* right, float* result,
+                          long result_step, int add) {
+    float full[TILE_ROWS * TILE_COLUMNS] = {0};
+    for (int i = 0; i < rows; i++) {
+        for (int j = 0; j < columns && add; j++) full[i * TILE_COLUMNS + j] = result[i * result_step + j];
+    }
+    multiply_rows(rows, depth, left, right, TILE_COLUMNS, full, TILE_COLUMNS, add);
+    for (int i = 0; i < rows; i++) {
+        for (int j = 0; j < columns; j++) result[i * result_step + j] = full[i * TILE_COLUMNS + j];
+    }
+}
+
+#ifndef FEW_ROWS
+#define FEW_ROWS 8
+#endif
+// y = x W^T for few rows of x, as in generation, where the time is that of reading W: packed numbers would be used only
+// once or so. Transposes a square of W in registers and uses it for all rows. The order of summation is the same.
+ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_step, const float* x, const float* W, int C, int OC) {
+    for (int o = 0; o < OC; o += VECTOR_LENGTH) {
+        int valid = imin(VECTOR_LENGTH, OC - o), k = 0;
+        const float* w = W + (long)o * C;
+        vector sum[FEW_ROWS], zero = {0};
+        UNROLL
+        for (int i = 0; i < rows; i++) sum[i] = zero;
+        for (; k + VECTOR_LENGTH <= C; k += VECTOR_LENGTH) {
+            vector r[VECTOR_LENGTH];
+            UNROLL
+            for (int q = 0; q < VECTOR_LENGTH; q++) {
+                r[q] = q < valid ? *(const vector*)(w + (long)q * C + k) : zero;
+                __builtin_prefetch(w + (long)(q + VECTOR_LENGTH) * C + k);
+            }
+            transpose(r);
+            UNROLL
+            for (int q = 0; q < VECTOR_LENGTH; q++) {
+                UNROLL
+                for (int i = 0; i < rows; i++) sum[i] += x[(long)i * C + k + q] * r[q];
+            }
+        }
+        float column[VECTOR_LENGTH] = {0};
+        for (; k < C; k++) {
+            for (int q = 0; q < valid; q++) column[q] = w[(long)q * C + k];
+            UNROLL
+            for (int i = 0; i < rows; i++) sum[i] += x[(long)i * C + k] * *(const vector*)column;
+        }
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            *(vector*)column = sum[i];
+            memcpy(y + i * y_step + o, column, valid * sizeof(float));
+        }
+    }
+}
+
+#ifndef PACK_MIN_TILES
+#define PACK_MIN_TILES 4
+#endif
+// One thread's unit of work: result (rows, columns) (+)= left * right, where left(i,k) = left[i*left_i + k*left_k],
+// right(k,j) = right[k*right_k + j*right_j], and rows <= BLOCK_ROWS.
+static void multiply_block(float* result, long result_step, const float* left, long left_i, long left_k,
+                           const float* right, long right_k, long right_j, int rows, int columns, int depth, int add) {
+    static __thread float* scratch = NULL; // one per thread, kept for the life of the thread
+    if (!scratch) scratch = (float*)aligned_alloc(64, sizeof(float) * (LEFT_FLOATS + CHUNK * TILE_COLUMNS));
+    float *packed_left = scratch, *packed_right = scratch + LEFT_FLOATS;
+    int tiles = blocks_of(rows, TILE_ROWS), tile_rows = blocks_of(rows, tiles); // tiles of about equal height
+    long chunk_floats = (long)tiles * CHUNK * LEFT_WIDTH; // one chunk of `left`, packed
+    int pass = imin(depth, (int)(LEFT_FLOATS / chunk_floats) * CHUNK); // values of k for which `left` fits
+    for (int k0 = 0; k0 < depth; k0 += pass) {
+        int k1 = imin(depth, k0 + pass);
+        for (int k = k0; k < k1; k += CHUNK) {
+            for (int t = 0; t < tiles; t++) {
+                pack(packed_left + (k - k0) / CHUNK * chunk_floats + t * CHUNK * LEFT_WIDTH, LEFT_WIDTH,
+                     left + t * tile_rows * left_i + k * left_k, left_i, left_k, imin(tile_rows, rows - t * tile_rows),
+                     imin(CHUNK, k1 - k), APF tile_rows * left_i);
+            }
+        }
+        for (int j = 0; j < columns; j += TILE_COLUMNS) {
+            int tile_columns = imin(TILE_COLUMNS, columns - j);
+            for (int k = k0; k < k1; k += CHUNK) {
+                int chunk = imin(CHUNK, k1 - k);
+                const float* panel = right + k * right_k + j * right_j;
+                long panel_step = right_k;
+                if (right_k == 1 || tile_columns < TILE_COLUMNS || tiles >= PACK_MIN_TILES) {
+                    pack(packed_right, TILE_COLUMNS, panel, right_j, right_k, tile_columns, chunk, TILE_COLUMNS * right_j);
+                    panel = packed_right;
+                    panel_step = TILE_COLUMNS;
+                }
+#ifdef PFT
+                const float* next = k + CHUNK < k1 ? right + (k + CHUNK) * right_k + j * right_j
+                                                   : right + k0 * right_k + (j + TILE_COLUMNS) * right_j;
+                int lines = right_k == 1 ? TILE_COLUMNS : chunk, line_floats = right_k == 1 ? chunk : TILE_COLUMNS;
+                long line_step = right_k == 1 ? right_j : right_k;
+                if (k + CHUNK >= k1 && j + 2 * TILE_COLUMNS > columns) lines = 0;
+#endif
+                for (int t = 0; t < tiles; t++) {
+                    int first = t * tile_rows, tile = imin(tile_rows, rows - first);
+                    const float* l = packed_left + (k - k0) / CHUNK * chunk_floats + t * CHUNK * LEFT_WIDTH;
+                    float* target = result + first * result_step + j;
+                    if (tile_columns < TILE_COLUMNS) {
+                        multiply_edge(tile, tile_columns, chunk, l, panel, target, result_step, add || k > 0);
+                        continue;
+                    }
+#ifdef PFT
+                    for (int q = lines * t / tiles; q < lines * (t + 1) / tiles; q++)
+                        for (int f = 0; f < line_floats; f += 16) __builtin_prefetch(next + q * line_step + f, 0, PFT);
+#endif
+                    multiply_rows(tile, chunk, l, panel, panel_step, target, result_step, add || k > 0);
+                }
+            }
+        }
+    }
+}
+
+enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT };
+
+// The products of E experts in one parallel region. result, left, right: y, x, W or dx, dy, W or dW, dy, x.
+static void grouped_product(int kind, float* result, const float* left, const float* right, long weight_stride, int C,
+                            int OC, int E, const int* offsets, int add) {
+    int threads = 1, columns = kind == FORWARD ? OC : C, most_rows = 0, units = 0;
+#ifdef _OPENMP
+    threads = omp_get_max_threads();
+#endif
+    for (int e = 0; e < E; e++) {
+        int rows = kind == BACKWARD_WEIGHT ? OC : offsets[e + 1] - offsets[e];
+        if (rows > most_rows) most_rows = rows;
+    }
+    if (most_rows == 0) return;
+    // A unit of work is a block of the result. Start with large ones (little packing) and halve the longer side until
+    // there are enough to go round: an equal share for each thread, or four a thread, taken as threads become free.
+    int unit_rows = imin(BLOCK_ROWS, blocks_of(most_rows, TILE_ROWS) * TILE_ROWS);
+    int unit_columns = blocks_of(columns, TILE_COLUMNS) * TILE_COLUMNS;
+    for (;;) {
+        units = 0;
+        for (int e = 0; e < E; e++) {
+            int rows = kind == BACKWARD_WEIGHT ? OC : offsets[e + 1] - offsets[e];
+            units += blocks_of(rows, unit_rows) * blocks_of(columns, unit_columns);
+        }
+        if ((E == 1 && units % threads == 0) || units >= 4 * threads) break;
+        if (unit_rows <= TILE_ROWS && unit_columns <= TILE_COLUMNS) break;
+        if (unit_rows > unit_columns || unit_columns <= TILE_COLUMNS) {
+            unit_rows = blocks_of(unit_rows / 2, TILE_ROWS) * TILE_ROWS;
+        } else {
+            unit_columns = blocks_of(unit_columns / 2, TILE_COLUMNS) * TILE_COLUMNS;
+        }
+    }
+    #pragma omp parallel for schedule(dynamic, 1)
+    for (int u = 0; u < units; u++) {
+        int e = 0, rest = u, rows, across = blocks_of(columns, unit_columns);
+        for (;; e++) { // find the expert e to which unit u belongs; rest becomes the number of the unit within it
+            rows = kind == BACKWARD_WEIGHT ? OC : offsets[e + 1] - offsets[e];
+            int of_expert = blocks_of(rows, unit_rows) * across;
+            if (rest < of_expert) break;
+            rest -= of_expert;
+        }
+        int down = blocks_of(rows, unit_rows);
+        int i = (int)((long)rows * (rest / across) / down), m = (int)((long)rows * (rest / across + 1) / down) - i;
+        int j = rest % across * unit_columns, n = imin(unit_columns, columns - j);
+        long row = offsets[e], w = e * weight_stride;
+        if (kind == FORWARD && m <= FEW_ROWS) {
+            float* yu = result + (row + i) * OC + j;
+            const float *xu = left + (row + i) * C, *wu = right + w + (long)j * C;
+            switch (m) {
+#define FEW_CASE(n) case n: forward_few_rows(n <= FEW_ROWS ? n : FEW_ROWS, yu, OC, xu, wu, C, n); break;
+#undef FEW_CASE
+#define FEW_CASE(r) case r: forward_few_rows(r <= FEW_ROWS ? r : FEW_ROWS, yu, OC, xu, wu, C, n); break;
+            FEW_CASE(1) FEW_CASE(2) FEW_CASE(3) FEW_CASE(4) FEW_CASE(5) FEW_CASE(6) FEW_CASE(7) FEW_CASE(8)
+            }
+        } else if (kind == FORWARD) {
+            multiply_block(result + (row + i) * OC + j, OC, left + (row + i) * C, C, 1, right + w + (long)j * C, 1, C,
+                           m, n, C, 0);
+        } else if (kind == BACKWARD_INPUT) {
+            multiply_block(result + (row + i) * C + j, C, left + (row + i) * OC, OC, 1, right + w + j, C, 1,
+                           m, n, OC, add);
+        } else {
+            multiply_block(result + w + (long)i * C + j, C, left + row * OC + i, 1, OC, right + row * C + j, C, 1,
+                           m, n, offsets[e + 1] - offsets[e], 1);
+        }
+    }
+}
+
+void grouped_matmul_forward(float* y, const float* x, const float* W, long weight_stride, int C, int OC, int E,
+                            const int* offsets) {
+    grouped_product(FORWARD, y, x, W, weight_stride, C, OC, E, offsets, 0);
+}
+void grouped_matmul_backward_input(float* dx, const float* dy, const float* W, long weight_stride, int C, int OC, int E,
+                                   const int* offsets, int add) {
+    grouped_product(BACKWARD_INPUT, dx, dy, W, weight_stride, C, OC, E, offsets, add);
+}
+void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, long weight_stride, int C, int OC, int E,
+                                    const int* offsets) {
+    grouped_product(BACKWARD_WEIGHT, dW, dy, x, weight_stride, C, OC, E, offsets, 1);
+}
+void matmul_forward(float* y, const float* x, const float* W, int rows, int C, int OC) {
+    int offsets[2] = {0, rows};
+    grouped_matmul_forward(y, x, W, 0, C, OC, 1, offsets);
+}
+void matmul_backward_input(float* dx, const float* dy, const float* W, int rows, int C, int OC, int add) {
+    int offsets[2] = {0, rows};
+    grouped_matmul_backward_input(dx, dy, W, 0, C, OC, 1, offsets, add);
+}
+void matmul_backward_weight(float* dW, const float* dy, const float* x, int rows, int C, int OC) {
+    int offsets[2] = {0, rows};
+    grouped_matmul_backward_weight(dW, dy, x, 0, C, OC, 1, offsets);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. Layers
+
+// e^x with a relative error below 2e-7 and no library call, so that the loops around it become vector code. x is split
+// into n ln 2 + r, |r| <= ln 2 / 2: e^r by its Taylor series, 2^n by writing n into the exponent's bits. Below -87 the
+// result is e^-87 = 1.6e-38, which is 0 beside anything that it is added to here.
+static inline float fast_exp(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;            // adding 1.5 2^23 rounds to an integer
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;              // ln 2 in two parts: the first product is exact
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    union { uint32_t bits; float value; } power;
+    power.bits = ((uint32_t)(int32_t)n + 127u) << 23;
+    return p * power.value;
+}
+
+// out (N, H) = table[tokens]       table (V, H), tokens (N)
+static void embedding_forward(float* out, const int* tokens, const float* table, int N, int H) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) memcpy(out + (long)n * H, table + (long)tokens[n] * H, sizeof(float) * H);
+}
+
+// dtable[tokens] += dout. Two positions may hold the same token, so threads share the columns and not the rows: each sum
+// is then made by one thread, in the order of the positions.
+static void embedding_backward(float* dtable, const float* dout, const int* tokens, int N, int H) {
+    #pragma omp parallel for
+    for (int column = 0; column < H; column += 16) {
+        int width = imin(16, H - column);
+        for (int n = 0; n < N; n++) {
+            float* drow = dtable + (long)tokens[n] * H + column;
+            const float* dout_row = dout + (long)n * H + column;
+            for (int i = 0; i < width; i++) drow[i] += dout_row[i];
+        }
+    }
+}
+
+// RMSNorm (Zhang and Sennrich 2019):  out = weight * x * rstd,  rstd = 1 / sqrt(mean(x^2) + eps)
+// x is N rows, `ld_x` floats apart, each of `groups` vectors of `size`; every vector is normalised by itself with the
+// same weight (size). Layer norms have one group a row; per-head norms of queries and keys have one for each head.
+// rstd (N, groups) is kept for the backward pass.
+static void rmsnorm_forward(float* out, long ld_out, float* rstd, const float* x, long ld_x, const float* weight, int N,
+                            int groups, int size, float eps) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++)
+        for (int g = 0; g < groups; g++) {
+            const float* x_ng = x + n * ld_x + (long)g * size;
+            float* out_ng = out + n * ld_out + (long)g * size;
+            float sum = 0;
+            #pragma omp simd reduction(+ : sum)
+            for (int i = 0; i < size; i++) sum += x_ng[i] * x_ng[i];
+            float r = 1.0f / sqrtf(sum / size + eps);
+            for (int i = 0; i < size; i++) out_ng[i] = weight[i] * x_ng[i] * r;
+            rstd[(long)n * groups + g] = r;
+        }
+}
+
+// With xhat = x rstd and s = mean(dout weight xhat):
+//     dweight += sum over rows of dout xhat        dx (+)= rstd (dout weight - xhat s)
+// add = 1 adds to dx, which then is the gradient that flows past the norm on the residual stream.
+static void rmsnorm_backward(float* dx, long ld_dx, int add, float* dweight, const float* dout, long ld_dout,
+                             const float* x, long ld_x, const float* weight, const float* rstd, int N, int groups,
+                             int size) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++)
+        for (int g = 0; g < groups; g++) {
+            const float *x_ng = x + n * ld_x + (long)g * size, *dout_ng = dout + n * ld_dout + (long)g * size;
+            float *dx_ng = dx + n * ld_dx + (long)g * size, r = rstd[(long)n * groups + g], s = 0;
+            #pragma omp simd reduction(+ : s)
+            for (int i = 0; i < size; i++) s += dout_ng[i] * weight[i] * x_ng[i];
+            s *= r * r / size;
+            for (int i = 0; i < size; i++) {
+                float d = r * (dout_ng[i] * weight[i] - x_ng[i] * s);
+                dx_ng[i] = add ? dx_ng[i] + d : d;
+            }
+        }
+    // threads share the columns, so that each sum over rows has one order
+    #pragma omp parallel for
+    for (int column = 0; column < size; column += 16) {
+        int width = imin(16, size - column);
+        float sums[16] = {0};
+        for (int n = 0; n < N; n++)
+            for (int g = 0; g < groups; g++) {
+                const float* x_ng = x + n * ld_x + (long)g * size + column;
+                const float* dout_ng = dout + n * ld_dout + (long)g * size + column;
+                float r = rstd[(long)n * groups + g];
+                for (int i = 0; i < width; i++) sums[i] += dout_ng[i] * x_ng[i] * r;
+            }
+        for (int i = 0; i < width; i++) dweight[column + i] += sums[i];
+    }
+}
+
+// cos and sin of position * theta^(-2 i / HD), both (positions, HD / 2)
+static void rope_table(float* cosines, float* sines, int positions, int HD, double theta) {
+    #pragma omp parallel for
+    for (int t = 0; t < positions; t++)
+        for (int i = 0; i < HD / 2; i++) {
+            double angle = t * pow(theta, -2.0 * i / HD);
+            cosines[(long)t * (HD / 2) + i] = (float)cos(angle);
+            sines[(long)t * (HD / 2) + i] = (float)sin(angle);
+        }
+}
+
+// Rotary positions (Su et al. 2021), in place, on `heads` heads of each of N = B T rows that are ld floats apart. Element
+// i of a head's first half and element i of its second half are a point in the plane (Hugging Face's rotate_half), turned
+// by position * theta^(-2 i / HD). The gradient of a rotation is the rotation back: direction = -1.
+static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, const float* cosines, const float* sines,
+                 int direction) {
+    int half = HD / 2;
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float *cos_t = cosines + (long)(start + n % T) * half, *sin_t = sines + (long)(start + n % T) * half;
+        for (int h = 0; h < heads; h++) {
+            float *a = x + n * ld + (long)h * HD, *b = a + half;
+            for (int i = 0; i < half; i++) {
+                float s = direction * sin_t[i], a_i = a[i], b_i = b[i];
+                a[i] = a_i * cos_t[i] - b_i * s;
+                b[i] = b_i * cos_t[i] + a_i * s;
+            }
+        }
+    }
+}
+
+// Attention works on blocks of this many queries: their scores against all keys stay in the cache between the products.
+#define QUERY_BLOCK 32
+static long score_stride(int T) { return (T + 15) / 16 * 16 + 16; }     // a power of two would map all rows to one cache set
+// floats that attention needs for T keys: two blocks of scores for each thread
+static long attention_scratch_size(int T) { return (long)thread_count() * 2 * QUERY_BLOCK * score_stride(T); }
+
+static float* attention_scratch(float* scratch, int T) {
+#ifdef _OPENMP
+    return scratch + (long)omp_get_thread_num() * 2 * QUERY_BLOCK * score_stride(T);
+#else
+    (void)T;
+    return scratch;
+#endif
+}
+
+// Causal attention of Tq queries, which are the last Tq of Tk positions, in B sequences:
+//     out_i = sum over j <= i of p_ij v_j,    p_ij = exp(q_i k_j / sqrt(HD)) / sum over j <= i,    lse_i = log of that sum
+// Row n of q, k, v starts at q + n ld_q (k, v with ld_k, ld_v); query head h uses key and value head h / (NH / NKV).
+// out (B Tq, NH HD), lse (B, NH, Tq). scratch: attention_scratch_size(Tk) floats.
+static void attention_forward(float* out, float* lse, const float* q, long ld_q, const float* k, long ld_k, const float* v,
+                              long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD, float* scratch) {
+    int blocks = (Tq + QUERY_BLOCK - 1) / QUERY_BLOCK;
+    float scale = 1.0f / sqrtf((float)HD);
+    #pragma omp parallel for collapse(3) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < NH; h++)
+            for (int block = 0; block < blocks; block++) {
+                int first = block * QUERY_BLOCK, rows = imin(QUERY_BLOCK, Tq - first);
+                int past = Tk - Tq + first;                 // keys that even the block's first query sees, but for its own
+                int keys = past + rows, kv_head = h / (NH / NKV);
+                const float* q_bh = q + ((long)b * Tq + first) * ld_q + (long)h * HD;
+                const float* k_bh = k + (long)b * Tk * ld_k + (long)kv_head * HD;
+                const float* v_bh = v + (long)b * Tk * ld_v + (long)kv_head * HD;
+                float* p = attention_scratch(scratch, Tk);
+                long ld = score_stride(Tk);
+                multiply_block(p, ld, q_bh, ld_q, 1, k_bh, 1, ld_k, rows, keys, HD, 0);
+                for (int i = 0; i < rows; i++) {
+                    float *p_i = p + i * ld, max = p_i[0], sum = 0;
+                    int seen = past + i + 1, padded = (seen + 15) / 16 * 16;
+                    for (int j = 1; j < seen; j++) max = p_i[j] > max ? p_i[j] : max;
+                    for (int j = 0; j < seen; j++) p_i[j] = fast_exp(scale * (p_i[j] - max));
+                    // zeros up to a multiple of 16, so that the sum has the same order of additions in every call
+                    for (int j = seen; j < (padded > keys ? padded : keys); j++) p_i[j] = 0;
+                    #pragma omp simd reduction(+ : sum)
+                    for (int j = 0; j < padded; j++) sum += p_i[j];
+                    float norm = 1.0f / sum;
+                    for (int j = 0; j < seen; j++) p_i[j] *= norm;
+                    lse[((long)b * NH + h) * Tq + first + i] = scale * max + logf(sum);
+                }
+                multiply_block(out + ((long)b * Tq + first) * NH * HD + (long)h * HD, (long)NH * HD, p, ld, 1, v_bh, ld_v, 1,
+                                rows, HD, keys, 0);
+            }
+}
+
+// The probabilities are made again from the scores and lse, which is cheaper than having kept T^2 of them. With
+// dp_ij = dout_i v_j and D_i = sum over j of p_ij dp_ij = dout_i out_i:
+//     ds_ij = p_ij (dp_ij - D_i) / sqrt(HD)      dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
+// Here Tq = Tk = T. A thread owns a key/value head with all its query heads, so that dk and dv are sums in a fixed order.
+// dq, dk, dv have the strides of q, k, v, and are overwritten. dout (B T, NH HD).
+static void attention_backward(float* dq, float* dk, float* dv, const float* dout, const float* out, const float* lse,
+                               const float* q, long ld_q, const float* k, long ld_k, const float* v, long ld_v, long ld_dqk,
+                               long ld_dv, int B, int T, int NH, int NKV, int HD, float* scratch) {
+    float scale = 1.0f / sqrtf((float)HD);
+    long ld = score_stride(T), ld_out = (long)NH * HD;
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int kv_head = 0; kv_head < NKV; kv_head++) {
+            const float *k_b = k + (long)b * T * ld_k + (long)kv_head * HD, *v_b = v + (long)b * T * ld_v + (long)kv_head * HD;
+            float *dk_b = dk + (long)b * T * ld_dqk + (long)kv_head * HD, *dv_b = dv + (long)b * T * ld_dv + (long)kv_head * HD;
+            float *p = attention_scratch(scratch, T), *ds = p + QUERY_BLOCK * ld;
+            for (int t = 0; t < T; t++) {
+                memset(dk_b + t * ld_dqk, 0, sizeof(float) * HD);
+                memset(dv_b + t * ld_dv, 0, sizeof(float) * HD);
+            }
+            for (int h = kv_head * (NH / NKV); h < (kv_head + 1) * (NH / NKV); h++)
+                for (int first = 0; first < T; first += QUERY_BLOCK) {
+                    int rows = imin(QUERY_BLOCK, T - first), keys = first + rows;
+                    long row = (long)b * T + first;
+                    const float *q_bh = q + row * ld_q + (long)h * HD, *out_bh = out + row * ld_out + (long)h * HD;
+                    const float *dout_bh = dout + row * ld_out + (long)h * HD;
+                    multiply_block(p, ld, q_bh, ld_q, 1, k_b, 1, ld_k, rows, keys, HD, 0);
+                    multiply_block(ds, ld, dout_bh, ld_out, 1, v_b, 1, ld_v, rows, keys, HD, 0);       // dp
+                    for (int i = 0; i < rows; i++) {
+                        float *p_i = p + i * ld, *ds_i = ds + i * ld, D = 0;
+                        float lse_i = lse[((long)b * NH + h) * T + first + i];
+                        int seen = first + i + 1;
+                        #pragma omp simd reduction(+ : D)
+                        for (int d = 0; d < HD; d++) D += dout_bh[i * ld_out + d] * out_bh[i * ld_out + d];
+                        for (int j = 0; j < seen; j++) {
+                            p_i[j] = fast_exp(scale * p_i[j] - lse_i);
+                            ds_i[j] = p_i[j] * (ds_i[j] - D) * scale;
+                        }
+                        for (int j = seen; j < keys; j++) p_i[j] = ds_i[j] = 0;
+                    }
+                    multiply_block(dq + row * ld_dqk + (long)h * HD, ld_dqk, ds, ld, 1, k_b, ld_k, 1, rows, HD, keys, 0);
+                    multiply_block(dk_b, ld_dqk, ds, 1, ld, q_bh, ld_q, 1, keys, HD, rows, 1);
+                    multiply_block(dv_b, ld_dv, p, 1, ld, dout_bh, ld_out, 1, keys, HD, rows, 1);
+                }
+        }
+}
+
+// SwiGLU (Shazeer 2020):  act = silu(gate) * up,  silu(g) = g sigmoid(g).  gate_up (rows, 2, I): gate, then up; act (rows, I)
+static void swiglu_forward(float* act, const float* gate_up, int rows, int I) {
+    #pragma omp parallel for
+    for (int r = 0; r < rows; r++) {
+        const float *gate = gate_up + (long)r * 2 * I, *up = gate + I;
+        float* act_r = act + (long)r * I;
+        for (int i = 0; i < I; i++) act_r[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
+    }
+}
+
+// The loss of each token and the log of its softmax's denominator:
+//     lse_n = log sum_v exp(logits_nv)        losses_n = lse_n - logits_n,target        logits (N, V); losses, lse (N)
+static void cross_entropy_forward(float* losses, float* lse, const float* logits, const int* targets, int N, int V) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* logits_n = logits + (long)n * V;
+        float max = logits_n[0], sum = 0;
+        #pragma omp simd reduction(max : max)
+        for (int v = 0; v < V; v++) max = logits_n[v] > max ? logits_n[v] : max;
+        #pragma omp simd reduction(+ : sum)
+        for (int v = 0; v < V; v++) sum += fast_exp(logits_n[v] - max);
+        lse[n] = max + logf(sum);
+        losses[n] = lse[n] - logits_n[targets[n]];
+    }
+}
+
+// The logits become their own gradient in place:  dlogits_nv = scale (exp(logits_nv - lse_n) - [v = target])
+static void cross_entropy_backward(float* logits, const float* lse, const int* targets, int N, int V, float scale) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        float* logits_n = logits + (long)n * V;
+        for (int v = 0; v < V; v++) logits_n[v] = scale * fast_exp(logits_n[v] - lse[n]);
+        logits_n[targets[n]] -= scale;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5. Mixture of experts
+//
+// The router scores every expert for a token, the best K are run, and their results are added up, weighted by gates:
+//
+//     z = W_router x          p = softmax(z) over all E experts          S = the K experts with the largest p
+//     gate_e = p_e, or p_e / sum over S of p  (norm_topk_prob)          y = sum over S of gate_e f_e(x)
+
+// probs (N, E) = softmax(logits), lse (N) = log of its denominator, experts (N, K) best first (of equals the lowest index
+// first), gates (N, K)
+static void softmax_router_forward(float* probs, float* lse, int* experts, float* gates, const float* logits, int N, int E,
+                                   int K, int norm_topk) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* z = logits + (long)n * E;
+        float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, max = z[0], sum = 0;
+        int* experts_n = experts + (long)n * K;
+        for (int e = 1; e < E; e++) max = z[e] > max ? z[e] : max;
+        for (int e = 0; e < E; e++) sum += p[e] = fast_exp(z[e] - max);
+        for (int e = 0; e < E; e++) p[e] /= sum;
+        lse[n] = max + logf(sum);
+        float gate_sum = 0;
+        for (int k = 0; k < K; k++) {
+            int best = -1;
+            for (int e = 0; e < E; e++) {
+                int taken = 0;
+                for (int j = 0; j < k; j++) taken |= experts_n[j] == e;
+                if (!taken && (best < 0 || z[e] > z[best])) best = e;
+            }
+            if (best < 0) best = 0;     // only NaN compares so; the loss will say so too
+            experts_n[k] = best;
+            gate_sum += gates_n[k] = p[best];
+        }
+        if (norm_topk)
+            for (int k = 0; k < K; k++) gates_n[k] /= gate_sum;
+    }
+}
+
+// dlogits (N, E) from dgates (N, K), the gradient with respect to the gates as they were used. With S a token's experts:
+//     renormalised:  dz_e = gate_e (dgate_e - sum over S of gate_j dgate_j)  for e in S, 0 for the others
+//     otherwise:     dz_e = p_e (dgate_e [e in S] - sum over S of p_j dgate_j)  for all e
+static void softmax_router_backward(float* dlogits, const float* dgates, const float* probs, const int* experts,
+                                    const float* gates, int N, int E, int K, int norm_topk) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, *dgates_n = dgates + (long)n * K;
+        float *dz = dlogits + (long)n * E, mean = 0;
+        for (int k = 0; k < K; k++) mean += gates_n[k] * dgates_n[k];
+        for (int e = 0; e < E; e++) dz[e] = norm_topk ? 0 : -p[e] * mean;
+        for (int k = 0; k < K; k++)
+            dz[experts[(long)n * K + k]] += gates_n[k] * (norm_topk ? dgates_n[k] - mean : dgates_n[k]);
+    }
+}
+
+// Sorts the N K assignments by expert, so that each expert runs once over rows that lie together. Nothing is padded and
+// no assignment is dropped, however uneven the experts' shares.
+// offsets (E + 1): expert e's rows are offsets[e] .. offsets[e+1]-1
+// assignment (N K): row r serves assignment n K + k, the k-th expert of token n;  row_of (N, K): the inverse
+static void group_by_expert(int* offsets, int* assignment, int* row_of, const int* experts, int N, int K, int E) {
+    memset(offsets, 0, sizeof(int) * (E + 1));
+    for (int a = 0; a < N * K; a++) offsets[experts[a] + 1]++;
+    for (int e = 0; e < E; e++) offsets[e + 1] += offsets[e];
+    for (int a = 0; a < N * K; a++) {           // offsets[e] serves as expert e's next free row ...
+        row_of[a] = offsets[experts[a]]++;
+        assignment[row_of[a]] = a;
+    }
+    for (int e = E; e > 0; e--) offsets[e] = offsets[e - 1];            // ... and is moved back
+    offsets[0] = 0;
+}
+
+// out row r (rows, H) = x (N, H) at the token that row r serves
+static void gather_rows(float* out, const float* x, const int* assignment, int rows, int K, int H) {
+    #pragma omp parallel for
+    for (int r = 0; r < rows; r++) memcpy(out + (long)r * H, x + (long)(assignment[r] / K) * H, sizeof(float) * H);
+}
+
+// out_n = residual_n + sum over k of gates_nk y[row_of_nk], in the order of k;  gates = NULL: all gates are 1,
+// residual = NULL: zero. The same function is the backward of gather_rows. out, residual (N, H), y (rows, H)
+static void combine_rows(float* out, const float* residual, const float* y, const float* gates, const int* row_of, int N,
+                         int K, int H) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        float* out_n = out + (long)n * H;
+        for (int i = 0; i < H; i++) out_n[i] = residual ? residual[(long)n * H + i] : 0;
+        for (int k = 0; k < K; k++) {
+            const float* y_r = y + (long)row_of[(long)n * K + k] * H;
+            float gate = gates ? gates[(long)n * K + k] : 1;
+            for (int i = 0; i < H; i++) out_n[i] += gate * y_r[i];
+        }
+    }
+}
+
+// The backward pass of gate * down(silu(g) * u) for the rows of all experts, between the two matrix products. Given
+// dact (rows, I) = W_down^T dy, with dy the gradient of the layer's output at the row's token:
+//     dgate = <dy, W_down act> = <dact, act>, so that the experts' outputs need not have been kept (SonicMoE, 2512.14080)
+//     dgate_up: g' = gate dact u silu'(g),  u' = gate dact silu(g),     silu'(g) = s (1 + g (1 - s)),  s = sigmoid(g)
+// gated_act (rows, I) = gate * act is what the gradient of W_down needs: dW_down += dy^T (gate act).
+// dgate_up may be the same memory as gate_up; dgates (N, K).
+static void swiglu_backward(float* dgate_up, float* gated_act, float* dgates, const float* dact, const float* gate_up,
+                            const float* gates, const int* assignment, int rows, int I) {
+    #pragma omp parallel for
+    for (int r = 0; r < rows; r++) {
+        const float *g = gate_up + (long)r * 2 * I, *u = g + I, *dact_r = dact + (long)r * I;
+        float *dg = dgate_up + (long)r * 2 * I, *du = dg + I, *act = gated_act + (long)r * I;
+        float gate = gates[assignment[r]], dgate = 0;
+        #pragma omp simd reduction(+ : dgate)
+        for (int i = 0; i < I; i++) {
+            float s = 1.0f / (1.0f + fast_exp(-g[i])), silu = g[i] * s, u_i = u[i];
+            dgate += dact_r[i] * silu * u_i;
+            act[i] = gate * silu * u_i;
+            dg[i] = gate * dact_r[i] * u_i * s * (1.0f + g[i] * (1.0f - s));
+            du[i] = gate * dact_r[i] * silu;
+        }
+        dgates[assignment[r]] = dgate;
+    }
+}
+
+// Left alone, a router sends everything to a few experts. The balance loss (Fedus et al. 2021, eq. 4) pushes back:
+//     f_e = share of the assignments that went to expert e (a constant),  P_e = mean over tokens of p_e
+//     AUX_SWITCH: the sum over sparse layers of E sum_e f_e P_e: 1 a layer when balanced
+//     AUX_HF: as in transformers, once over all layers' tokens together, with f_e counted per token: K when balanced
+// Their gradients have one form:      dz_ne += aux_weight p_ne (f_e - sum_j f_j p_nj)
+// The z-loss (Zoph et al. 2022, eq. 5), mean over tokens of lse_n^2 with lse_n = logsumexp(z_n), keeps logits small:
+//                                     dz_ne += z_weight lse_n p_ne
+
+// sums (E) = the sums of the columns of x (N, E)
+static void sum_columns(double* sums, const float* x, int N, int E) {
+    for (int e = 0; e < E; e++) sums[e] = 0;
+    for (int n = 0; n < N; n++)
+        for (int e = 0; e < E; e++) sums[e] += x[(long)n * E + e];
+}
+
+// Adds both gradients to dlogits (N, E). aux_weight and f (E) belong to one of
+//     AUX_SWITCH: coefficient E / N, counts / (N K)       AUX_HF: coefficient E / tokens, counts / tokens, over all layers
+// and z_weight is 2 coefficient / N. lse (N), probs (N, E).
+static void balance_backward(float* dlogits, const float* lse, const float* probs, const double* f, double aux_weight,
+                             double z_weight, int N, int E) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* p = probs + (long)n * E;
+        double mean = 0;
+        for (int e = 0; e < E; e++) mean += f[e] * p[e];
+        for (int e = 0; e < E; e++)
+            dlogits[(long)n * E + e] += (float)(p[e] * (aux_weight * (f[e] - mean) + z_weight * lse[n]));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6. The model
+
+// One layer's parameters. Gradients are kept in the same structure.
+typedef struct {
+    float* attn_norm;           // (H)
+    float* qkv;                 // ((NH + 2 NKV) HD, H)     q_proj, k_proj and v_proj, one below the other
+    float* q_norm;              // (HD) per head, (NH HD) per row, or NULL
+    float* k_norm;              // (HD) per head, (NKV HD) per row, or NULL
+    float* attn_out;            // (H, NH HD)               o_proj
+    float* ffn_norm;            // (H)
+    float* router;              // (E, H), or NULL in a dense layer
+    float* gate_up;             // (E, 2, I, H)             each expert's gate_proj and up_proj
+    float* down;                // (E, H, I)
+} LayerWeights;
+
+typedef struct {
+    float* embedding;           // (V, H)
+    LayerWeights* layers;       // (L)
+    float* final_norm;          // (H)
+    float* lm_head;             // (V, H), the embedding itself if tied
+} Weights;
+
+// One tensor as a checkpoint knows it: its name there, and where its numbers lie in the block of all parameters.
+typedef struct {
+    char name[96];
+    long offset, rows, cols;    // cols = 0: a vector of `rows` numbers
+} Tensor;
+
+static long tensor_size(const Tensor* t) { return t->rows * (t->cols ? t->cols : 1); }
+
+// All parameters are one block of memory: first the matrices, then the vectors, so that weight decay, which is for
+// matrices alone, applies to one range.
+typedef struct {
+    Tensor* tensors;            // (count), sorted as they are listed in model_layout
+    int count;
+    long matrices, total;       // floats in all matrices; in all parameters
+} Layout;
+
+static long layout_add(Layout* layout, long rows, long cols, const char* format, ...) {
+    if (layout->tensors) {
+        Tensor* t = &layout->tensors[layout->count];
+        va_list args;
+        va_start(args, format);
+        vsnprintf(t->name, sizeof t->name, format, args);
+        va_end(args);
+        t->rows = rows;
+        t->cols = cols;
+        t->offset = cols ? layout->matrices : layout->total;
+    }
+    layout->count++;
+    long offset = cols ? layout->matrices : layout->total;
+    if (cols) layout->matrices += rows * cols;
+    layout->total += cols ? 0 : rows;
+    return offset;
+}
+
+// Lists every tensor of a model under its Hugging Face name and points `w` (if not NULL) into `block`.
+static void layout_walk(Layout* layout, const Config* c, Weights* w, float* block) {
+    int H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads, mixtral = c->arch == MIXTRAL;
+    const char* moe = mixtral ? "block_sparse_moe" : "mlp";
+    long embedding = layout_add(layout, c->vocab_size, H, "model.embed_tokens.weight");
+    for (int l = 0; l < c->num_layers; l++) {
+        LayerWeights p;
+        memset(&p, 0, sizeof p);
+        p.attn_norm = block + layout_add(layout, H, 0, "model.layers.%d.input_layernorm.weight", l);
+        p.qkv = block + layout_add(layout, (long)NH * HD, H, "model.layers.%d.self_attn.q_proj.weight", l);
+        layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.k_proj.weight", l);
+        layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.v_proj.weight", l);
+        if (c->qk_norm != QK_NORM_NONE) {
+            int row = c->qk_norm == QK_NORM_ROW;
+            p.q_norm = block + layout_add(layout, row ? NH * HD : HD, 0, "model.layers.%d.self_attn.q_norm.weight", l);
+            p.k_norm = block + layout_add(layout, row ? NKV * HD : HD, 0, "model.layers.%d.self_attn.k_norm.weight", l);
+        }
+        p.attn_out = block + layout_add(layout, H, (long)NH * HD, "model.layers.%d.self_attn.o_proj.weight", l);
+        p.ffn_norm = block + layout_add(layout, H, 0, "model.layers.%d.post_attention_layernorm.weight", l);
+        int E = layer_experts(c, l), I = layer_width(c, l);
+        if (c->sparse[l]) p.router = block + layout_add(layout, E, H, "model.layers.%d.%s.gate.weight", l, moe);
+        for (int e = 0; e < E; e++) {           // all gates and ups first: the products want (E, 2, I, H)
+            char expert[64] = "mlp";
+            if (c->sparse[l]) snprintf(expert, sizeof expert, "%s.experts.%d", moe, e);
+            long gate = layout_add(layout, I, H, "model.layers.%d.%s.%s.weight", l, expert,
+                                   mixtral && c->sparse[l] ? "w1" : "gate_proj");
+            layout_add(layout, I, H, "model.layers.%d.%s.%s.weight", l, expert, mixtral && c->sparse[l] ? "w3" : "up_proj");
+            if (e == 0) p.gate_up = block + gate;
+        }
+        for (int e = 0; e < E; e++) {
+            char expert[64] = "mlp";
+            if (c->sparse[l]) snprintf(expert, sizeof expert, "%s.experts.%d", moe, e);
+            long down = layout_add(layout, H, I, "model.layers.%d.%s.%s.weight", l, expert,
+                                   mixtral && c->sparse[l] ? "w2" : "down_proj");
+            if (e == 0) p.down = block + down;
+        }
+        if (w) w->layers[l] = p;
+    }
+    long norm = layout_add(layout, H, 0, "model.norm.weight");
+    long head = c->tie_word_embeddings ? embedding : layout_add(layout, c->vocab_size, H, "lm_head.weight");
+    if (w) {
+        w->embedding = block + embedding;
+        w->final_norm = block + norm;
+        w->lm_head = block + head;
+    }
+}
+
+static Layout layout_create(const Config* c) {
+    Layout count = {NULL, 0, 0, 0}, layout;
+    layout_walk(&count, c, NULL, NULL);
+    layout.tensors = (Tensor*)checked_malloc(sizeof(Tensor) * count.count);
+    layout.count = 0;
+    layout.matrices = 0;
+    layout.total = count.matrices;      // vectors are placed behind the matrices
+    layout_walk(&layout, c, NULL, NULL);
+    return layout;
+}
+
+// `block`: memory for layout->total parameters
+static void weights_point(Weights* w, const Config* c, const Layout* layout, float* block) {
+    Layout again = {NULL, 0, 0, layout->matrices};
+    w->layers = (LayerWeights*)checked_malloc(sizeof(LayerWeights) * c->num_layers);
+    layout_walk(&again, c, w, block);
+}
+
+// What one layer keeps of the forward pass for the backward pass. R = N K rows of experts (N in a dense layer).
+typedef struct {
+    float* x;                   // (N, H)       the residual stream as it enters the layer
+    float* attn_in;             // (N, H)       n1(x)
+    float* attn_rstd;           // (N)
+    float* qkv;                 // (N, (NH + 2 NKV) HD)
+    float* q_rstd;              // (N, NH) per head, (N) per row
+    float* k_rstd;              // (N, NKV) per head, (N) per row
+    float* rotated;             // (N, (NH + NKV) HD)       queries and keys, normed and rotated
+    float* attn;                // (N, NH HD)
+    float* lse;                 // (B, NH, T)
+    float* x_mid;               // (N, H)       the residual stream after attention
+    float* ffn_in;              // (N, H)       n2(x_mid)
+    float* ffn_rstd;            // (N)
+    float* router_logits;       // (N, E)
+    float* router_lse;          // (N)
+    float* probs;               // (N, E)
+    float* gates;               // (N, K)
+    float* gate_up;             // (R, 2, I)
+    int* experts;               // (N, K)       chosen, best first
+    int* offsets;               // (E + 1)      see group_by_expert
+    int* assignment;            // (R)
+    int* row_of;                // (N, K)
+} LayerActivations;
+
+// Memory that is written and used up within one layer; all layers share it.
+typedef struct {
+    float* rows_in;             // (R, H)       experts' inputs, gathered; backward: their gradient
+    float* rows_out;            // (R, H)       experts' outputs; backward: the gradient of the output, gathered
+    float* act;                 // (R, I)
+    float* dact;                // (R, I)
+    float* dgates;              // (N, K)
+    float* drouter;             // (N, E)
+    float* dx;                  // (N, H)       the gradient that flows back along the residual stream
+    float* dnormed;             // (N, H)
+    float* dattn;               // (N, NH HD)
+    float* dqkv;                // (N, (NH + 2 NKV) HD)
+    float* drotated;            // (N, (NH + NKV) HD)
+    float* attention;           // see attention_scratch_size
+    double* balance;            // (E)          f of the balance loss
+    double* prob_sums;          // (E)          sum over tokens of probs
+    double* norms;              // partial sums of the gradient's norm
+} Scratch;
+
+// What a model is made for decides what memory it gets.
+typedef enum {
+    FOR_TRAINING,               // everything
+    FOR_SCORING,                // forward passes: one layer's activations serve all, no gradients
+    FOR_GENERATION              // the same with a key/value cache, B = 1
+} Purpose;
+
+typedef struct {
+    float aux, z;               // coefficients of the balance loss and the z-loss
+    AuxForm aux_form;
+} Balance;
+
+typedef struct {
+    Config config;
+    Purpose purpose;
+    int B, T;                   // the largest batch; a shorter one may be given
+    int positions;              // the longest sequence: T, or the capacity of the cache
+    Layout layout;
+    float *params, *grads;      // (layout.total); grads are NULL without training, as are the next two
+    float *exp_avg, *exp_avg_sq;// AdamW's moments
+    Weights weights, dweights;
+    LayerActivations* layers;   // (L)
+    Scratch scratch;
+    float* final_in;            // (N, H)       the residual stream after the last layer
+    float* final_out;           // (N, H)       after the final norm
+    float* final_rstd;          // (N)
+    float* logits;              // (N, V), or (1, V) for generation: only the last token's
+    float *losses, *losses_lse; // (N)
+    float *cosines, *sines;     // (positions, HD / 2)
+    float *cache_k, *cache_v;   // (L, positions, NKV HD)
+    int cached;                 // positions in the cache
+    int *tokens, *targets;      // (N)
+    float* ones;                // (N)          gates of a dense layer
+    int* identity;              // (N)          its assignment
+    int batch, length;          // B and T of the last forward pass
+    Balance balance;
+    long *load;                 // (L, E)       assignments, counted while counting_load is 1, cleared by the caller
+    int counting_load;
+    double *all_counts, *all_probs;     // (E)  assignments and sums of probs over all sparse layers, for AUX_HF
+    double loss, aux_loss, z_loss;      // of the last forward pass: cross-entropy alone; the other two without coefficients
+    size_t bytes_params, bytes_optimizer, bytes_activations;
+    void* memory;
+    const char* source;         // the directory that the parameters were read from, or NULL
+    int shares_params;          // the parameters are another model's
+} Model;
+
+// One allocation serves everything. The walk over what is needed is made twice: with base = NULL to count the bytes, then
+// with the memory to hand it out.
+typedef struct {
+    char* base;
+    size_t used;
+} Arena;
+
+static void* take(Arena* a, size_t bytes) {
+    void* p = a->base ? a->base + a->used : NULL;
+    a->used += (bytes + 63) / 64 * 64;
+    return p;
+}
+static float* take_floats(Arena* a, long n) { return (float*)take(a, sizeof(float) * n); }
+
+static void layer_activations_take(Arena* a, LayerActivations* s, const Config* c, int l, long N, int B, int T) {
+    long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads;
+    long E = layer_experts(c, l), K = layer_topk(c, l), I = layer_width(c, l);
+    s->x = take_floats(a, N * H);
+    s->attn_in = take_floats(a, N * H);
+    s->attn_rstd = take_floats(a, N);
+    s->qkv = take_floats(a, N * qkv_width(c));
+    s->q_rstd = take_floats(a, N * NH);
+    s->k_rstd = take_floats(a, N * NKV);
+    s->rotated = take_floats(a, N * (NH + NKV) * HD);
+    s->attn = take_floats(a, N * NH * HD);
+    s->lse = take_floats(a, (long)B * NH * T);
+    s->x_mid = take_floats(a, N * H);
+    s->ffn_in = take_floats(a, N * H);
+    s->ffn_rstd = take_floats(a, N);
+    s->gate_up = take_floats(a, N * K * 2 * I);
+    s->offsets = (int*)take(a, sizeof(int) * (E + 1));
+    if (c->sparse[l]) {
+        s->router_logits = take_floats(a, N * E);
+        s->router_lse = take_floats(a, N);
+        s->probs = take_floats(a, N * E);
+        s->gates = take_floats(a, N * K);
+        s->experts = (int*)take(a, sizeof(int) * N * K);
+        s->assignment = (int*)take(a, sizeof(int) * N * K);
+        s->row_of = (int*)take(a, sizeof(int) * N * K);
+    }
+}
+
+#define NORM_BLOCK 65536        // floats in a partial sum of the gradient's norm
+
+static void model_take(Model* m, Arena* a) {
+    const Config* c = &m->config;
+    long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads, V = c->vocab_size;
+    long N = (long)m->B * m->T, E = c->num_experts > 0 ? c->num_experts : 1, K = 1, RI = 0, R = 0;
+    int training = m->purpose == FOR_TRAINING;
+    size_t start = a->used;
+    if (!m->shares_params) m->params = take_floats(a, m->layout.total);
+    m->bytes_params = a->used - start;
+    start = a->used;
+    if (training) {
+        m->grads = take_floats(a, m->layout.total);
+        m->exp_avg = take_floats(a, m->layout.total);
+        m->exp_avg_sq = take_floats(a, m->layout.total);
+    }
+    m->bytes_optimizer = a->used - start;
+    start = a->used;
+    size_t layers_start = a->used, layers_end = a->used;
+    for (int l = 0; l < c->num_layers; l++) {
+        if (!training) a->used = layers_start;      // layers write over each other
+        layer_activations_take(a, &m->layers[l], c, l, N, m->B, m->T);
+        if (a->used > layers_end) layers_end = a->used;
+        long rows = N * layer_topk(c, l);
+        if (rows > R) R = rows;
+        if (rows * layer_width(c, l) > RI) RI = rows * layer_width(c, l);
+        if (layer_topk(c, l) > K) K = layer_topk(c, l);
+    }
+    a->used = layers_end;
+    Scratch* s = &m->scratch;
+    s->rows_in = take_floats(a, R * H);
+    s->rows_out = take_floats(a, R * H);
+    s->act = take_floats(a, RI);
+    s->attention = take_floats(a, attention_scratch_size(m->positions));
+    s->balance = (double*)take(a, sizeof(double) * E);
+    s->prob_sums = (double*)take(a, sizeof(double) * E);
+    if (training) {
+        s->dact = take_floats(a, RI);
+        s->dgates = take_floats(a, N * K);
+        s->drouter = take_floats(a, N * E);
+        s->dx = take_floats(a, N * H);
+        s->dnormed = take_floats(a, N * H);
+        s->dattn = take_floats(a, N * NH * HD);
+        s->dqkv = take_floats(a, N * qkv_width(c));
+        s->drotated = take_floats(a, N * (NH + NKV) * HD);
+        s->norms = (double*)take(a, sizeof(double) * (m->layout.total / NORM_BLOCK + 1));
+    }
+    m->final_in = training ? take_floats(a, N * H) : m->layers[0].x;
+    m->final_out = take_floats(a, N * H);
+    m->final_rstd = take_floats(a, N);
+    m->logits = take_floats(a, (m->purpose == FOR_GENERATION ? 1 : N) * V);
+    m->losses = take_floats(a, N);
+    m->losses_lse = take_floats(a, N);
+    m->cosines = take_floats(a, (long)m->positions * (HD / 2));
+    m->sines = take_floats(a, (long)m->positions * (HD / 2));
+    if (m->purpose == FOR_GENERATION) {
+        m->cache_k = take_floats(a, (long)c->num_layers * m->positions * NKV * HD);
+        m->cache_v = take_floats(a, (long)c->num_layers * m->positions * NKV * HD);
+    }
+    m->tokens = (int*)take(a, sizeof(int) * N);
+    m->targets = (int*)take(a, sizeof(int) * N);
+    m->ones = take_floats(a, N);
+    m->identity = (int*)take(a, sizeof(int) * N);
+    m->load = (long*)take(a, sizeof(long) * c->num_layers * E);
+    m->all_counts = (double*)take(a, sizeof(double) * E);
+    m->all_probs = (double*)take(a, sizeof(double) * E);
+    m->bytes_activations = a->used - start;
+}
+
+// A model with uninitialised parameters for batches of up to B sequences of T tokens. For generation T is the largest
+// number of tokens in one forward pass and `positions` the cache's capacity; otherwise positions = T. With an owner the
+// new model uses the owner's parameters.
+static Model* model_create(const Config* c, Purpose purpose, int B, int T, int positions, const Model* owner) {
+    Model* m = (Model*)checked_malloc(sizeof(Model));
+    memset(m, 0, sizeof *m);
+    m->config = *c;
+    m->purpose = purpose;
+    m->B = B;
+    m->T = T;
+    m->positions = positions;
+    m->shares_params = owner != NULL;
+    m->params = owner ? owner->params : NULL;
+    m->layout = layout_create(c);
+    m->layers = (LayerActivations*)checked_malloc(sizeof(LayerActivations) * c->num_layers);
+    memset(m->layers, 0, sizeof(LayerActivations) * c->num_layers);
+    Arena arena = {NULL, 0};
+    model_take(m, &arena);
+    if (posix_memalign(&m->memory, 64, arena.used))
+        die(1, "out of memory: this model and batch need %.1f MB", arena.used / 1e6);
+    memset(m->memory, 0, arena.used);
+    arena.base = (char*)m->memory;
+    arena.used = 0;
+    model_take(m, &arena);
+    weights_point(&m->weights, c, &m->layout, m->params);
+    if (m->grads) weights_point(&m->dweights, c, &m->layout, m->grads);
+    rope_table(m->cosines, m->sines, positions, c->head_dim, c->rope_theta);
+    for (int n = 0; n < B * T; n++) {
+        m->ones[n] = 1;
+        m->identity[n] = n;
+    }
+    return m;
+}
+
+static void model_free(Model* m) {
+    free(m->weights.layers);
+    free(m->dweights.layers);
+    free(m->layout.tensors);
+    free(m->layers);
+    free(m->memory);
+    free(m);
+}
+
+// Training from scratch starts from N(0, 0.02); projections that add to the residual stream from N(0, 0.02 / sqrt(2 L)),
+// so that its variance does not grow with the depth (GPT-2); norms from 1. Each tensor draws from a stream of its own.
+static void model_init(Model* m, uint64_t seed) {
+    for (int i = 0; i < m->layout.count; i++) {
+        const Tensor* t = &m->layout.tensors[i];
+        float* w = m->params + t->offset;
+        long size = tensor_size(t);
+        int residual = strstr(t->name, "o_proj") || strstr(t->name, "down_proj") || strstr(t->name, ".w2.");
+        double std = residual ? 0.02 / sqrt(2.0 * m->config.num_layers) : 0.02;
+        uint64_t key = random_key(seed, hash_string("init"), hash_string(t->name), 0);
+        #pragma omp parallel for
+        for (long j = 0; j < size; j++) w[j] = t->cols ? (float)(std * random_normal(mix64(key ^ (uint64_t)j))) : 1.0f;
+    }
+}
+
+// Parameters in all, and parameters that one token uses (all but the experts it is not sent to).
+static void count_parameters(const Config* c, long* total, long* active) {
+    Layout layout = {NULL, 0, 0, 0};
+    layout_walk(&layout, c, NULL, NULL);
+    *total = *active = layout.matrices + layout.total;
+    for (int l = 0; l < c->num_layers; l++)
+        *active -= (long)(layer_experts(c, l) - layer_topk(c, l)) * 3 * c->hidden_size * layer_width(c, l);
+}
+
+// Floating-point operations of training on one token: 2 for each active parameter forward and 4 backward (the LM head
+// counts, looking up an embedding does not), and causal attention over T positions.
+static double flops_per_token(const Config* c, int T) {
+    long total, active;
+    count_parameters(c, &total, &active);
+    if (!c->tie_word_embeddings) active -= (long)c->vocab_size * c->hidden_size;
+    return 6.0 * active + 6.0 * c->num_layers * c->num_heads * c->head_dim * T;
+}
+
+// Where layer l's keys and values are: in its own activations, or in the cache, which also holds the past.
+typedef struct {
+    const float *k, *v;
+    long ld_k, ld_v;
+} KeysValues;
+
+static KeysValues layer_keys_values(const Model* m, int l) {
+    const Config* c = &m->config;
+    long HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads;
+    KeysValues kv;
+    if (m->purpose == FOR_GENERATION) {
+        kv.k = m->cache_k + (long)l * m->positions * NKV * HD;
+        kv.v = m->cache_v + (long)l * m->positions * NKV * HD;
+        kv.ld_k = kv.ld_v = NKV * HD;
+    } else {
+        kv.k = m->layers[l].rotated + NH * HD;
+        kv.v = m->layers[l].qkv + (NH + NKV) * HD;
+        kv.ld_k = (NH + NKV) * HD;
+        kv.ld_v = qkv_width(c);
+    }
+    return kv;
+}
+
+// x_mid = x + Wo attention(...)
+static void attention_layer_forward(Model* m, int l) {
+    const Config* c = &m->config;
+    const LayerWeights* w = &m->weights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    int N = m->batch * m->length, T = m->length, H = c->hidden_size, HD = c->head_dim, NH = c->num_heads;
+    int NKV = c->num_kv_heads, row = c->qk_norm == QK_NORM_ROW, past = m->purpose == FOR_GENERATION ? m->cached : 0;
+    long QKV = qkv_width(c), QK = (long)(NH + NKV) * HD;
+    float eps = (float)c->rms_norm_eps;
+    rmsnorm_forward(s->attn_in, H, s->attn_rstd, s->x, H, w->attn_norm, N, 1, H, eps);
+    matmul_forward(s->qkv, s->attn_in, w->qkv, N, H, (int)QKV);
+    if (c->qk_norm == QK_NORM_NONE) {
+        #pragma omp parallel for
+        for (int n = 0; n < N; n++) memcpy(s->rotated + n * QK, s->qkv + n * QKV, sizeof(float) * QK);
+    } else {        // per head: NH vectors of HD; per row: one of NH HD
+        rmsnorm_forward(s->rotated, QK, s->q_rstd, s->qkv, QKV, w->q_norm, N, row ? 1 : NH, row ? NH * HD : HD, eps);
+        rmsnorm_forward(s->rotated + NH * HD, QK, s->k_rstd, s->qkv + NH * HD, QKV, w->k_norm, N, row ? 1 : NKV,
+                        row ? NKV * HD : HD, eps);
+    }
+    rope(s->rotated, QK, NH + NKV, N, T, past, HD, m->cosines, m->sines, 1);
+    if (m->purpose == FOR_GENERATION)
+        for (int n = 0; n < N; n++) {
+            long at = ((long)l * m->positions + past + n) * NKV * HD;
+            memcpy(m->cache_k + at, s->rotated + n * QK + NH * HD, sizeof(float) * NKV * HD);
+            memcpy(m->cache_v + at, s->qkv + n * QKV + QK, sizeof(float) * NKV * HD);
+        }
+    KeysValues kv = layer_keys_values(m, l);
+    attention_forward(s->attn, s->lse, s->rotated, QK, kv.k, kv.ld_k, kv.v, kv.ld_v, m->batch, T, past + T, NH, NKV, HD,
+                      m->scratch.attention);
+    matmul_forward(s->x_mid, s->attn, w->attn_out, N, NH * HD, H);
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < H; i++) s->x_mid[(long)n * H + i] += s->x[(long)n * H + i];
+}
+
+// In: scratch.dx, the gradient of x_mid. Out: scratch.dx, the gradient of x.
+static void attention_layer_backward(Model* m, int l) {
+    const Config* c = &m->config;
+    const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    Scratch* t = &m->scratch;
+    int N = m->batch * m->length, T = m->length, H = c->hidden_size, HD = c->head_dim, NH = c->num_heads;
+    int NKV = c->num_kv_heads, row = c->qk_norm == QK_NORM_ROW;
+    long QKV = qkv_width(c), QK = (long)(NH + NKV) * HD;
+    matmul_backward_input(t->dattn, t->dx, w->attn_out, N, NH * HD, H, 0);
+    matmul_backward_weight(dw->attn_out, t->dx, s->attn, N, NH * HD, H);
+    KeysValues kv = layer_keys_values(m, l);
+    attention_backward(t->drotated, t->drotated + NH * HD, t->dqkv + QK, t->dattn, s->attn, s->lse, s->rotated, QK, kv.k,
+                       kv.ld_k, kv.v, kv.ld_v, QK, QKV, m->batch, T, NH, NKV, HD, t->attention);
+    rope(t->drotated, QK, NH + NKV, N, T, 0, HD, m->cosines, m->sines, -1);
+    if (c->qk_norm == QK_NORM_NONE) {
+        #pragma omp parallel for
+        for (int n = 0; n < N; n++) memcpy(t->dqkv + n * QKV, t->drotated + n * QK, sizeof(float) * QK);
+    } else {
+        rmsnorm_backward(t->dqkv, QKV, 0, dw->q_norm, t->drotated, QK, s->qkv, QKV, w->q_norm, s->q_rstd, N, row ? 1 : NH,
+                         row ? NH * HD : HD);
+        rmsnorm_backward(t->dqkv + NH * HD, QKV, 0, dw->k_norm, t->drotated + NH * HD, QK, s->qkv + NH * HD, QKV, w->k_norm,
+                         s->k_rstd, N, row ? 1 : NKV, row ? NKV * HD : HD);
+    }
+    matmul_backward_input(t->dnormed, t->dqkv, w->qkv, N, H, (int)QKV, 0);
+    matmul_backward_weight(dw->qkv, t->dqkv, s->attn_in, N, H, (int)QKV);
+    rmsnorm_backward(t->dx, H, 1, dw->attn_norm, t->dnormed, H, s->x, H, w->attn_norm, s->attn_rstd, N, 1, H);
+}
+
+// After routing: counts the load, and adds this layer's share to the balance losses.
+static void balance_layer_forward(Model* m, int l) {
+    LayerActivations* s = &m->layers[l];
+    int N = m->batch * m->length, E = m->config.num_experts, K = m->config.num_experts_per_tok;
+    double* prob_sums = m->scratch.prob_sums;
+    sum_columns(prob_sums, s->probs, N, E);
+    for (int e = 0; e < E; e++) {
+        long count = s->offsets[e + 1] - s->offsets[e];
+        if (m->counting_load) m->load[(long)l * E + e] += count;
+        m->all_counts[e] += count;
+        m->all_probs[e] += prob_sums[e];
+        if (m->balance.aux_form == AUX_SWITCH) m->aux_loss += E * (count / ((double)N * K)) * (prob_sums[e] / N);
+    }
+    for (int n = 0; n < N; n++) m->z_loss += (double)s->router_lse[n] * s->router_lse[n] / N;
+}
+
+// Adds the gradient of  scale * (aux * aux_loss + z * z_loss)  to the gradient of layer l's router logits.
+static void balance_layer_backward(Model* m, int l, float scale) {
+    LayerActivations* s = &m->layers[l];
+    int N = m->batch * m->length, E = m->config.num_experts, K = m->config.num_experts_per_tok;
+    double *f = m->scratch.balance, tokens_seen = (double)N * count_sparse(&m->config);
+    if (m->balance.aux == 0 && m->balance.z == 0) return;
+    for (int e = 0; e < E; e++)
+        f[e] = m->balance.aux_form == AUX_SWITCH ? (s->offsets[e + 1] - s->offsets[e]) / ((double)N * K)
+                                                 : m->all_counts[e] / tokens_seen;
+    double aux_weight = scale * m->balance.aux * E / (m->balance.aux_form == AUX_SWITCH ? N : tokens_seen);
+    balance_backward(m->scratch.drouter, s->router_lse, s->probs, f, aux_weight, 2.0 * scale * m->balance.z / N, N, E);
+}
+
+// out = x_mid + sum over the token's experts of gate f(n2(x_mid))
+static void ffn_layer_forward(Model* m, int l, float* out) {
+    const Config* c = &m->config;
+    const LayerWeights* w = &m->weights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    int N = m->batch * m->length, H = c->hidden_size, sparse = c->sparse[l];
+    int E = layer_experts(c, l), K = layer_topk(c, l), I = layer_width(c, l);
+    const float* rows_in = s->ffn_in;
+    rmsnorm_forward(s->ffn_in, H, s->ffn_rstd, s->x_mid, H, w->ffn_norm, N, 1, H, (float)c->rms_norm_eps);
+    if (sparse) {
+        matmul_forward(s->router_logits, s->ffn_in, w->router, N, H, E);
+        softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, s->router_logits, N, E, K, c->norm_topk_prob);
+        group_by_expert(s->offsets, s->assignment, s->row_of, s->experts, N, K, E);
+        gather_rows(m->scratch.rows_in, s->ffn_in, s->assignment, N * K, K, H);
+        rows_in = m->scratch.rows_in;
+        balance_layer_forward(m, l);
+    } else {
+        s->offsets[0] = 0;
+        s->offsets[1] = N;
+    }
+    grouped_matmul_forward(s->gate_up, rows_in, w->gate_up, 2L * I * H, H, 2 * I, E, s->offsets);
+    swiglu_forward(m->scratch.act, s->gate_up, N * K, I);
+    grouped_matmul_forward(m->scratch.rows_out, m->scratch.act, w->down, (long)H * I, I, H, E, s->offsets);
+    combine_rows(out, s->x_mid, m->scratch.rows_out, sparse ? s->gates : NULL, sparse ? s->row_of : m->identity, N, K, H);
+}
+
+// In: scratch.dx, the gradient of the layer's output. Out: scratch.dx, the gradient of x_mid.
+static void ffn_layer_backward(Model* m, int l, float scale) {
+    const Config* c = &m->config;
+    const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    Scratch* t = &m->scratch;
+    int N = m->batch * m->length, H = c->hidden_size, sparse = c->sparse[l];
+    int E = layer_experts(c, l), K = layer_topk(c, l), I = layer_width(c, l);
+    const float *rows_in = s->ffn_in, *rows_dout = t->dx;
+    if (sparse) {
+        gather_rows(t->rows_in, s->ffn_in, s->assignment, N * K, K, H);
+        gather_rows(t->rows_out, t->dx, s->assignment, N * K, K, H);
+        rows_in = t->rows_in;
+        rows_dout = t->rows_out;
+    }
+    grouped_matmul_backward_input(t->dact, rows_dout, w->down, (long)H * I, I, H, E, s->offsets, 0);
+    float* dgate_up = s->gate_up;       // the last use of gate_up: its gradient takes its place
+    swiglu_backward(dgate_up, t->act, t->dgates, t->dact, s->gate_up, sparse ? s->gates : m->ones,
+                    sparse ? s->assignment : m->identity, N * K, I);
+    grouped_matmul_backward_weight(dw->down, rows_dout, t->act, (long)H * I, I, H, E, s->offsets);
+    grouped_matmul_backward_weight(dw->gate_up, dgate_up, rows_in, 2L * I * H, H, 2 * I, E, s->offsets);
+    float* drows = t->rows_out;         // the experts' inputs' gradient; rows_dout has been used up
+    if (!sparse) drows = t->dnormed;
+    grouped_matmul_backward_input(drows, dgate_up, w->gate_up, 2L * I * H, H, 2 * I, E, s->offsets, 0);
+    if (sparse) {
+        combine_rows(t->dnormed, NULL, drows, NULL, s->row_of, N, K, H);
+        softmax_router_backward(t->drouter, t->dgates, s->probs, s->experts, s->gates, N, E, K, c->norm_topk_prob);
+        balance_layer_backward(m, l, scale);
+        matmul_backward_input(t->dnormed, t->drouter, w->router, N, H, E, 1);
+        matmul_backward_weight(dw->router, t->drouter, s->ffn_in, N, H, E);
+    }
+    rmsnorm_backward(t->dx, H, 1, dw->ffn_norm, t->dnormed, H, s->x_mid, H, w->ffn_norm, s->ffn_rstd, N, 1, H);
+}
+
+// Runs B sequences of T tokens (B T) through the model. With targets (B T), the next tokens, it returns the mean
+// cross-entropy in nats; with NULL it only makes logits. For generation (B = 1) the tokens follow those in the cache.
+static double model_forward(Model* m, const int* tokens, const int* targets, int B, int T) {
+    const Config* c = &m->config;
+    int N = B * T, H = c->hidden_size, V = c->vocab_size, E = c->num_experts;
+    m->batch = B;
+    m->length = T;
+    memcpy(m->tokens, tokens, sizeof(int) * N);
+    m->aux_loss = m->z_loss = m->loss = 0;
+    for (int e = 0; e < E; e++) m->all_counts[e] = m->all_probs[e] = 0;
+    embedding_forward(m->layers[0].x, m->tokens, m->weights.embedding, N, H);
+    for (int l = 0; l < c->num_layers; l++) {
+        attention_layer_forward(m, l);
+        ffn_layer_forward(m, l, l + 1 < c->num_layers ? m->layers[l + 1].x : m->final_in);
+    }
+    if (m->balance.aux_form == AUX_HF && count_sparse(c) > 0) {
+        double tokens_seen = (double)N * count_sparse(c);
+        for (int e = 0; e < E; e++) m->aux_loss += E * m->all_counts[e] / tokens_seen * m->all_probs[e] / tokens_seen;
+    }
+    int wanted = N;                     // rows of logits
+    const float* x = m->final_in;
+    if (m->purpose == FOR_GENERATION) {
+        m->cached += T;
+        wanted = 1;
+        x += (long)(N - 1) * H;
+    }
+    rmsnorm_forward(m->final_out, H, m->final_rstd, x, H, m->weights.final_norm, wanted, 1, H, (float)c->rms_norm_eps);
+    matmul_forward(m->logits, m->final_out, m->weights.lm_head, wanted, H, V);
+    if (!targets) return 0;
+    memcpy(m->targets, targets, sizeof(int) * N);
+    cross_entropy_forward(m->losses, m->losses_lse, m->logits, m->targets, N, V);
+    for (int n = 0; n < N; n++) m->loss += m->losses[n];
+    return m->loss /= N;
+}
+
+// Adds to the gradients that of  scale * (loss + aux * aux_loss + z * z_loss)  of the last forward pass, which must have
+// had targets. It uses up the activations: the logits become their gradient.
+static void model_backward(Model* m, float scale) {
+    const Config* c = &m->config;
+    int N = m->batch * m->length, H = c->hidden_size, V = c->vocab_size;
+    Scratch* t = &m->scratch;
+    cross_entropy_backward(m->logits, m->losses_lse, m->targets, N, V, scale / N);
+    matmul_backward_input(t->dnormed, m->logits, m->weights.lm_head, N, H, V, 0);
+    matmul_backward_weight(m->dweights.lm_head, m->logits, m->final_out, N, H, V);
+    rmsnorm_backward(t->dx, H, 0, m->dweights.final_norm, t->dnormed, H, m->final_in, H, m->weights.final_norm,
+                     m->final_rstd, N, 1, H);
+    for (int l = c->num_layers - 1; l >= 0; l--) {
+        ffn_layer_backward(m, l, scale);
+        attention_layer_backward(m, l);
+    }
+    embedding_backward(m->dweights.embedding, t->dx, m->tokens, N, H);
+}
+
+// The 2-norm of all gradients together. The sum is made of fixed blocks, added in order: any number of threads agrees.
+static double gradient_norm(Model* m) {
+    long blocks = m->layout.total / NORM_BLOCK + 1;
+    #pragma omp parallel for
+    for (long b = 0; b < blocks; b++) {
+        long end = lmin((b + 1) * NORM_BLOCK, m->layout.total);
+        double sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (long i = b * NORM_BLOCK; i < end; i++) sum += (double)m->grads[i] * m->grads[i];
+        m->scratch.norms[b] = sum;
+    }
+    double sum = 0;
+    for (long b = 0; b < blocks; b++) sum += m->scratch.norms[b];
+    return sqrt(sum);
+}
+
+typedef struct {
+    double beta1, beta2, eps, weight_decay, clip;       // clip = 0: no clipping
+} AdamW;
+
+// One AdamW step (Loshchilov and Hutter 2019) on n parameters, with g the gradient times `clip_scale`:
+//     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
+//     w -= lr (m / correction1) / (sqrt(v / correction2) + eps) + lr decay w           correction_i = 1 - beta_i^step
+// and the gradient is cleared for the next step while it is at hand.
+static void adamw(float* w, float* grad, float* m, float* v, long n, float clip_scale, float lr, float decay, float beta1,
+                  float beta2, float eps, float correction1, float correction2) {
+    float rate = lr / correction1, root = 1.0f / sqrtf(correction2), keep = 1.0f - lr * decay;
+    #pragma omp parallel for simd schedule(static)
+    for (long i = 0; i < n; i++) {
+        float g = grad[i] * clip_scale;
+        float m_i = beta1 * m[i] + (1.0f - beta1) * g, v_i = beta2 * v[i] + (1.0f - beta2) * g * g;
+        m[i] = m_i;
+        v[i] = v_i;
+        w[i] = keep * w[i] - rate * m_i / (sqrtf(v_i) * root + eps);
+        grad[i] = 0;
+    }
+}
+
+// Updates the parameters from the gradients and clears them; step counts from 1. Weight decay is for matrices alone.
+// Returns the norm of the gradients before they were clipped; if it is not finite, nothing is updated.
+static double model_update(Model* m, const AdamW* o, double lr, long step) {
+    double norm = gradient_norm(m), scale = 1;
+    if (!isfinite(norm)) return norm;
+    if (o->clip > 0 && norm + 1e-6 > o->clip) scale = o->clip / (norm + 1e-6);          // as clip_grad_norm_
+    float correction1 = (float)(1 - pow(o->beta1, (double)step)), correction2 = (float)(1 - pow(o->beta2, (double)step));
+    long matrices = m->layout.matrices, vectors = m->layout.total - matrices;
+    adamw(m->params, m->grads, m->exp_avg, m->exp_avg_sq, matrices, (float)scale, (float)lr, (float)o->weight_decay,
+          (float)o->beta1, (float)o->beta2, (float)o->eps, correction1, correction2);
+    adamw(m->params + matrices, m->grads + matrices, m->exp_avg + matrices, m->exp_avg_sq + matrices, vectors, (float)scale,
+          (float)lr, 0, (float)o->beta1, (float)o->beta2, (float)o->eps, correction1, correction2);
+    return norm;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 7. Data
+//
+// Raw text, in which every byte is a token, or shards of tokens as llm.c writes them: a header of 256 int32 (magic,
+// version, number of tokens), then the tokens. Windows of T + 1 tokens start every T tokens and never cross files.
+
+enum { SHARD_HEADER = 1024, SHARD_MAGIC_16 = 20240520, SHARD_MAGIC_32 = 20240801 };
+
+// The text that is trained on when no --data is given: the project's own source files, written into this header when
+// the program is built. Without `make` there is none.
+#if defined(__has_include)
+#if __has_include("build/embedded.h")
+#include "build/embedded.h"
+#define HAVE_EMBEDDED 1
+#endif
+#endif
+#ifndef HAVE_EMBEDDED
+static const unsigned char embedded_text[1] = {0};
+static const long embedded_size = 0;
+#endif
+
+typedef enum { WHOLE, TRAIN_PART, VAL_PART } Part;      // of a raw text: all, all but the last tenth, the last tenth
+
+typedef struct {
+    char* path;
+    int fd;                 // -1: the embedded text
+    int width;              // bytes in a token: 1 raw text, 2 or 4 in shards
+    long start;             // where this part's tokens start in the file, in bytes
+    long count;             // tokens in this part
+    long windows;
+} DataFile;
+
+typedef struct {
+    DataFile* files;
+    int num_files;
+    int T, vocab_size, raw;             // raw = 1: bytes are tokens
+    long windows, tokens;
+    unsigned char* buffer;              // (T + 1, 4) a window as it is in the file
+} Dataset;
+
+static int32_t read_i32(const unsigned char* p) {
+    return (int32_t)((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
+}
+
+// reads exactly n bytes at an offset; 0 if the file ends before or cannot be read
+static int read_at(int fd, void* buffer, size_t n, long offset) {
+    for (size_t done = 0; done < n;) {
+        ssize_t got = pread(fd, (char*)buffer + done, n - done, offset + (long)done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return 0;
+        done += (size_t)got;
+    }
+    return 1;
+}
+
+// Finds out what a file is and which part of it is used. Bad files end the program with one line.
+static void data_file_open(DataFile* f, const char* path, int T, Part part, int raw_allowed) {
+    memset(f, 0, sizeof *f);
+    f->path = copy_string(path);
+    long size;
+    unsigned char header[SHARD_HEADER];
+    if (!strcmp(path, "<embedded>")) {
+        f->fd = -1;
+        size = embedded_size;
+        if (size == 0) die(2, "this build has no embedded text: build with `make`, or name a text with --data FILE");
+    } else {
+        struct stat st;
+        f->fd = open(path, O_RDONLY);
+        if (f->fd < 0) die(2, "%s: %s; --data and --val want a text or a .bin file of tokens", path, strerror(errno));
+        if (fstat(f->fd, &st) || !S_ISREG(st.st_mode)) die(2, "%s: not a regular file", path);
+        size = (long)st.st_size;
+    }
+    int magic = size >= 4 && f->fd >= 0 && read_at(f->fd, header, 4, 0) ? read_i32(header) : 0;
+    size_t length = strlen(path);
+    int named_bin = length > 4 && !strcmp(path + length - 4, ".bin");
+    if (magic == SHARD_MAGIC_16 || magic == SHARD_MAGIC_32) {
+        int version = magic == SHARD_MAGIC_16 ? 1 : 7;
+        if (!read_at(f->fd, header, SHARD_HEADER, 0))
+            die(2, "%s: the header ends at byte %ld; a token shard's has 1024", path, size);
+        if (read_i32(header + 4) != version)
+            die(2, "%s: version %d at byte 4, expected %d for magic %d", path, read_i32(header + 4), version, magic);
+        f->width = magic == SHARD_MAGIC_16 ? 2 : 4;
+        f->start = SHARD_HEADER;
+        f->count = read_i32(header + 8);
+        if (f->count < 0 || SHARD_HEADER + f->count * f->width != size)
+            die(2, "%s: the header at byte 8 promises %ld tokens, which makes %ld bytes, but the file has %ld", path, f->count,
+                SHARD_HEADER + f->count * f->width, size);
+        if (f->count < T + 1) die(2, "%s: %ld tokens, but --seq %d needs at least %d", path, f->count, T, T + 1);
+    } else {
+        if (named_bin)
+            die(2, "%s: magic %d at byte 0; a .bin file of tokens starts with %d (uint16) or %d (uint32)", path, magic,
+                SHARD_MAGIC_16, SHARD_MAGIC_32);
+        if (!raw_allowed)
+            die(2, "%s: text, but this model does not read bytes; make token shards with data/tokenize_text.py", path);
+        f->width = 1;
+        long val = size / 10 > T + 1 ? size / 10 : T + 1;          // the last tenth, at least one window
+        f->start = part == VAL_PART ? size - val : 0;
+        f->count = part == WHOLE ? size : part == VAL_PART ? val : size - val;
+        if (part == WHOLE && size < T + 1)
+            die(2, "%s: %ld bytes, but --seq %d needs at least %d", path, size, T, T + 1);
+        if (part != WHOLE && size < 2L * (T + 1))
+            die(2, "%s: %ld bytes, but --seq %d needs at least %d (half of them for validation; --val none uses all)", path,
+                size, T, 2 * (T + 1));
+    }
+    f->windows = (f->count - 1) / T;
+}
+
+// Opens the files of a comma-separated list of names and patterns; each pattern's files are sorted by name.
+// raw_allowed = 0 refuses text: the model has a tokenizer, or fewer than 256 tokens.
+static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part, int raw_allowed) {
+    Dataset* d = (Dataset*)checked_malloc(sizeof(Dataset));
+    memset(d, 0, sizeof *d);
+    d->T = T;
+    d->vocab_size = vocab_size;
+    d->buffer = (unsigned char*)checked_malloc(4 * ((size_t)T + 1));
+    char *names = copy_string(list), *rest = names, *name;
+    while ((name = strsep(&rest, ",")) != NULL) {
+        glob_t found;
+        memset(&found, 0, sizeof found);
+        // a name without a match stands for itself, so that opening it says what is wrong
+        if (glob(name, GLOB_NOCHECK, NULL, &found)) die(2, "%s: the file name or pattern cannot be read", name);
+        for (size_t i = 0; i < found.gl_pathc; i++) {
+            d->files = (DataFile*)realloc(d->files, sizeof(DataFile) * (d->num_files + 1));
+            if (!d->files) die(1, "out of memory");
+            DataFile* f = &d->files[d->num_files++];
+            data_file_open(f, found.gl_pathv[i], T, part, raw_allowed);
+            if (d->num_files > 1 && (f->width == 1) != d->raw)
+                die(2, "%s: text and token shards cannot be mixed in one run", f->path);
+            d->raw = f->width == 1;
+            d->windows += f->windows;
+            d->tokens += f->count;
+        }
+        globfree(&found);
+    }
+    free(names);
+    return d;
+}
+
+static void dataset_close(Dataset* d) {
+    for (int i = 0; i < d->num_files; i++) {
+        if (d->files[i].fd >= 0) close(d->files[i].fd);
+        free(d->files[i].path);
+    }
+    free(d->files);
+    free(d->buffer);
+    free(d);
+}
+
+// Window number w (in file order): tokens (T) and targets (T), the tokens that follow them.
+static void dataset_window(Dataset* d, long w, int* tokens, int* targets) {
+    DataFile* f = d->files;
+    for (; w >= f->windows; f++) w -= f->windows;
+    int T = d->T;
+    long offset = f->start + w * T * f->width;
+    const unsigned char* p = embedded_text + offset;
+    if (f->fd >= 0) {
+        if (!read_at(f->fd, d->buffer, ((size_t)T + 1) * f->width, offset))
+            die(1, "%s: cannot read %d tokens at byte %ld; has the file changed?", f->path, T + 1, offset);
+        p = d->buffer;
+    }
+    for (int t = 0; t <= T; t++) {
+        long token = f->width == 1 ? p[t] : f->width == 2 ? p[2 * t] | p[2 * t + 1] << 8 : read_i32(p + 4L * t);
+        if (token < 0 || token >= d->vocab_size)
+            die(2, "%s: token %ld at byte %ld; the vocabulary has 0 to %d", f->path, token, offset + (long)t * f->width,
+                d->vocab_size - 1);
+        if (t < T) tokens[t] = (int)token;
+        if (t > 0) targets[t - 1] = (int)token;
+    }
+}
+
+// Sequence number `index` of training: every window once an epoch, in an order that (seed, epoch) fixes. So the position
+// in the data is a function of the step, and a resumed run needs to remember nothing else.
+static void dataset_training_sequence(Dataset* d, uint64_t seed, long index, int* tokens, int* targets) {
+    uint64_t key = random_key(seed, hash_string("order"), (uint64_t)(index / d->windows), 0);
+    dataset_window(d, random_permutation(index % d->windows, d->windows, key), tokens, targets);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 8. Training loop
+
+typedef enum { WSD, COSINE, CONSTANT } Schedule;
+
+// All that decides what a run computes; --resume reads it back from trainer.json.
+typedef struct {
+    const char* data;
+    const char* val;                    // NULL: the last tenth of a raw text; "none": no validation
+    long steps;                         // in all, also after a resume
+    int B, T, accum;                    // sequences, their length, micro-batches in a step
+    double lr, min_lr, decay_frac;
+    long warmup;
+    Schedule schedule;
+    AdamW adamw;
+    uint64_t seed;
+    long val_every, val_batches, save_every, sample_every;
+} Run;
+
+// The learning rate of step 0, 1, ..: a linear rise over `warmup` steps, then
+//     WSD       constant, and a linear fall to min_lr over the last decay_frac of all steps
+//     COSINE    half a cosine wave down to min_lr
+static double learning_rate(const Run* r, long step) {
+    if (step < r->warmup) return r->lr * (double)(step + 1) / (double)r->warmup;
+    if (r->schedule == COSINE) {
+        double done = (double)(step - r->warmup) / (double)(r->steps - r->warmup > 0 ? r->steps - r->warmup : 1);
+        return r->min_lr + (r->lr - r->min_lr) * 0.5 * (1 + cos(M_PI * (done < 1 ? done : 1)));
+    }
+    if (r->schedule == WSD) {
+        double decay_steps = r->decay_frac * (double)r->steps, left = (double)(r->steps - step);
+        if (left < decay_steps) return r->min_lr + (r->lr - r->min_lr) * (left > 0 ? left : 0) / decay_steps;
+    }
+    return r->lr;
+}
+
+// Room for one batch.
+typedef struct {
+    int *tokens, *targets;              // (B, T)
+} Batch;
+
+static Batch batch_create(int B, int T) {
+    Batch batch;
+    batch.tokens = (int*)checked_malloc(sizeof(int) * 2 * B * T);
+    batch.targets = batch.tokens + (long)B * T;
+    return batch;
+}
+
+// Mean loss over the first `batches` batches of a data set in file order (0: all of it).
+static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
+    long windows = batches > 0 ? lmin(batches * m->B, d->windows) : d->windows;
+    double sum = 0;
+    for (long w = 0; w < windows; w += m->B) {
+        int B = (int)lmin(m->B, windows - w);
+        for (int b = 0; b < B; b++) dataset_window(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T);
+        sum += model_forward(m, batch.tokens, batch.targets, B, d->T) * B;
+    }
+    return sum / (double)windows;
+}
+
+// Explained in sections 11 and 12.
+static const char* checkpoint_save(const Model* m, const char* out, long step);
+static void print_sample(Model* generator, uint64_t seed, int tokens);
+
+static volatile sig_atomic_t stop_signal = 0;
+static void on_signal(int signal_number) { stop_signal = signal_number; }
+
+// Opens OUT/name for appending. A run that continues at `step` first drops the rows of later steps, which it will make
+// again; a new run starts with the header.
+static FILE* log_open(const char* out, const char* name, const char* header, long step) {
+    char path[PATH_SIZE], temporary[PATH_SIZE], line[1024];
+    join_path(path, out, name);
+    join_path(temporary, out, ".log");
+    FILE *kept = fopen(temporary, "w"), *old = step > 0 ? fopen(path, "r") : NULL;
+    if (!kept) die(1, "%s: %s", temporary, strerror(errno));
+    fprintf(kept, "%s\n", header);
+    if (old) {
+        if (fgets(line, sizeof line, old))
+            while (fgets(line, sizeof line, old))
+                if (strchr(line, '\n') && atol(line) <= step) fputs(line, kept);
+        fclose(old);
+    }
+    if (fclose(kept) || rename(temporary, path)) die(1, "%s: %s", path, strerror(errno));
+    FILE* log = fopen(path, "a");
+    if (!log) die(1, "%s: %s", path, strerror(errno));
+    return log;
+}
+
+static void print_duration(double s) {
+    long left = (long)(s + 0.5);
+    if (left >= 3600) fprintf(stderr, "%ld:%02ld:%02ld left", left / 3600, left / 60 % 60, left % 60);
+    else fprintf(stderr, "%ld:%02ld left", left / 60, left % 60);
+}
+
+// Trains from first_step (0, or where the checkpoint in `out` stopped) to run->steps. out, val and generator may be NULL:
+// then nothing is written, validated or sampled. Returns the exit code: 0, 1 after a failure, 130 or 143 after a signal.
+static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* generator, const char* out, long first_step) {
+    int L = m->config.num_layers, E = m->config.num_experts, T = run->T, terminal = isatty(2), exit_code = 0;
+    long saved = first_step, tokens_per_step = (long)run->B * T * run->accum;
+    double flops = flops_per_token(&m->config, T), started = seconds();
+    Batch batch = batch_create(run->B, T);
+    FILE *log = NULL, *val_log = NULL, *load_log = NULL;
+    if (out) {
+        log = log_open(out, "log.csv", "step,tokens,train_loss,aux_loss,z_loss,lr,grad_norm,tokens_per_s", first_step);
+        val_log = log_open(out, "val.csv", "step,tokens,val_loss", first_step);
+        load_log = log_open(out, "load.csv", "step,layer,expert,assignments", first_step);
+    }
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    for (long step = first_step; step < run->steps && !stop_signal; step++) {
+        double t0 = seconds(), loss = 0, aux_loss = 0, z_loss = 0, lr = learning_rate(run, step);
+        m->counting_load = 1;
+        for (int micro = 0; micro < run->accum; micro++) {
+            for (int b = 0; b < run->B; b++)
+                dataset_training_sequence(data, run->seed, (step * run->accum + micro) * run->B + b,
+                                          batch.tokens + (long)b * T, batch.targets + (long)b * T);
+            loss += model_forward(m, batch.tokens, batch.targets, run->B, T) / run->accum;
+            aux_loss += m->aux_loss / run->accum;
+            z_loss += m->z_loss / run->accum;
+            model_backward(m, 1.0f / run->accum);
+        }
+        m->counting_load = 0;
+        double norm = isfinite(loss) ? model_update(m, &run->adamw, lr, step + 1) : NAN;
+        if (!isfinite(norm)) {
+            fprintf(stderr, "%s%s: step %ld: the %s is not finite; ", terminal ? "\n" : "", program_name, step + 1,
+                    isfinite(loss) ? "gradient" : "loss");
+            if (out && saved > 0) fprintf(stderr, "the checkpoint of step %ld in %s is intact; try a lower --lr\n", saved, out);
+            else fprintf(stderr, "nothing had been saved; try a lower --lr\n");
+            exit_code = 1;
+            break;
+        }
+        double elapsed = seconds() - t0, rate = tokens_per_step / elapsed;
+        long done = step + 1;
+        fprintf(stderr, "%sstep %ld/%ld | loss %.4f | lr %.2e | norm %.2f | %.0f tokens/s | %.1f GFLOP/s | ",
+                terminal ? "\r" : "", done, run->steps, loss, lr, norm, rate, rate * flops * 1e-9);
+        print_duration((seconds() - started) / (done - first_step) * (run->steps - done));
+        fprintf(stderr, terminal ? "\033[K" : "\n");
+        if (log) {
+            fprintf(log, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f\n", done, done * tokens_per_step, loss, aux_loss, z_loss, lr,
+                    norm, rate);
+            fflush(log);
+        }
+        int last = done == run->steps;
+        if (val && (last || (run->val_every > 0 && done % run->val_every == 0))) {
+            double val_loss = evaluate(m, val, run->val_batches, batch);
+            fprintf(stderr, "%s", terminal ? "\n" : "");
+            printf("step %ld: validation loss %.4f", done, val_loss);
+            if (val->raw) printf(" nats (%.4f bits) a byte", val_loss / M_LN2);
+            printf("\n");
+            fflush(stdout);
+            if (val_log) {
+                fprintf(val_log, "%ld,%ld,%.6f\n", done, done * tokens_per_step, val_loss);
+                fflush(val_log);
+                for (int l = 0; l < L; l++)
+                    for (int e = 0; m->config.sparse[l] && e < E; e++)
+                        fprintf(load_log, "%ld,%d,%d,%ld\n", done, l, e, m->load[(long)l * E + e]);
+                fflush(load_log);
+            }
+            memset(m->load, 0, sizeof(long) * L * (E > 0 ? E : 1));
+        }
+        if (generator && run->sample_every > 0 && done % run->sample_every == 0 && !last) {
+            fprintf(stderr, "%s", terminal ? "\n" : "");
+            print_sample(generator, run->seed, 200);
+        }
+        if (out && (last || stop_signal || (run->save_every > 0 && done % run->save_every == 0))) {
+            const char* error = checkpoint_save(m, out, done);
+            if (error) {
+                fprintf(stderr, "%s%s: step %ld could not be saved: %s; ", terminal ? "\n" : "", program_name, done, error);
+                if (saved > 0) fprintf(stderr, "the checkpoint of step %ld in %s is intact\n", saved, out);
+                else fprintf(stderr, "%s holds no checkpoint\n", out);
+                exit_code = 1;
+                break;
+            }
+            saved = done;
+        }
+    }
+    fprintf(stderr, "%s", terminal ? "\n" : "");
+    if (stop_signal && !exit_code) {
+        if (out) fprintf(stderr, "%s: stopped by a signal; step %ld is saved in %s, --resume goes on\n", program_name, saved, out);
+        else fprintf(stderr, "%s: stopped by a signal; nothing was saved, as there was no --out\n", program_name);
+        exit_code = stop_signal == SIGTERM ? 143 : 130;
+    }
+    if (log) {
+        fclose(log);
+        fclose(val_log);
+        fclose(load_log);
+    }
+    free(batch.tokens);
+    return exit_code;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 9. JSON
+//
+// Functions of this and the next section are given files that may be broken or hostile. They return an error instead of
+// ending the program, so that tests and fuzzers can call them: the first problem found is written to an Error.
+
+typedef struct {
+    char text[512];                 // empty: no error
+} Error;
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+static int set_error(Error* error, const char* format, ...) {
+    if (!error->text[0]) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(error->text, sizeof error->text, format, args);
+        va_end(args);
+    }
+    return 0;
+}
+
+typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } JsonType;
+
+typedef struct Json {
+    JsonType type;
+    char* key;                      // in an object: the member's name
+    char* string;                   // JSON_STRING: its text; JSON_NUMBER: as it was written
+    size_t length;                  // bytes of `string`, which may contain zeros
+    double number;
+    int count;                      // members of an array or object
+    struct Json** items;            // (count); an object's are sorted by key
+} Json;
+
+typedef struct {
+    const char *start, *at, *end;
+    Error* error;
+} JsonReader;
+
+static void json_free(Json* j) {
+    if (!j) return;
+    for (int i = 0; i < j->count; i++) json_free(j->items[i]);
+    free(j->items);
+    free(j->key);
+    free(j->string);
+    free(j);
+}
+
+static void json_space(JsonReader* r) {
+    while (r->at < r->end && (*r->at == ' ' || *r->at == '\t' || *r->at == '\n' || *r->at == '\r')) r->at++;
+}
+
+static int json_error(JsonReader* r, const char* expected) {
+    return set_error(r->error, "not JSON: byte %ld: expected %s", (long)(r->at - r->start), expected);
+}
+
+// the bytes of a valid UTF-8 character at s, or 0
+static int utf8_length(const char* s, const char* end) {
+    const unsigned char* p = (const unsigned char*)s;
+    int n = p[0] < 0x80 ? 1 : p[0] >= 0xC2 && p[0] < 0xE0 ? 2 : (p[0] & 0xF0) == 0xE0 ? 3 : p[0] >= 0xF0 && p[0] < 0xF5 ? 4 : 0;
+    if (n == 0 || end - s < n) return 0;
+    for (int i = 1; i < n; i++)
+        if ((p[i] & 0xC0) != 0x80) return 0;
+    if (n == 3 && ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] >= 0xA0))) return 0;     // overlong; surrogate
+    if (n == 4 && ((p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] >= 0x90))) return 0;     // overlong; too large
+    return n;
+}
+
+static int utf8_write(char* out, uint32_t c) {
+    if (c < 0x80) {
+        out[0] = (char)c;
+        return 1;
+    }
+    int n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (int i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(0x80 | (c & 0x3F));
+    out[0] = (char)((n == 2 ? 0xC0 : n == 3 ? 0xE0 : 0xF0) | c);
+    return n;
+}
+
+static int json_hex4(JsonReader* r, uint32_t* value) {
+    *value = 0;
+    for (int i = 0; i < 4; i++, r->at++) {
+        if (r->at >= r->end || !isxdigit((unsigned char)*r->at)) return json_error(r, "four hexadecimal digits");
+        int c = tolower((unsigned char)*r->at);
+        *value = *value * 16 + (uint32_t)(c <= '9' ? c - '0' : c - 'a' + 10);
+    }
+    return 1;
+}
+
+// the text between quotes, decoded; NULL on error
+static char* json_string(JsonReader* r, size_t* length) {
+    if (r->at >= r->end || *r->at != '"') {
+        json_error(r, "a string");
+        return NULL;
+    }
+    const char* close = ++r->at;
+    while (close < r->end && *close != '"') close += *close == '\\' && close + 1 < r->end ? 2 : 1;
+    char *out = (char*)checked_malloc((size_t)(close - r->at) + 1), *p = out;   // decoding never makes it longer
+    while (r->at < r->end && *r->at != '"') {
+        if (*r->at == '\\') {
+            static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+            char c = r->at + 1 < r->end ? r->at[1] : 0;
+            const char* found = c ? strchr(escapes, c) : NULL;
+            uint32_t code, low;
+            if (found) {
+                *p++ = meanings[found - escapes];
+                r->at += 2;
+                continue;
+            }
+            if (c != 'u') { json_error(r, "an escape sequence"); break; }
+            r->at += 2;
+            if (!json_hex4(r, &code)) break;
+            if (code >= 0xD800 && code < 0xDC00) {      // the first half of a pair
+                if (r->end - r->at < 2 || r->at[0] != '\\' || r->at[1] != 'u') { json_error(r, "a surrogate pair"); break; }
+                r->at += 2;
+                if (!json_hex4(r, &low)) break;
+                if (low < 0xDC00 || low >= 0xE000) { json_error(r, "a surrogate pair"); break; }
+                code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+            } else if (code >= 0xDC00 && code < 0xE000) { json_error(r, "a surrogate pair"); break; }
+            p += utf8_write(p, code);
+        } else {
+            int n = utf8_length(r->at, r->end);
+            if (n == 0) { json_error(r, "UTF-8"); break; }
+            if ((unsigned char)*r->at < 0x20) { json_error(r, "an escaped control character"); break; }
+            memcpy(p, r->at, (size_t)n);
+            p += n;
+            r->at += n;
+        }
+    }
+    if (!r->error->text[0] && r->at >= r->end) json_error(r, "a closing quote");
+    if (r->error->text[0]) {
+        free(out);
+        return NULL;
+    }
+    r->at++;
+    *p = 0;
+    *length = (size_t)(p - out);
+    return out;
+}
+
+static int json_compare_keys(const void* a, const void* b) { return strcmp((*(Json* const*)a)->key, (*(Json* const*)b)->key); }
+
+// Strict JSON numbers: no leading zeros, no plus sign, no bare point.
+static int json_number(JsonReader* r, Json* j) {
+    const char* start = r->at;
+    if (r->at < r->end && *r->at == '-') r->at++;
+    if (r->at < r->end && *r->at == '0') r->at++;
+    else if (r->at < r->end && *r->at >= '1' && *r->at <= '9') while (r->at < r->end && isdigit((unsigned char)*r->at)) r->at++;
+    else return json_error(r, "a value");
+    if (r->at < r->end && *r->at == '.') {
+        if (++r->at >= r->end || !isdigit((unsigned char)*r->at)) return json_error(r, "a digit");
+        while (r->at < r->end && isdigit((unsigned char)*r->at)) r->at++;
+    }
+    if (r->at < r->end && (*r->at == 'e' || *r->at == 'E')) {
+        r->at++;
+        if (r->at < r->end && (*r->at == '+' || *r->at == '-')) r->at++;
+        if (r->at >= r->end || !isdigit((unsigned char)*r->at)) return json_error(r, "a digit");
+        while (r->at < r->end && isdigit((unsigned char)*r->at)) r->at++;
+    }
+    j->type = JSON_NUMBER;
+    j->length = (size_t)(r->at - start);
+    j->string = (char*)checked_malloc(j->length + 1);
+    memcpy(j->string, start, j->length);
+    j->string[j->length] = 0;
+    j->number = strtod(j->string, NULL);
+    return 1;
+}
+
+static Json* json_value(JsonReader* r, int depth) {
+    Json* j = (Json*)checked_malloc(sizeof(Json));
+    memset(j, 0, sizeof *j);
+    json_space(r);
+    char c = r->at < r->end ? *r->at : 0;
+    if (depth > 64) {
+        json_error(r, "at most 64 levels");
+    } else if (c == '{' || c == '[') {
+        char close = c == '{' ? '}' : ']';
+        int capacity = 0;
+        j->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
+        r->at++;
+        json_space(r);
+        if (r->at < r->end && *r->at == close) {
+            r->at++;
+            return j;
+        }
+        for (;;) {
+            char* key = NULL;
+            size_t length;
+            json_space(r);
+            if (c == '{') {
+                key = json_string(r, &length);
+                if (!key) break;
+                if (strlen(key) != length) json_error(r, "a key without zero bytes");
+                json_space(r);
+                if (r->at >= r->end || *r->at != ':') json_error(r, "a colon");
+                r->at++;
+            }
+            Json* item = r->error->text[0] ? NULL : json_value(r, depth + 1);
+            if (!item) {
+                free(key);
+                break;
+            }
+            item->key = key;
+            if (j->count == capacity) {
+                capacity = capacity ? capacity * 2 : 8;
+                j->items = (Json**)realloc(j->items, sizeof(Json*) * (size_t)capacity);
+                if (!j->items) die(1, "out of memory");
+            }
+            j->items[j->count++] = item;
+            json_space(r);
+            if (r->at < r->end && *r->at == ',') {
+                r->at++;
+                continue;
+            }
+            if (r->at < r->end && *r->at == close) r->at++;
+            else json_error(r, close == '}' ? "a comma or }" : "a comma or ]");
+            break;
+        }
+        if (j->type == JSON_OBJECT && !r->error->text[0]) {
+            qsort(j->items, (size_t)j->count, sizeof(Json*), json_compare_keys);
+            for (int i = 1; i < j->count; i++)
+                if (!strcmp(j->items[i - 1]->key, j->items[i]->key))
+                    set_error(r->error, "not JSON: the name \"%.80s\" appears twice", j->items[i]->key);
+        }
+    } else if (c == '"') {
+        j->type = JSON_STRING;
+        j->string = json_string(r, &j->length);
+    } else if (r->end - r->at >= 4 && !memcmp(r->at, "null", 4)) {
+        j->type = JSON_NULL;
+        r->at += 4;
+    } else if (r->end - r->at >= 4 && !memcmp(r->at, "true", 4)) {
+        j->type = JSON_TRUE;
+        r->at += 4;
+    } else if (r->end - r->at >= 5 && !memcmp(r->at, "false", 5)) {
+        j->type = JSON_FALSE;
+        r->at += 5;
+    } else {
+        json_number(r, j);
+    }
+    if (r->error->text[0]) {
+        json_free(j);
+        return NULL;
+    }
+    return j;
+}
+
+// The value of a whole text, to be freed with json_free; NULL and an error if it is not JSON.
+static Json* json_parse(const char* text, size_t length, Error* error) {
+    JsonReader r = {text, text, text + length, error};
+    Json* j = json_value(&r, 0);
+    json_space(&r);
+    if (j && r.at != r.end) json_error(&r, "the end");
+    if (error->text[0]) {
+        json_free(j);
+        return NULL;
+    }
+    return j;
+}
+
+// The member of an object, or NULL (also if j is NULL or no object).
+static const Json* json_get(const Json* j, const char* key) {
+    if (!j || j->type != JSON_OBJECT) return NULL;
+    for (int low = 0, high = j->count - 1; low <= high;) {
+        int middle = (low + high) / 2, order = strcmp(key, j->items[middle]->key);
+        if (order == 0) return j->items[middle];
+        if (order < 0) high = middle - 1;
+        else low = middle + 1;
+    }
+    return NULL;
+}
+
+// A member that is absent or null.
+static int json_absent(const Json* j) { return !j || j->type == JSON_NULL; }
+
+// The text of a file, to be freed; NULL and an error if it cannot be read or is larger than `limit`.
+static char* read_file(const char* path, size_t limit, size_t* length, Error* error) {
+    struct stat st;
+    int fd = open(path, O_RDONLY);
+    char* text = NULL;
+    if (fd < 0 || fstat(fd, &st)) set_error(error, "%s: %s", path, strerror(errno));
+    else if (!S_ISREG(st.st_mode)) set_error(error, "%s: not a regular file", path);
+    else if ((size_t)st.st_size > limit) set_error(error, "%s: %lld bytes, at most %zu expected", path, (long long)st.st_size, limit);
+    else {
+        *length = (size_t)st.st_size;
+        text = (char*)checked_malloc(*length + 1);
+        text[*length] = 0;
+        if (!read_at(fd, text, *length, 0)) {
+            set_error(error, "%s: cannot be read", path);
+            free(text);
+            text = NULL;
+        }
+    }
+    if (fd >= 0) close(fd);
+    return text;
+}
+
+static Json* json_read(const char* path, Error* error) {
+    size_t length;
+    Error inner = {""};
+    char* text = read_file(path, 1 << 30, &length, error);
+    if (!text) return NULL;
+    Json* j = json_parse(text, length, &inner);
+    if (!j) set_error(error, "%s: %s", path, inner.text);
+    free(text);
+    return j;
+}
+
+// A text that grows as it is written.
+typedef struct {
+    char* data;
+    size_t length, capacity;
+} Text;
+
+static void text_add(Text* t, const char* bytes, size_t n) {
+    if (t->length + n + 1 > t->capacity) {
+        t->capacity = (t->length + n + 1) * 2;
+        t->data = (char*)realloc(t->data, t->capacity);
+        if (!t->data) die(1, "out of memory");
+    }
+    memcpy(t->data + t->length, bytes, n);
+    t->length += n;
+    t->data[t->length] = 0;
+}
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+static void text_print(Text* t, const char* format, ...) {
+    char buffer[1024];
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(buffer, sizeof buffer, format, args);
+    va_end(args);
+    text_add(t, buffer, (size_t)imin(n, (int)sizeof buffer - 1));
+}
+
+// a string with quotes and escapes
+static void text_json_string(Text* t, const char* s) {
+    text_print(t, "\"");
+    for (; *s; s++) {
+        if (*s == '"' || *s == '\\') text_print(t, "\\%c", *s);
+        else if ((unsigned char)*s < 0x20) text_print(t, "\\u%04x", *s);
+        else text_add(t, s, 1);
+    }
+    text_print(t, "\"");
+}
+
+// The shortest decimal that reads back as the same number, always with a point or an exponent: 1e-06 must not become 0.
+static void text_json_double(Text* t, double x) {
+    char buffer[40];
+    for (int precision = 1; precision <= 17; precision++) {
+        snprintf(buffer, sizeof buffer, "%.*g", precision, x);
+        if (strtod(buffer, NULL) == x) break;
+    }
+    text_print(t, strpbrk(buffer, ".en") ? "%s" : "%s.0", buffer);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 10. safetensors
+//
+// A file is 8 bytes with the length of a JSON header, the header, and the tensors' bytes. A model is one file, or several
+// ("shards") with an index that names the file of each tensor.
+
+typedef enum { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_I32, DTYPE_OTHER } Dtype;    // OTHER is known but never converted
+
+typedef struct {
+    char* name;
+    int file;                       // which of the opened files
+    Dtype dtype;
+    int ndim;
+    long shape[4];
+    long count;                     // numbers in the tensor
+    long offset, bytes;             // where its bytes are in the file
+    int used;                       // for the caller
+} StoredTensor;
+
+typedef struct {
+    int num_files, num_tensors;
+    int* fds;
+    char** paths;
+    StoredTensor* tensors;          // sorted by name
+    Json* metadata;                 // of the first file, or NULL
+} SafeTensors;
+
+static void safetensors_close(SafeTensors* s) {
+    if (!s) return;
+    for (int i = 0; i < s->num_files; i++) {
+        if (s->fds[i] >= 0) close(s->fds[i]);
+        free(s->paths[i]);
+    }
+    for (int i = 0; i < s->num_tensors; i++) free(s->tensors[i].name);
+    free(s->fds);
+    free(s->paths);
+    free(s->tensors);
+    json_free(s->metadata);
+    free(s);
+}
+
+static int compare_tensor_names(const void* a, const void* b) {
+    return strcmp(((const StoredTensor*)a)->name, ((const StoredTensor*)b)->name);
+}
+
+static int compare_tensor_offsets(const void* a, const void* b) {
+    const StoredTensor *x = (const StoredTensor*)a, *y = (const StoredTensor*)b;
+    if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
+    return (x->bytes > y->bytes) - (x->bytes < y->bytes);       // empty tensors first
+}
+
+// A whole number in 0 .. limit from JSON; -1 if it is none.
+static long json_whole(const Json* j, long limit) {
+    if (!j || j->type != JSON_NUMBER || strpbrk(j->string, "-.eE") || j->length > 18) return -1;
+    long value = atol(j->string);
+    return value <= limit ? value : -1;
+}
+
+// One entry of the header. `data` bytes of tensors follow the header.
+static int parse_tensor(StoredTensor* t, const Json* entry, long data, Error* error) {
+    static const struct { const char* name; int bytes; Dtype dtype; } known[] = {
+        {"F32", 4, DTYPE_F32}, {"BF16", 2, DTYPE_BF16}, {"F16", 2, DTYPE_F16}, {"I32", 4, DTYPE_I32},
+        {"F64", 8, DTYPE_OTHER}, {"I64", 8, DTYPE_OTHER}, {"U64", 8, DTYPE_OTHER}, {"U32", 4, DTYPE_OTHER},
+        {"I16", 2, DTYPE_OTHER}, {"U16", 2, DTYPE_OTHER}, {"I8", 1, DTYPE_OTHER}, {"U8", 1, DTYPE_OTHER},
+        {"BOOL", 1, DTYPE_OTHER}, {"F8_E4M3", 1, DTYPE_OTHER}, {"F8_E5M2", 1, DTYPE_OTHER}};
+    const Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape"), *offsets = json_get(entry, "data_offsets");
+    const char* name = entry->key;
+    int size = 0;
+    if (!dtype || dtype->type != JSON_STRING) return set_error(error, "tensor %.100s: no dtype", name);
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
+        if (!strcmp(dtype->string, known[i].name)) {
+            size = known[i].bytes;
+            t->dtype = known[i].dtype;
+        }
+    if (!size) return set_error(error, "tensor %.100s: unknown dtype %.20s", name, dtype->string);
+    if (!shape || shape->type != JSON_ARRAY || shape->count > 4)
+        return set_error(error, "tensor %.100s: shape is not a list of at most 4 numbers", name);
+    t->ndim = shape->count;
+    t->count = 1;
+    for (int i = 0; i < shape->count; i++) {
+        t->shape[i] = json_whole(shape->items[i], LONG_MAX);
+        if (t->shape[i] < 0) return set_error(error, "tensor %.100s: shape is not a list of whole numbers", name);
+        if (__builtin_mul_overflow(t->count, t->shape[i], &t->count)) return set_error(error, "tensor %.100s: the shape overflows", name);
+    }
+    if (__builtin_mul_overflow(t->count, (long)size, &t->bytes)) return set_error(error, "tensor %.100s: the shape overflows", name);
+    long begin = offsets && offsets->type == JSON_ARRAY && offsets->count == 2 ? json_whole(offsets->items[0], LONG_MAX) : -1;
+    long end = begin >= 0 ? json_whole(offsets->items[1], LONG_MAX) : -1;
+    if (begin < 0 || end < begin) return set_error(error, "tensor %.100s: data_offsets are not [begin, end]", name);
+    if (end > data)
+        return set_error(error, "tensor %.100s: its data end at byte %ld, but the file has %ld bytes of data (truncated?)", name, end, data);
+    if (end - begin != t->bytes)
+        return set_error(error, "tensor %.100s: its shape needs %ld bytes, data_offsets give %ld", name, t->bytes, end - begin);
+    t->offset = begin;
+    return 1;
+}
+
+// Appends the tensors of one file. The tensors must fill the file from end to end, without holes and overlaps.
+static int safetensors_add_file(SafeTensors* s, const char* path, Error* error) {
+    Error inner = {""};
+    struct stat st;
+    unsigned char prefix[8];
+    s->fds = (int*)realloc(s->fds, sizeof(int) * (size_t)(s->num_files + 1));
+    s->paths = (char**)realloc(s->paths, sizeof(char*) * (size_t)(s->num_files + 1));
+    if (!s->fds || !s->paths) die(1, "out of memory");
+    int fd = open(path, O_RDONLY), file = s->num_files++;
+    s->fds[file] = fd;
+    s->paths[file] = copy_string(path);
+    if (fd < 0 || fstat(fd, &st)) return set_error(error, "%s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) return set_error(error, "%s: not a regular file", path);
+    long size = (long)st.st_size, length = 0;
+    if (size < 8 || !read_at(fd, prefix, 8, 0)) return set_error(error, "%s: %ld bytes are too short for safetensors", path, size);
+    for (int i = 7; i >= 0; i--) length = i == 7 && prefix[i] > 127 ? LONG_MAX : length == LONG_MAX ? length : length << 8 | prefix[i];
+    if (length > 100000000) return set_error(error, "%s: the header's length is over 100 MB; is this a safetensors file?", path);
+    if (8 + length > size) return set_error(error, "%s: the header's %ld bytes go past the end of the file", path, length);
+    char* text = (char*)checked_malloc((size_t)length + 1);
+    Json* header = NULL;
+    if (!read_at(fd, text, (size_t)length, 8)) set_error(error, "%s: the header cannot be read", path);
+    else if (length == 0 || text[0] != '{') set_error(error, "%s: the header does not start with {", path);
+    else header = json_parse(text, (size_t)length, &inner);
+    free(text);
+    if (!header) return set_error(error, "%s: %s", path, inner.text);
+    int first = s->num_tensors;
+    s->tensors = (StoredTensor*)realloc(s->tensors, sizeof(StoredTensor) * (size_t)(first + header->count + 1));
+    if (!s->tensors) die(1, "out of memory");
+    long at = 0;
+    for (int i = 0; i < header->count; i++) {
+        Json* entry = header->items[i];
+        if (!strcmp(entry->key, "__metadata__")) {
+            for (int k = 0; k < entry->count || entry->type != JSON_OBJECT; k++)
+                if (entry->type != JSON_OBJECT || entry->items[k]->type != JSON_STRING) {
+                    set_error(error, "%s: __metadata__ is not a map of strings", path);
+                    break;
+                }
+            if (file == 0) {
+                s->metadata = entry;
+                header->items[i] = (Json*)checked_malloc(sizeof(Json));         // taken out of the tree
+                memset(header->items[i], 0, sizeof(Json));
+            }
+            continue;
+        }
+        StoredTensor* t = &s->tensors[s->num_tensors];
+        memset(t, 0, sizeof *t);
+        t->file = file;
+        if (!parse_tensor(t, entry, size - 8 - length, &inner)) break;
+        t->name = copy_string(entry->key);
+        s->num_tensors++;
+    }
+    json_free(header);
+    qsort(s->tensors + first, (size_t)(s->num_tensors - first), sizeof(StoredTensor), compare_tensor_offsets);
+    for (int i = first; i < s->num_tensors && !inner.text[0]; i++) {
+        StoredTensor* t = &s->tensors[i];
+        if (t->offset != at)
+            set_error(&inner, "tensor %.100s starts at byte %ld of the data, expected %ld: %s", t->name, t->offset, at,
+                      t->offset > at ? "a hole" : "an overlap");
+        at = t->offset + t->bytes;
+        t->offset += 8 + length;
+    }
+    if (!inner.text[0] && 8 + length + at != size)
+        set_error(&inner, "%ld bytes follow the last tensor", size - 8 - length - at);
+    if (inner.text[0]) set_error(error, "%s: %s", path, inner.text);
+    return !error->text[0];
+}
+
+// The tensor of that name, or NULL.
+static StoredTensor* safetensors_find(const SafeTensors* s, const char* name) {
+    StoredTensor key;
+    key.name = (char*)name;
+    return (StoredTensor*)bsearch(&key, s->tensors, (size_t)s->num_tensors, sizeof(StoredTensor), compare_tensor_names);
+}
+
+static int safetensors_finish(SafeTensors* s, Error* error) {
+    qsort(s->tensors, (size_t)s->num_tensors, sizeof(StoredTensor), compare_tensor_names);
+    for (int i = 1; i < s->num_tensors; i++)
+        if (!strcmp(s->tensors[i - 1].name, s->tensors[i].name))
+            return set_error(error, "tensor %.100s is in two files: %s and %s", s->tensors[i].name,
+                             s->paths[s->tensors[i - 1].file], s->paths[s->tensors[i].file]);
+    return !error->text[0];
+}
+
+// Opens one file. NULL and an error if anything about it is wrong.
+static SafeTensors* safetensors_open(const char* path, Error* error) {
+    SafeTensors* s = (SafeTensors*)checked_malloc(sizeof(SafeTensors));
+    memset(s, 0, sizeof *s);
+    if (safetensors_add_file(s, path, error) && safetensors_finish(s, error)) return s;
+    safetensors_close(s);
+    return NULL;
+}
+
+// Opens DIR/model.safetensors, or the shards that DIR/model.safetensors.index.json names.
+static SafeTensors* safetensors_open_model(const char* dir, Error* error) {
+    char path[PATH_SIZE], index_path[PATH_SIZE];
+    join_path(path, dir, "model.safetensors");
+    join_path(index_path, dir, "model.safetensors.index.json");
+    if (access(index_path, F_OK) || !access(path, F_OK)) return safetensors_open(path, error);
+    Json* index = json_read(index_path, error);
+    if (!index) return NULL;
+    const Json* map = json_get(index, "weight_map");
+    SafeTensors* s = (SafeTensors*)checked_malloc(sizeof(SafeTensors));
+    memset(s, 0, sizeof *s);
+    if (!map || map->type != JSON_OBJECT || map->count == 0) set_error(error, "%s: no weight_map", index_path);
+    for (int i = 0; map && i < map->count && !error->text[0]; i++) {
+        const char* file = map->items[i]->type == JSON_STRING ? map->items[i]->string : "";
+        if (!*file || strchr(file, '/') || strchr(file, '\\') || file[0] == '.' || strlen(file) > 255) {
+            set_error(error, "%s: weight_map sends %.80s to \"%.80s\", which is not a file name in this directory", index_path,
+                      map->items[i]->key, file);
+            break;
+        }
+        join_path(path, dir, file);
+        int known = 0;
+        for (int k = 0; k < s->num_files; k++) known |= !strcmp(s->paths[k], path);
+        if (!known) safetensors_add_file(s, path, error);
+    }
+    if (!error->text[0]) safetensors_finish(s, error);
+    for (int i = 0; map && i < map->count && !error->text[0]; i++) {
+        StoredTensor* t = safetensors_find(s, map->items[i]->key);
+        const char* file = t ? strrchr(s->paths[t->file], '/') + 1 : NULL;
+        if (!t || strcmp(file, map->items[i]->string))
+            set_error(error, "%s: tensor %.100s is not in %.80s", index_path, map->items[i]->key, map->items[i]->string);
+    }
+    if (!error->text[0] && map->count != s->num_tensors)
+        set_error(error, "%s: the shards hold %d tensors, weight_map lists %d", index_path, s->num_tensors, map->count);
+    json_free(index);
+    if (!error->text[0]) return s;
+    safetensors_close(s);
+    return NULL;
+}
+
+static float bf16_to_float(uint16_t h) {
+    union { uint32_t bits; float value; } u;
+    u.bits = (uint32_t)h << 16;
+    return u.value;
+}
+
+static float f16_to_float(uint16_t h) {
+    union { uint32_t bits; float value; } u;
+    uint32_t exponent = (h >> 10) & 31, fraction = h & 1023u;
+    if (exponent == 0) u.value = (float)fraction * 5.9604644775390625e-08f;             // subnormal: fraction 2^-24
+    else u.bits = (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;      // 112 = 127 - 15, the biases
+    u.bits |= (uint32_t)(h & 0x8000) << 16;
+    return u.value;
+}
+
+// Reads `count` numbers from number `first` of a tensor on, as floats.
+static int safetensors_read(const SafeTensors* s, const StoredTensor* t, long first, long count, float* out, Error* error) {
+    int size = t->dtype == DTYPE_F32 ? 4 : 2;
+    if (t->dtype != DTYPE_F32 && t->dtype != DTYPE_BF16 && t->dtype != DTYPE_F16)
+        return set_error(error, "tensor %.100s: only F32, BF16 and F16 can be read", t->name);
+    unsigned char buffer[65536];
+    for (long done = 0; done < count;) {
+        long n = lmin(count - done, (long)sizeof buffer / size);
+        if (!read_at(s->fds[t->file], buffer, (size_t)(n * size), t->offset + (first + done) * size))
+            return set_error(error, "%s: tensor %.100s cannot be read", s->paths[t->file], t->name);
+        if (size == 4) memcpy(out + done, buffer, (size_t)n * 4);
+        else
+            for (long i = 0; i < n; i++) {
+                uint16_t h = (uint16_t)(buffer[2 * i] | buffer[2 * i + 1] << 8);
+                out[done + i] = t->dtype == DTYPE_BF16 ? bf16_to_float(h) : f16_to_float(h);
+            }
+        done += n;
+    }
+    return 1;
+}
+
+// A tensor to be written.
+typedef struct {
+    const char* name;
+    const char* dtype;              // "F32" or "I32"
+    int ndim;
+    long shape[3];
+    const void* data;
+} OutTensor;
+
+static long out_tensor_bytes(const OutTensor* t) {
+    long bytes = 4;
+    for (int i = 0; i < t->ndim; i++) bytes *= t->shape[i];
+    return bytes;
+}
+
+// Writes a file and flushes it to the disk. On failure the error says why, and the file must not be used.
+static int safetensors_write(const char* path, const OutTensor* tensors, int count, Error* error) {
+    Text header = {NULL, 0, 0};
+    text_print(&header, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (long i = 0, at = 0; i < count; i++) {
+        const OutTensor* t = &tensors[i];
+        text_print(&header, ",");
+        text_json_string(&header, t->name);
+        text_print(&header, ":{\"dtype\":\"%s\",\"shape\":[", t->dtype);
+        for (int k = 0; k < t->ndim; k++) text_print(&header, "%s%ld", k ? "," : "", t->shape[k]);
+        text_print(&header, "],\"data_offsets\":[%ld,%ld]}", at, at + out_tensor_bytes(t));
+        at += out_tensor_bytes(t);
+    }
+    text_print(&header, "}");
+    while (header.length % 8) text_print(&header, " ");
+    unsigned char prefix[8];
+    for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)header.length >> (8 * i));
+    FILE* f = fopen(path, "wb");
+    int ok = f && fwrite(prefix, 8, 1, f) == 1 && fwrite(header.data, header.length, 1, f) == 1;
+    for (int i = 0; i < count && ok; i++) {
+        size_t bytes = (size_t)out_tensor_bytes(&tensors[i]);
+        ok = bytes == 0 || fwrite(tensors[i].data, bytes, 1, f) == 1;
+    }
+    ok = ok && fflush(f) == 0 && fsync(fileno(f)) == 0;
+    if (!ok) set_error(error, "%s: %s", path, strerror(errno));
+    if (f && fclose(f) && ok) ok = set_error(error, "%s: %s", path, strerror(errno));
+    free(header.data);
+    return ok;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 11. Checkpoints
+//
+// A checkpoint is a Hugging Face directory: config.json, model.safetensors and the tokenizer's files; beside them our
+// trainer.json (options and step) and optimizer.safetensors (AdamW's moments).
+
+static const struct {
+    const char *model_type, *class_name;
+    int max_position;               // the class's default for a config.json without max_position_embeddings
+    double rope_theta, rms_norm_eps;
+    int sliding_window;
+    double aux;
+} archs[NUM_ARCHS] = {              // in the order of Arch; defaults as in transformers
+    {"llama", "LlamaForCausalLM", 2048, 1e4, 1e-6, 0, 0},
+    {"mistral", "MistralForCausalLM", 131072, 1e4, 1e-6, 4096, 0},
+    {"mixtral", "MixtralForCausalLM", 131072, 1e6, 1e-5, 0, 0.001},
+    {"olmoe", "OlmoeForCausalLM", 4096, 1e4, 1e-5, 0, 0.01},
+    {"qwen3", "Qwen3ForCausalLM", 32768, 1e4, 1e-6, 0, 0},
+    {"qwen3_moe", "Qwen3MoeForCausalLM", 32768, 1e4, 1e-6, 0, 0.001}};
+
+static int is_moe(Arch arch) { return arch == MIXTRAL || arch == OLMOE || arch == QWEN3_MOE; }
+
+// A whole number under `key` (or `other`, if not NULL); fallback < 0: it must be there.
+static int config_int(const Json* j, const char* key, const char* other, int fallback, int low, int high, Error* error) {
+    const Json* v = json_get(j, key);
+    if (json_absent(v) && other) v = json_get(j, other);
+    if (json_absent(v)) {
+        if (fallback < 0) set_error(error, "%s is missing", key);
+        return fallback;
+    }
+    long value = json_whole(v, high);
+    if (value < low) {
+        set_error(error, "%s is %.40s, expected a whole number from %d to %d", key, v->string ? v->string : "no number", low, high);
+        return fallback;
+    }
+    return (int)value;
+}
+
+static double config_double(const Json* j, const char* key, double fallback, Error* error) {
+    const Json* v = json_get(j, key);
+    if (json_absent(v)) return fallback;
+    if (v->type == JSON_NUMBER && v->number >= 0 && v->number < 1e30) return v->number;
+    set_error(error, "%s is %.40s, expected a positive number", key, v->string ? v->string : "no number");
+    return fallback;
+}
+
+static int config_bool(const Json* j, const char* key, int fallback, Error* error) {
+    const Json* v = json_get(j, key);
+    if (json_absent(v)) return fallback;
+    if (v->type != JSON_TRUE && v->type != JSON_FALSE) set_error(error, "%s must be true or false", key);
+    return v->type == JSON_TRUE;
+}
+
+// What this program cannot compute must not be computed wrongly in silence.
+static void config_refuse_unsupported(const Json* j, Error* error) {
+    static const char* must_be_absent[] = {"clip_qkv", "quantization_config", "kv_lora_rank", "q_lora_rank"};
+    static const char* must_be_false[] = {"attention_bias", "mlp_bias"};
+    const Json* act = json_get(j, "hidden_act");
+    if (!json_absent(act) && (act->type != JSON_STRING || strcmp(act->string, "silu")))
+        set_error(error, "hidden_act is %.40s, only silu is supported", act->string ? act->string : "no string");
+    for (int i = 0; i < 4; i++)
+        if (!json_absent(json_get(j, must_be_absent[i]))) set_error(error, "%s is set, which is not supported", must_be_absent[i]);
+    for (int i = 0; i < 2; i++)
+        if (config_bool(j, must_be_false[i], 0, error)) set_error(error, "%s is true, which is not supported", must_be_false[i]);
+    static const char* ropes[] = {"rope_scaling", "rope_parameters"};
+    for (int i = 0; i < 2; i++) {
+        const Json *rope_json = json_get(j, ropes[i]), *type = json_get(rope_json, "rope_type");
+        if (json_absent(type)) type = json_get(rope_json, "type");
+        if (json_absent(rope_json)) continue;
+        if (rope_json->type != JSON_OBJECT) set_error(error, "%s is not an object", ropes[i]);
+        else if (!json_absent(type) && (type->type != JSON_STRING || strcmp(type->string, "default")))
+            set_error(error, "%s has rope_type %.40s, only default is supported", ropes[i], type->string ? type->string : "?");
+        else if (json_absent(type) && i == 0) set_error(error, "rope_scaling is set, which is not supported");
+        if (config_double(rope_json, "partial_rotary_factor", 1, error) != 1)
+            set_error(error, "partial_rotary_factor is not 1, which is not supported");
+    }
+    if (config_double(j, "partial_rotary_factor", 1, error) != 1)
+        set_error(error, "partial_rotary_factor is not 1, which is not supported");
+    const Json* types = json_get(j, "layer_types");
+    for (int i = 0; types && i < types->count; i++)
+        if (types->items[i]->type != JSON_STRING || strcmp(types->items[i]->string, "full_attention"))
+            set_error(error, "layer_types has %.40s, only full_attention is supported",
+                      types->items[i]->string ? types->items[i]->string : "no string");
+}
+
+// Fills a Config from config.json; 0 and an error naming key and value if it describes anything that is not supported.
+static int config_from_json(Config* c, const Json* j, Error* error) {
+    memset(c, 0, sizeof *c);
+    const Json* type = json_get(j, "model_type");
+    if (!type || type->type != JSON_STRING) return set_error(error, "model_type is missing");
+    int arch = 0;
+    while (arch < NUM_ARCHS && strcmp(type->string, archs[arch].model_type)) arch++;
+    if (arch == NUM_ARCHS)
+        return set_error(error, "model_type is %.40s, supported are llama, mistral, mixtral, olmoe, qwen3, qwen3_moe", type->string);
+    c->arch = (Arch)arch;
+    config_refuse_unsupported(j, error);
+    c->num_layers = config_int(j, "num_hidden_layers", NULL, -1, 1, MAX_LAYERS, error);
+    c->hidden_size = config_int(j, "hidden_size", NULL, -1, 1, 1 << 20, error);
+    c->num_heads = config_int(j, "num_attention_heads", NULL, -1, 1, 1 << 14, error);
+    c->vocab_size = config_int(j, "vocab_size", NULL, -1, 1, 1 << 24, error);
+    if (error->text[0]) return 0;
+    int kv_default = arch == MISTRAL || arch == MIXTRAL ? 8 : arch == QWEN3 ? 32 : arch == QWEN3_MOE ? 4 : c->num_heads;
+    c->num_kv_heads = config_int(j, "num_key_value_heads", NULL, kv_default, 1, 1 << 14, error);
+    c->head_dim = config_int(j, "head_dim", NULL, arch == QWEN3 ? 128 : c->hidden_size / c->num_heads, 1, 1 << 14, error);
+    c->intermediate_size = config_int(j, "intermediate_size", NULL, arch == QWEN3_MOE ? 6144 : -1, 1, 1 << 20, error);
+    c->max_position_embeddings = config_int(j, "max_position_embeddings", NULL, archs[arch].max_position, 1, 1 << 30, error);
+    c->tie_word_embeddings = config_bool(j, "tie_word_embeddings", 0, error);
+    c->rms_norm_eps = config_double(j, "rms_norm_eps", archs[arch].rms_norm_eps, error);
+    c->rope_theta = config_double(j, "rope_theta", archs[arch].rope_theta, error);
+    c->rope_theta = config_double(json_get(j, "rope_parameters"), "rope_theta", c->rope_theta, error);
+    c->qk_norm = arch == OLMOE ? QK_NORM_ROW : arch == QWEN3 || arch == QWEN3_MOE ? QK_NORM_HEAD : QK_NORM_NONE;
+    const Json* window = json_get(j, "sliding_window");
+    int window_default = window ? 0 : archs[arch].sliding_window;       // an explicit null means none
+    c->sliding_window = config_int(j, "sliding_window", NULL, window_default, 0, 1 << 30, error);
+    int window_wanted = config_bool(j, "use_sliding_window", arch == MISTRAL || arch == MIXTRAL, error);
+    if (!window_wanted) c->sliding_window = 0;
+    if (is_moe(c->arch)) {
+        int experts_default = arch == MIXTRAL ? 8 : arch == OLMOE ? 64 : 128;
+        c->num_experts = config_int(j, "num_experts", "num_local_experts", experts_default, 1, 1 << 16, error);
+        c->num_experts_per_tok = config_int(j, "num_experts_per_tok", NULL, arch == MIXTRAL ? 2 : 8, 1, 1 << 16, error);
+        c->norm_topk_prob = arch == MIXTRAL ? 1 : config_bool(j, "norm_topk_prob", 0, error);
+        c->moe_intermediate_size = c->intermediate_size;
+        if (arch == QWEN3_MOE) c->moe_intermediate_size = config_int(j, "moe_intermediate_size", NULL, 768, 1, 1 << 20, error);
+        c->router_aux_loss_coef = config_double(j, "router_aux_loss_coef", archs[arch].aux, error);
+        int step = arch == QWEN3_MOE ? config_int(j, "decoder_sparse_step", NULL, 1, 1, 1 << 20, error) : 1;
+        for (int l = 0; l < c->num_layers; l++) c->sparse[l] = (l + 1) % step == 0;
+        const Json* dense = arch == QWEN3_MOE ? json_get(j, "mlp_only_layers") : NULL;
+        for (int i = 0; dense && i < dense->count; i++) {
+            long l = json_whole(dense->items[i], c->num_layers - 1);
+            if (l < 0) return set_error(error, "mlp_only_layers names a layer that the model does not have");
+            c->sparse[l] = 0;
+        }
+        if (c->num_experts_per_tok > c->num_experts)
+            set_error(error, "num_experts_per_tok is %d, but num_experts is %d", c->num_experts_per_tok, c->num_experts);
+    }
+    if (c->num_heads % c->num_kv_heads)
+        set_error(error, "num_attention_heads is %d, not a multiple of num_key_value_heads, %d", c->num_heads, c->num_kv_heads);
+    if (c->head_dim % 2) set_error(error, "head_dim is %d, but rotary positions need an even one", c->head_dim);
+    if (arch == OLMOE && c->head_dim * c->num_heads != c->hidden_size)
+        set_error(error, "head_dim is %d, but OLMoE's is hidden_size / num_attention_heads", c->head_dim);
+    static const char* ids[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
+    for (int i = 0; i < 3; i++) {
+        const Json* id = json_get(j, ids[i]);
+        Text text = {NULL, 0, 0};
+        if (id && id->type == JSON_NULL) text_print(&text, "null");
+        if (id && id->type == JSON_NUMBER) text_print(&text, "%s", id->string);
+        if (id && id->type == JSON_ARRAY) {
+            for (int k = 0; k < id->count; k++)
+                text_print(&text, "%s%s", k ? ", " : "[", id->items[k]->type == JSON_NUMBER ? id->items[k]->string : "null");
+            text_print(&text, "]");
+        }
+        if (text.length < sizeof c->token_ids[i] && text.data) strcpy(c->token_ids[i], text.data);
+        free(text.data);
+    }
+    return !error->text[0];
+}
+
+// The reverse: what transformers needs to open the checkpoint, under the names of its older and newer versions.
+static void config_to_json(Text* t, const Config* c) {
+    int moe = is_moe(c->arch);
+    text_print(t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", archs[c->arch].class_name, archs[c->arch].model_type);
+    text_print(t, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"num_hidden_layers\": %d,\n", c->vocab_size, c->hidden_size,
+               c->num_layers);
+    text_print(t, "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n", c->num_heads,
+               c->num_kv_heads, c->head_dim);
+    text_print(t, "  \"intermediate_size\": %d,\n",
+               c->arch == QWEN3_MOE || !moe ? c->intermediate_size : c->moe_intermediate_size);
+    text_print(t, "  \"hidden_act\": \"silu\",\n  \"max_position_embeddings\": %d,\n  \"rms_norm_eps\": ", c->max_position_embeddings);
+    text_json_double(t, c->rms_norm_eps);
+    text_print(t, ",\n  \"rope_theta\": ");
+    text_json_double(t, c->rope_theta);
+    text_print(t, ",\n  \"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": ");
+    text_json_double(t, c->rope_theta);
+    text_print(t, "},\n  \"attention_bias\": false,\n  \"tie_word_embeddings\": %s,\n", c->tie_word_embeddings ? "true" : "false");
+    if (c->arch == MISTRAL || c->arch == MIXTRAL) {
+        if (c->sliding_window) text_print(t, "  \"sliding_window\": %d,\n", c->sliding_window);
+        else text_print(t, "  \"sliding_window\": null,\n");
+    }
+    if (moe) {
+        text_print(t, "  \"num_experts\": %d,\n  \"num_local_experts\": %d,\n  \"num_experts_per_tok\": %d,\n", c->num_experts,
+                   c->num_experts, c->num_experts_per_tok);
+        text_print(t, "  \"norm_topk_prob\": %s,\n  \"router_aux_loss_coef\": ", c->norm_topk_prob ? "true" : "false");
+        text_json_double(t, c->router_aux_loss_coef);
+        text_print(t, ",\n  \"output_router_logits\": false,\n");
+    }
+    if (c->arch == QWEN3_MOE) {
+        text_print(t, "  \"moe_intermediate_size\": %d,\n  \"decoder_sparse_step\": 1,\n  \"mlp_only_layers\": [", c->moe_intermediate_size);
+        for (int l = 0, listed = 0; l < c->num_layers; l++)
+            if (!c->sparse[l]) text_print(t, "%s%d", listed++ ? ", " : "", l);
+        text_print(t, "],\n");
+    }
+    static const char* ids[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
+    for (int i = 0; i < 3; i++)
+        if (c->token_ids[i][0]) text_print(t, "  \"%s\": %s,\n", ids[i], c->token_ids[i]);
+    text_print(t, "  \"torch_dtype\": \"float32\",\n  \"dtype\": \"float32\"\n}\n");
+}
+
+static int config_read(Config* c, const char* dir, Error* error) {
+    char path[PATH_SIZE];
+    Error inner = {""};
+    join_path(path, dir, ".ready");
+    if (!access(path, F_OK))
+        return set_error(error, "%s holds a save that was interrupted while it moved in; --resume --out %s finishes it", dir, dir);
+    join_path(path, dir, "config.json");
+    Json* j = json_read(path, error);
+    if (j && !config_from_json(c, j, &inner)) set_error(error, "%s: %s", path, inner.text);
+    json_free(j);
+    return !error->text[0];
+}
+
+// One tensor of the checkpoint into `out`, if it is there: 1. A wrong shape is an error.
+static int load_tensor(SafeTensors* s, const char* name, int ndim, const long* shape, float* out, Error* error) {
+    StoredTensor* t = safetensors_find(s, name);
+    if (!t) return 0;
+    int same = t->ndim == ndim;
+    for (int i = 0; same && i < ndim; i++) same = t->shape[i] == shape[i];
+    if (!same) {
+        Text found = {NULL, 0, 0}, expected = {NULL, 0, 0};
+        for (int i = 0; i < t->ndim; i++) text_print(&found, "%s%ld", i ? "," : "", t->shape[i]);
+        for (int i = 0; i < ndim; i++) text_print(&expected, "%s%ld", i ? "," : "", shape[i]);
+        set_error(error, "tensor %.100s has shape [%s], config.json makes it [%s]", name, found.data ? found.data : "", expected.data);
+        free(found.data);
+        free(expected.data);
+    }
+    t->used = 1;
+    return same && safetensors_read(s, t, 0, t->count, out, error);
+}
+
+// A list of names for an error message, cut off after a few.
+static void list_name(Text* list, int* count, const char* name) {
+    if (++*count <= 6) text_print(list, "%s%s", *count > 1 ? ", " : "", name);
+    else if (*count == 7) text_print(list, ", ...");
+}
+
+// Reads every tensor of the layout; block is model parameters or moments, `suffix` is put behind each name. Experts may
+// also be packed, as newer files have them: mlp.experts.gate_up_proj (E, 2 I, H) and down_proj (E, H, I), which is just
+// how they lie in memory. Every tensor expected must be found and every tensor found must be used.
+static int load_tensors(const Model* m, SafeTensors* s, float* block, const char* suffix, Error* error) {
+    const Config* c = &m->config;
+    Weights w;
+    weights_point(&w, c, &m->layout, block);
+    char* loaded = (char*)checked_malloc((size_t)m->layout.count);
+    memset(loaded, 0, (size_t)m->layout.count);
+    for (int l = 0; l < c->num_layers; l++) {
+        long E = c->num_experts, I = c->moe_intermediate_size, H = c->hidden_size;
+        for (int form = 0; c->sparse[l] && form < 8; form++) {
+            int down = form & 1;
+            char name[160];
+            snprintf(name, sizeof name, "model.layers.%d.%s.experts.%s%s%s", l, form & 4 ? "block_sparse_moe" : "mlp",
+                     down ? "down_proj" : "gate_up_proj", form & 2 ? ".weight" : "", suffix);
+            long shape[3] = {E, down ? H : 2 * I, down ? I : H};
+            float* out = down ? w.layers[l].down : w.layers[l].gate_up;
+            if (!load_tensor(s, name, 3, shape, out, error)) continue;
+            for (int i = 0; i < m->layout.count; i++) {
+                const Tensor* t = &m->layout.tensors[i];
+                if (t->cols && t->offset >= out - block && t->offset < out - block + shape[0] * shape[1] * shape[2]) loaded[i] = 1;
+            }
+        }
+    }
+    Text missing = {NULL, 0, 0}, unused = {NULL, 0, 0};
+    int num_missing = 0, num_unused = 0;
+    for (int i = 0; i < m->layout.count && !error->text[0]; i++) {
+        const Tensor* t = &m->layout.tensors[i];
+        char name[160], *moe;
+        long shape[2] = {t->rows, t->cols};
+        snprintf(name, sizeof name, "%s%s", t->name, suffix);
+        if (loaded[i] || load_tensor(s, name, t->cols ? 2 : 1, shape, block + t->offset, error)) continue;
+        // Mixtral's router stands beside packed experts under its new name
+        if ((moe = strstr(name, "block_sparse_moe.gate")) != NULL) memmove(moe, "mlp.gate.weight", sizeof "mlp.gate.weight");
+        if (!moe || !load_tensor(s, name, 2, shape, block + t->offset, error)) list_name(&missing, &num_missing, name);
+    }
+    for (int i = 0; i < s->num_tensors && !error->text[0]; i++) {
+        StoredTensor* t = &s->tensors[i];
+        size_t length = strlen(t->name);
+        if (t->used || (length > 20 && !strcmp(t->name + length - 20, "rotary_emb.inv_freq"))) continue;
+        if (c->tie_word_embeddings && !*suffix && !strcmp(t->name, "lm_head.weight")) {     // redundant: must be the same
+            long shape[2] = {c->vocab_size, c->hidden_size}, size = shape[0] * shape[1];
+            float* head = (float*)checked_malloc(sizeof(float) * (size_t)size);
+            if (load_tensor(s, t->name, 2, shape, head, error) && memcmp(head, w.embedding, sizeof(float) * (size_t)size))
+                set_error(error, "lm_head.weight differs from the embedding, but tie_word_embeddings is true");
+            free(head);
+        } else {
+            list_name(&unused, &num_unused, t->name);
+        }
+    }
+    if (num_missing) set_error(error, "%d tensors are missing: %s", num_missing, missing.data);
+    else if (num_unused) set_error(error, "%d tensors do not belong to this model: %s", num_unused, unused.data);
+    free(missing.data);
+    free(unused.data);
+    free(loaded);
+    free(w.layers);
+    return !error->text[0];
+}
+
+// Reads the parameters from DIR/model.safetensors (or shards).
+static int checkpoint_load(Model* m, const char* dir, Error* error) {
+    Error inner = {""};
+    SafeTensors* s = safetensors_open_model(dir, error);
+    if (!s) return 0;
+    if (!load_tensors(m, s, m->params, "", &inner)) set_error(error, "%s: %s", dir, inner.text);
+    safetensors_close(s);
+    m->source = dir;
+    return !error->text[0];
+}
+
+// Reads AdamW's moments from DIR/optimizer.safetensors.
+static int optimizer_load(Model* m, const char* dir, Error* error) {
+    char path[PATH_SIZE];
+    Error inner = {""};
+    join_path(path, dir, "optimizer.safetensors");
+    SafeTensors* s = safetensors_open(path, error);
+    if (!s) return 0;
+    // both halves are in one file: tensors of the other one are marked as used while one is read
+    for (int half = 0; half < 2 && !inner.text[0]; half++) {
+        const char* suffix = half ? ".exp_avg_sq" : ".exp_avg";
+        for (int i = 0; i < s->num_tensors; i++) {
+            size_t length = strlen(s->tensors[i].name), n = strlen(suffix);
+            const char* end = length > n ? s->tensors[i].name + length - n : "";
+            const char* other = half ? ".exp_avg" : ".exp_avg_sq";
+            size_t k = strlen(other);
+            s->tensors[i].used = strcmp(end, suffix) && length > k && !strcmp(s->tensors[i].name + length - k, other);
+        }
+        load_tensors(m, s, half ? m->exp_avg_sq : m->exp_avg, suffix, &inner);
+    }
+    if (inner.text[0]) set_error(error, "%s: %s", path, inner.text);
+    safetensors_close(s);
+    return !error->text[0];
+}
+
+// Files that belong to the tokenizer or to the model's history travel from the source to every save.
+static const char* travelling_files[] = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+                                         "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
+                                         "chat_template.jinja", "upcycle.json", NULL};
+
+static int write_file(const char* path, const char* data, size_t length, Error* error) {
+    FILE* f = fopen(path, "wb");
+    int ok = f && (length == 0 || fwrite(data, length, 1, f) == 1) && fflush(f) == 0 && fsync(fileno(f)) == 0;
+    if (!ok) set_error(error, "%s: %s", path, strerror(errno));
+    if (f && fclose(f) && ok) ok = set_error(error, "%s: %s", path, strerror(errno));
+    return ok;
+}
+
+static int flush_directory(const char* path, Error* error) {
+    int fd = open(path, O_RDONLY);
+    int ok = fd >= 0 && fsync(fd) == 0;
+    if (!ok) set_error(error, "%s: %s", path, strerror(errno));
+    if (fd >= 0) close(fd);
+    return ok;
+}
+
+// Calls are made for each file in a directory; `to` = NULL deletes it, otherwise it is renamed into the directory `to`.
+static void empty_directory(const char* from, const char* to, Error* error) {
+    DIR* d = opendir(from);
+    struct dirent* entry;
+    while (d && (entry = readdir(d)) != NULL) {
+        char old[PATH_SIZE], target[PATH_SIZE];
+        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
+        join_path(old, from, entry->d_name);
+        if (to) join_path(target, to, entry->d_name);
+        if (to ? rename(old, target) : unlink(old)) set_error(error, "%s: %s", old, strerror(errno));
+    }
+    if (d) closedir(d);
+}
+
+// The last step of a save, also made by --resume if a save was interrupted here: moves OUT/.ready's files into OUT.
+static int finish_save(const char* out, Error* error) {
+    char ready[PATH_SIZE];
+    join_path(ready, out, ".ready");
+    if (access(ready, F_OK)) return 1;
+    empty_directory(ready, out, error);
+    if (error->text[0] || !flush_directory(out, error)) return 0;
+    if (rmdir(ready)) return set_error(error, "%s: %s", ready, strerror(errno));
+    return 1;
+}
+
+static void trainer_to_json(Text* t, const Model* m, long step);        // in section 13, where the options are
+
+static int save_files(const Model* m, const char* dir, long step, Error* error) {
+    char path[PATH_SIZE];
+    Text text = {NULL, 0, 0};
+    config_to_json(&text, &m->config);
+    join_path(path, dir, "config.json");
+    int ok = write_file(path, text.data, text.length, error);
+    text.length = 0;
+    trainer_to_json(&text, m, step);
+    join_path(path, dir, "trainer.json");
+    ok = ok && write_file(path, text.data, text.length, error);
+    free(text.data);
+    int count = m->layout.count;
+    OutTensor* tensors = (OutTensor*)checked_malloc(sizeof(OutTensor) * 2 * (size_t)count);
+    char(*names)[128] = (char(*)[128])checked_malloc(sizeof(*names) * 2 * (size_t)count);
+    for (int pass = 0; pass < 2 && ok; pass++) {            // the model, then the optimizer
+        for (int i = 0; i < count * (pass + 1); i++) {
+            const Tensor* t = &m->layout.tensors[i % count];
+            const float* block = pass == 0 ? m->params : i < count ? m->exp_avg : m->exp_avg_sq;
+            snprintf(names[i], sizeof names[i], "%s%s", t->name, pass == 0 ? "" : i < count ? ".exp_avg" : ".exp_avg_sq");
+            OutTensor o = {names[i], "F32", t->cols ? 2 : 1, {t->rows, t->cols, 0}, block + t->offset};
+            tensors[i] = o;
+        }
+        join_path(path, dir, pass ? "optimizer.safetensors" : "model.safetensors");
+        ok = safetensors_write(path, tensors, count * (pass + 1), error);
+    }
+    free(tensors);
+    free(names);
+    for (int i = 0; travelling_files[i] && m->source && ok; i++) {
+        size_t length;
+        join_path(path, m->source, travelling_files[i]);
+        if (access(path, F_OK)) continue;
+        char* data = read_file(path, (size_t)1 << 30, &length, error);
+        join_path(path, dir, travelling_files[i]);
+        ok = data && write_file(path, data, length, error);
+        free(data);
+    }
+    return ok && flush_directory(dir, error);
+}
+
+// Saves model, optimizer and options of a run, as a whole or not at all: everything is written and flushed in OUT/.saving;
+// renaming that to OUT/.ready is the moment from which the new checkpoint counts; then its files are moved in. Returns
+// NULL, or why it failed; then the last checkpoint is untouched. (The small texts it needs are the one memory that is
+// allocated during training.)
+static const char* checkpoint_save(const Model* m, const char* out, long step) {
+    static Error error;
+    char saving[PATH_SIZE], ready[PATH_SIZE];
+    error.text[0] = 0;
+    join_path(saving, out, ".saving");
+    join_path(ready, out, ".ready");
+    if (mkdir(saving, 0777) && errno != EEXIST) set_error(&error, "%s: %s", saving, strerror(errno));
+    empty_directory(saving, NULL, &error);
+    if (!error.text[0] && save_files(m, saving, step, &error) && finish_save(out, &error)) {
+        if (rename(saving, ready)) set_error(&error, "%s: %s", ready, strerror(errno));
+        else if (flush_directory(out, &error)) finish_save(out, &error);
+    }
+    if (!error.text[0]) return NULL;
+    Error ignored = {""};
+    empty_directory(saving, NULL, &ignored);        // give the disk its space back
+    rmdir(saving);
+    return error.text;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 12. Sampling
+
+// From tokenizer.json: what each token prints. Without one, a token is a byte.
+typedef struct {
+    int count;
+    char** pieces;                  // NULL: prints nothing (special tokens)
+    int* lengths;
+    int byte_level;                 // 1: pieces are in GPT-2's alphabet of bytes; 0: in SentencePiece's, with ▁ for a space
+    int eos[8], num_eos;
+} Tokenizer;
+
+// GPT-2's alphabet gives every byte a printable character: the printable bytes of Latin-1 are themselves, the others
+// are numbered from 256 on.
+static int byte_of_character(uint32_t c) {
+    if ((c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255)) return (int)c;
+    for (int b = 0, n = 256; b < 256; b++) {
+        int printable = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || (b >= 174 && b <= 255);
+        if (!printable && (uint32_t)n++ == c) return b;
+    }
+    return -1;
+}
+
+static int json_contains_type(const Json* j, const char* type) {
+    const Json* t = json_get(j, "type");
+    if (t && t->type == JSON_STRING && !strcmp(t->string, type)) return 1;
+    for (int i = 0; j && i < j->count; i++)
+        if (json_contains_type(j->items[i], type)) return 1;
+    return 0;
+}
+
+static void tokenizer_add(Tokenizer* t, long id, const char* piece, int special) {
+    if (id < 0 || id >= t->count) return;
+    free(t->pieces[id]);
+    t->pieces[id] = NULL;
+    if (special) return;
+    char *out = (char*)checked_malloc(strlen(piece) + 1), *p = out;
+    const char* end = piece + strlen(piece);
+    unsigned byte;
+    int used = 0;
+    if (!t->byte_level && sscanf(piece, "<0x%2X>%n", &byte, &used) == 1 && used == 6 && piece[6] == 0) {
+        *p++ = (char)byte;
+    } else {
+        while (piece < end) {
+            int n = utf8_length(piece, end);
+            if (n == 0) n = 1;
+            const unsigned char* u = (const unsigned char*)piece;
+            uint32_t c = n == 1 ? u[0] : n == 2 ? (uint32_t)(u[0] & 31) << 6 | (u[1] & 63) : 0xFFFF;
+            int b = t->byte_level ? byte_of_character(c) : -1;
+            if (b >= 0) *p++ = (char)b;
+            else if (!t->byte_level && n == 3 && !memcmp(piece, "\xE2\x96\x81", 3)) *p++ = ' ';
+            else {
+                memcpy(p, piece, (size_t)n);
+                p += n;
+            }
+            piece += n;
+        }
+    }
+    t->pieces[id] = out;
+    t->lengths[id] = (int)(p - out);
+}
+
+static void tokenizer_add_eos(Tokenizer* t, const Json* j) {
+    if (j && j->type == JSON_NUMBER && t->num_eos < 8) t->eos[t->num_eos++] = (int)j->number;
+    for (int i = 0; j && j->type == JSON_ARRAY && i < j->count; i++) tokenizer_add_eos(t, j->items[i]);
+}
+
+// Reads DIR's tokenizer.json, if any, and the end-of-sequence tokens; dir may be NULL.
+static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
+    Tokenizer* t = (Tokenizer*)checked_malloc(sizeof(Tokenizer));
+    char path[PATH_SIZE];
+    Error error = {""};
+    memset(t, 0, sizeof *t);
+    static const char* eos_files[] = {"generation_config.json", "config.json"};
+    for (int i = 0; dir && i < 2 && t->num_eos == 0; i++) {
+        join_path(path, dir, eos_files[i]);
+        Json* j = access(path, F_OK) ? NULL : json_read(path, &error);
+        tokenizer_add_eos(t, json_get(j, "eos_token_id"));
+        json_free(j);
+    }
+    join_path(path, dir ? dir : "", "tokenizer.json");
+    if (!dir || access(path, F_OK)) return t;
+    Json* j = json_read(path, &error);
+    if (!j) die(2, "%s", error.text);
+    const Json *vocab = json_get(json_get(j, "model"), "vocab"), *added = json_get(j, "added_tokens");
+    t->byte_level = json_contains_type(json_get(j, "decoder"), "ByteLevel");
+    t->count = vocab_size;
+    t->pieces = (char**)checked_malloc(sizeof(char*) * (size_t)vocab_size);
+    t->lengths = (int*)checked_malloc(sizeof(int) * (size_t)vocab_size);
+    memset(t->pieces, 0, sizeof(char*) * (size_t)vocab_size);
+    memset(t->lengths, 0, sizeof(int) * (size_t)vocab_size);
+    if (!vocab) die(2, "%s: no model.vocab", path);
+    for (int i = 0; i < vocab->count; i++) {
+        const Json* v = vocab->items[i];
+        if (vocab->type == JSON_OBJECT && v->type == JSON_NUMBER) tokenizer_add(t, (long)v->number, v->key, 0);
+        // Unigram: a list of [piece, score]
+        if (vocab->type == JSON_ARRAY && v->count > 0 && v->items[0]->type == JSON_STRING) tokenizer_add(t, i, v->items[0]->string, 0);
+    }
+    for (int i = 0; added && i < added->count; i++) {
+        const Json *id = json_get(added->items[i], "id"), *content = json_get(added->items[i], "content");
+        const Json* special = json_get(added->items[i], "special");
+        if (id && content && content->type == JSON_STRING)
+            tokenizer_add(t, (long)id->number, content->string, special && special->type == JSON_TRUE);
+    }
+    json_free(j);
+    return t;
+}
+
+static void tokenizer_close(Tokenizer* t) {
+    for (int i = 0; i < t->count; i++) free(t->pieces[i]);
+    free(t->pieces);
+    free(t->lengths);
+    free(t);
+}
+
+// Prints a token to `out`. SentencePiece puts a space before the first word, which is not part of the text.
+static void tokenizer_print(const Tokenizer* t, int token, int first, FILE* out) {
+    if (!t->pieces) {
+        fputc(token, out);
+    } else if (token < t->count && t->pieces[token]) {
+        int skip = first && !t->byte_level && t->lengths[token] > 0 && t->pieces[token][0] == ' ';
+        fwrite(t->pieces[token] + skip, 1, (size_t)(t->lengths[token] - skip), out);
+    }
+}
+
+typedef struct {
+    float probability;
+    int token;
+} Candidate;
+
+static int compare_candidates(const void* a, const void* b) {
+    const Candidate *x = (const Candidate*)a, *y = (const Candidate*)b;
+    if (x->probability != y->probability) return x->probability > y->probability ? -1 : 1;
+    return x->token - y->token;
+}
+
+// A token drawn from softmax(logits / temperature), limited to the top_k likeliest (0: all) and to the smallest set whose
+// probability reaches top_p. temperature = 0: the likeliest. uniform is a random number in (0, 1); candidates has room for V.
+static int sample_token(const float* logits, int V, double temperature, int top_k, double top_p, double uniform, Candidate* candidates) {
+    int best = 0;
+    for (int v = 1; v < V; v++)
+        if (logits[v] > logits[best]) best = v;
+    if (temperature <= 0) return best;
+    double sum = 0, kept = 0;
+    for (int v = 0; v < V; v++) {
+        candidates[v].token = v;
+        candidates[v].probability = (float)exp((logits[v] - logits[best]) / temperature);
+        sum += candidates[v].probability;
+    }
+    int n = V;
+    if (top_k > 0 || top_p < 1) {
+        qsort(candidates, (size_t)V, sizeof(Candidate), compare_candidates);
+        if (top_k > 0) n = imin(n, top_k);
+        for (int i = 0; i < n; i++) {
+            kept += candidates[i].probability;
+            if (kept >= top_p * sum) n = i + 1;
+        }
+        sum = kept;
+    }
+    double target = uniform * sum, reached = 0;
+    for (int i = 0; i < n; i++) {
+        reached += candidates[i].probability;
+        if (target < reached) return candidates[i].token;
+    }
+    return candidates[n - 1].token;
+}
+
+typedef struct {
+    double temperature, top_p;
+    int top_k;
+    uint64_t seed;
+} Sampling;
+
+// Feeds tokens to the cache, at most T at a time. When the cache is full, it starts again from the later half of what it
+// held: so the model never sees positions beyond those it was made for. `history` holds all `count` tokens so far.
+static void generator_feed(Model* g, const int* history, int fed, int count) {
+    while (fed < count) {
+        if (g->cached == g->positions) {
+            int keep = g->positions / 2;
+            g->cached = 0;
+            fed -= keep;
+        }
+        int n = imin(imin(count - fed, g->T), g->positions - g->cached);
+        model_forward(g, history + fed, NULL, 1, n);
+        fed += n;
+    }
+}
+
+// Continues the prompt (ids: room for prompt + tokens) by up to `tokens` tokens and prints all of it. Returns the number
+// of tokens made, which is smaller if the model ended the sequence.
+static int generate(Model* g, const Tokenizer* tokenizer, int* ids, int prompt, int tokens, const Sampling* how, FILE* out) {
+    int V = g->config.vocab_size, count = prompt;
+    Candidate* candidates = (Candidate*)checked_malloc(sizeof(Candidate) * (size_t)V);
+    g->cached = 0;
+    int first = tokenizer->pieces && !tokenizer->pieces[ids[0]] ? 1 : 0;        // after a begin-of-sequence token
+    for (int i = 0; i < prompt; i++) tokenizer_print(tokenizer, ids[i], i <= first, out);
+    generator_feed(g, ids, 0, count);
+    for (int i = 0; i < tokens && !stop_signal; i++) {
+        double uniform = random_uniform(random_key(how->seed, hash_string("sample"), (uint64_t)i, 0));
+        int token = sample_token(g->logits, V, how->temperature, how->top_k, how->top_p, uniform, candidates), ended = 0;
+        for (int k = 0; k < tokenizer->num_eos; k++) ended |= token == tokenizer->eos[k];
+        if (ended) break;
+        ids[count++] = token;
+        tokenizer_print(tokenizer, token, count - 1 <= first, out);
+        fflush(out);
+        if (i + 1 < tokens) generator_feed(g, ids, count - 1, count);
+    }
+    free(candidates);
+    return count - prompt;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 13. Command line
+
+// Everything that can be given. Text is NULL, a number is UNSET, where nothing was given and the default depends on more.
+#define UNSET (-1)
+static struct {
+    // data and run
+    const char *data, *val, *model, *out;
+    long steps, batch, seq, accum, val_every, val_batches, save_every, sample_every, seed, threads;
+    long resume, eval;
+    const char *dump, *precision;
+    // model from scratch
+    long layers, hidden, heads, kv_heads, head_dim, ffn, experts, topk, expert_ffn, vocab, dense, tie, norm_topk, sparse_step;
+    const char *qk_norm, *arch;
+    // router
+    double aux, z_loss;
+    const char* aux_form;
+    // optimiser
+    double lr, min_lr, decay_frac, weight_decay, beta1, beta2, eps, clip;
+    long warmup;
+    const char* schedule;
+    // sampling
+    const char *prompt, *prompt_ids;
+    long tokens, top_k;
+    double temperature, top_p;
+} options;
+
+typedef enum { OPT_FLAG, OPT_WHOLE, OPT_REAL, OPT_TEXT, OPT_CHOICE } OptionType;
+// What an option describes decides where it may stand: SHAPE only for a new model, RUN is remembered by --resume.
+typedef enum { USE_RUN, USE_SHAPE, USE_OTHER } OptionUse;
+
+typedef struct {
+    const char* name;
+    OptionType type;
+    OptionUse use;
+    void* value;
+    double low, high;               // range of a number
+    const char* start;              // default; NULL: see UNSET
+    const char* argument;           // as --help shows it; the choices of an OPT_CHOICE
+    const char* help;
+    int given;
+} Option;
+
+#define BIG 1e15
+static Option option_table[] = {
+    {"data", OPT_TEXT, USE_RUN, &options.data, 0, 0, NULL, "F,..", "text or token shards; names or patterns", 0},
+    {"val", OPT_TEXT, USE_RUN, &options.val, 0, 0, NULL, "F|none", "validation data (text: its last tenth)", 0},
+    {"model", OPT_TEXT, USE_OTHER, &options.model, 0, 0, NULL, "DIR", "start from a Hugging Face directory", 0},
+    {"out", OPT_TEXT, USE_OTHER, &options.out, 0, 0, NULL, "DIR", "write checkpoints and logs here", 0},
+    {"resume", OPT_FLAG, USE_OTHER, &options.resume, 0, 0, "0", "", "go on with the run in --out", 0},
+    {"steps", OPT_WHOLE, USE_RUN, &options.steps, 0, BIG, "1000", "N", "training steps in all", 0},
+    {"batch", OPT_WHOLE, USE_RUN, &options.batch, 1, 65536, "8", "B", "sequences in a batch", 0},
+    {"seq", OPT_WHOLE, USE_RUN, &options.seq, 1, 1 << 20, "128", "T", "tokens in a sequence", 0},
+    {"accum", OPT_WHOLE, USE_RUN, &options.accum, 1, 65536, "1", "A", "batches in a step", 0},
+    {"val-every", OPT_WHOLE, USE_RUN, &options.val_every, 0, BIG, "250", "N", "steps between validations", 0},
+    {"val-batches", OPT_WHOLE, USE_RUN, &options.val_batches, 0, BIG, "20", "N", "batches in one; 0: all", 0},
+    {"save-every", OPT_WHOLE, USE_RUN, &options.save_every, 0, BIG, "500", "N", "steps between checkpoints", 0},
+    {"sample-every", OPT_WHOLE, USE_RUN, &options.sample_every, 0, BIG, "0", "N", "steps between samples", 0},
+    {"seed", OPT_WHOLE, USE_RUN, &options.seed, 0, BIG, "1", "S", "of weights, data order, samples", 0},
+    {"threads", OPT_WHOLE, USE_OTHER, &options.threads, 1, 4096, NULL, "N", "all cores by default", 0},
+    {"precision", OPT_CHOICE, USE_OTHER, &options.precision, 0, 0, "fp32", "fp32", "of the CPU program", 0},
+
+    {"arch", OPT_CHOICE, USE_SHAPE, &options.arch, 0, 0, "qwen3", "qwen3|mixtral|olmoe", "Hugging Face class to write", 0},
+    {"layers", OPT_WHOLE, USE_SHAPE, &options.layers, 1, MAX_LAYERS, "4", "L", "", 0},
+    {"hidden", OPT_WHOLE, USE_SHAPE, &options.hidden, 1, 1 << 20, "128", "H", "", 0},
+    {"heads", OPT_WHOLE, USE_SHAPE, &options.heads, 1, 1 << 14, "4", "NH", "", 0},
+    {"kv-heads", OPT_WHOLE, USE_SHAPE, &options.kv_heads, 1, 1 << 14, NULL, "NKV", "(half of heads)", 0},
+    {"head-dim", OPT_WHOLE, USE_SHAPE, &options.head_dim, 2, 1 << 14, NULL, "HD", "(H / NH)", 0},
+    {"ffn", OPT_WHOLE, USE_SHAPE, &options.ffn, 1, 1 << 20, NULL, "I", "dense layers' width (3 H)", 0},
+    {"experts", OPT_WHOLE, USE_SHAPE, &options.experts, 0, 1 << 16, "8", "E", "0: a dense model", 0},
+    {"topk", OPT_WHOLE, USE_OTHER, &options.topk, 1, 1 << 16, NULL, "K", "experts per token (2)", 0},
+    {"expert-ffn", OPT_WHOLE, USE_SHAPE, &options.expert_ffn, 1, 1 << 20, NULL, "I", "experts' width (2 H)", 0},
+    {"sparse-step", OPT_WHOLE, USE_SHAPE, &options.sparse_step, 1, MAX_LAYERS, "1", "S", "every S-th layer is sparse", 0},
+    {"dense", OPT_FLAG, USE_SHAPE, &options.dense, 0, 0, "0", "", "as --experts 0", 0},
+    {"vocab", OPT_WHOLE, USE_SHAPE, &options.vocab, 1, 1 << 24, NULL, "V", "(text: 256)", 0},
+    {"tie", OPT_FLAG, USE_SHAPE, &options.tie, 0, 0, "0", "", "LM head = embedding", 0},
+    {"qk-norm", OPT_CHOICE, USE_SHAPE, &options.qk_norm, 0, 0, NULL, "none|head|row", "(the class's)", 0},
+    {"norm-topk", OPT_WHOLE, USE_SHAPE, &options.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1)", 0},
+
+    {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C", "balance loss (0.01; the model's)", 0},
+    {"aux-form", OPT_CHOICE, USE_RUN, &options.aux_form, 0, 0, "switch", "switch|hf", "per layer, or all layers", 0},
+    {"z-loss", OPT_REAL, USE_RUN, &options.z_loss, 0, 1e6, "0", "C", "keeps router logits small", 0},
+
+    {"lr", OPT_REAL, USE_RUN, &options.lr, 0, 1e6, NULL, "X", "(0.002; 0.0002 with --model)", 0},
+    {"min-lr", OPT_REAL, USE_RUN, &options.min_lr, 0, 1e6, "0", "X", "at the end of the decay", 0},
+    {"warmup", OPT_WHOLE, USE_RUN, &options.warmup, 0, BIG, NULL, "N", "steps (a 20th of all, at most 100)", 0},
+    {"schedule", OPT_CHOICE, USE_RUN, &options.schedule, 0, 0, "wsd", "wsd|cosine|constant", "", 0},
+    {"decay-frac", OPT_REAL, USE_RUN, &options.decay_frac, 0, 1, "0.1", "X", "last part of the steps, wsd", 0},
+    {"weight-decay", OPT_REAL, USE_RUN, &options.weight_decay, 0, 1e6, "0.1", "X", "of matrices", 0},
+    {"beta1", OPT_REAL, USE_RUN, &options.beta1, 0, 0.999999, "0.9", "X", "", 0},
+    {"beta2", OPT_REAL, USE_RUN, &options.beta2, 0, 0.999999, "0.95", "X", "", 0},
+    {"eps", OPT_REAL, USE_RUN, &options.eps, 1e-30, 1, "1e-8", "X", "", 0},
+    {"clip", OPT_REAL, USE_RUN, &options.clip, 0, 1e6, "1", "X", "gradient norm; 0: never", 0},
+
+    {"eval", OPT_FLAG, USE_OTHER, &options.eval, 0, 0, "0", "", "loss of --model on --data", 0},
+    {"dump", OPT_TEXT, USE_OTHER, &options.dump, 0, 0, NULL, "F", "logits, gradients of a batch", 0},
+    {"prompt", OPT_TEXT, USE_OTHER, &options.prompt, 0, 0, NULL, "TEXT", "continue this", 0},
+    {"prompt-ids", OPT_TEXT, USE_OTHER, &options.prompt_ids, 0, 0, NULL, "1,2,..", "the same as tokens", 0},
+    {"tokens", OPT_WHOLE, USE_OTHER, &options.tokens, 0, 1 << 24, "256", "N", "to generate", 0},
+    {"temperature", OPT_REAL, USE_OTHER, &options.temperature, 0, 100, "0.8", "X", "0: greedy", 0},
+    {"top-p", OPT_REAL, USE_OTHER, &options.top_p, 0, 1, "1", "X", "", 0},
+    {"top-k", OPT_WHOLE, USE_OTHER, &options.top_k, 0, 1 << 24, "0", "N", "0: all", 0},
+};
+enum { NUM_OPTIONS = sizeof option_table / sizeof option_table[0] };
+
+static Option* option_find(const char* name) {
+    for (int i = 0; i < NUM_OPTIONS; i++)
+        if (!strcmp(option_table[i].name, name)) return &option_table[i];
+    return NULL;
+}
+
+static int option_given(const char* name) { return option_find(name)->given; }
+
+// the position of a choice among "a|b|c", or -1
+static int choice_index(const char* choices, const char* text) {
+    size_t n = strlen(text);
+    for (int i = 0;; i++) {
+        const char* end = strchr(choices, '|');
+        size_t length = end ? (size_t)(end - choices) : strlen(choices);
+        if (n == length && !strncmp(choices, text, n)) return i;
+        if (!end) return -1;
+        choices = end + 1;
+    }
+}
+
+static void option_set(Option* o, const char* text) {
+    char* end;
+    if (o->type == OPT_TEXT) {
+        *(const char**)o->value = text;
+    } else if (o->type == OPT_CHOICE) {
+        if (choice_index(o->argument, text) < 0) {
+            if (!strcmp(o->name, "precision")) die(2, "--precision %s: the CPU program computes in fp32", text);
+            die(2, "--%s %s: expected one of %s", o->name, text, o->argument);
+        }
+        *(const char**)o->value = text;
+    } else if (o->type == OPT_REAL) {
+        errno = 0;
+        double x = strtod(text, &end);
+        if (end == text || *end || !(x >= o->low && x <= o->high))
+            die(2, "--%s %s: expected a number from %g to %g", o->name, text, o->low, o->high);
+        *(double*)o->value = x;
+    } else {
+        errno = 0;
+        long x = strtol(text, &end, 10);
+        if (end == text || *end || errno || (o->type == OPT_WHOLE && (x < o->low || x > o->high)))
+            die(2, "--%s %s: expected a whole number from %.0f to %.0f", o->name, text, o->low, o->high);
+        *(long*)o->value = x;
+    }
+}
+
+static void options_reset(void) {
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        Option* o = &option_table[i];
+        o->given = 0;
+        if (o->start) option_set(o, o->start);
+        else if (o->type == OPT_WHOLE) *(long*)o->value = UNSET;
+        else if (o->type == OPT_REAL) *(double*)o->value = UNSET;
+        else *(const char**)o->value = NULL;
+    }
+}
+
+static void print_help(void) {
+    static const struct { const char *first, *title; } groups[] = {
+        {"data", "Data and run"}, {"arch", "A new model"}, {"aux", "Router"}, {"lr", "Optimiser"}, {"eval", "Instead of training"}};
+    printf("train_moe %s: trains, evaluates and samples mixture-of-experts GPTs. Without arguments: a demonstration.\n", VERSION);
+    size_t column = 0;
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        const Option* o = &option_table[i];
+        char text[160], start[40] = "";
+        for (size_t g = 0; g < sizeof groups / sizeof groups[0]; g++)
+            if (!strcmp(o->name, groups[g].first)) {
+                printf("%s%s\n", column ? "\n" : "", groups[g].title);
+                column = 0;
+            }
+        if (o->start && o->type != OPT_FLAG) snprintf(start, sizeof start, "%s(%s)", *o->help ? " " : "", o->start);
+        snprintf(text, sizeof text, "  --%s %s%s%s%s", o->name, o->argument, *o->argument ? " " : "", o->help, start);
+        size_t width = strlen(text) < 58 ? 58 : 116;        // two columns
+        if (column + width > 116) {
+            printf("\n");
+            column = 0;
+        }
+        printf(column + width < 116 ? "%-58s" : "%s", text);
+        column = (column + width) % 116;
+        if (column == 0) printf("\n");
+    }
+    printf("%s", column ? "\n" : "");
+}
+
+static void options_parse(int argc, char** argv) {
+    struct option longs[NUM_OPTIONS + 3];
+    memset(longs, 0, sizeof longs);
+    options_reset();
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        longs[i].name = option_table[i].name;
+        longs[i].has_arg = option_table[i].type == OPT_FLAG ? no_argument : required_argument;
+    }
+    longs[NUM_OPTIONS].name = "help";
+    longs[NUM_OPTIONS + 1].name = "version";
+    opterr = 0;
+    optind = 1;
+    int index = -1, c;
+    while ((c = getopt_long(argc, argv, ":", longs, &index)) != -1) {
+        if (c == ':') die(2, "%s wants a value; see --help", argv[optind - 1]);
+        if (c != 0) die(2, "%s: unknown or ambiguous option; see --help", argv[optind - 1]);
+        if (index == NUM_OPTIONS) {
+            print_help();
+            exit(0);
+        }
+        if (index == NUM_OPTIONS + 1) {
+            printf("train_moe %s\n", VERSION);
+            exit(0);
+        }
+        option_set(&option_table[index], option_table[index].type == OPT_FLAG ? "1" : optarg);
+        option_table[index].given = 1;
+    }
+    if (optind < argc) die(2, "%s: unexpected argument; options start with --, see --help", argv[optind]);
+}
+
+// trainer.json: the options of the run, the step it has reached, and the load counted since the last validation.
+static void trainer_to_json(Text* t, const Model* m, long step) {
+    const Config* c = &m->config;
+    text_print(t, "{\n  \"version\": \"%s\",\n  \"step\": %ld,\n  \"options\": {", VERSION, step);
+    for (int i = 0, listed = 0; i < NUM_OPTIONS; i++) {
+        const Option* o = &option_table[i];
+        int is_text = o->type == OPT_TEXT || o->type == OPT_CHOICE;
+        if (o->use != USE_RUN || (is_text && !*(const char**)o->value)) continue;
+        text_print(t, "%s\n    \"%s\": ", listed++ ? "," : "", o->name);
+        if (is_text) text_json_string(t, *(const char**)o->value);
+        else if (o->type == OPT_REAL) text_json_double(t, *(double*)o->value);
+        else text_print(t, "%ld", *(long*)o->value);
+    }
+    text_print(t, "\n  },\n  \"load\": [");
+    for (long i = 0; i < (long)c->num_layers * c->num_experts; i++) text_print(t, "%s%ld", i ? "," : "", m->load[i]);
+    text_print(t, "]\n}\n");
+}
+
+static Json* trainer_state = NULL;          // what --resume read
+
+// Takes the options that were not given from OUT/trainer.json and returns the step that it has reached. The parsed file
+// holds the texts of the options, and the load for the model, so it is kept.
+static long trainer_read(const char* out, Json** kept) {
+    char path[PATH_SIZE];
+    Error error = {""};
+    join_path(path, out, "trainer.json");
+    *kept = json_read(path, &error);
+    if (!*kept) die(2, "%s; --resume goes on with the run in --out", error.text);
+    const Json* saved = json_get(*kept, "options");
+    long step = json_whole(json_get(*kept, "step"), LONG_MAX);
+    if (!saved || step < 0) die(2, "%s: no options or step; this is not the trainer.json of a run", path);
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        Option* o = &option_table[i];
+        const Json* value = json_get(saved, o->name);
+        if (o->use == USE_RUN && !o->given && value && value->string) option_set(o, value->string);
+    }
+    return step;
+}
+
+// A new model as the options describe it. vocab_size stays 0 if it was not given; the data decides.
+static void config_from_options(Config* c) {
+    memset(c, 0, sizeof *c);
+    int dense = options.dense || options.experts == 0, kind = choice_index("qwen3|mixtral|olmoe", options.arch);
+    if (kind == 2 && dense) die(2, "--arch olmoe: has no dense form; --arch qwen3 or mixtral (then a Llama) have one");
+    c->arch = kind == 0 ? (dense ? QWEN3 : QWEN3_MOE) : kind == 1 ? (dense ? LLAMA : MIXTRAL) : OLMOE;
+    c->num_layers = (int)options.layers;
+    c->hidden_size = (int)options.hidden;
+    c->num_heads = (int)options.heads;
+    int kv = options.heads % 2 ? (int)options.heads : (int)options.heads / 2;
+    c->num_kv_heads = options.kv_heads == UNSET ? kv : (int)options.kv_heads;
+    c->head_dim = options.head_dim == UNSET ? c->hidden_size / c->num_heads : (int)options.head_dim;
+    c->intermediate_size = options.ffn == UNSET ? 3 * c->hidden_size : (int)options.ffn;
+    c->vocab_size = options.vocab == UNSET ? 0 : (int)options.vocab;
+    c->max_position_embeddings = (int)options.seq;
+    c->tie_word_embeddings = (int)options.tie;
+    c->rope_theta = 10000;
+    c->rms_norm_eps = 1e-6;
+    c->qk_norm = kind == 0 ? QK_NORM_HEAD : kind == 1 ? QK_NORM_NONE : QK_NORM_ROW;
+    static const char* fits[] = {"mixtral", "qwen3", "olmoe"};          // by kind of norm
+    if (options.qk_norm && choice_index("none|head|row", options.qk_norm) != (int)c->qk_norm)
+        die(2, "--qk-norm %s: --arch %s has no such norm; --arch %s does", options.qk_norm, options.arch,
+            fits[choice_index("none|head|row", options.qk_norm)]);
+    if (c->num_heads % c->num_kv_heads) die(2, "--kv-heads %d: --heads %d is no multiple of it", c->num_kv_heads, c->num_heads);
+    if (options.head_dim == UNSET && c->hidden_size % c->num_heads)
+        die(2, "--hidden %d: no multiple of --heads %d; give --head-dim", c->hidden_size, c->num_heads);
+    if (c->head_dim % 2 || c->head_dim < 2) die(2, "--head-dim %d: rotary positions need an even one", c->head_dim);
+    if (kind == 2 && c->head_dim * c->num_heads != c->hidden_size)
+        die(2, "--head-dim %d: --arch olmoe has hidden / heads; --arch qwen3 is free in it", c->head_dim);
+    for (int i = 0; i < 3; i++) strcpy(c->token_ids[i], "null");
+    static const char* moe_only[] = {"topk", "expert-ffn", "norm-topk", "sparse-step"};
+    for (int i = 0; dense && i < 4; i++)
+        if (option_given(moe_only[i])) die(2, "--%s: a dense model has no experts; leave out --dense or --experts 0", moe_only[i]);
+    if (dense) return;
+    c->num_experts = (int)options.experts;
+    c->num_experts_per_tok = options.topk == UNSET ? imin(2, c->num_experts) : (int)options.topk;
+    c->moe_intermediate_size = options.expert_ffn == UNSET ? 2 * c->hidden_size : (int)options.expert_ffn;
+    c->norm_topk_prob = options.norm_topk == UNSET ? 1 : (int)options.norm_topk;
+    if (c->num_experts_per_tok > c->num_experts) die(2, "--topk %d: there are only %d experts", c->num_experts_per_tok, c->num_experts);
+    if (kind == 1 && !c->norm_topk_prob) die(2, "--norm-topk 0: --arch mixtral always renormalises; --arch qwen3 or olmoe fit");
+    if (kind != 0 && options.sparse_step > 1)
+        die(2, "--sparse-step %ld: in --arch %s all layers are sparse; --arch qwen3 fits", options.sparse_step, options.arch);
+    for (int l = 0; l < c->num_layers; l++) c->sparse[l] = (l + 1) % options.sparse_step == 0;
+    if (count_sparse(c) == 0) die(2, "--sparse-step %ld: leaves no sparse layer among %d; --dense does that", options.sparse_step, c->num_layers);
+}
+
+static int has_tokenizer(const char* dir) {
+    char path[PATH_SIZE];
+    join_path(path, dir, "tokenizer.json");
+    return !access(path, F_OK);
+}
+
+// Longer sequences than the model was made for are computed all the same, but not in silence.
+static void check_length(Config* c, int T) {
+    if (c->sliding_window && c->sliding_window < T)
+        die(2, "--seq %d: the model has sliding_window %d, which is not supported; use a shorter --seq", T, c->sliding_window);
+    if (T <= c->max_position_embeddings) return;
+    fprintf(stderr, "%s: warning: --seq %d goes beyond the model's max_position_embeddings, %d\n", program_name, T,
+            c->max_position_embeddings);
+    c->max_position_embeddings = T;
+}
+
+static void print_model(const Model* m) {
+    const Config* c = &m->config;
+    long total, active;
+    count_parameters(c, &total, &active);
+    printf("model: %s, %d layers, hidden %d, %d/%d heads x %d, vocabulary %d", archs[c->arch].model_type, c->num_layers,
+           c->hidden_size, c->num_heads, c->num_kv_heads, c->head_dim, c->vocab_size);
+    if (c->num_experts) printf(", %d experts of width %d, %d per token", c->num_experts, c->moe_intermediate_size, c->num_experts_per_tok);
+    printf("\nparameters: %ld, %ld of them active for a token\n", total, active);
+    printf("memory: %.1f MB = parameters %.1f + gradients and moments %.1f + activations %.1f\n",
+           (m->bytes_params + m->bytes_optimizer + m->bytes_activations) / 1e6, m->bytes_params / 1e6, m->bytes_optimizer / 1e6,
+           m->bytes_activations / 1e6);
+    fflush(stdout);
+}
+
+// A model with the parameters of --model.
+static Model* load_model(Config* c, const char* dir, Purpose purpose, int B, int T, int positions) {
+    Error error = {""};
+    Model* m = model_create(c, purpose, B, T, positions, NULL);
+    if (!checkpoint_load(m, dir, &error)) die(2, "%s", error.text);
+    return m;
+}
+
+static Balance balance_from_options(const Config* c) {
+    Balance b;
+    b.aux = (float)(options.aux == UNSET ? c->router_aux_loss_coef : options.aux);
+    b.z = (float)options.z_loss;
+    b.aux_form = (AuxForm)choice_index("switch|hf", options.aux_form);
+    return b;
+}
+
+static int data_is_text(const Config* c) { return !(options.model && has_tokenizer(options.model)) && c->vocab_size >= 256; }
+
+static int run_eval(Config* c) {
+    if (!options.model) die(2, "--eval wants --model DIR");
+    if (!options.data) die(2, "--eval wants --data FILE");
+    int B = (int)options.batch, T = (int)options.seq;
+    check_length(c, T);
+    Dataset* d = dataset_open(options.data, T, c->vocab_size, WHOLE, data_is_text(c));
+    Model* m = load_model(c, options.model, FOR_SCORING, B, T, T);
+    Batch batch = batch_create(B, T);
+    print_model(m);
+    double start = seconds(), loss = evaluate(m, d, 0, batch), elapsed = seconds() - start;
+    printf("loss %.6f | perplexity %.4f", loss, exp(loss));
+    if (d->raw) printf(" | bits per byte %.4f", loss / M_LN2);
+    printf(" | %ld tokens, %.0f tokens/s\n", d->windows * T, d->windows * T / elapsed);
+    free(batch.tokens);
+    dataset_close(d);
+    model_free(m);
+    return 0;
+}
+
+static int run_dump(Config* c) {
+    if (!options.data) die(2, "--dump wants --data FILE");
+    int B = (int)options.batch, T = (int)options.seq, V = c->vocab_size, count = 0;
+    check_length(c, T);
+    Dataset* d = dataset_open(options.data, T, V, WHOLE, data_is_text(c));
+    if (d->windows < B) die(2, "--batch %d: %s has only %ld windows of %d tokens", B, options.data, d->windows, T + 1);
+    Model* m = load_model(c, options.model, FOR_TRAINING, B, T, T);
+    Batch batch = batch_create(B, T);
+    for (int b = 0; b < B; b++) dataset_window(d, b, batch.tokens + (long)b * T, batch.targets + (long)b * T);
+    m->balance = balance_from_options(c);
+    model_forward(m, batch.tokens, batch.targets, B, T);
+    float* logits = (float*)checked_malloc(sizeof(float) * (size_t)B * T * V);      // the backward pass overwrites them
+    memcpy(logits, m->logits, sizeof(float) * (size_t)B * T * V);
+    model_backward(m, 1);
+    OutTensor* out = (OutTensor*)checked_malloc(sizeof(OutTensor) * (size_t)(5 + c->num_layers + m->layout.count));
+    char(*names)[128] = (char(*)[128])checked_malloc(sizeof(*names) * (size_t)(c->num_layers + m->layout.count));
+    float loss = (float)m->loss, aux_loss = (float)m->aux_loss;
+    OutTensor first[] = {{"tokens", "I32", 2, {B, T, 0}, batch.tokens}, {"targets", "I32", 2, {B, T, 0}, batch.targets},
+                         {"logits", "F32", 3, {B, T, V}, logits}, {"loss", "F32", 1, {1, 0, 0}, &loss},
+                         {"aux_loss", "F32", 1, {1, 0, 0}, &aux_loss}};
+    for (; count < 5; count++) out[count] = first[count];
+    for (int l = 0; l < c->num_layers; l++) {
+        if (!c->sparse[l]) continue;
+        snprintf(names[count - 5], sizeof names[0], "router.%d", l);
+        OutTensor o = {names[count - 5], "I32", 2, {(long)B * T, c->num_experts_per_tok, 0}, m->layers[l].experts};
+        out[count++] = o;
+    }
+    for (int i = 0; i < m->layout.count; i++) {
+        const Tensor* t = &m->layout.tensors[i];
+        snprintf(names[count - 5], sizeof names[0], "grad.%s", t->name);
+        OutTensor o = {names[count - 5], "F32", t->cols ? 2 : 1, {t->rows, t->cols, 0}, m->grads + t->offset};
+        out[count++] = o;
+    }
+    Error error = {""};
+    char temporary[PATH_SIZE];
+    snprintf(temporary, sizeof temporary, "%s.saving", options.dump);
+    if (!safetensors_write(temporary, out, count, &error) || rename(temporary, options.dump)) {
+        unlink(temporary);
+        die(1, "%s", error.text[0] ? error.text : strerror(errno));
+    }
+    printf("loss %.6f, aux loss %.6f; %d tensors in %s\n", m->loss, m->aux_loss, count, options.dump);
+    free(logits);
+    free(out);
+    free(names);
+    free(batch.tokens);
+    dataset_close(d);
+    model_free(m);
+    return 0;
+}
+
+static int run_prompt(Config* c) {
+    Tokenizer* tokenizer = tokenizer_open(options.model, c->vocab_size);
+    int prompt = 0, tokens = (int)options.tokens;
+    size_t room = strlen(options.prompt ? options.prompt : options.prompt_ids) + (size_t)tokens + 1;
+    int* ids = (int*)checked_malloc(sizeof(int) * room);
+    if (options.prompt_ids) {
+        for (const char* s = options.prompt_ids; *s;) {
+            char* end;
+            long id = strtol(s, &end, 10);
+            if (end == s || (*end && *end != ',') || id < 0 || id >= c->vocab_size)
+                die(2, "--prompt-ids: expected numbers from 0 to %d with commas between them, found %.20s", c->vocab_size - 1, s);
+            ids[prompt++] = (int)id;
+            s = *end ? end + 1 : end;
+        }
+    } else {
+        if (tokenizer->pieces) die(2, "--prompt: this model reads tokens; encode the text with dev/reference/encode.py and give --prompt-ids");
+        if (c->vocab_size < 256) die(2, "--prompt: this model's vocabulary has %d tokens, too few for bytes; give --prompt-ids", c->vocab_size);
+        for (const char* s = options.prompt; *s; s++) ids[prompt++] = (unsigned char)*s;
+    }
+    if (prompt == 0) die(2, "the prompt is empty; give at least one token to go on from");
+    int positions = imin(prompt + tokens, c->max_position_embeddings);
+    if (c->sliding_window && c->sliding_window < positions)
+        die(2, "--tokens %d: the model has sliding_window %d, which is not supported; ask for fewer", tokens, c->sliding_window);
+    Model* g = load_model(c, options.model, FOR_GENERATION, 1, imin(positions, 256), positions);
+    Sampling how = {options.temperature, options.top_p, (int)options.top_k, (uint64_t)options.seed};
+    signal(SIGINT, on_signal);
+    double start = seconds();
+    int made = generate(g, tokenizer, ids, prompt, tokens, &how, stdout);
+    fprintf(stderr, "\n%d tokens, %.1f tokens/s\n", made, made / (seconds() - start));
+    free(ids);
+    tokenizer_close(tokenizer);
+    model_free(g);
+    return stop_signal ? 130 : 0;
+}
+
+static void print_sample(Model* generator, uint64_t seed, int tokens) {
+    Tokenizer* tokenizer = tokenizer_open(generator->source, generator->config.vocab_size);
+    int* ids = (int*)checked_malloc(sizeof(int) * (size_t)(tokens + 1));
+    Sampling how = {options.temperature, options.top_p, (int)options.top_k, seed};
+    ids[0] = tokenizer->pieces ? 1 % generator->config.vocab_size : '\n';
+    generate(generator, tokenizer, ids, 1, tokens, &how, stdout);
+    printf("\n");
+    free(ids);
+    tokenizer_close(tokenizer);
+}
+
+static int run_train(Config* c, long first_step) {
+    int B = (int)options.batch, T = (int)options.seq, demonstration = !options.data && !options.out && !options.model;
+    Error error = {""};
+    if (options.resume) options.model = options.out;
+    check_length(c, T);
+    int bytes_are_tokens = options.model ? data_is_text(c) : c->vocab_size == 0 || c->vocab_size >= 256;
+    if (!options.data) options.data = "<embedded>";
+    int split = !options.val;
+    Dataset *data = dataset_open(options.data, T, INT_MAX, split ? TRAIN_PART : WHOLE, bytes_are_tokens), *val = NULL;
+    if (c->vocab_size == 0 && !data->raw) die(2, "--vocab is missing: token shards do not say how many tokens there are");
+    if (c->vocab_size == 0) c->vocab_size = 256;
+    data->vocab_size = c->vocab_size;
+    if (split && data->raw) val = dataset_open(options.data, T, c->vocab_size, VAL_PART, bytes_are_tokens);
+    if (options.val && strcmp(options.val, "none")) val = dataset_open(options.val, T, c->vocab_size, WHOLE, bytes_are_tokens);
+    if (data->windows < 1) die(2, "%s: no window of %d tokens", options.data, T + 1);
+
+    // what was not given and depends on more
+    if (options.lr == UNSET) options.lr = options.model ? 2e-4 : 2e-3;
+    if (options.warmup == UNSET) options.warmup = lmin(100, options.steps / 20);
+    if (options.aux == UNSET) options.aux = options.model ? c->router_aux_loss_coef : 0.01;
+    c->router_aux_loss_coef = options.aux;
+    Run run;
+    memset(&run, 0, sizeof run);
+    run.steps = options.steps;
+    run.B = B;
+    run.T = T;
+    run.accum = (int)options.accum;
+    run.lr = options.lr;
+    run.min_lr = options.min_lr;
+    run.decay_frac = options.decay_frac;
+    run.warmup = options.warmup;
+    run.schedule = (Schedule)choice_index("wsd|cosine|constant", options.schedule);
+    run.adamw.beta1 = options.beta1;
+    run.adamw.beta2 = options.beta2;
+    run.adamw.eps = options.eps;
+    run.adamw.weight_decay = options.weight_decay;
+    run.adamw.clip = options.clip;
+    run.seed = (uint64_t)options.seed;
+    run.val_every = options.val_every;
+    run.val_batches = options.val_batches;
+    run.save_every = options.save_every;
+    run.sample_every = options.sample_every;
+
+    Model *m = model_create(c, FOR_TRAINING, B, T, T, NULL), *generator = NULL;
+    if (demonstration || run.sample_every > 0) {
+        generator = model_create(c, FOR_GENERATION, 1, T, T, m);
+    }
+    m->balance = balance_from_options(c);
+    if (!options.model) model_init(m, run.seed);
+    else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);
+    if (options.resume && !optimizer_load(m, options.out, &error)) die(2, "%s", error.text);
+    if (generator) generator->source = m->source;
+    print_model(m);
+    printf("data: %s, %ld tokens, %ld windows of %d\n", options.data, data->tokens, data->windows, T + 1);
+    if (!options.out) printf("nothing will be saved: there is no --out\n");
+    fflush(stdout);
+    if (options.resume) {
+        const Json* load = json_get(trainer_state, "load");
+        for (int i = 0; load && i < load->count && i < c->num_layers * c->num_experts; i++) m->load[i] = (long)load->items[i]->number;
+    }
+    int code = train(m, &run, data, val, generator, options.out, first_step);
+    if (code == 0 && demonstration) {
+        printf("\na sample:\n");
+        print_sample(generator, run.seed, 600);
+    }
+    dataset_close(data);
+    if (val) dataset_close(val);
+    if (generator) model_free(generator);
+    model_free(m);
+    json_free(trainer_state);
+    return code;
+}
+
+// Makes OUT if it is not there, takes the lock that keeps a second run out (the system drops it when this one ends,
+// however it ends), and refuses to write over a run.
+static void open_out(const char* out) {
+    char path[PATH_SIZE];
+    Error error = {""};
+    if (!options.resume && mkdir(out, 0777) && errno != EEXIST) die(2, "--out %s: %s", out, strerror(errno));
+    int fd = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) die(2, "--out %s: %s", out, strerror(errno));
+    if (flock(fd, LOCK_EX | LOCK_NB)) die(2, "--out %s: another run is writing there", out);
+    if (options.resume && !finish_save(out, &error)) die(1, "%s", error.text);
+    static const char* signs[] = {"trainer.json", ".ready", "config.json", "model.safetensors"};
+    for (int i = 0; !options.resume && i < 4; i++) {
+        join_path(path, out, signs[i]);
+        if (!access(path, F_OK)) die(2, "--out %s: holds %s; --resume goes on with that run, another --out starts a new one", out, signs[i]);
+    }
+}
+
+static int train_moe_main(int argc, char** argv) {
+    Config config;
+    Error error = {""};
+    options_parse(argc, argv);
+#ifdef _OPENMP
+    if (options.threads != UNSET) omp_set_num_threads((int)options.threads);
+#endif
+    int prompting = options.prompt || options.prompt_ids, training = !options.eval && !options.dump && !prompting;
+    if (!training && !options.model) die(2, "--%s wants --model DIR", options.eval ? "eval" : options.dump ? "dump" : "prompt");
+    if (options.resume && !options.out) die(2, "--resume wants --out DIR, the run to go on with");
+    if (options.resume && options.model) die(2, "--resume goes on with the model in --out; leave out --model");
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        const Option* o = &option_table[i];
+        if (o->given && (o->use == USE_SHAPE || (training && !strcmp(o->name, "topk"))) && (options.model || options.resume))
+            die(2, "--%s describes a new model, but %s has a model already", o->name, options.resume ? "--out" : "--model");
+    }
+    long first_step = 0;
+    if (training && options.out) open_out(options.out);
+    if (options.resume) first_step = trainer_read(options.out, &trainer_state);
+    const char* dir = options.resume ? options.out : options.model;
+    if (dir) {
+        if (!config_read(&config, dir, &error)) die(2, "%s", error.text);
+    } else {
+        config_from_options(&config);
+    }
+    if (dir && options.topk != UNSET) {
+        if (options.topk > config.num_experts) die(2, "--topk %ld: the model has %d experts", options.topk, config.num_experts);
+        config.num_experts_per_tok = (int)options.topk;
+    }
+    return options.eval ? run_eval(&config) : options.dump ? run_dump(&config) : prompting ? run_prompt(&config)
+                                                                                          : run_train(&config, first_step);
+}
+
+#ifndef TRAIN_MOE_NO_MAIN
+int main(int argc, char** argv) { return train_moe_main(argc, argv); }
+#endif
+#endif
