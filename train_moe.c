@@ -16,11 +16,12 @@ backward pass, written by hand. Read it from top to bottom; nothing is used befo
 
 To be skipped on first reading:
 
-     9  JSON                 a small strict parser
-    10  safetensors          reading and writing tensors, with every check that a hostile file needs
-    11  Checkpoints          Hugging Face directories; saves that survive kill -9
-    12  Sampling             generation with a key/value cache
-    13  Command line         one table of options
+     9  Router variants      sigmoid with a balancing bias, logit norm, families of copies, LPR; what the experts do
+    10  JSON                 a small strict parser
+    11  safetensors          reading and writing tensors, with every check that a hostile file needs
+    12  Checkpoints          Hugging Face directories; saves that survive kill -9
+    13  Sampling             generation with a key/value cache
+    14  Command line         one table of options
 
 Dimension letters, the same everywhere:
     B  sequences in a batch         H   hidden size                     E  experts in a layer
@@ -133,9 +134,10 @@ static int thread_count(void) {
 //
 // n1, n2 are RMSNorms. A dense layer is a layer with one expert whose gate is 1: there is one code path.
 
-typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, NUM_ARCHS } Arch;      // the Hugging Face class
+typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, DOTS1, NUM_ARCHS } Arch;    // the Hugging Face class
 typedef enum { QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_ROW } QKNorm;    // none; each head; all heads of a token as one row
 typedef enum { AUX_SWITCH, AUX_HF } AuxForm;                        // the two published balance losses, see section 5
+typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // how experts are scored; the last two: section 9
 
 #define MAX_LAYERS 512
 
@@ -159,14 +161,26 @@ typedef struct {
     double rope_theta;
     double rms_norm_eps;
     double router_aux_loss_coef;
+    int topk_limit;                 // the largest K that training may draw for a layer, 0: num_experts_per_tok
     char sparse[MAX_LAYERS];        // 1: layer l is a mixture of experts, 0: it is dense
     char token_ids[3][64];          // bos, eos, pad as written in config.json, empty where absent
+    // router variants, section 9; all zero in an ordinary model
+    Router router;
+    double logit_norm;              // lambda of the logits' normalisation, 0: none
+    double family_penalty;          // of the copies of an expert, INFINITY just after they were made, 0: none
+    int lpr_latent_dim;             // D of Latent Prototype Routing, and the weights of its losses
+    double lpr_weight, lpr_diversity, lpr_kl, lpr_align;
+    int lpr_align_mean;
 } Config;
 
 static int layer_experts(const Config* c, int l) { return c->sparse[l] ? c->num_experts : 1; }
 static int layer_topk(const Config* c, int l) { return c->sparse[l] ? c->num_experts_per_tok : 1; }
 static int layer_width(const Config* c, int l) { return c->sparse[l] ? c->moe_intermediate_size : c->intermediate_size; }
+static int most_topk(const Config* c) { return c->topk_limit > c->num_experts_per_tok ? c->topk_limit : c->num_experts_per_tok; }
 static int qkv_width(const Config* c) { return (c->num_heads + 2 * c->num_kv_heads) * c->head_dim; }
+static int has_router_variant(const Config* c) {
+    return c->router != ROUTER_SOFTMAX || c->logit_norm > 0 || c->family_penalty > 0;
+}
 static int count_sparse(const Config* c) {
     int n = 0;
     for (int l = 0; l < c->num_layers; l++) n += c->sparse[l];
@@ -242,10 +256,10 @@ static long random_permutation(long i, long n, uint64_t key) {
 // place of a row in the batch, or on the block sizes below: a token generated alone equals the same token in a batch.
 //
 // Speed. The innermost routine, multiply_tile, keeps TILE_ROWS x TILE_COLUMNS sums in registers. For each k it loads
-// two vectors of `right`, and each number of `left` it broadcasts is used for two multiply-adds. Its operands come
-// from small copies ("packed"), made just before use in the order in which the tile reads them.
+// two vectors of `right`, and each number of `left` it broadcasts is used for two multiply-adds. Its operands are
+// copies ("packed"), made just before use in the order in which the tile reads them, small enough for the caches.
 
-#if defined(__CUDACC__) || !defined(__GNUC__) // plain C for front ends without the vector extensions
+#if !defined(__GNUC__) // plain C for compilers without vector types
 #define VECTOR_LENGTH 1
 #elif defined(__AVX512F__)
 #define VECTOR_LENGTH 16
@@ -259,41 +273,53 @@ static long random_permutation(long i, long n, uint64_t key) {
 typedef float vector;
 #define UNROLL
 #define ALWAYS_INLINE static inline
+#define PREFETCH(address)
 #else
 typedef float vector __attribute__((vector_size(4 * VECTOR_LENGTH), aligned(4), may_alias)); // any float's address
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
+#define PREFETCH(address) __builtin_prefetch(address) // a hint to the cache: any address is allowed
+#if defined(__CUDACC__)
+#define UNROLL // unknown to nvcc's front end; the host compiler unrolls short loops by itself
+#elif defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 #endif
 
+// gcc, tuning for some processors (seen for Zen 2 and Zen 3), splits the multiply-add into two roundings in a loop that
+// adds to a single sum, but not in loops with several. That would break the promise above, so where there can be a
+// single sum it is hidden from gcc: an empty piece of assembly "changes" it in its register.
+#if VECTOR_LENGTH > 1 && defined(__x86_64__)
+#define HIDE(sum) __asm__("" : "+v"(sum))
+#elif VECTOR_LENGTH > 1 && defined(__aarch64__)
+#define HIDE(sum) __asm__("" : "+w"(sum))
+#else
+#define HIDE(sum)
+#endif
+
 enum {
-    TILE_VECTORS = 2,                             // vectors in a row of the tile
+    TILE_VECTORS = 2,                            // vectors in a row of the tile
     TILE_COLUMNS = TILE_VECTORS * VECTOR_LENGTH,
 #if VECTOR_LENGTH == 16 || defined(__aarch64__)
-    TILE_ROWS = 14,                               // 14*2 sums + 2 of right + 1 of left = 31 of 32 vector registers
+    TILE_ROWS = 14,                              // 14*2 sums + 2 of right + 1 of left = 31 of 32 vector registers
+    FEW_ROWS = 8,                                // 16 of W + 8 sums + some for the transpose
 #else
-    TILE_ROWS = 6,                                // 6*2 sums + 2 + 1 = 15 of 16 vector registers
+    TILE_ROWS = 6,                               // 6*2 sums + 2 of right + 1 of left = 15 of 16 vector registers
+    FEW_ROWS = 4,                                // 8 of W + 4 sums + some for the transpose
 #endif
     // numbers of `left` stored for each k: TILE_ROWS rounded up to whole vectors
     LEFT_WIDTH = (TILE_ROWS + VECTOR_LENGTH - 1) / VECTOR_LENGTH * VECTOR_LENGTH,
-    // values of k done at a time: 192 * (32 + 16) floats = 36 KB of packed numbers stay in a 48 KB first-level cache
+    // values of k done at a time: 192 * (32 + 16) packed floats = 36 KB stay in a first-level cache of 48 KB
     CHUNK = 192,
-    // most floats of `left` packed at a time: 512 KB, a quarter to a half of the second-level cache
+    // most packed floats of `left`: 512 KB, a quarter to a half of the second-level cache of 1 to 2 MB
     LEFT_FLOATS = 1 << 17,
-    BLOCK_ROWS = LEFT_FLOATS / (CHUNK * LEFT_WIDTH) * TILE_ROWS, // most rows of the result in a unit of work
+    // most rows and columns in a thread's unit of work: the rows of which one chunk can be packed, and so few columns
+    // that the unit's part of the result (2 MB) is still in the cache when the next chunk of k is added to it
+    UNIT_ROWS = LEFT_FLOATS / (CHUNK * LEFT_WIDTH) * TILE_ROWS,
+    UNIT_COLUMNS = 1024
 };
 
-#ifndef APF
-#define APF
-#endif
-#ifdef PFN
-#define PREFETCH(p) __builtin_prefetch(p, 0, PFN)
-#else
-#define PREFETCH(p) (void)(p)
-#endif
 ALWAYS_INLINE int blocks_of(int n, int size) { return (n + size - 1) / size; }
 
 // Transposes a square of VECTOR_LENGTH vectors. One round interleaves vector i with vector i + VECTOR_LENGTH/2, as a
@@ -326,42 +352,44 @@ ALWAYS_INLINE void transpose(vector* r) {
 #endif
 }
 
-// Copies packed[k*width + q] = source[q*q_step + k*k_step] for q < count and k < depth; the rest of the width is
-// filled up with zeros to whole vectors. One of the two steps is 1: k_step = 1 needs a transpose, q_step = 1 does not.
+// Copies packed[k*width + q] = source[q*q_step + k*k_step] for q < count, k < depth, and fills up with zeros to whole
+// vectors. One of the steps is 1: if it is k_step, squares are transposed. The part of `source` that will be packed
+// next, `next` floats further on, is fetched to the cache meanwhile (worth 5 to 10 % where W comes from memory).
 ALWAYS_INLINE void pack(float* packed, const int width, const float* source, long q_step, long k_step, int count,
-                        int depth, long ahead) {
+                        int depth, long next) {
+    (void)next; // where PREFETCH is empty
     for (int q = 0; q < count; q += VECTOR_LENGTH) {
         int valid = imin(VECTOR_LENGTH, count - q), k = 0;
         const float* s = source + q * q_step;
         float* p = packed + q;
         if (k_step == 1) {
             for (; k + VECTOR_LENGTH <= depth; k += VECTOR_LENGTH) {
-                vector r[VECTOR_LENGTH], zero = {0};
+                vector square[VECTOR_LENGTH], zero = {0};
                 UNROLL
                 for (int i = 0; i < VECTOR_LENGTH; i++) {
-                    r[i] = i < valid ? *(const vector*)(s + i * q_step + k) : zero;
-                    PREFETCH(s + i * q_step + k + ahead);
+                    square[i] = i < valid ? *(const vector*)(s + i * q_step + k) : zero;
+                    PREFETCH(s + i * q_step + k + next);
                 }
-                transpose(r);
+                transpose(square);
                 UNROLL
-                for (int i = 0; i < VECTOR_LENGTH; i++) *(vector*)(p + (k + i) * width) = r[i];
+                for (int i = 0; i < VECTOR_LENGTH; i++) *(vector*)(p + (k + i) * width) = square[i];
             }
         } else if (valid == VECTOR_LENGTH) {
             for (; k < depth; k++) {
                 *(vector*)(p + k * width) = *(const vector*)(s + k * k_step);
-                PREFETCH(s + k * k_step + ahead);
+                PREFETCH(s + k * k_step + next);
             }
         }
-        for (; k < depth; k++) {
+        for (; k < depth; k++) { // what is left over at the edges
             for (int i = 0; i < VECTOR_LENGTH; i++) p[k * width + i] = i < valid ? s[i * q_step + k * k_step] : 0.0f;
         }
     }
 }
 
-// result(i,j) (+)= sum over k of left(i,k) * right(k,j), i < rows, j < TILE_COLUMNS. `rows` is a constant wherever
-// this is inlined, so that `sum` lives in registers.
-ALWAYS_INLINE void multiply_tile(const int rows, int depth, const float* left, const float* right, long right_step,
-                                 float* result, long result_step, int add) {
+// result(i,j) = [result(i,j) if add] + sum over k of left(i,k) * right(k,j), i < rows, j < TILE_COLUMNS, left and right
+// packed. `rows` is a constant wherever this is inlined, so that the sums live in registers.
+ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step, const float* left, const float* right,
+                                 int depth, int add) {
     vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
     UNROLL
     for (int i = 0; i < rows; i++) {
@@ -380,7 +408,7 @@ ALWAYS_INLINE void multiply_tile(const int rows, int depth, const float* left, c
             for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += left[i] * r[v];
         }
         left += LEFT_WIDTH;
-        right += right_step;
+        right += TILE_COLUMNS;
     }
     UNROLL
     for (int i = 0; i < rows; i++) {
@@ -389,126 +417,131 @@ ALWAYS_INLINE void multiply_tile(const int rows, int depth, const float* left, c
     }
 }
 
-// Picks the compiled tile for a number of rows.
-static void multiply_rows(int rows, int depth, const float* left, const float* right, long right_step, float* result,
-                          long result_step, int add) {
+// The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (The conditional only keeps
+// cases that cannot occur on machines with a smaller tile within the bounds of `sum`.)
+static void multiply_rows(int rows, float* result, long result_step, const float* left, const float* right, int depth,
+                          int add) {
     switch (rows) {
-#define TILE_CASE(n) case n: \
-        multiply_tile(n <= TILE_ROWS ? n : TILE_ROWS, depth, left, right, right_step, result, result_step, add); break;
+#define TILE_CASE(n) \
+        case n: multiply_tile(n < TILE_ROWS ? n : TILE_ROWS, result, result_step, left, right, depth, add); break;
         TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4) TILE_CASE(5) TILE_CASE(6) TILE_CASE(7)
         TILE_CASE(8) TILE_CASE(9) TILE_CASE(10) TILE_CASE(11) TILE_CASE(12) TILE_CASE(13) TILE_CASE(14)
+#undef TILE_CASE
     }
 }
 
 // A tile cut off at the right edge is computed in a full tile of its own, from which the valid columns are copied.
-static void multiply_edge(int rows, int columns, int depth, const float* left, const float* right, float* result,
-                          long result_step, int add) {
+static void multiply_edge(int rows, int columns, float* result, long result_step, const float* left, const float* right,
+                          int depth, int add) {
     float full[TILE_ROWS * TILE_COLUMNS] = {0};
-    for (int i = 0; i < rows; i++) {
-        for (int j = 0; j < columns && add; j++) full[i * TILE_COLUMNS + j] = result[i * result_step + j];
+    for (int i = 0; i < rows && add; i++) {
+        memcpy(full + i * TILE_COLUMNS, result + i * result_step, columns * sizeof(float));
     }
-    multiply_rows(rows, depth, left, right, TILE_COLUMNS, full, TILE_COLUMNS, add);
+    multiply_rows(rows, full, TILE_COLUMNS, left, right, depth, add);
     for (int i = 0; i < rows; i++) {
-        for (int j = 0; j < columns; j++) result[i * result_step + j] = full[i * TILE_COLUMNS + j];
+        memcpy(result + i * result_step, full + i * TILE_COLUMNS, columns * sizeof(float));
     }
 }
 
-#ifndef FEW_ROWS
-#define FEW_ROWS 8
-#endif
-// y = x W^T for few rows of x, as in generation, where the time is that of reading W: packed numbers would be used only
-// once or so. Transposes a square of W in registers and uses it for all rows. The order of summation is the same.
-ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_step, const float* x, const float* W, int C, int OC) {
-    for (int o = 0; o < OC; o += VECTOR_LENGTH) {
-        int valid = imin(VECTOR_LENGTH, OC - o), k = 0;
-        const float* w = W + (long)o * C;
-        vector sum[FEW_ROWS], zero = {0};
-        UNROLL
-        for (int i = 0; i < rows; i++) sum[i] = zero;
-        for (; k + VECTOR_LENGTH <= C; k += VECTOR_LENGTH) {
-            vector r[VECTOR_LENGTH];
-            UNROLL
-            for (int q = 0; q < VECTOR_LENGTH; q++) {
-                r[q] = q < valid ? *(const vector*)(w + (long)q * C + k) : zero;
-                __builtin_prefetch(w + (long)(q + VECTOR_LENGTH) * C + k);
-            }
-            transpose(r);
-            UNROLL
-            for (int q = 0; q < VECTOR_LENGTH; q++) {
-                UNROLL
-                for (int i = 0; i < rows; i++) sum[i] += x[(long)i * C + k + q] * r[q];
-            }
-        }
-        float column[VECTOR_LENGTH] = {0};
-        for (; k < C; k++) {
-            for (int q = 0; q < valid; q++) column[q] = w[(long)q * C + k];
-            UNROLL
-            for (int i = 0; i < rows; i++) sum[i] += x[(long)i * C + k] * *(const vector*)column;
-        }
-        UNROLL
-        for (int i = 0; i < rows; i++) {
-            *(vector*)column = sum[i];
-            memcpy(y + i * y_step + o, column, valid * sizeof(float));
-        }
-    }
-}
-
-#ifndef PACK_MIN_TILES
-#define PACK_MIN_TILES 4
-#endif
-// One thread's unit of work: result (rows, columns) (+)= left * right, where left(i,k) = left[i*left_i + k*left_k],
-// right(k,j) = right[k*right_k + j*right_j], and rows <= BLOCK_ROWS.
-static void multiply_block(float* result, long result_step, const float* left, long left_i, long left_k,
-                           const float* right, long right_k, long right_j, int rows, int columns, int depth, int add) {
+// One unit of work, by one thread: result (rows, columns) = [result if add] + left right, where
+// left(i,k) = left[i*left_i + k*left_k] and right(k,j) = right[k*right_k + j*right_j]; rows <= UNIT_ROWS.
+// `left` is packed to the second-level cache, as many chunks of k as fit; `right` panel by panel to the first level.
+static void multiply_unit(float* result, long result_step, const float* left, long left_i, long left_k,
+                          const float* right, long right_k, long right_j, int rows, int columns, int depth, int add) {
     static __thread float* scratch = NULL; // one per thread, kept for the life of the thread
     if (!scratch) scratch = (float*)aligned_alloc(64, sizeof(float) * (LEFT_FLOATS + CHUNK * TILE_COLUMNS));
-    float *packed_left = scratch, *packed_right = scratch + LEFT_FLOATS;
-    int tiles = blocks_of(rows, TILE_ROWS), tile_rows = blocks_of(rows, tiles); // tiles of about equal height
-    long chunk_floats = (long)tiles * CHUNK * LEFT_WIDTH; // one chunk of `left`, packed
-    int pass = imin(depth, (int)(LEFT_FLOATS / chunk_floats) * CHUNK); // values of k for which `left` fits
+    if (!scratch) { fprintf(stderr, "out of memory\n"); exit(EXIT_FAILURE); }
+    float* packed_right = scratch + LEFT_FLOATS;
+    int tiles = blocks_of(rows, TILE_ROWS), height = blocks_of(rows, tiles); // tiles of about equal height
+    const int tile_floats = CHUNK * LEFT_WIDTH;
+    int pass = LEFT_FLOATS / tile_floats / tiles * CHUNK;                    // values of k for which `left` fits
     for (int k0 = 0; k0 < depth; k0 += pass) {
         int k1 = imin(depth, k0 + pass);
+        float* p = scratch;
         for (int k = k0; k < k1; k += CHUNK) {
-            for (int t = 0; t < tiles; t++) {
-                pack(packed_left + (k - k0) / CHUNK * chunk_floats + t * CHUNK * LEFT_WIDTH, LEFT_WIDTH,
-                     left + t * tile_rows * left_i + k * left_k, left_i, left_k, imin(tile_rows, rows - t * tile_rows),
-                     imin(CHUNK, k1 - k), APF tile_rows * left_i);
+            for (int i = 0; i < rows; i += height, p += tile_floats) {       // a full width is quicker than `height`
+                pack(p, LEFT_WIDTH, left + i * left_i + k * left_k, left_i, left_k, imin(LEFT_WIDTH, rows - i),
+                     imin(CHUNK, k1 - k), height * left_i);
             }
         }
         for (int j = 0; j < columns; j += TILE_COLUMNS) {
-            int tile_columns = imin(TILE_COLUMNS, columns - j);
+            int width = imin(TILE_COLUMNS, columns - j);
+            p = scratch;
             for (int k = k0; k < k1; k += CHUNK) {
-                int chunk = imin(CHUNK, k1 - k);
-                const float* panel = right + k * right_k + j * right_j;
-                long panel_step = right_k;
-                if (right_k == 1 || tile_columns < TILE_COLUMNS || tiles >= PACK_MIN_TILES) {
-                    pack(packed_right, TILE_COLUMNS, panel, right_j, right_k, tile_columns, chunk, TILE_COLUMNS * right_j);
-                    panel = packed_right;
-                    panel_step = TILE_COLUMNS;
-                }
-#ifdef PFT
-                const float* next = k + CHUNK < k1 ? right + (k + CHUNK) * right_k + j * right_j
-                                                   : right + k0 * right_k + (j + TILE_COLUMNS) * right_j;
-                int lines = right_k == 1 ? TILE_COLUMNS : chunk, line_floats = right_k == 1 ? chunk : TILE_COLUMNS;
-                long line_step = right_k == 1 ? right_j : right_k;
-                if (k + CHUNK >= k1 && j + 2 * TILE_COLUMNS > columns) lines = 0;
-#endif
-                for (int t = 0; t < tiles; t++) {
-                    int first = t * tile_rows, tile = imin(tile_rows, rows - first);
-                    const float* l = packed_left + (k - k0) / CHUNK * chunk_floats + t * CHUNK * LEFT_WIDTH;
-                    float* target = result + first * result_step + j;
-                    if (tile_columns < TILE_COLUMNS) {
-                        multiply_edge(tile, tile_columns, chunk, l, panel, target, result_step, add || k > 0);
-                        continue;
-                    }
-#ifdef PFT
-                    for (int q = lines * t / tiles; q < lines * (t + 1) / tiles; q++)
-                        for (int f = 0; f < line_floats; f += 16) __builtin_prefetch(next + q * line_step + f, 0, PFT);
-#endif
-                    multiply_rows(tile, chunk, l, panel, panel_step, target, result_step, add || k > 0);
+                int chunk = imin(CHUNK, k1 - k), add_now = add || k > 0;
+                pack(packed_right, TILE_COLUMNS, right + k * right_k + j * right_j, right_j, right_k, width, chunk,
+                     TILE_COLUMNS * right_j);
+                for (int i = 0; i < rows; i += height, p += tile_floats) {
+                    float* r = result + i * result_step + j;
+                    int h = imin(height, rows - i);
+                    if (width == TILE_COLUMNS) multiply_rows(h, r, result_step, p, packed_right, chunk, add_now);
+                    else multiply_edge(h, width, r, result_step, p, packed_right, chunk, add_now);
                 }
             }
         }
+    }
+}
+
+// The same for any number of rows: attention's products, which are small and have strides of their own.
+static void multiply_block(float* result, long result_step, const float* left, long left_i, long left_k,
+                           const float* right, long right_k, long right_j, int rows, int columns, int depth, int add) {
+    for (int i = 0; i < rows; i += UNIT_ROWS)
+        multiply_unit(result + i * result_step, result_step, left + i * left_i, left_i, left_k, right, right_k, right_j,
+                      imin(UNIT_ROWS, rows - i), columns, depth, add);
+}
+
+// y = x W^T for a few rows of x, as in generation: the time is that of reading W, and packed numbers would be used only
+// once. So squares of W are transposed in registers and used for all rows. The order of summation is the same.
+// 16 rows of W are too many streams for the hardware to foresee: fetching ahead brings 25 % at 1 row, 90 % at 8.
+ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_step, const float* x, const float* W, int C,
+                                    int columns) {
+    for (int o = 0; o < columns; o += VECTOR_LENGTH) {
+        int valid = imin(VECTOR_LENGTH, columns - o), c = 0;
+        const float* w = W + (long)o * C;
+        vector sum[FEW_ROWS], zero = {0};
+        float edge[VECTOR_LENGTH] = {0};
+        UNROLL
+        for (int i = 0; i < rows; i++) sum[i] = zero;
+        for (; c + VECTOR_LENGTH <= C; c += VECTOR_LENGTH) {
+            vector square[VECTOR_LENGTH];
+            UNROLL
+            for (int q = 0; q < VECTOR_LENGTH; q++) {
+                square[q] = q < valid ? *(const vector*)(w + (long)q * C + c) : zero;
+                PREFETCH(w + (long)(q + VECTOR_LENGTH) * C + c);
+            }
+            transpose(square);
+            UNROLL
+            for (int q = 0; q < VECTOR_LENGTH; q++) {
+                UNROLL
+                for (int i = 0; i < rows; i++) {
+                    sum[i] += x[(long)i * C + c + q] * square[q];
+                    HIDE(sum[i]);
+                }
+            }
+        }
+        for (; c < C; c++) {
+            for (int q = 0; q < valid; q++) edge[q] = w[(long)q * C + c];
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                sum[i] += x[(long)i * C + c] * *(const vector*)edge;
+                HIDE(sum[i]);
+            }
+        }
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            *(vector*)edge = sum[i];
+            memcpy(y + i * y_step + o, edge, valid * sizeof(float));
+        }
+    }
+}
+
+static void forward_unit(float* y, long y_step, const float* x, const float* W, int C, int rows, int columns) {
+    switch (rows <= FEW_ROWS ? rows : 0) {
+#define FEW_CASE(n) \
+        case n: forward_few_rows(n < FEW_ROWS ? n : FEW_ROWS, y, y_step, x, W, C, columns); break;
+        FEW_CASE(1) FEW_CASE(2) FEW_CASE(3) FEW_CASE(4) FEW_CASE(5) FEW_CASE(6) FEW_CASE(7) FEW_CASE(8)
+#undef FEW_CASE
+        default: multiply_unit(y, y_step, x, C, 1, W, 1, C, rows, columns, C, 0);
     }
 }
 
@@ -521,84 +554,76 @@ static void grouped_product(int kind, float* result, const float* left, const fl
 #ifdef _OPENMP
     threads = omp_get_max_threads();
 #endif
-    for (int e = 0; e < E; e++) {
-        int rows = kind == BACKWARD_WEIGHT ? OC : offsets[e + 1] - offsets[e];
-        if (rows > most_rows) most_rows = rows;
-    }
+#define RESULT_ROWS(e) (kind == BACKWARD_WEIGHT ? OC : offsets[(e) + 1] - offsets[e])
+    for (int e = 0; e < E; e++) most_rows = RESULT_ROWS(e) > most_rows ? RESULT_ROWS(e) : most_rows;
+    // A unit of work is a block of a result. Start with large ones (less packing) and halve the longer side until there
+    // are enough to go round: an equal number for each thread, or four a thread, taken as threads become free.
+    int unit_rows = imin(UNIT_ROWS, blocks_of(most_rows, TILE_ROWS) * TILE_ROWS);
+    int unit_columns = imin(UNIT_COLUMNS, blocks_of(columns, TILE_COLUMNS) * TILE_COLUMNS), across;
     if (most_rows == 0) return;
-    // A unit of work is a block of the result. Start with large ones (little packing) and halve the longer side until
-    // there are enough to go round: an equal share for each thread, or four a thread, taken as threads become free.
-    int unit_rows = imin(BLOCK_ROWS, blocks_of(most_rows, TILE_ROWS) * TILE_ROWS);
-    int unit_columns = blocks_of(columns, TILE_COLUMNS) * TILE_COLUMNS;
     for (;;) {
+        across = blocks_of(columns, unit_columns);
         units = 0;
-        for (int e = 0; e < E; e++) {
-            int rows = kind == BACKWARD_WEIGHT ? OC : offsets[e + 1] - offsets[e];
-            units += blocks_of(rows, unit_rows) * blocks_of(columns, unit_columns);
-        }
+        for (int e = 0; e < E; e++) units += blocks_of(RESULT_ROWS(e), unit_rows) * across;
         if ((E == 1 && units % threads == 0) || units >= 4 * threads) break;
-        if (unit_rows <= TILE_ROWS && unit_columns <= TILE_COLUMNS) break;
-        if (unit_rows > unit_columns || unit_columns <= TILE_COLUMNS) {
+        if (unit_rows > TILE_ROWS && (unit_rows > unit_columns || unit_columns == TILE_COLUMNS)) {
             unit_rows = blocks_of(unit_rows / 2, TILE_ROWS) * TILE_ROWS;
-        } else {
+        } else if (unit_columns > TILE_COLUMNS) {
             unit_columns = blocks_of(unit_columns / 2, TILE_COLUMNS) * TILE_COLUMNS;
+        } else {
+            break;
         }
     }
     #pragma omp parallel for schedule(dynamic, 1)
-    for (int u = 0; u < units; u++) {
-        int e = 0, rest = u, rows, across = blocks_of(columns, unit_columns);
-        for (;; e++) { // find the expert e to which unit u belongs; rest becomes the number of the unit within it
-            rows = kind == BACKWARD_WEIGHT ? OC : offsets[e + 1] - offsets[e];
-            int of_expert = blocks_of(rows, unit_rows) * across;
-            if (rest < of_expert) break;
-            rest -= of_expert;
+    for (int unit = 0; unit < units; unit++) {
+        int e = 0, u = unit; // find expert e and the unit's number u among those of this expert
+        for (; u >= blocks_of(RESULT_ROWS(e), unit_rows) * across; e++) {
+            u -= blocks_of(RESULT_ROWS(e), unit_rows) * across;
         }
-        int down = blocks_of(rows, unit_rows);
-        int i = (int)((long)rows * (rest / across) / down), m = (int)((long)rows * (rest / across + 1) / down) - i;
-        int j = rest % across * unit_columns, n = imin(unit_columns, columns - j);
-        long row = offsets[e], w = e * weight_stride;
-        if (kind == FORWARD && m <= FEW_ROWS) {
-            float* yu = result + (row + i) * OC + j;
-            const float *xu = left + (row + i) * C, *wu = right + w + (long)j * C;
-            switch (m) {
-#define FEW_CASE(n) case n: forward_few_rows(n <= FEW_ROWS ? n : FEW_ROWS, yu, OC, xu, wu, C, n); break;
-#undef FEW_CASE
-#define FEW_CASE(r) case r: forward_few_rows(r <= FEW_ROWS ? r : FEW_ROWS, yu, OC, xu, wu, C, n); break;
-            FEW_CASE(1) FEW_CASE(2) FEW_CASE(3) FEW_CASE(4) FEW_CASE(5) FEW_CASE(6) FEW_CASE(7) FEW_CASE(8)
-            }
-        } else if (kind == FORWARD) {
-            multiply_block(result + (row + i) * OC + j, OC, left + (row + i) * C, C, 1, right + w + (long)j * C, 1, C,
-                           m, n, C, 0);
+        int down = blocks_of(RESULT_ROWS(e), unit_rows);
+        int i = (int)((long)RESULT_ROWS(e) * (u / across) / down);
+        int rows = (int)((long)RESULT_ROWS(e) * (u / across + 1) / down) - i;
+        int j = u % across * unit_columns, width = imin(unit_columns, columns - j);
+        long first = offsets[e], w = e * weight_stride;
+        if (kind == FORWARD) {
+            forward_unit(result + (first + i) * OC + j, OC, left + (first + i) * C, right + w + (long)j * C, C, rows,
+                         width);
         } else if (kind == BACKWARD_INPUT) {
-            multiply_block(result + (row + i) * C + j, C, left + (row + i) * OC, OC, 1, right + w + j, C, 1,
-                           m, n, OC, add);
+            multiply_unit(result + (first + i) * C + j, C, left + (first + i) * OC, OC, 1, right + w + j, C, 1,
+                          rows, width, OC, add);
         } else {
-            multiply_block(result + w + (long)i * C + j, C, left + row * OC + i, 1, OC, right + row * C + j, C, 1,
-                           m, n, offsets[e + 1] - offsets[e], 1);
+            multiply_unit(result + w + (long)i * C + j, C, left + first * OC + i, 1, OC, right + first * C + j, C, 1,
+                          rows, width, offsets[e + 1] - offsets[e], 1);
         }
     }
+#undef RESULT_ROWS
 }
 
 void grouped_matmul_forward(float* y, const float* x, const float* W, long weight_stride, int C, int OC, int E,
                             const int* offsets) {
     grouped_product(FORWARD, y, x, W, weight_stride, C, OC, E, offsets, 0);
 }
+
 void grouped_matmul_backward_input(float* dx, const float* dy, const float* W, long weight_stride, int C, int OC, int E,
                                    const int* offsets, int add) {
     grouped_product(BACKWARD_INPUT, dx, dy, W, weight_stride, C, OC, E, offsets, add);
 }
-void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, long weight_stride, int C, int OC, int E,
-                                    const int* offsets) {
+
+void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, long weight_stride, int C, int OC,
+                                    int E, const int* offsets) {
     grouped_product(BACKWARD_WEIGHT, dW, dy, x, weight_stride, C, OC, E, offsets, 1);
 }
+
 void matmul_forward(float* y, const float* x, const float* W, int rows, int C, int OC) {
     int offsets[2] = {0, rows};
     grouped_matmul_forward(y, x, W, 0, C, OC, 1, offsets);
 }
+
 void matmul_backward_input(float* dx, const float* dy, const float* W, int rows, int C, int OC, int add) {
     int offsets[2] = {0, rows};
     grouped_matmul_backward_input(dx, dy, W, 0, C, OC, 1, offsets, add);
 }
+
 void matmul_backward_weight(float* dW, const float* dy, const float* x, int rows, int C, int OC) {
     int offsets[2] = {0, rows};
     grouped_matmul_backward_weight(dW, dy, x, 0, C, OC, 1, offsets);
@@ -878,6 +903,20 @@ static void cross_entropy_backward(float* logits, const float* lse, const int* t
 //     z = W_router x          p = softmax(z) over all E experts          S = the K experts with the largest p
 //     gate_e = p_e, or p_e / sum over S of p  (norm_topk_prob)          y = sum over S of gate_e f_e(x)
 
+// The indices of the K largest of E scores, largest first, of equals the lowest index first.
+static void choose_topk(int* chosen, const float* scores, int E, int K) {
+    for (int k = 0; k < K; k++) {
+        int best = -1;
+        for (int e = 0; e < E; e++) {
+            // after the k-th choice come the smaller scores, and equal ones with a higher index
+            float last = k ? scores[chosen[k - 1]] : 0;
+            int left = k == 0 || scores[e] < last || (scores[e] == last && e > chosen[k - 1]);
+            if (left && (best < 0 || scores[e] > scores[best])) best = e;
+        }
+        chosen[k] = best < 0 ? 0 : best;        // nothing is left only among NaN, which the loss will show too
+    }
+}
+
 // probs (N, E) = softmax(logits), lse (N) = log of its denominator, experts (N, K) best first (of equals the lowest index
 // first), gates (N, K)
 static void softmax_router_forward(float* probs, float* lse, int* experts, float* gates, const float* logits, int N, int E,
@@ -891,20 +930,10 @@ static void softmax_router_forward(float* probs, float* lse, int* experts, float
         for (int e = 0; e < E; e++) sum += p[e] = fast_exp(z[e] - max);
         for (int e = 0; e < E; e++) p[e] /= sum;
         lse[n] = max + logf(sum);
+        choose_topk(experts_n, z, E, K);
         float gate_sum = 0;
-        for (int k = 0; k < K; k++) {
-            int best = -1;
-            for (int e = 0; e < E; e++) {
-                int taken = 0;
-                for (int j = 0; j < k; j++) taken |= experts_n[j] == e;
-                if (!taken && (best < 0 || z[e] > z[best])) best = e;
-            }
-            if (best < 0) best = 0;     // only NaN compares so; the loss will say so too
-            experts_n[k] = best;
-            gate_sum += gates_n[k] = p[best];
-        }
-        if (norm_topk)
-            for (int k = 0; k < K; k++) gates_n[k] /= gate_sum;
+        for (int k = 0; k < K; k++) gate_sum += gates_n[k] = p[experts_n[k]];
+        for (int k = 0; k < K && norm_topk; k++) gates_n[k] /= gate_sum;
     }
 }
 
@@ -1031,6 +1060,12 @@ typedef struct {
     float* router;              // (E, H), or NULL in a dense layer
     float* gate_up;             // (E, 2, I, H)             each expert's gate_proj and up_proj
     float* down;                // (E, H, I)
+    // router variants, NULL elsewhere
+    float* router_bias;         // (E)                      sigmoid
+    float *lpr_norm_weight, *lpr_norm_bias;         // (H)  Latent Prototype Routing; D is its latent dimension
+    float *lpr_encoder, *lpr_encoder_bias;          // (2 D, H), (2 D)
+    float* lpr_prototypes;                          // (E, D)
+    float *lpr_readout, *lpr_readout_bias;          // (H, D), (H)
 } LayerWeights;
 
 typedef struct {
@@ -1043,10 +1078,12 @@ typedef struct {
 // One tensor as a checkpoint knows it: its name there, and where its numbers lie in the block of all parameters.
 typedef struct {
     char name[96];
-    long offset, rows, cols;    // cols = 0: a vector of `rows` numbers
+    long offset, rows, cols;    // cols = VECTOR: a vector of `rows` numbers
 } Tensor;
+enum { VECTOR = -1 };
 
-static long tensor_size(const Tensor* t) { return t->rows * (t->cols ? t->cols : 1); }
+static int tensor_is_matrix(const Tensor* t) { return t->cols != VECTOR; }
+static long tensor_size(const Tensor* t) { return tensor_is_matrix(t) ? t->rows * t->cols : t->rows; }
 
 // All parameters are one block of memory: first the matrices, then the vectors, so that weight decay, which is for
 // matrices alone, applies to one range.
@@ -1057,6 +1094,7 @@ typedef struct {
 } Layout;
 
 static long layout_add(Layout* layout, long rows, long cols, const char* format, ...) {
+    long offset = cols != VECTOR ? layout->matrices : layout->total;
     if (layout->tensors) {
         Tensor* t = &layout->tensors[layout->count];
         va_list args;
@@ -1065,13 +1103,32 @@ static long layout_add(Layout* layout, long rows, long cols, const char* format,
         va_end(args);
         t->rows = rows;
         t->cols = cols;
-        t->offset = cols ? layout->matrices : layout->total;
+        t->offset = offset;
     }
     layout->count++;
-    long offset = cols ? layout->matrices : layout->total;
-    if (cols) layout->matrices += rows * cols;
-    layout->total += cols ? 0 : rows;
+    if (cols != VECTOR) layout->matrices += rows * cols;
+    else layout->total += rows;
     return offset;
+}
+
+// The tensors of sigmoid routers and of Latent Prototype Routing.
+static void layout_router_variant(Layout* layout, const Config* c, LayerWeights* p, float* block, int l, const char* moe) {
+    int H = c->hidden_size, E = c->num_experts, D = c->lpr_latent_dim;
+    if (c->router == ROUTER_SIGMOID) {
+        p->router_bias = block + layout_add(layout, E, VECTOR, "model.layers.%d.%s.gate.e_score_correction_bias", l, moe);
+        // Dots1 has an expert for all tokens, too; of width 0 it does nothing, but its tensors are expected
+        for (int i = 0; c->arch == DOTS1 && i < 2; i++)
+            layout_add(layout, 0, H, "model.layers.%d.mlp.shared_experts.%s_proj.weight", l, i ? "up" : "gate");
+        if (c->arch == DOTS1) layout_add(layout, H, 0, "model.layers.%d.mlp.shared_experts.down_proj.weight", l);
+        return;
+    }
+    p->lpr_norm_weight = block + layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.norm.weight", l, moe);
+    p->lpr_norm_bias = block + layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.norm.bias", l, moe);
+    p->lpr_encoder = block + layout_add(layout, 2 * D, H, "model.layers.%d.%s.gate.encoder.weight", l, moe);
+    p->lpr_encoder_bias = block + layout_add(layout, 2 * D, VECTOR, "model.layers.%d.%s.gate.encoder.bias", l, moe);
+    p->lpr_prototypes = block + layout_add(layout, E, D, "model.layers.%d.%s.gate.prototypes", l, moe);
+    p->lpr_readout = block + layout_add(layout, H, D, "model.layers.%d.%s.gate.readout.weight", l, moe);
+    p->lpr_readout_bias = block + layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.readout.bias", l, moe);
 }
 
 // Lists every tensor of a model under its Hugging Face name and points `w` (if not NULL) into `block`.
@@ -1082,19 +1139,21 @@ static void layout_walk(Layout* layout, const Config* c, Weights* w, float* bloc
     for (int l = 0; l < c->num_layers; l++) {
         LayerWeights p;
         memset(&p, 0, sizeof p);
-        p.attn_norm = block + layout_add(layout, H, 0, "model.layers.%d.input_layernorm.weight", l);
+        p.attn_norm = block + layout_add(layout, H, VECTOR, "model.layers.%d.input_layernorm.weight", l);
         p.qkv = block + layout_add(layout, (long)NH * HD, H, "model.layers.%d.self_attn.q_proj.weight", l);
         layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.k_proj.weight", l);
         layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.v_proj.weight", l);
         if (c->qk_norm != QK_NORM_NONE) {
             int row = c->qk_norm == QK_NORM_ROW;
-            p.q_norm = block + layout_add(layout, row ? NH * HD : HD, 0, "model.layers.%d.self_attn.q_norm.weight", l);
-            p.k_norm = block + layout_add(layout, row ? NKV * HD : HD, 0, "model.layers.%d.self_attn.k_norm.weight", l);
+            p.q_norm = block + layout_add(layout, row ? NH * HD : HD, VECTOR, "model.layers.%d.self_attn.q_norm.weight", l);
+            p.k_norm = block + layout_add(layout, row ? NKV * HD : HD, VECTOR, "model.layers.%d.self_attn.k_norm.weight", l);
         }
         p.attn_out = block + layout_add(layout, H, (long)NH * HD, "model.layers.%d.self_attn.o_proj.weight", l);
-        p.ffn_norm = block + layout_add(layout, H, 0, "model.layers.%d.post_attention_layernorm.weight", l);
+        p.ffn_norm = block + layout_add(layout, H, VECTOR, "model.layers.%d.post_attention_layernorm.weight", l);
         int E = layer_experts(c, l), I = layer_width(c, l);
-        if (c->sparse[l]) p.router = block + layout_add(layout, E, H, "model.layers.%d.%s.gate.weight", l, moe);
+        if (c->sparse[l] && c->router != ROUTER_LPR)
+            p.router = block + layout_add(layout, E, H, "model.layers.%d.%s.gate.weight", l, moe);
+        if (c->sparse[l] && c->router != ROUTER_SOFTMAX) layout_router_variant(layout, c, &p, block, l, moe);
         for (int e = 0; e < E; e++) {           // all gates and ups first: the products want (E, 2, I, H)
             char expert[64] = "mlp";
             if (c->sparse[l]) snprintf(expert, sizeof expert, "%s.experts.%d", moe, e);
@@ -1112,7 +1171,7 @@ static void layout_walk(Layout* layout, const Config* c, Weights* w, float* bloc
         }
         if (w) w->layers[l] = p;
     }
-    long norm = layout_add(layout, H, 0, "model.norm.weight");
+    long norm = layout_add(layout, H, VECTOR, "model.norm.weight");
     long head = c->tie_word_embeddings ? embedding : layout_add(layout, c->vocab_size, H, "lm_head.weight");
     if (w) {
         w->embedding = block + embedding;
@@ -1162,6 +1221,13 @@ typedef struct {
     int* offsets;               // (E + 1)      see group_by_expert
     int* assignment;            // (R)
     int* row_of;                // (N, K)
+    // router variants
+    float* router_raw;          // (N, E)       logits before their normalisation
+    float *lpr_a, *lpr_input;   // (N, H)
+    float *lpr_mean, *lpr_rstd; // (N)
+    float* lpr_encoded;         // (N, 2 D)
+    float* lpr_read_out;        // (N, D)
+    double* lpr_targets;        // (E, D)
 } LayerActivations;
 
 // Memory that is written and used up within one layer; all layers share it.
@@ -1181,6 +1247,13 @@ typedef struct {
     double* balance;            // (E)          f of the balance loss
     double* prob_sums;          // (E)          sum over tokens of probs
     double* norms;              // partial sums of the gradient's norm
+    // router variants
+    float* family_shift;        // (N, E)
+    float* lpr_dread_out;       // (N, D)
+    float* lpr_dprobs;          // (N, E)
+    float* lpr_dencoded;        // (N, 2 D)
+    float* lpr_da;              // (N, H)
+    double* lpr_gram;           // (D, D)
 } Scratch;
 
 // What a model is made for decides what memory it gets.
@@ -1193,7 +1266,15 @@ typedef enum {
 typedef struct {
     float aux, z;               // coefficients of the balance loss and the z-loss
     AuxForm aux_form;
+    int adaptive;               // 1: each layer has a coefficient of its own, Model.aux_coefficients
 } Balance;
+
+// Sums over tokens of what routing looks like in one layer, gathered while Model.counting_load is 1.
+typedef struct {
+    double tokens, entropy, top_gate;           // entropy of probs in nats; the largest gate
+    double sources, twins;                      // with families: distinct families chosen; tokens that chose two of one
+} Observed;
+enum { OBSERVED_NUMBERS = sizeof(Observed) / sizeof(double) };
 
 typedef struct {
     Config config;
@@ -1220,7 +1301,19 @@ typedef struct {
     int batch, length;          // B and T of the last forward pass
     Balance balance;
     long *load;                 // (L, E)       assignments, counted while counting_load is 1, cleared by the caller
+    Observed* observed;         // (L)
+    FILE* trace;                // NULL, or where each token's experts and gates are listed
+    long trace_window;          // the number of the batch's first window
     int counting_load;
+    int* topk;                  // (L)          K of each layer in the next pass; all the config's unless training draws them
+    // router variants
+    int* family;                // (L, E)       the family of each expert: the copies of one expert share it
+    int has_families;           // 1: some experts do
+    long* step_load;            // (L, E)       assignments of this optimizer step
+    double* aux_coefficients;   // (L)
+    uint64_t noise_seed;        // of LPR's noise,
+    long noise_step;            // which differs in each pass
+    double lpr_loss;            // of the last forward pass, with its weight
     double *all_counts, *all_probs;     // (E)  assignments and sums of probs over all sparse layers, for AUX_HF
     double loss, aux_loss, z_loss;      // of the last forward pass: cross-entropy alone; the other two without coefficients
     size_t bytes_params, bytes_optimizer, bytes_activations;
@@ -1243,9 +1336,9 @@ static void* take(Arena* a, size_t bytes) {
 }
 static float* take_floats(Arena* a, long n) { return (float*)take(a, sizeof(float) * n); }
 
-static void layer_activations_take(Arena* a, LayerActivations* s, const Config* c, int l, long N, int B, int T) {
+static void layer_activations_take(Arena* a, LayerActivations* s, const Config* c, int l, int most, long N, int B, int T) {
     long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads;
-    long E = layer_experts(c, l), K = layer_topk(c, l), I = layer_width(c, l);
+    long E = layer_experts(c, l), K = c->sparse[l] ? most : 1, I = layer_width(c, l), D = c->lpr_latent_dim;
     s->x = take_floats(a, N * H);
     s->attn_in = take_floats(a, N * H);
     s->attn_rstd = take_floats(a, N);
@@ -1268,6 +1361,16 @@ static void layer_activations_take(Arena* a, LayerActivations* s, const Config* 
         s->experts = (int*)take(a, sizeof(int) * N * K);
         s->assignment = (int*)take(a, sizeof(int) * N * K);
         s->row_of = (int*)take(a, sizeof(int) * N * K);
+        if (c->logit_norm > 0) s->router_raw = take_floats(a, N * E);
+        if (c->router == ROUTER_LPR) {
+            s->lpr_a = take_floats(a, N * H);
+            s->lpr_input = take_floats(a, N * H);
+            s->lpr_mean = take_floats(a, N);
+            s->lpr_rstd = take_floats(a, N);
+            s->lpr_encoded = take_floats(a, N * 2 * D);
+            s->lpr_read_out = take_floats(a, N * D);
+            s->lpr_targets = (double*)take(a, sizeof(double) * E * D);
+        }
     }
 }
 
@@ -1292,12 +1395,12 @@ static void model_take(Model* m, Arena* a) {
     size_t layers_start = a->used, layers_end = a->used;
     for (int l = 0; l < c->num_layers; l++) {
         if (!training) a->used = layers_start;      // layers write over each other
-        layer_activations_take(a, &m->layers[l], c, l, N, m->B, m->T);
+        layer_activations_take(a, &m->layers[l], c, l, most_topk(c), N, m->B, m->T);
         if (a->used > layers_end) layers_end = a->used;
-        long rows = N * layer_topk(c, l);
+        long rows = N * (c->sparse[l] ? most_topk(c) : 1);
         if (rows > R) R = rows;
         if (rows * layer_width(c, l) > RI) RI = rows * layer_width(c, l);
-        if (layer_topk(c, l) > K) K = layer_topk(c, l);
+        if (c->sparse[l]) K = most_topk(c);
     }
     a->used = layers_end;
     Scratch* s = &m->scratch;
@@ -1318,6 +1421,15 @@ static void model_take(Model* m, Arena* a) {
         s->drotated = take_floats(a, N * (NH + NKV) * HD);
         s->norms = (double*)take(a, sizeof(double) * (m->layout.total / NORM_BLOCK + 1));
     }
+    if (c->family_penalty > 0) s->family_shift = take_floats(a, N * E);
+    if (c->router == ROUTER_LPR && training) {
+        long D = c->lpr_latent_dim;
+        s->lpr_dread_out = take_floats(a, N * D);
+        s->lpr_dprobs = take_floats(a, N * E);
+        s->lpr_dencoded = take_floats(a, N * 2 * D);
+        s->lpr_da = take_floats(a, N * H);
+        s->lpr_gram = (double*)take(a, sizeof(double) * D * D);
+    }
     m->final_in = training ? take_floats(a, N * H) : m->layers[0].x;
     m->final_out = take_floats(a, N * H);
     m->final_rstd = take_floats(a, N);
@@ -1335,6 +1447,11 @@ static void model_take(Model* m, Arena* a) {
     m->ones = take_floats(a, N);
     m->identity = (int*)take(a, sizeof(int) * N);
     m->load = (long*)take(a, sizeof(long) * c->num_layers * E);
+    m->step_load = (long*)take(a, sizeof(long) * c->num_layers * E);
+    m->observed = (Observed*)take(a, sizeof(Observed) * c->num_layers);
+    m->topk = (int*)take(a, sizeof(int) * c->num_layers);
+    m->aux_coefficients = (double*)take(a, sizeof(double) * c->num_layers);
+    m->family = (int*)take(a, sizeof(int) * c->num_layers * E);
     m->all_counts = (double*)take(a, sizeof(double) * E);
     m->all_probs = (double*)take(a, sizeof(double) * E);
     m->bytes_activations = a->used - start;
@@ -1367,6 +1484,7 @@ static Model* model_create(const Config* c, Purpose purpose, int B, int T, int p
     weights_point(&m->weights, c, &m->layout, m->params);
     if (m->grads) weights_point(&m->dweights, c, &m->layout, m->grads);
     rope_table(m->cosines, m->sines, positions, c->head_dim, c->rope_theta);
+    for (int l = 0; l < c->num_layers; l++) m->topk[l] = layer_topk(c, l);
     for (int n = 0; n < B * T; n++) {
         m->ones[n] = 1;
         m->identity[n] = n;
@@ -1392,9 +1510,12 @@ static void model_init(Model* m, uint64_t seed) {
         long size = tensor_size(t);
         int residual = strstr(t->name, "o_proj") || strstr(t->name, "down_proj") || strstr(t->name, ".w2.");
         double std = residual ? 0.02 / sqrt(2.0 * m->config.num_layers) : 0.02;
+        if (strstr(t->name, "prototypes")) std = 1;         // LPR compares directions
+        float constant = strstr(t->name, "bias") ? 0.0f : 1.0f;
         uint64_t key = random_key(seed, hash_string("init"), hash_string(t->name), 0);
         #pragma omp parallel for
-        for (long j = 0; j < size; j++) w[j] = t->cols ? (float)(std * random_normal(mix64(key ^ (uint64_t)j))) : 1.0f;
+        for (long j = 0; j < size; j++)
+            w[j] = tensor_is_matrix(t) ? (float)(std * random_normal(mix64(key ^ (uint64_t)j))) : constant;
     }
 }
 
@@ -1506,12 +1627,15 @@ static void attention_layer_backward(Model* m, int l) {
 // After routing: counts the load, and adds this layer's share to the balance losses.
 static void balance_layer_forward(Model* m, int l) {
     LayerActivations* s = &m->layers[l];
-    int N = m->batch * m->length, E = m->config.num_experts, K = m->config.num_experts_per_tok;
+    int N = m->batch * m->length, E = m->config.num_experts, K = m->topk[l];
     double* prob_sums = m->scratch.prob_sums;
     sum_columns(prob_sums, s->probs, N, E);
     for (int e = 0; e < E; e++) {
         long count = s->offsets[e + 1] - s->offsets[e];
-        if (m->counting_load) m->load[(long)l * E + e] += count;
+        if (m->counting_load) {
+            m->load[(long)l * E + e] += count;
+            m->step_load[(long)l * E + e] += count;
+        }
         m->all_counts[e] += count;
         m->all_probs[e] += prob_sums[e];
         if (m->balance.aux_form == AUX_SWITCH) m->aux_loss += E * (count / ((double)N * K)) * (prob_sums[e] / N);
@@ -1519,18 +1643,22 @@ static void balance_layer_forward(Model* m, int l) {
     for (int n = 0; n < N; n++) m->z_loss += (double)s->router_lse[n] * s->router_lse[n] / N;
 }
 
-// Adds the gradient of  scale * (aux * aux_loss + z * z_loss)  to the gradient of layer l's router logits.
-static void balance_layer_backward(Model* m, int l, float scale) {
-    LayerActivations* s = &m->layers[l];
-    int N = m->batch * m->length, E = m->config.num_experts, K = m->config.num_experts_per_tok;
-    double *f = m->scratch.balance, tokens_seen = (double)N * count_sparse(&m->config);
-    if (m->balance.aux == 0 && m->balance.z == 0) return;
+// What balance_backward needs to know of layer l for the gradient of  scale * (aux * aux_loss + z * z_loss). f (E)
+static void balance_weights(const Model* m, int l, float scale, double* f, double* aux_weight, double* z_weight) {
+    const int* offsets = m->layers[l].offsets;
+    int E = m->config.num_experts, per_layer = m->balance.aux_form == AUX_SWITCH;
+    double N = (double)m->batch * m->length, tokens_seen = N * count_sparse(&m->config);
     for (int e = 0; e < E; e++)
-        f[e] = m->balance.aux_form == AUX_SWITCH ? (s->offsets[e + 1] - s->offsets[e]) / ((double)N * K)
-                                                 : m->all_counts[e] / tokens_seen;
-    double aux_weight = scale * m->balance.aux * E / (m->balance.aux_form == AUX_SWITCH ? N : tokens_seen);
-    balance_backward(m->scratch.drouter, s->router_lse, s->probs, f, aux_weight, 2.0 * scale * m->balance.z / N, N, E);
+        f[e] = per_layer ? (offsets[e + 1] - offsets[e]) / (N * m->topk[l]) : m->all_counts[e] / tokens_seen;
+    double aux = m->balance.adaptive ? m->aux_coefficients[l] : m->balance.aux;
+    *aux_weight = scale * aux * E / (per_layer ? N : tokens_seen);
+    *z_weight = 2.0 * scale * m->balance.z / N;
 }
+
+// Section 9, to be skipped: routers other than softmax top-K, and figures of what the router does.
+static const float* variant_router_forward(Model* m, int l);
+static void variant_router_backward(Model* m, int l, const double* f, double aux_weight, double z_weight, float scale);
+static void observe_layer(Model* m, int l);
 
 // out = x_mid + sum over the token's experts of gate f(n2(x_mid))
 static void ffn_layer_forward(Model* m, int l, float* out) {
@@ -1538,16 +1666,21 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     const LayerWeights* w = &m->weights.layers[l];
     LayerActivations* s = &m->layers[l];
     int N = m->batch * m->length, H = c->hidden_size, sparse = c->sparse[l];
-    int E = layer_experts(c, l), K = layer_topk(c, l), I = layer_width(c, l);
-    const float* rows_in = s->ffn_in;
+    int E = layer_experts(c, l), K = m->topk[l], I = layer_width(c, l);
+    const float *rows_in = s->ffn_in, *experts_in = s->ffn_in;
     rmsnorm_forward(s->ffn_in, H, s->ffn_rstd, s->x_mid, H, w->ffn_norm, N, 1, H, (float)c->rms_norm_eps);
     if (sparse) {
-        matmul_forward(s->router_logits, s->ffn_in, w->router, N, H, E);
-        softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, s->router_logits, N, E, K, c->norm_topk_prob);
+        if (has_router_variant(c)) {
+            experts_in = variant_router_forward(m, l);
+        } else {
+            matmul_forward(s->router_logits, s->ffn_in, w->router, N, H, E);
+            softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, s->router_logits, N, E, K, c->norm_topk_prob);
+        }
         group_by_expert(s->offsets, s->assignment, s->row_of, s->experts, N, K, E);
-        gather_rows(m->scratch.rows_in, s->ffn_in, s->assignment, N * K, K, H);
+        gather_rows(m->scratch.rows_in, experts_in, s->assignment, N * K, K, H);
         rows_in = m->scratch.rows_in;
         balance_layer_forward(m, l);
+        if (m->counting_load) observe_layer(m, l);
     } else {
         s->offsets[0] = 0;
         s->offsets[1] = N;
@@ -1565,10 +1698,10 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
     LayerActivations* s = &m->layers[l];
     Scratch* t = &m->scratch;
     int N = m->batch * m->length, H = c->hidden_size, sparse = c->sparse[l];
-    int E = layer_experts(c, l), K = layer_topk(c, l), I = layer_width(c, l);
+    int E = layer_experts(c, l), K = m->topk[l], I = layer_width(c, l);
     const float *rows_in = s->ffn_in, *rows_dout = t->dx;
     if (sparse) {
-        gather_rows(t->rows_in, s->ffn_in, s->assignment, N * K, K, H);
+        gather_rows(t->rows_in, c->router == ROUTER_LPR ? s->lpr_input : s->ffn_in, s->assignment, N * K, K, H);
         gather_rows(t->rows_out, t->dx, s->assignment, N * K, K, H);
         rows_in = t->rows_in;
         rows_dout = t->rows_out;
@@ -1584,10 +1717,16 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
     grouped_matmul_backward_input(drows, dgate_up, w->gate_up, 2L * I * H, H, 2 * I, E, s->offsets, 0);
     if (sparse) {
         combine_rows(t->dnormed, NULL, drows, NULL, s->row_of, N, K, H);
-        softmax_router_backward(t->drouter, t->dgates, s->probs, s->experts, s->gates, N, E, K, c->norm_topk_prob);
-        balance_layer_backward(m, l, scale);
-        matmul_backward_input(t->dnormed, t->drouter, w->router, N, H, E, 1);
-        matmul_backward_weight(dw->router, t->drouter, s->ffn_in, N, H, E);
+        double aux_weight, z_weight;
+        balance_weights(m, l, scale, t->balance, &aux_weight, &z_weight);
+        if (has_router_variant(c)) {
+            variant_router_backward(m, l, t->balance, aux_weight, z_weight, scale);
+        } else {
+            softmax_router_backward(t->drouter, t->dgates, s->probs, s->experts, s->gates, N, E, K, c->norm_topk_prob);
+            balance_backward(t->drouter, s->router_lse, s->probs, t->balance, aux_weight, z_weight, N, E);
+            matmul_backward_input(t->dnormed, t->drouter, w->router, N, H, E, 1);
+            matmul_backward_weight(dw->router, t->drouter, s->ffn_in, N, H, E);
+        }
     }
     rmsnorm_backward(t->dx, H, 1, dw->ffn_norm, t->dnormed, H, s->x_mid, H, w->ffn_norm, s->ffn_rstd, N, 1, H);
 }
@@ -1600,7 +1739,7 @@ static double model_forward(Model* m, const int* tokens, const int* targets, int
     m->batch = B;
     m->length = T;
     memcpy(m->tokens, tokens, sizeof(int) * N);
-    m->aux_loss = m->z_loss = m->loss = 0;
+    m->aux_loss = m->z_loss = m->lpr_loss = m->loss = 0;
     for (int e = 0; e < E; e++) m->all_counts[e] = m->all_probs[e] = 0;
     embedding_forward(m->layers[0].x, m->tokens, m->weights.embedding, N, H);
     for (int l = 0; l < c->num_layers; l++) {
@@ -1627,8 +1766,8 @@ static double model_forward(Model* m, const int* tokens, const int* targets, int
     return m->loss /= N;
 }
 
-// Adds to the gradients that of  scale * (loss + aux * aux_loss + z * z_loss)  of the last forward pass, which must have
-// had targets. It uses up the activations: the logits become their gradient.
+// Adds to the gradients that of  scale * (loss + aux * aux_loss + z * z_loss + lpr_loss)  of the last forward pass, which
+// must have had targets. It uses up the activations: the logits become their gradient.
 static void model_backward(Model* m, float scale) {
     const Config* c = &m->config;
     int N = m->batch * m->length, H = c->hidden_size, V = c->vocab_size;
@@ -1892,6 +2031,11 @@ typedef struct {
     AdamW adamw;
     uint64_t seed;
     long val_every, val_batches, save_every, sample_every;
+    // router variants, section 9
+    double bias_rate;                   // of the sigmoid router's bias
+    int topk_low, topk_high;            // each layer draws its K in every step; 0: the model's K
+    double family_strength;             // penalty of families, and over how many steps it goes
+    long family_steps;
 } Run;
 
 // The learning rate of step 0, 1, ..: a linear rise over `warmup` steps, then
@@ -1929,12 +2073,19 @@ static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
     for (long w = 0; w < windows; w += m->B) {
         int B = (int)lmin(m->B, windows - w);
         for (int b = 0; b < B; b++) dataset_window(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T);
+        m->trace_window = w;
         sum += model_forward(m, batch.tokens, batch.targets, B, d->T) * B;
     }
     return sum / (double)windows;
 }
 
-// Explained in sections 11 and 12.
+// Explained in sections 9, 12 and 13.
+static void router_before_step(Model* m, const Run* run, long step);
+static void router_after_step(Model* m, const Run* run, long done);
+static void print_load(const Model* m, int each);
+#define LOAD_HEADER "step,layer,expert,assignments,gini,min_max,max_vio,dead,entropy,top_gate,twin_cosine,twins_together,sources"
+static void log_load(FILE* log, const Model* m, long step);
+static void clear_load(Model* m);
 static const char* checkpoint_save(const Model* m, const char* out, long step);
 static void print_sample(Model* generator, uint64_t seed, int tokens);
 
@@ -1971,20 +2122,21 @@ static void print_duration(double s) {
 // Trains from first_step (0, or where the checkpoint in `out` stopped) to run->steps. out, val and generator may be NULL:
 // then nothing is written, validated or sampled. Returns the exit code: 0, 1 after a failure, 130 or 143 after a signal.
 static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* generator, const char* out, long first_step) {
-    int L = m->config.num_layers, E = m->config.num_experts, T = run->T, terminal = isatty(2), exit_code = 0;
+    int E = m->config.num_experts, T = run->T, terminal = isatty(2), exit_code = 0;
     long saved = first_step, tokens_per_step = (long)run->B * T * run->accum;
     double flops = flops_per_token(&m->config, T), started = seconds();
     Batch batch = batch_create(run->B, T);
     FILE *log = NULL, *val_log = NULL, *load_log = NULL;
     if (out) {
-        log = log_open(out, "log.csv", "step,tokens,train_loss,aux_loss,z_loss,lr,grad_norm,tokens_per_s", first_step);
+        log = log_open(out, "log.csv", "step,tokens,train_loss,aux_loss,z_loss,lr,grad_norm,tokens_per_s,lpr_loss", first_step);
         val_log = log_open(out, "val.csv", "step,tokens,val_loss", first_step);
-        load_log = log_open(out, "load.csv", "step,layer,expert,assignments", first_step);
+        load_log = log_open(out, "load.csv", LOAD_HEADER, first_step);
     }
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     for (long step = first_step; step < run->steps && !stop_signal; step++) {
-        double t0 = seconds(), loss = 0, aux_loss = 0, z_loss = 0, lr = learning_rate(run, step);
+        double t0 = seconds(), loss = 0, aux_loss = 0, z_loss = 0, lpr_loss = 0, lr = learning_rate(run, step);
+        router_before_step(m, run, step);
         m->counting_load = 1;
         for (int micro = 0; micro < run->accum; micro++) {
             for (int b = 0; b < run->B; b++)
@@ -1993,6 +2145,8 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
             loss += model_forward(m, batch.tokens, batch.targets, run->B, T) / run->accum;
             aux_loss += m->aux_loss / run->accum;
             z_loss += m->z_loss / run->accum;
+            lpr_loss += m->lpr_loss / run->accum;
+            m->noise_step++;
             model_backward(m, 1.0f / run->accum);
         }
         m->counting_load = 0;
@@ -2005,6 +2159,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
             exit_code = 1;
             break;
         }
+        router_after_step(m, run, step + 1);
         double elapsed = seconds() - t0, rate = tokens_per_step / elapsed;
         long done = step + 1;
         fprintf(stderr, "%sstep %ld/%ld | loss %.4f | lr %.2e | norm %.2f | %.0f tokens/s | %.1f GFLOP/s | ",
@@ -2012,8 +2167,8 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         print_duration((seconds() - started) / (done - first_step) * (run->steps - done));
         fprintf(stderr, terminal ? "\033[K" : "\n");
         if (log) {
-            fprintf(log, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f\n", done, done * tokens_per_step, loss, aux_loss, z_loss, lr,
-                    norm, rate);
+            fprintf(log, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f,%.6f\n", done, done * tokens_per_step, loss, aux_loss, z_loss,
+                    lr, norm, rate, lpr_loss);
             fflush(log);
         }
         int last = done == run->steps;
@@ -2023,16 +2178,15 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
             printf("step %ld: validation loss %.4f", done, val_loss);
             if (val->raw) printf(" nats (%.4f bits) a byte", val_loss / M_LN2);
             printf("\n");
+            if (E > 0) print_load(m, 0);
             fflush(stdout);
             if (val_log) {
                 fprintf(val_log, "%ld,%ld,%.6f\n", done, done * tokens_per_step, val_loss);
                 fflush(val_log);
-                for (int l = 0; l < L; l++)
-                    for (int e = 0; m->config.sparse[l] && e < E; e++)
-                        fprintf(load_log, "%ld,%d,%d,%ld\n", done, l, e, m->load[(long)l * E + e]);
+                log_load(load_log, m, done);
                 fflush(load_log);
             }
-            memset(m->load, 0, sizeof(long) * L * (E > 0 ? E : 1));
+            clear_load(m);
         }
         if (generator && run->sample_every > 0 && done % run->sample_every == 0 && !last) {
             fprintf(stderr, "%s", terminal ? "\n" : "");
@@ -2066,7 +2220,633 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 9. JSON
+// 9. Router variants
+//
+// Everything that a router can be besides softmax top-K. Two things can happen to the logits z on their way to the
+// choice, in this order, and there are two kinds of scores besides softmax:
+//
+//     logit norm    z' = lambda (z - mean z) / (std z + 1e-6)                                             Skywork-MoE
+//     families      z'_e = z_e - penalty for every copy of an expert but the best one                  see methods below
+//     sigmoid       s = sigmoid(z'), the K largest s + bias are chosen, gates from s alone                 DeepSeek-V3
+//     LPR           z = cosine between an encoding of the token and a prototype of the expert    Latent Prototype Routing
+//
+// variant_router_forward and variant_router_backward at the end of this section put them together.
+
+// z' (N, E) = lambda (z - mean) / (std + 1e-6), with each token's mean and (population) standard deviation over the
+// experts (Wei et al. 2024, 2406.06563, section 3.1)
+static void logit_norm_forward(float* out, const float* z, int N, int E, float lambda) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* z_n = z + (long)n * E;
+        double mean = 0, square = 0;
+        for (int e = 0; e < E; e++) mean += z_n[e] / E;
+        for (int e = 0; e < E; e++) square += (z_n[e] - mean) * (z_n[e] - mean) / E;
+        for (int e = 0; e < E; e++) out[(long)n * E + e] = (float)(lambda * (z_n[e] - mean) / (sqrt(square) + 1e-6));
+    }
+}
+
+// In place: the gradient of z' becomes that of z. With c = z - mean, r = std + 1e-6:
+//     dc_e = lambda / r (dz'_e - c_e sum_j(dz'_j c_j) / (E std r))            dz_e = dc_e - mean(dc)
+static void logit_norm_backward(float* dz, const float* z, int N, int E, float lambda) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* z_n = z + (long)n * E;
+        float* dz_n = dz + (long)n * E;
+        double mean = 0, square = 0, along = 0, dmean = 0;
+        for (int e = 0; e < E; e++) mean += z_n[e] / E;
+        for (int e = 0; e < E; e++) square += (z_n[e] - mean) * (z_n[e] - mean) / E;
+        for (int e = 0; e < E; e++) along += dz_n[e] * (z_n[e] - mean);
+        double std = sqrt(square), r = std + 1e-6;
+        for (int e = 0; e < E; e++) {
+            double through_std = std > 0 ? (z_n[e] - mean) * along / (E * std * r) : 0;
+            dz_n[e] = (float)(lambda / r * (dz_n[e] - through_std));
+            dmean += dz_n[e] / E;
+        }
+        for (int e = 0; e < E; e++) dz_n[e] -= (float)dmean;
+    }
+}
+
+// Families. Copies of one expert score alike, so plain top-K would pick the copies of the best expert and not the K best
+// experts. A penalty on all members of a family but its best one puts that off: while it is infinite, at most one copy of
+// each expert is chosen and every gate is what it was before the copying, so the model computes what it did before.
+// Equal members, as exact copies are at first, are told apart by a hash of (layer, position in the sequence, family): so
+// copies see different tokens, and a cache, a resumed run and a GPU agree. In place; the gradient passes unchanged.
+// scores (N, E): what the best member has most of: z, or sigmoid(z) + bias. shift (N, E): what was subtracted, 0 or the
+// penalty. family (E): each expert's family. Row n is at position start + n % T of its sequence.
+static void penalise_families(float* z, float* shift, const float* scores, const int* family, float penalty, int layer,
+                              int N, int T, int start, int E) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* scores_n = scores + (long)n * E;
+        for (int e = 0; e < E; e++) {
+            int beaten = 0, tied = 0, before = 0;       // is a member better; members that equal e; those ahead of e
+            for (int j = 0; j < E; j++) {
+                if (family[j] != family[e]) continue;
+                beaten |= scores_n[j] > scores_n[e];
+                tied += scores_n[j] == scores_n[e];
+                before += scores_n[j] == scores_n[e] && j < e;
+            }
+            uint64_t hash = random_key(0x46414D, (uint64_t)layer, (uint64_t)(start + n % T), (uint64_t)family[e]);
+            int best = !beaten && before == (int)((hash >> 32) % (uint64_t)(tied > 0 ? tied : 1));
+            shift[(long)n * E + e] = best ? 0 : penalty;
+            z[(long)n * E + e] -= shift[(long)n * E + e];
+        }
+    }
+}
+
+// The penalty in step t of S: infinite at first, then strength (S / t - 1), nothing from S on.
+static double family_penalty_at(double strength, long t, long S) {
+    if (t >= S) return 0;
+    return t == 0 ? INFINITY : strength * ((double)S / (double)t - 1);
+}
+
+// scores (N, E) = sigmoid(z) + bias, by which experts are chosen; bias (E)
+static void sigmoid_scores(float* scores, const float* z, const float* bias, int N, int E) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++)
+        for (int e = 0; e < E; e++) scores[(long)n * E + e] = 1.0f / (1.0f + fast_exp(-z[(long)n * E + e])) + bias[e];
+}
+
+// Sigmoid scores with a bias that balances the load without a loss (DeepSeek-V3, 2412.19437; Wang et al., 2408.15664):
+//     s = sigmoid(z)      S = the K experts with the largest s + bias - shift      gate_e = s_e, or s_e / sum over S of s
+// The bias takes part in nothing else. probs (N, E) = s / sum of s stands in for the probabilities in the balance loss;
+// lse (N) = logsumexp(z). shift (N, E) or NULL is what families subtracted from z: it is taken from s + bias as well,
+// because s of a penalised expert tends to 0, but s + bias would not fall below all others.
+static void sigmoid_router_forward(float* probs, float* lse, int* experts, float* gates, const float* z, const float* bias,
+                                   const float* shift, int N, int E, int K, int norm_topk) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* z_n = z + (long)n * E;
+        float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, max = z_n[0], exp_sum = 0, sum = 0, gate_sum = 0;
+        int* experts_n = experts + (long)n * K;
+        for (int e = 1; e < E; e++) max = z_n[e] > max ? z_n[e] : max;
+        for (int e = 0; e < E; e++) exp_sum += fast_exp(z_n[e] - max);
+        lse[n] = max + logf(exp_sum);
+        for (int e = 0; e < E; e++)
+            p[e] = 1.0f / (1.0f + fast_exp(-z_n[e])) + bias[e] - (shift ? shift[(long)n * E + e] : 0);
+        choose_topk(experts_n, p, E, K);
+        for (int e = 0; e < E; e++) sum += p[e] = 1.0f / (1.0f + fast_exp(-z_n[e]));
+        for (int k = 0; k < K; k++) gate_sum += gates_n[k] = p[experts_n[k]];
+        for (int k = 0; k < K && norm_topk; k++) gates_n[k] /= gate_sum;
+        for (int e = 0; e < E; e++) p[e] /= sum;
+    }
+}
+
+// dz (N, E) from dgates (N, K), and from the balance losses (aux_weight, z_weight and f as in balance_backward):
+//     renormalised: ds_e = (dgate_e - sum over S of gate_j dgate_j) / sum over S of s;    otherwise ds_e = dgate_e
+//     balance:      ds_e += aux_weight (f_e - sum_j f_j p_j) / sum of s,  p = s / sum of s
+//     dz_e = ds_e s_e (1 - s_e) + z_weight lse exp(z_e - lse)
+static void sigmoid_router_backward(float* dz, const float* dgates, const float* z, const float* probs, const float* lse,
+                                    const int* experts, const float* gates, const double* f, double aux_weight,
+                                    double z_weight, int N, int E, int K, int norm_topk) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float *z_n = z + (long)n * E, *p = probs + (long)n * E, *gates_n = gates + (long)n * K;
+        const float* dgates_n = dgates + (long)n * K;
+        const int* experts_n = experts + (long)n * K;
+        float *dz_n = dz + (long)n * E, sum = 0, chosen_sum = 0, mean = 0;
+        double f_mean = 0;
+        for (int e = 0; e < E; e++) {
+            sum += 1.0f / (1.0f + fast_exp(-z_n[e]));
+            f_mean += f[e] * p[e];
+        }
+        for (int e = 0; e < E; e++) dz_n[e] = (float)(aux_weight * (f[e] - f_mean)) / sum;
+        for (int k = 0; k < K; k++) {
+            chosen_sum += 1.0f / (1.0f + fast_exp(-z_n[experts_n[k]]));
+            mean += gates_n[k] * dgates_n[k];
+        }
+        for (int k = 0; k < K; k++) dz_n[experts_n[k]] += norm_topk ? (dgates_n[k] - mean) / chosen_sum : dgates_n[k];
+        for (int e = 0; e < E; e++) {
+            float s = 1.0f / (1.0f + fast_exp(-z_n[e]));
+            dz_n[e] = dz_n[e] * s * (1.0f - s) + (float)z_weight * lse[n] * fast_exp(z_n[e] - lse[n]);
+        }
+    }
+}
+
+// Once a step, from the load of the whole batch: bias_e += rate sign(mean load - load_e). counts, bias (E)
+static void update_router_bias(float* bias, const long* counts, int E, double rate) {
+    double mean = 0;
+    for (int e = 0; e < E; e++) mean += (double)counts[e] / E;
+    for (int e = 0; e < E; e++) bias[e] += (float)(counts[e] < mean ? rate : counts[e] > mean ? -rate : 0);
+}
+
+// The balance loss's coefficient can follow each layer's imbalance (Skywork-MoE, 2406.06563, section 3.2):
+//     coefficient <- .99 coefficient + .01 min(imbalance / 5, .01),       imbalance = 1/2 sum_e |f_e - 1/E|
+// where the paper's rate of dropped tokens becomes the share of assignments over an even load, as nothing is dropped here.
+static double adapted_aux(double coefficient, const long* counts, int E) {
+    double total = 0, imbalance = 0;
+    for (int e = 0; e < E; e++) total += (double)counts[e];
+    for (int e = 0; e < E; e++) imbalance += 0.5 * fabs((double)counts[e] / total - 1.0 / E);
+    return 0.99 * coefficient + 0.01 * fmin(imbalance / 5, 0.01);
+}
+
+// Latent Prototype Routing (Yang 2025, 2506.21328). A token and an expert meet in a space of D dimensions:
+//     a = silu(LayerNorm(h))        [mu, logvar] = a W_enc^T + b_enc        score_e = cos(mu, prototype_e)
+//     chosen = the K best scores, gates = softmax over them          read_out = sum over all e of softmax(score)_e prototype_e
+//     the experts' input is  h + read_out W_out^T + b_out,  and the objective gets
+//     weight (diversity (Div(mu) + Div(prototypes)) + kl KL + align Align)
+//     Div(X) = mean over pairs (i, j) of (n_i n_j - [i = j])^2, n = x / |x|. Over T tokens it is (|Xn^T Xn|^2 - T) / T^2,
+//              which needs a D x D matrix and not a T x T one
+//     KL = mean over tokens of -1/2 sum(1 + logvar - mu^2 - exp(logvar))
+//     Align = mean over (e, d) of |prototype_e - target_e|, target_e = sum over tokens of rho_e (mu + exp(logvar / 2) eps),
+//             rho = softmax over all experts of the scores of the chosen ones, 0 for the others; target is a constant
+
+#define LPR_EPS 1e-5f           // of the LayerNorm
+
+// a (N, H) = silu(LayerNorm(h)); mean, rstd (N) are kept
+static void lpr_normalise_forward(float* a, float* mean, float* rstd, const float* h, const float* weight, const float* bias,
+                                  int N, int H) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* h_n = h + (long)n * H;
+        float sum = 0, square = 0;
+        for (int i = 0; i < H; i++) sum += h_n[i];
+        float m = sum / H;
+        for (int i = 0; i < H; i++) square += (h_n[i] - m) * (h_n[i] - m);
+        float r = 1.0f / sqrtf(square / H + LPR_EPS);
+        for (int i = 0; i < H; i++) {
+            float u = (h_n[i] - m) * r * weight[i] + bias[i];
+            a[(long)n * H + i] = u / (1.0f + fast_exp(-u));
+        }
+        mean[n] = m;
+        rstd[n] = r;
+    }
+}
+
+// dh += the gradient of h; da (N, H) is overwritten by the gradient of u, the LayerNorm's output.
+//     silu'(u) = s (1 + u (1 - s))      dh = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)),  dxhat = du weight
+static void lpr_normalise_backward(float* dh, float* dweight, float* dbias, float* da, const float* h, const float* mean,
+                                   const float* rstd, const float* weight, const float* bias, int N, int H) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* h_n = h + (long)n * H;
+        float *du = da + (long)n * H, d_mean = 0, d_along = 0;
+        for (int i = 0; i < H; i++) {
+            float xhat = (h_n[i] - mean[n]) * rstd[n], u = xhat * weight[i] + bias[i], s = 1.0f / (1.0f + fast_exp(-u));
+            du[i] *= s * (1.0f + u * (1.0f - s));
+            d_mean += du[i] * weight[i] / H;
+            d_along += du[i] * weight[i] * xhat / H;
+        }
+        for (int i = 0; i < H; i++) {
+            float xhat = (h_n[i] - mean[n]) * rstd[n];
+            dh[(long)n * H + i] += rstd[n] * (du[i] * weight[i] - d_mean - xhat * d_along);
+        }
+    }
+    #pragma omp parallel for
+    for (int i = 0; i < H; i++)
+        for (int n = 0; n < N; n++) {
+            dweight[i] += da[(long)n * H + i] * (h[(long)n * H + i] - mean[n]) * rstd[n];
+            dbias[i] += da[(long)n * H + i];
+        }
+}
+
+static void add_bias(float* x, const float* bias, int N, int C) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < C; i++) x[(long)n * C + i] += bias[i];
+}
+
+static void add_bias_gradient(float* dbias, const float* dx, int N, int C) {
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < C; i++) dbias[i] += dx[(long)n * C + i];
+}
+
+static float norm_of(const float* x, int D) {
+    float sum = 0;
+    for (int d = 0; d < D; d++) sum += x[d] * x[d];
+    return sqrtf(sum);
+}
+
+// scores (N, E) = cosines of mu (the first half of each row of encoded (N, 2 D)) and prototypes (E, D)
+static void lpr_scores(float* scores, const float* encoded, const float* prototypes, int N, int E, int D) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* mu = encoded + (long)n * 2 * D;
+        float length = norm_of(mu, D);
+        for (int e = 0; e < E; e++) {
+            const float* p = prototypes + (long)e * D;
+            float dot = 0;
+            for (int d = 0; d < D; d++) dot += mu[d] * p[d];
+            scores[(long)n * E + e] = dot / (length * norm_of(p, D));
+        }
+    }
+}
+
+// With n = mu / |mu| and q = p / |p|:    dmu += dscore (q - score n) / |mu|        dp += dscore (n - score q) / |p|
+static void lpr_scores_backward(float* dencoded, float* dprototypes, const float* dscores, const float* scores,
+                                const float* encoded, const float* prototypes, int N, int E, int D) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* mu = encoded + (long)n * 2 * D;
+        float length = norm_of(mu, D);
+        for (int e = 0; e < E; e++) {
+            const float* p = prototypes + (long)e * D;
+            float p_length = norm_of(p, D), score = scores[(long)n * E + e], dscore = dscores[(long)n * E + e];
+            for (int d = 0; d < D; d++)
+                dencoded[(long)n * 2 * D + d] += dscore * (p[d] / p_length - score * mu[d] / length) / length;
+        }
+    }
+    #pragma omp parallel for
+    for (int e = 0; e < E; e++) {
+        const float* p = prototypes + (long)e * D;
+        float p_length = norm_of(p, D);
+        for (int n = 0; n < N; n++) {
+            const float* mu = encoded + (long)n * 2 * D;
+            float length = norm_of(mu, D), score = scores[(long)n * E + e], dscore = dscores[(long)n * E + e];
+            for (int d = 0; d < D; d++)
+                dprototypes[(long)e * D + d] += dscore * (mu[d] / length - score * p[d] / p_length) / p_length;
+        }
+    }
+}
+
+// The diversity of M vectors of D numbers, row_step floats apart, and (if dx is not NULL) weight times its gradient added
+// to dx. With n = x / |x| and G = Xn^T Xn:  Div = (sum of G^2 - M) / M^2, and as |n| = 1 the gradient 4 (G n - n) / M^2 loses
+// its part along n:  dx = weight 4 / M^2 (G n - (n G n) n) / |x|.   gram (D, D)
+static double lpr_diversity(float* dx, double* gram, const float* x, long row_step, int M, int D, double weight) {
+    double sum = 0;
+    memset(gram, 0, sizeof(double) * (size_t)D * (size_t)D);
+    for (int i = 0; i < M; i++) {
+        const float* x_i = x + i * row_step;
+        double square = 0;
+        for (int d = 0; d < D; d++) square += (double)x_i[d] * x_i[d];
+        for (int d = 0; d < D; d++)
+            for (int k = 0; k < D; k++) gram[d * D + k] += x_i[d] * x_i[k] / square;
+    }
+    for (int i = 0; i < D * D; i++) sum += gram[i] * gram[i];
+    for (int i = 0; dx && i < M; i++) {
+        const float* x_i = x + i * row_step;
+        double square = 0, along = 0;
+        for (int d = 0; d < D; d++) square += (double)x_i[d] * x_i[d];
+        for (int d = 0; d < D; d++)
+            for (int k = 0; k < D; k++) along += gram[d * D + k] * x_i[d] * x_i[k] / square;
+        for (int d = 0; d < D; d++) {
+            double g = 0;
+            for (int k = 0; k < D; k++) g += gram[d * D + k] * x_i[k];
+            dx[i * row_step + d] += (float)(weight * 4 / ((double)M * M) * (g - along * x_i[d]) / square);
+        }
+    }
+    return (sum - M) / ((double)M * M);
+}
+
+// The noise of Align: N(0, 1) for token n and dimension d of a layer, a hash of what it is for.
+static float lpr_noise(uint64_t layer_key, long n, int d, int D) {
+    return (float)random_normal(mix64(layer_key ^ (uint64_t)(n * D + d)));
+}
+
+// KL, and the targets of Align: target (E, D) = sum (or mean) over tokens of rho_e (mu + exp(logvar / 2) eps)
+static double lpr_targets(double* targets, const float* encoded, const float* scores, const int* experts, uint64_t layer_key,
+                          int mean, int N, int E, int K, int D) {
+    double kl = 0;
+    for (long i = 0; i < (long)E * D; i++) targets[i] = 0;
+    for (int n = 0; n < N; n++) {
+        const float *mu = encoded + (long)n * 2 * D, *logvar = mu + D;
+        const int* experts_n = experts + (long)n * K;
+        double sum = E - K;                             // exp(0) for each expert that was not chosen
+        for (int k = 0; k < K; k++) sum += exp((double)scores[(long)n * E + experts_n[k]]);
+        for (int d = 0; d < D; d++) {
+            double var = exp((double)logvar[d]), z = mu[d] + sqrt(var) * lpr_noise(layer_key, n, d, D);
+            kl -= 0.5 * (1 + logvar[d] - (double)mu[d] * mu[d] - var) / N;
+            if (mean) z /= N;
+            for (int e = 0; e < E; e++) targets[(long)e * D + d] += z / sum;
+            for (int k = 0; k < K; k++)
+                targets[(long)experts_n[k] * D + d] += z * (exp((double)scores[(long)n * E + experts_n[k]]) - 1) / sum;
+        }
+    }
+    return kl;
+}
+
+// LPR's part of the objective for one layer, and its targets for the backward pass.
+static void lpr_losses_forward(Model* m, int l) {
+    const Config* c = &m->config;
+    LayerActivations* s = &m->layers[l];
+    const LayerWeights* w = &m->weights.layers[l];
+    int N = m->batch * m->length, E = c->num_experts, D = c->lpr_latent_dim;
+    uint64_t layer_key = random_key(m->noise_seed, 0x4C5052, (uint64_t)m->noise_step, (uint64_t)l);
+    double kl = lpr_targets(s->lpr_targets, s->lpr_encoded, s->router_logits, s->experts, layer_key, c->lpr_align_mean, N, E,
+                            m->topk[l], D);
+    double align = 0, *gram = m->scratch.lpr_gram;
+    for (long i = 0; i < (long)E * D; i++) align += fabs(w->lpr_prototypes[i] - s->lpr_targets[i]) / ((double)E * D);
+    double diversity = lpr_diversity(NULL, gram, s->lpr_encoded, 2 * D, N, D, 0) +
+                       lpr_diversity(NULL, gram, w->lpr_prototypes, D, E, D, 0);
+    m->lpr_loss += c->lpr_weight * (c->lpr_diversity * diversity + c->lpr_kl * kl + c->lpr_align * align);
+}
+
+// Adds the gradient of scale * that objective to dencoded (N, 2 D) and to the prototypes' gradient.
+static void lpr_losses_backward(Model* m, int l, float* dencoded, double scale) {
+    const Config* c = &m->config;
+    LayerActivations* s = &m->layers[l];
+    float *prototypes = m->weights.layers[l].lpr_prototypes, *dprototypes = m->dweights.layers[l].lpr_prototypes;
+    int N = m->batch * m->length, E = c->num_experts, D = c->lpr_latent_dim;
+    double weight = scale * c->lpr_weight;
+    lpr_diversity(dencoded, m->scratch.lpr_gram, s->lpr_encoded, 2 * D, N, D, weight * c->lpr_diversity);
+    lpr_diversity(dprototypes, m->scratch.lpr_gram, prototypes, D, E, D, weight * c->lpr_diversity);
+    for (long i = 0; i < (long)E * D; i++) {
+        double above = prototypes[i] - s->lpr_targets[i];
+        dprototypes[i] += (float)(weight * c->lpr_align / ((double)E * D) * ((above > 0) - (above < 0)));
+    }
+    for (int n = 0; n < N; n++) {
+        const float *mu = s->lpr_encoded + (long)n * 2 * D, *logvar = mu + D;
+        float* dmu = dencoded + (long)n * 2 * D;
+        for (int d = 0; d < D; d++) {
+            dmu[d] += (float)(weight * c->lpr_kl / N * mu[d]);
+            dmu[D + d] += (float)(weight * c->lpr_kl / N * -0.5 * (1 - exp((double)logvar[d])));
+        }
+    }
+}
+
+// From ffn_in (N, H) to router_logits, probs, experts and gates of layer l. Returns the experts' input (N, H).
+static const float* variant_router_forward(Model* m, int l) {
+    const Config* c = &m->config;
+    const LayerWeights* w = &m->weights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    int N = m->batch * m->length, H = c->hidden_size, E = c->num_experts, K = m->topk[l], D = c->lpr_latent_dim;
+    int start = m->purpose == FOR_GENERATION ? m->cached : 0;
+    float* z = s->router_logits;
+    if (c->router == ROUTER_LPR) {
+        lpr_normalise_forward(s->lpr_a, s->lpr_mean, s->lpr_rstd, s->ffn_in, w->lpr_norm_weight, w->lpr_norm_bias, N, H);
+        matmul_forward(s->lpr_encoded, s->lpr_a, w->lpr_encoder, N, H, 2 * D);
+        add_bias(s->lpr_encoded, w->lpr_encoder_bias, N, 2 * D);
+        lpr_scores(z, s->lpr_encoded, w->lpr_prototypes, N, E, D);
+        softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, N, E, K, 1);
+        matmul_backward_input(s->lpr_read_out, s->probs, w->lpr_prototypes, N, D, E, 0);       // probs times prototypes
+        matmul_forward(s->lpr_input, s->lpr_read_out, w->lpr_readout, N, D, H);
+        add_bias(s->lpr_input, w->lpr_readout_bias, N, H);
+        for (long i = 0; i < (long)N * H; i++) s->lpr_input[i] += s->ffn_in[i];
+        if (m->purpose == FOR_TRAINING) lpr_losses_forward(m, l);
+        return s->lpr_input;
+    }
+    matmul_forward(c->logit_norm > 0 ? s->router_raw : z, s->ffn_in, w->router, N, H, E);
+    if (c->logit_norm > 0) logit_norm_forward(z, s->router_raw, N, E, (float)c->logit_norm);
+    float* shift = NULL;
+    if (c->family_penalty > 0) {
+        shift = m->scratch.family_shift;
+        if (c->router == ROUTER_SIGMOID) sigmoid_scores(s->probs, z, w->router_bias, N, E);
+        else memcpy(s->probs, z, sizeof(float) * (size_t)N * (size_t)E);
+        penalise_families(z, shift, s->probs, m->family + (long)l * E, (float)c->family_penalty, l, N, m->length, start, E);
+    }
+    if (c->router == ROUTER_SIGMOID)
+        sigmoid_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, N, E, K, c->norm_topk_prob);
+    else softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, N, E, K, c->norm_topk_prob);
+    return s->ffn_in;
+}
+
+// In: scratch.dgates, and in scratch.dnormed the gradient of the experts' input. Out: scratch.dnormed, that of ffn_in.
+// f, aux_weight, z_weight as in balance_backward.
+static void variant_router_backward(Model* m, int l, const double* f, double aux_weight, double z_weight, float scale) {
+    const Config* c = &m->config;
+    const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    Scratch* t = &m->scratch;
+    int N = m->batch * m->length, H = c->hidden_size, E = c->num_experts, K = m->topk[l], D = c->lpr_latent_dim;
+    float* dz = t->drouter;
+    if (c->router == ROUTER_SIGMOID) {
+        sigmoid_router_backward(dz, t->dgates, s->router_logits, s->probs, s->router_lse, s->experts, s->gates, f, aux_weight,
+                                z_weight, N, E, K, c->norm_topk_prob);
+    } else {
+        softmax_router_backward(dz, t->dgates, s->probs, s->experts, s->gates, N, E, K, c->router == ROUTER_LPR || c->norm_topk_prob);
+        balance_backward(dz, s->router_lse, s->probs, f, aux_weight, z_weight, N, E);
+    }
+    if (c->router != ROUTER_LPR) {
+        if (c->logit_norm > 0) logit_norm_backward(dz, s->router_raw, N, E, (float)c->logit_norm);
+        matmul_backward_input(t->dnormed, dz, w->router, N, H, E, 1);
+        matmul_backward_weight(dw->router, dz, s->ffn_in, N, H, E);
+        return;
+    }
+    // the read-out: probs -> read_out -> experts' input
+    matmul_backward_weight(dw->lpr_readout, t->dnormed, s->lpr_read_out, N, D, H);
+    add_bias_gradient(dw->lpr_readout_bias, t->dnormed, N, H);
+    matmul_backward_input(t->lpr_dread_out, t->dnormed, w->lpr_readout, N, D, H, 0);
+    matmul_backward_weight(dw->lpr_prototypes, s->probs, t->lpr_dread_out, N, D, E);
+    matmul_forward(t->lpr_dprobs, t->lpr_dread_out, w->lpr_prototypes, N, D, E);
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float *p = s->probs + (long)n * E, *dp = t->lpr_dprobs + (long)n * E;
+        float mean = 0;
+        for (int e = 0; e < E; e++) mean += p[e] * dp[e];
+        for (int e = 0; e < E; e++) dz[(long)n * E + e] += p[e] * (dp[e] - mean);
+    }
+    // the scores and the encoder
+    memset(t->lpr_dencoded, 0, sizeof(float) * (size_t)N * 2 * (size_t)D);
+    lpr_losses_backward(m, l, t->lpr_dencoded, scale);
+    lpr_scores_backward(t->lpr_dencoded, dw->lpr_prototypes, dz, s->router_logits, s->lpr_encoded, w->lpr_prototypes, N, E, D);
+    matmul_backward_weight(dw->lpr_encoder, t->lpr_dencoded, s->lpr_a, N, H, 2 * D);
+    add_bias_gradient(dw->lpr_encoder_bias, t->lpr_dencoded, N, 2 * D);
+    matmul_backward_input(t->lpr_da, t->lpr_dencoded, w->lpr_encoder, N, H, 2 * D, 0);
+    lpr_normalise_backward(t->dnormed, dw->lpr_norm_weight, dw->lpr_norm_bias, t->lpr_da, s->ffn_in, s->lpr_mean, s->lpr_rstd,
+                           w->lpr_norm_weight, w->lpr_norm_bias, N, H);
+}
+
+// Before each training step: draws each layer's K from topk_low .. topk_high (Matryoshka training, 2509.26520).
+static void router_before_step(Model* m, const Run* run, long step) {
+    for (int l = 0; l < m->config.num_layers && run->topk_high > 0; l++) {
+        uint64_t draw = random_key(run->seed, hash_string("topk"), (uint64_t)step, (uint64_t)l);
+        if (m->config.sparse[l]) m->topk[l] = run->topk_low + (int)(draw % (uint64_t)(run->topk_high - run->topk_low + 1));
+    }
+    m->noise_seed = run->seed;
+    m->noise_step = step * run->accum;
+}
+
+// After it, from the load of its whole batch: moves the sigmoid router's bias and the layers' balance coefficients (if they
+// adapt), lowers the penalty of families, and goes back to the model's own K, with which it is validated and saved.
+static void router_after_step(Model* m, const Run* run, long done) {
+    Config* c = &m->config;
+    for (int l = 0; l < c->num_layers; l++) {
+        long* counts = m->step_load + (long)l * c->num_experts;
+        if (c->sparse[l] && c->router == ROUTER_SIGMOID)
+            update_router_bias(m->weights.layers[l].router_bias, counts, c->num_experts, run->bias_rate);
+        if (c->sparse[l] && m->balance.adaptive) m->aux_coefficients[l] = adapted_aux(m->aux_coefficients[l], counts, c->num_experts);
+        m->topk[l] = layer_topk(c, l);
+    }
+    memset(m->step_load, 0, sizeof(long) * (size_t)c->num_layers * (size_t)c->num_experts);
+    if (run->family_steps > 0) c->family_penalty = family_penalty_at(run->family_strength, done, run->family_steps);
+}
+
+// What users of mixtures of experts look at.
+
+// One layer's load: x_e assignments of expert e, with mean over the E experts.
+typedef struct {
+    double gini;                // sum over pairs |x_i - x_j| / (2 E^2 mean): 0 all equal, 1 - 1/E one expert has all
+    double min_max;             // smallest / largest
+    double max_vio;             // (largest - mean) / mean
+    int dead;                   // experts without a token
+} LoadFigures;
+
+static LoadFigures load_figures(const long* load, int E) {
+    LoadFigures f = {0, 0, 0, 0};
+    double sum = 0, differences = 0;
+    long least = load[0], most = load[0];
+    for (int i = 0; i < E; i++) {
+        sum += (double)load[i];
+        least = lmin(least, load[i]);
+        most = load[i] > most ? load[i] : most;
+        f.dead += load[i] == 0;
+        for (int j = 0; j < i; j++) differences += 2 * fabs((double)load[i] - (double)load[j]);
+    }
+    if (sum == 0) return f;
+    f.gini = differences / (2 * E * sum);
+    f.min_max = (double)least / (double)most;
+    f.max_vio = (double)most * E / sum - 1;
+    return f;
+}
+
+// Adds a forward pass to layer l's Observed and writes its trace.
+static void observe_layer(Model* m, int l) {
+    LayerActivations* s = &m->layers[l];
+    Observed* o = &m->observed[l];
+    int N = m->batch * m->length, E = m->config.num_experts, K = m->topk[l];
+    const int* family = m->family + (long)l * E;
+    for (int n = 0; n < N; n++) {
+        const float *p = s->probs + (long)n * E, *gates = s->gates + (long)n * K;
+        const int* experts = s->experts + (long)n * K;
+        int distinct = 0;
+        double entropy = 0, top = 0;
+        for (int e = 0; e < E; e++) entropy -= p[e] > 0 ? p[e] * logf(p[e]) : 0;
+        for (int k = 0; k < K; k++) {
+            int known = 0;
+            for (int j = 0; j < k && m->has_families; j++) known |= family[experts[j]] == family[experts[k]];
+            distinct += !known;
+            top = gates[k] > top ? gates[k] : top;
+        }
+        o->entropy += entropy;
+        o->top_gate += top;
+        o->sources += distinct;
+        o->twins += distinct < K;
+        if (m->trace) {
+            fprintf(m->trace, "%ld,%d,%d,%d", m->trace_window + n / m->length, n % m->length, m->tokens[n], l);
+            for (int k = 0; k < K; k++) fprintf(m->trace, ",%d", experts[k]);
+            for (int k = 0; k < K; k++) fprintf(m->trace, ",%.6f", gates[k]);
+            fprintf(m->trace, "\n");
+        }
+    }
+    o->tokens += N;
+}
+
+// Mean cosine between the weights (gate, up and down as one vector) of experts of the same family in layer l.
+static double twin_similarity(const Model* m, int l) {
+    const Config* c = &m->config;
+    const LayerWeights* w = &m->weights.layers[l];
+    long E = c->num_experts, size = (long)c->moe_intermediate_size * c->hidden_size, pairs = 0;
+    double sum = 0;
+    for (long a = 0; a < E; a++)
+        for (long b = 0; b < a; b++) {
+            if (m->family[l * E + a] != m->family[l * E + b]) continue;
+            const float* parts[2][2] = {{w->gate_up + a * 2 * size, w->down + a * size}, {w->gate_up + b * 2 * size, w->down + b * size}};
+            double ab = 0, aa = 0, bb = 0;
+            for (int part = 0; part < 2; part++) {
+                const float *x = parts[0][part], *y = parts[1][part];
+                #pragma omp simd reduction(+ : ab, aa, bb)
+                for (long i = 0; i < (part ? 1 : 2) * size; i++) {
+                    ab += (double)x[i] * y[i];
+                    aa += (double)x[i] * x[i];
+                    bb += (double)y[i] * y[i];
+                }
+            }
+            sum += ab / sqrt(aa * bb);
+            pairs++;
+        }
+    return pairs ? sum / (double)pairs : 0;
+}
+
+static void clear_load(Model* m) {
+    size_t L = (size_t)m->config.num_layers, E = (size_t)(m->config.num_experts > 0 ? m->config.num_experts : 1);
+    memset(m->load, 0, sizeof(long) * L * E);
+    memset(m->observed, 0, sizeof(Observed) * L);
+}
+
+// Figures since the last clear_load: a line for each sparse layer (each = 1), and one for all together.
+static void print_load(const Model* m, int each) {
+    const Config* c = &m->config;
+    double gini = 0, min_max = 0, max_vio = 0, entropy = 0, top = 0, sources = 0, twins = 0, similarity = 0;
+    int dead = 0, layers = count_sparse(c);
+    for (int l = 0; l < c->num_layers; l++) {
+        if (!c->sparse[l]) continue;
+        const Observed* o = &m->observed[l];
+        LoadFigures f = load_figures(m->load + (long)l * c->num_experts, c->num_experts);
+        double tokens = o->tokens > 0 ? o->tokens : 1, twin = m->has_families ? twin_similarity(m, l) : 0;
+        gini += f.gini / layers;
+        min_max += f.min_max / layers;
+        max_vio += f.max_vio / layers;
+        dead += f.dead;
+        entropy += o->entropy / tokens / layers;
+        top += o->top_gate / tokens / layers;
+        sources += o->sources / tokens / layers;
+        twins += o->twins / tokens / layers;
+        similarity += twin / layers;
+        if (!each) continue;
+        printf("layer %d: Gini %.3f, min/max %.3f, MaxVio %.2f, dead %d, entropy %.3f, top gate %.3f", l, f.gini, f.min_max,
+               f.max_vio, f.dead, o->entropy / tokens, o->top_gate / tokens);
+        if (m->has_families)
+            printf(", twins' cosine %.4f, chosen together %.3f, sources/token %.3f", twin, o->twins / tokens, o->sources / tokens);
+        printf(", load");
+        for (int e = 0; e < c->num_experts; e++) printf(" %ld", m->load[(long)l * c->num_experts + e]);
+        printf("\n");
+    }
+    printf("load: Gini %.3f, min/max %.3f, MaxVio %.2f, dead %d, entropy %.3f, top gate %.3f", gini, min_max, max_vio, dead, entropy, top);
+    if (m->has_families)
+        printf(", twins' cosine %.4f, chosen together %.3f, sources/token %.3f", similarity, twins, sources);
+    printf("\n");
+}
+
+// load.csv: a row for each expert, with its layer's figures behind.
+static void log_load(FILE* log, const Model* m, long step) {
+    const Config* c = &m->config;
+    for (int l = 0; l < c->num_layers; l++) {
+        if (!c->sparse[l]) continue;
+        const Observed* o = &m->observed[l];
+        const long* load = m->load + (long)l * c->num_experts;
+        LoadFigures f = load_figures(load, c->num_experts);
+        double tokens = o->tokens > 0 ? o->tokens : 1, twin = m->has_families ? twin_similarity(m, l) : 0;
+        for (int e = 0; e < c->num_experts; e++) {
+            fprintf(log, "%ld,%d,%d,%ld,%.6f,%.6f,%.6f,%d,%.6f,%.6f", step, l, e, load[e], f.gini, f.min_max, f.max_vio, f.dead,
+                    o->entropy / tokens, o->top_gate / tokens);
+            if (m->has_families) fprintf(log, ",%.6f,%.6f,%.6f\n", twin, o->twins / tokens, o->sources / tokens);
+            else fprintf(log, ",,,\n");
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 10. JSON
 //
 // Functions of this and the next section are given files that may be broken or hostile. They return an error instead of
 // ending the program, so that tests and fuzzers can call them: the first problem found is written to an Error.
@@ -2424,7 +3204,7 @@ static void text_json_double(Text* t, double x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 10. safetensors
+// 11. safetensors
 //
 // A file is 8 bytes with the length of a JSON header, the header, and the tensors' bytes. A model is one file, or several
 // ("shards") with an index that names the file of each tensor.
@@ -2732,7 +3512,7 @@ static int safetensors_write(const char* path, const OutTensor* tensors, int cou
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 11. Checkpoints
+// 12. Checkpoints
 //
 // A checkpoint is a Hugging Face directory: config.json, model.safetensors and the tokenizer's files; beside them our
 // trainer.json (options and step) and optimizer.safetensors (AdamW's moments).
@@ -2749,9 +3529,18 @@ static const struct {
     {"mixtral", "MixtralForCausalLM", 131072, 1e6, 1e-5, 0, 0.001},
     {"olmoe", "OlmoeForCausalLM", 4096, 1e4, 1e-5, 0, 0.01},
     {"qwen3", "Qwen3ForCausalLM", 32768, 1e4, 1e-6, 0, 0},
-    {"qwen3_moe", "Qwen3MoeForCausalLM", 32768, 1e4, 1e-6, 0, 0.001}};
+    {"qwen3_moe", "Qwen3MoeForCausalLM", 32768, 1e4, 1e-6, 0, 0.001},
+    {"dots1", "Dots1ForCausalLM", 2048, 1e4, 1e-6, 0, 0}};
 
-static int is_moe(Arch arch) { return arch == MIXTRAL || arch == OLMOE || arch == QWEN3_MOE; }
+static int is_moe(Arch arch) { return arch == MIXTRAL || arch == OLMOE || arch == QWEN3_MOE || arch == DOTS1; }
+
+// 1 if transformers has a class for the model. Dots1 is the class with sigmoid scores and a balancing bias. All others are
+// saved with the model_type "train_moe", and only then does config.json have keys of ours.
+static int is_ordinary(const Config* c) {
+    return (c->router == ROUTER_SOFTMAX || (c->router == ROUTER_SIGMOID && c->arch == DOTS1)) && c->logit_norm == 0 &&
+           c->family_penalty == 0;
+}
+static const char* routers[] = {"softmax", "sigmoid", "lpr"};           // in the order of Router
 
 // A whole number under `key` (or `other`, if not NULL); fallback < 0: it must be there.
 static int config_int(const Json* j, const char* key, const char* other, int fallback, int low, int high, Error* error) {
@@ -2816,47 +3605,111 @@ static void config_refuse_unsupported(const Json* j, Error* error) {
                       types->items[i]->string ? types->items[i]->string : "no string");
 }
 
+// The keys of a model_type of our own.
+static int router_variant_from_json(Config* c, const Json* j, Error* error) {
+    const Json *router = json_get(j, "router_type"), *penalty = json_get(j, "family_penalty"), *form = json_get(j, "lpr_align_form");
+    if (router && router->type == JSON_STRING) {
+        int kind = 0;
+        while (kind < 3 && strcmp(routers[kind], router->string)) kind++;
+        if (kind == 3) return set_error(error, "router_type is %.40s, expected softmax, sigmoid or lpr", router->string);
+        c->router = (Router)kind;
+    }
+    c->logit_norm = config_double(j, "logit_norm", 0, error);
+    if (penalty && penalty->type == JSON_STRING && !strcmp(penalty->string, "inf")) c->family_penalty = INFINITY;
+    else c->family_penalty = config_double(j, "family_penalty", 0, error);
+    if (c->router == ROUTER_LPR) {
+        c->lpr_latent_dim = config_int(j, "lpr_latent_dim", NULL, 16, 1, 1 << 14, error);
+        c->lpr_weight = config_double(j, "lpr_weight", 0.01, error);
+        c->lpr_diversity = config_double(j, "lpr_diversity", 1, error);
+        c->lpr_kl = config_double(j, "lpr_kl", 0.01, error);
+        c->lpr_align = config_double(j, "lpr_align", 0.05, error);
+        c->lpr_align_mean = form && form->type == JSON_STRING && !strcmp(form->string, "mean");
+        if (c->logit_norm > 0 || c->family_penalty > 0)
+            set_error(error, "router_type lpr has neither logit_norm nor family_penalty");
+    }
+    return !error->text[0];
+}
+
+static void router_variant_to_json(Text* t, const Config* c) {
+    text_print(t, "  \"base_model_type\": \"%s\",\n  \"router_type\": \"%s\",\n  \"logit_norm\": ", archs[c->arch].model_type,
+               routers[c->router]);
+    text_json_double(t, c->logit_norm);
+    text_print(t, ",\n  \"family_penalty\": ");
+    if (isinf(c->family_penalty)) text_print(t, "\"inf\"");
+    else text_json_double(t, c->family_penalty);
+    if (c->router == ROUTER_LPR) {
+        static const char* keys[] = {"lpr_weight", "lpr_diversity", "lpr_kl", "lpr_align"};
+        const double values[] = {c->lpr_weight, c->lpr_diversity, c->lpr_kl, c->lpr_align};
+        text_print(t, ",\n  \"lpr_latent_dim\": %d,\n  \"lpr_align_form\": \"%s\"", c->lpr_latent_dim,
+                   c->lpr_align_mean ? "mean" : "sum");
+        for (int i = 0; i < 4; i++) {
+            text_print(t, ",\n  \"%s\": ", keys[i]);
+            text_json_double(t, values[i]);
+        }
+    }
+    text_print(t, ",\n");
+}
+
 // Fills a Config from config.json; 0 and an error naming key and value if it describes anything that is not supported.
 static int config_from_json(Config* c, const Json* j, Error* error) {
     memset(c, 0, sizeof *c);
     const Json* type = json_get(j, "model_type");
     if (!type || type->type != JSON_STRING) return set_error(error, "model_type is missing");
-    int arch = 0;
+    int arch = 0, ours = !strcmp(type->string, "train_moe");
+    if (ours) {
+        type = json_get(j, "base_model_type");
+        if (!type || type->type != JSON_STRING) return set_error(error, "base_model_type is missing");
+    }
     while (arch < NUM_ARCHS && strcmp(type->string, archs[arch].model_type)) arch++;
     if (arch == NUM_ARCHS)
-        return set_error(error, "model_type is %.40s, supported are llama, mistral, mixtral, olmoe, qwen3, qwen3_moe", type->string);
+        return set_error(error, "model_type is %.40s, supported are llama, mistral, mixtral, olmoe, qwen3, qwen3_moe, dots1 and "
+                         "train_moe", type->string);
     c->arch = (Arch)arch;
+    if (arch == DOTS1) c->router = ROUTER_SIGMOID;
+    if (ours && !router_variant_from_json(c, j, error)) return 0;
     config_refuse_unsupported(j, error);
     c->num_layers = config_int(j, "num_hidden_layers", NULL, -1, 1, MAX_LAYERS, error);
     c->hidden_size = config_int(j, "hidden_size", NULL, -1, 1, 1 << 20, error);
     c->num_heads = config_int(j, "num_attention_heads", NULL, -1, 1, 1 << 14, error);
     c->vocab_size = config_int(j, "vocab_size", NULL, -1, 1, 1 << 24, error);
     if (error->text[0]) return 0;
-    int kv_default = arch == MISTRAL || arch == MIXTRAL ? 8 : arch == QWEN3 ? 32 : arch == QWEN3_MOE ? 4 : c->num_heads;
+    int kv_default = arch == MISTRAL || arch == MIXTRAL ? 8 : arch == QWEN3 || arch == DOTS1 ? 32 : arch == QWEN3_MOE ? 4 : c->num_heads;
     c->num_kv_heads = config_int(j, "num_key_value_heads", NULL, kv_default, 1, 1 << 14, error);
     c->head_dim = config_int(j, "head_dim", NULL, arch == QWEN3 ? 128 : c->hidden_size / c->num_heads, 1, 1 << 14, error);
-    c->intermediate_size = config_int(j, "intermediate_size", NULL, arch == QWEN3_MOE ? 6144 : -1, 1, 1 << 20, error);
+    c->intermediate_size = config_int(j, "intermediate_size", NULL, arch == QWEN3_MOE ? 6144 : arch == DOTS1 ? 10944 : -1, 1, 1 << 20, error);
     c->max_position_embeddings = config_int(j, "max_position_embeddings", NULL, archs[arch].max_position, 1, 1 << 30, error);
     c->tie_word_embeddings = config_bool(j, "tie_word_embeddings", 0, error);
     c->rms_norm_eps = config_double(j, "rms_norm_eps", archs[arch].rms_norm_eps, error);
     c->rope_theta = config_double(j, "rope_theta", archs[arch].rope_theta, error);
     c->rope_theta = config_double(json_get(j, "rope_parameters"), "rope_theta", c->rope_theta, error);
-    c->qk_norm = arch == OLMOE ? QK_NORM_ROW : arch == QWEN3 || arch == QWEN3_MOE ? QK_NORM_HEAD : QK_NORM_NONE;
+    c->qk_norm = arch == OLMOE ? QK_NORM_ROW : arch == QWEN3 || arch == QWEN3_MOE || arch == DOTS1 ? QK_NORM_HEAD : QK_NORM_NONE;
     const Json* window = json_get(j, "sliding_window");
     int window_default = window ? 0 : archs[arch].sliding_window;       // an explicit null means none
     c->sliding_window = config_int(j, "sliding_window", NULL, window_default, 0, 1 << 30, error);
     int window_wanted = config_bool(j, "use_sliding_window", arch == MISTRAL || arch == MIXTRAL, error);
     if (!window_wanted) c->sliding_window = 0;
+    if (arch == DOTS1) {
+        static const char* only[] = {"n_group", "topk_group"};
+        for (int i = 0; i < 2; i++)
+            if (config_int(j, only[i], NULL, 1, 0, 1 << 16, error) != 1) set_error(error, "%s is not 1, which is not supported", only[i]);
+        if (config_int(j, "n_shared_experts", NULL, -1, 0, 1 << 16, error) != 0)
+            set_error(error, "n_shared_experts is not 0, and shared experts are not supported");
+        if (config_double(j, "routed_scaling_factor", 1, error) != 1)
+            set_error(error, "routed_scaling_factor is not 1, which is not supported");
+    }
     if (is_moe(c->arch)) {
-        int experts_default = arch == MIXTRAL ? 8 : arch == OLMOE ? 64 : 128;
-        c->num_experts = config_int(j, "num_experts", "num_local_experts", experts_default, 1, 1 << 16, error);
+        int experts_default = arch == MIXTRAL ? 8 : arch == OLMOE ? 64 : arch == DOTS1 ? -1 : 128;
+        const char* experts_key = arch == DOTS1 ? "n_routed_experts" : "num_experts";
+        c->num_experts = config_int(j, experts_key, "num_local_experts", experts_default, 1, 1 << 16, error);
         c->num_experts_per_tok = config_int(j, "num_experts_per_tok", NULL, arch == MIXTRAL ? 2 : 8, 1, 1 << 16, error);
         c->norm_topk_prob = arch == MIXTRAL ? 1 : config_bool(j, "norm_topk_prob", 0, error);
         c->moe_intermediate_size = c->intermediate_size;
-        if (arch == QWEN3_MOE) c->moe_intermediate_size = config_int(j, "moe_intermediate_size", NULL, 768, 1, 1 << 20, error);
+        if (arch == QWEN3_MOE || arch == DOTS1)
+            c->moe_intermediate_size = config_int(j, "moe_intermediate_size", NULL, arch == DOTS1 ? 1408 : 768, 1, 1 << 20, error);
         c->router_aux_loss_coef = config_double(j, "router_aux_loss_coef", archs[arch].aux, error);
         int step = arch == QWEN3_MOE ? config_int(j, "decoder_sparse_step", NULL, 1, 1, 1 << 20, error) : 1;
-        for (int l = 0; l < c->num_layers; l++) c->sparse[l] = (l + 1) % step == 0;
+        int first = arch == DOTS1 ? config_int(j, "first_k_dense_replace", NULL, 0, 0, 1 << 20, error) : 0;
+        for (int l = 0; l < c->num_layers; l++) c->sparse[l] = l >= first && (l + 1) % step == 0;
         const Json* dense = arch == QWEN3_MOE ? json_get(j, "mlp_only_layers") : NULL;
         for (int i = 0; dense && i < dense->count; i++) {
             long l = json_whole(dense->items[i], c->num_layers - 1);
@@ -2891,13 +3744,15 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
 // The reverse: what transformers needs to open the checkpoint, under the names of its older and newer versions.
 static void config_to_json(Text* t, const Config* c) {
     int moe = is_moe(c->arch);
-    text_print(t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", archs[c->arch].class_name, archs[c->arch].model_type);
+    text_print(t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
+               is_ordinary(c) ? archs[c->arch].class_name : "TrainMoeForCausalLM", is_ordinary(c) ? archs[c->arch].model_type : "train_moe");
+    if (!is_ordinary(c)) router_variant_to_json(t, c);
     text_print(t, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"num_hidden_layers\": %d,\n", c->vocab_size, c->hidden_size,
                c->num_layers);
     text_print(t, "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n", c->num_heads,
                c->num_kv_heads, c->head_dim);
     text_print(t, "  \"intermediate_size\": %d,\n",
-               c->arch == QWEN3_MOE || !moe ? c->intermediate_size : c->moe_intermediate_size);
+               c->arch == QWEN3_MOE || c->arch == DOTS1 || !moe ? c->intermediate_size : c->moe_intermediate_size);
     text_print(t, "  \"hidden_act\": \"silu\",\n  \"max_position_embeddings\": %d,\n  \"rms_norm_eps\": ", c->max_position_embeddings);
     text_json_double(t, c->rms_norm_eps);
     text_print(t, ",\n  \"rope_theta\": ");
@@ -2905,7 +3760,7 @@ static void config_to_json(Text* t, const Config* c) {
     text_print(t, ",\n  \"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": ");
     text_json_double(t, c->rope_theta);
     text_print(t, "},\n  \"attention_bias\": false,\n  \"tie_word_embeddings\": %s,\n", c->tie_word_embeddings ? "true" : "false");
-    if (c->arch == MISTRAL || c->arch == MIXTRAL) {
+    if (c->arch == MISTRAL || c->arch == MIXTRAL || c->arch == DOTS1) {
         if (c->sliding_window) text_print(t, "  \"sliding_window\": %d,\n", c->sliding_window);
         else text_print(t, "  \"sliding_window\": null,\n");
     }
@@ -2921,6 +3776,13 @@ static void config_to_json(Text* t, const Config* c) {
         for (int l = 0, listed = 0; l < c->num_layers; l++)
             if (!c->sparse[l]) text_print(t, "%s%d", listed++ ? ", " : "", l);
         text_print(t, "],\n");
+    }
+    if (c->arch == DOTS1) {
+        int first = 0;
+        while (first < c->num_layers && !c->sparse[first]) first++;
+        text_print(t, "  \"moe_intermediate_size\": %d,\n  \"n_routed_experts\": %d,\n  \"n_shared_experts\": 0,\n  \"n_group\": 1,\n"
+                   "  \"topk_group\": 1,\n  \"routed_scaling_factor\": 1.0,\n  \"first_k_dense_replace\": %d,\n", c->moe_intermediate_size,
+                   c->num_experts, first);
     }
     static const char* ids[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
     for (int i = 0; i < 3; i++)
@@ -2986,7 +3848,7 @@ static int load_tensors(const Model* m, SafeTensors* s, float* block, const char
             if (!load_tensor(s, name, 3, shape, out, error)) continue;
             for (int i = 0; i < m->layout.count; i++) {
                 const Tensor* t = &m->layout.tensors[i];
-                if (t->cols && t->offset >= out - block && t->offset < out - block + shape[0] * shape[1] * shape[2]) loaded[i] = 1;
+                if (tensor_is_matrix(t) && t->offset >= out - block && t->offset < out - block + shape[0] * shape[1] * shape[2]) loaded[i] = 1;
             }
         }
     }
@@ -2997,7 +3859,7 @@ static int load_tensors(const Model* m, SafeTensors* s, float* block, const char
         char name[160], *moe;
         long shape[2] = {t->rows, t->cols};
         snprintf(name, sizeof name, "%s%s", t->name, suffix);
-        if (loaded[i] || load_tensor(s, name, t->cols ? 2 : 1, shape, block + t->offset, error)) continue;
+        if (loaded[i] || load_tensor(s, name, tensor_is_matrix(t) ? 2 : 1, shape, block + t->offset, error)) continue;
         // Mixtral's router stands beside packed experts under its new name
         if ((moe = strstr(name, "block_sparse_moe.gate")) != NULL) memmove(moe, "mlp.gate.weight", sizeof "mlp.gate.weight");
         if (!moe || !load_tensor(s, name, 2, shape, block + t->offset, error)) list_name(&missing, &num_missing, name);
@@ -3025,6 +3887,53 @@ static int load_tensors(const Model* m, SafeTensors* s, float* block, const char
     return !error->text[0];
 }
 
+// Reads which experts are copies of one from DIR/upcycle.json; 1 with has_families = 0 if there is no such file.
+static int families_load(Model* m, const char* dir, Error* error) {
+    const Config* c = &m->config;
+    char path[PATH_SIZE];
+    int E = c->num_experts, described = 0;
+    m->has_families = 0;
+    join_path(path, dir, "upcycle.json");
+    if (E == 0 || access(path, F_OK)) return 1;
+    Json* j = json_read(path, error);
+    if (!j) return 0;
+    const Json* layers = json_get(j, "layers");
+    for (int i = 0; layers && i < layers->count; i++) {
+        const Json *family = json_get(layers->items[i], "family");
+        long l = json_whole(json_get(layers->items[i], "layer"), c->num_layers - 1);
+        if (l < 0 || !c->sparse[l] || !family || family->type != JSON_ARRAY || family->count != E) {
+            set_error(error, "%s: entry %d of layers does not name a sparse layer and the family of its %d experts", path, i, E);
+            break;
+        }
+        for (int e = 0; e < E; e++) {
+            long number = json_whole(family->items[e], E - 1);
+            if (number < 0) set_error(error, "%s: layer %ld: the family of expert %d is not a number from 0 to %d", path, l, e, E - 1);
+            m->family[l * E + e] = (int)number;
+            for (int k = 0; k < e; k++) m->has_families |= m->family[l * E + k] == number;
+        }
+        described++;
+    }
+    json_free(j);
+    if (!error->text[0] && described != count_sparse(c))
+        set_error(error, "%s: describes %d layers, but the model has %d sparse ones", path, described, count_sparse(c));
+    return !error->text[0];
+}
+
+// The smallest number of families in a layer.
+static int count_families(const Model* m) {
+    int E = m->config.num_experts, least = E;
+    for (int l = 0; l < m->config.num_layers && m->has_families; l++) {
+        int families = 0;
+        for (int e = 0; e < E && m->config.sparse[l]; e++) {
+            int known = 0;
+            for (int k = 0; k < e; k++) known |= m->family[l * E + k] == m->family[l * E + e];
+            families += !known;
+        }
+        if (m->config.sparse[l]) least = imin(least, families);
+    }
+    return least;
+}
+
 // Reads the parameters from DIR/model.safetensors (or shards).
 static int checkpoint_load(Model* m, const char* dir, Error* error) {
     Error inner = {""};
@@ -3033,6 +3942,12 @@ static int checkpoint_load(Model* m, const char* dir, Error* error) {
     if (!load_tensors(m, s, m->params, "", &inner)) set_error(error, "%s: %s", dir, inner.text);
     safetensors_close(s);
     m->source = dir;
+    if (!error->text[0] && families_load(m, dir, error) && m->config.family_penalty > 0) {
+        if (!m->has_families) set_error(error, "%s: families are penalised, but there is no upcycle.json that tells them", dir);
+        else if (isinf(m->config.family_penalty) && count_families(m) < most_topk(&m->config))
+            set_error(error, "%s: %d experts a token, but only %d families, of which one member each may be chosen", dir,
+                      most_topk(&m->config), count_families(m));
+    }
     return !error->text[0];
 }
 
@@ -3106,7 +4021,7 @@ static int finish_save(const char* out, Error* error) {
     return 1;
 }
 
-static void trainer_to_json(Text* t, const Model* m, long step);        // in section 13, where the options are
+static void trainer_to_json(Text* t, const Model* m, long step);        // in section 14, where the options are
 
 static int save_files(const Model* m, const char* dir, long step, Error* error) {
     char path[PATH_SIZE];
@@ -3127,7 +4042,7 @@ static int save_files(const Model* m, const char* dir, long step, Error* error) 
             const Tensor* t = &m->layout.tensors[i % count];
             const float* block = pass == 0 ? m->params : i < count ? m->exp_avg : m->exp_avg_sq;
             snprintf(names[i], sizeof names[i], "%s%s", t->name, pass == 0 ? "" : i < count ? ".exp_avg" : ".exp_avg_sq");
-            OutTensor o = {names[i], "F32", t->cols ? 2 : 1, {t->rows, t->cols, 0}, block + t->offset};
+            OutTensor o = {names[i], "F32", tensor_is_matrix(t) ? 2 : 1, {t->rows, t->cols, 0}, block + t->offset};
             tensors[i] = o;
         }
         join_path(path, dir, pass ? "optimizer.safetensors" : "model.safetensors");
@@ -3171,7 +4086,7 @@ static const char* checkpoint_save(const Model* m, const char* out, long step) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 12. Sampling
+// 13. Sampling
 
 // From tokenizer.json: what each token prints. Without one, a token is a byte.
 typedef struct {
@@ -3382,7 +4297,7 @@ static int generate(Model* g, const Tokenizer* tokenizer, int* ids, int prompt, 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 13. Command line
+// 14. Command line
 
 // Everything that can be given. Text is NULL, a number is UNSET, where nothing was given and the default depends on more.
 #define UNSET (-1)
@@ -3390,14 +4305,16 @@ static struct {
     // data and run
     const char *data, *val, *model, *out;
     long steps, batch, seq, accum, val_every, val_batches, save_every, sample_every, seed, threads;
-    long resume, eval;
-    const char *dump, *precision;
+    long resume, eval, load;
+    const char *dump, *trace, *precision;
     // model from scratch
     long layers, hidden, heads, kv_heads, head_dim, ffn, experts, topk, expert_ffn, vocab, dense, tie, norm_topk, sparse_step;
     const char *qk_norm, *arch;
     // router
-    double aux, z_loss;
-    const char* aux_form;
+    double aux, z_loss, bias_rate, logit_norm, family_penalty;
+    const char *aux_form, *router, *topk_range, *lpr_align_form;
+    long aux_adaptive, family_steps, lpr_dim;
+    double lpr_weight, lpr_diversity, lpr_kl, lpr_align;
     // optimiser
     double lr, min_lr, decay_frac, weight_decay, beta1, beta2, eps, clip;
     long warmup;
@@ -3460,9 +4377,22 @@ static Option option_table[] = {
     {"qk-norm", OPT_CHOICE, USE_SHAPE, &options.qk_norm, 0, 0, NULL, "none|head|row", "(the class's)", 0},
     {"norm-topk", OPT_WHOLE, USE_SHAPE, &options.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1)", 0},
 
-    {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C", "balance loss (0.01; the model's)", 0},
+    {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C", "balance (softmax 0.01; the model's)", 0},
     {"aux-form", OPT_CHOICE, USE_RUN, &options.aux_form, 0, 0, "switch", "switch|hf", "per layer, or all layers", 0},
     {"z-loss", OPT_REAL, USE_RUN, &options.z_loss, 0, 1e6, "0", "C", "keeps router logits small", 0},
+    {"aux-adaptive", OPT_FLAG, USE_RUN, &options.aux_adaptive, 0, 0, "0", "", "--aux follows each layer's load", 0},
+    {"router", OPT_CHOICE, USE_SHAPE, &options.router, 0, 0, "softmax", "softmax|sigmoid|lpr", "", 0},
+    {"bias-rate", OPT_REAL, USE_RUN, &options.bias_rate, 0, 1, "0.001", "G", "of sigmoid's bias", 0},
+    {"logit-norm", OPT_REAL, USE_SHAPE, &options.logit_norm, 0, 1e6, "0", "LAMBDA", "0: off", 0},
+    {"topk-range", OPT_TEXT, USE_RUN, &options.topk_range, 0, 0, NULL, "LO:HI", "draw K per layer and step", 0},
+    {"family-penalty", OPT_REAL, USE_RUN, &options.family_penalty, 0, 1e6, NULL, "B", "of copies (1, if they are new)", 0},
+    {"family-steps", OPT_WHOLE, USE_RUN, &options.family_steps, 1, BIG, NULL, "S", "until it is 0 (half of all)", 0},
+    {"lpr-dim", OPT_WHOLE, USE_SHAPE, &options.lpr_dim, 1, 1 << 14, "16", "D", "latent dimensions", 0},
+    {"lpr-weight", OPT_REAL, USE_SHAPE, &options.lpr_weight, 0, 1e6, "0.01", "C", "of all LPR losses:", 0},
+    {"lpr-diversity", OPT_REAL, USE_SHAPE, &options.lpr_diversity, 0, 1e6, "1", "C", "", 0},
+    {"lpr-kl", OPT_REAL, USE_SHAPE, &options.lpr_kl, 0, 1e6, "0.01", "C", "", 0},
+    {"lpr-align", OPT_REAL, USE_SHAPE, &options.lpr_align, 0, 1e6, "0.05", "C", "", 0},
+    {"lpr-align-form", OPT_CHOICE, USE_SHAPE, &options.lpr_align_form, 0, 0, "sum", "sum|mean", "over tokens", 0},
 
     {"lr", OPT_REAL, USE_RUN, &options.lr, 0, 1e6, NULL, "X", "(0.002; 0.0002 with --model)", 0},
     {"min-lr", OPT_REAL, USE_RUN, &options.min_lr, 0, 1e6, "0", "X", "at the end of the decay", 0},
@@ -3476,6 +4406,8 @@ static Option option_table[] = {
     {"clip", OPT_REAL, USE_RUN, &options.clip, 0, 1e6, "1", "X", "gradient norm; 0: never", 0},
 
     {"eval", OPT_FLAG, USE_OTHER, &options.eval, 0, 0, "0", "", "loss of --model on --data", 0},
+    {"load", OPT_FLAG, USE_OTHER, &options.load, 0, 0, "0", "", "and each layer's load", 0},
+    {"trace", OPT_TEXT, USE_OTHER, &options.trace, 0, 0, NULL, "F.csv", "and each token's experts", 0},
     {"dump", OPT_TEXT, USE_OTHER, &options.dump, 0, 0, NULL, "F", "logits, gradients of a batch", 0},
     {"prompt", OPT_TEXT, USE_OTHER, &options.prompt, 0, 0, NULL, "TEXT", "continue this", 0},
     {"prompt-ids", OPT_TEXT, USE_OTHER, &options.prompt_ids, 0, 0, NULL, "1,2,..", "the same as tokens", 0},
@@ -3614,7 +4546,27 @@ static void trainer_to_json(Text* t, const Model* m, long step) {
     }
     text_print(t, "\n  },\n  \"load\": [");
     for (long i = 0; i < (long)c->num_layers * c->num_experts; i++) text_print(t, "%s%ld", i ? "," : "", m->load[i]);
+    text_print(t, "],\n  \"observed\": [");
+    for (int i = 0; i < OBSERVED_NUMBERS * c->num_layers && c->num_experts > 0; i++) {
+        text_print(t, i ? "," : "");
+        text_json_double(t, ((const double*)m->observed)[i]);
+    }
+    text_print(t, "],\n  \"aux_coefficients\": [");
+    for (int l = 0; l < c->num_layers && m->balance.adaptive; l++) {
+        text_print(t, l ? "," : "");
+        text_json_double(t, m->aux_coefficients[l]);
+    }
     text_print(t, "]\n}\n");
+}
+
+// The reverse of the lists at the end of trainer_to_json.
+static void trainer_restore(Model* m, const Json* state) {
+    const Config* c = &m->config;
+    const Json *load = json_get(state, "load"), *observed = json_get(state, "observed"), *aux = json_get(state, "aux_coefficients");
+    for (int i = 0; load && i < load->count && i < c->num_layers * c->num_experts; i++) m->load[i] = (long)load->items[i]->number;
+    for (int i = 0; observed && i < observed->count && i < OBSERVED_NUMBERS * c->num_layers; i++)
+        ((double*)m->observed)[i] = observed->items[i]->number;
+    for (int l = 0; aux && l < aux->count && l < c->num_layers; l++) m->aux_coefficients[l] = aux->items[l]->number;
 }
 
 static Json* trainer_state = NULL;          // what --resume read
@@ -3671,6 +4623,12 @@ static void config_from_options(Config* c) {
     static const char* moe_only[] = {"topk", "expert-ffn", "norm-topk", "sparse-step"};
     for (int i = 0; dense && i < 4; i++)
         if (option_given(moe_only[i])) die(2, "--%s: a dense model has no experts; leave out --dense or --experts 0", moe_only[i]);
+    static const char* variants[] = {"router", "logit-norm", "lpr-dim", "lpr-weight", "lpr-diversity", "lpr-kl", "lpr-align", "lpr-align-form"};
+    c->router = (Router)choice_index("softmax|sigmoid|lpr", options.router);
+    for (int i = 0; dense && i < 8; i++)
+        if (option_given(variants[i])) die(2, "--%s: a dense model has no router; leave out --dense or --experts 0", variants[i]);
+    for (int i = 2; c->router != ROUTER_LPR && i < 8; i++)
+        if (option_given(variants[i])) die(2, "--%s: belongs to --router lpr", variants[i]);
     if (dense) return;
     c->num_experts = (int)options.experts;
     c->num_experts_per_tok = options.topk == UNSET ? imin(2, c->num_experts) : (int)options.topk;
@@ -3681,6 +4639,19 @@ static void config_from_options(Config* c) {
     if (kind != 0 && options.sparse_step > 1)
         die(2, "--sparse-step %ld: in --arch %s all layers are sparse; --arch qwen3 fits", options.sparse_step, options.arch);
     for (int l = 0; l < c->num_layers; l++) c->sparse[l] = (l + 1) % options.sparse_step == 0;
+    c->logit_norm = options.logit_norm;
+    if (c->router == ROUTER_LPR) {
+        if (c->logit_norm > 0) die(2, "--logit-norm: LPR's scores are cosines already; use it with --router softmax or sigmoid");
+        c->norm_topk_prob = 1;
+        c->lpr_latent_dim = (int)options.lpr_dim;
+        c->lpr_weight = options.lpr_weight;
+        c->lpr_diversity = options.lpr_diversity;
+        c->lpr_kl = options.lpr_kl;
+        c->lpr_align = options.lpr_align;
+        c->lpr_align_mean = !strcmp(options.lpr_align_form, "mean");
+    }
+    // Qwen3-MoE with sigmoid scores is Dots1, which knows dense layers only below the sparse ones
+    if (kind == 0 && c->router == ROUTER_SIGMOID && c->logit_norm == 0 && options.sparse_step == 1 && c->num_experts > 1) c->arch = DOTS1;
     if (count_sparse(c) == 0) die(2, "--sparse-step %ld: leaves no sparse layer among %d; --dense does that", options.sparse_step, c->num_layers);
 }
 
@@ -3727,6 +4698,8 @@ static Balance balance_from_options(const Config* c) {
     b.aux = (float)(options.aux == UNSET ? c->router_aux_loss_coef : options.aux);
     b.z = (float)options.z_loss;
     b.aux_form = (AuxForm)choice_index("switch|hf", options.aux_form);
+    b.adaptive = (int)options.aux_adaptive;
+    if (b.adaptive && b.aux_form == AUX_HF) die(2, "--aux-adaptive: a coefficient for each layer wants --aux-form switch");
     return b;
 }
 
@@ -3741,10 +4714,22 @@ static int run_eval(Config* c) {
     Model* m = load_model(c, options.model, FOR_SCORING, B, T, T);
     Batch batch = batch_create(B, T);
     print_model(m);
+    m->counting_load = options.load || options.trace;
+    if (options.trace && count_sparse(c) == 0) die(2, "--trace: a dense model has no experts");
+    if (options.trace) {
+        m->trace = fopen(options.trace, "w");
+        if (!m->trace) die(2, "--trace %s: %s", options.trace, strerror(errno));
+        fprintf(m->trace, "window,position,token,layer");
+        for (int k = 0; k < c->num_experts_per_tok; k++) fprintf(m->trace, ",expert_%d", k + 1);
+        for (int k = 0; k < c->num_experts_per_tok; k++) fprintf(m->trace, ",gate_%d", k + 1);
+        fprintf(m->trace, "\n");
+    }
     double start = seconds(), loss = evaluate(m, d, 0, batch), elapsed = seconds() - start;
+    if (m->trace && fclose(m->trace)) die(1, "--trace %s: %s", options.trace, strerror(errno));
     printf("loss %.6f | perplexity %.4f", loss, exp(loss));
     if (d->raw) printf(" | bits per byte %.4f", loss / M_LN2);
     printf(" | %ld tokens, %.0f tokens/s\n", d->windows * T, d->windows * T / elapsed);
+    if (options.load && count_sparse(c) > 0) print_load(m, 1);
     free(batch.tokens);
     dataset_close(d);
     model_free(m);
@@ -3781,7 +4766,7 @@ static int run_dump(Config* c) {
     for (int i = 0; i < m->layout.count; i++) {
         const Tensor* t = &m->layout.tensors[i];
         snprintf(names[count - 5], sizeof names[0], "grad.%s", t->name);
-        OutTensor o = {names[count - 5], "F32", t->cols ? 2 : 1, {t->rows, t->cols, 0}, m->grads + t->offset};
+        OutTensor o = {names[count - 5], "F32", tensor_is_matrix(t) ? 2 : 1, {t->rows, t->cols, 0}, m->grads + t->offset};
         out[count++] = o;
     }
     Error error = {""};
@@ -3847,6 +4832,16 @@ static void print_sample(Model* generator, uint64_t seed, int tokens) {
     tokenizer_close(tokenizer);
 }
 
+// --topk-range LO:HI
+static void topk_range_from_options(Config* c, Run* run) {
+    char rest;
+    if (!options.topk_range) return;
+    if (sscanf(options.topk_range, "%d:%d%c", &run->topk_low, &run->topk_high, &rest) != 2 || run->topk_low < 1 ||
+        run->topk_high < run->topk_low || run->topk_high > c->num_experts)
+        die(2, "--topk-range %s: expected LO:HI with 1 <= LO <= HI <= %d experts", options.topk_range, c->num_experts);
+    c->topk_limit = run->topk_high;
+}
+
 static int run_train(Config* c, long first_step) {
     int B = (int)options.batch, T = (int)options.seq, demonstration = !options.data && !options.out && !options.model;
     Error error = {""};
@@ -3866,7 +4861,7 @@ static int run_train(Config* c, long first_step) {
     // what was not given and depends on more
     if (options.lr == UNSET) options.lr = options.model ? 2e-4 : 2e-3;
     if (options.warmup == UNSET) options.warmup = lmin(100, options.steps / 20);
-    if (options.aux == UNSET) options.aux = options.model ? c->router_aux_loss_coef : 0.01;
+    if (options.aux == UNSET) options.aux = options.model ? c->router_aux_loss_coef : c->router == ROUTER_SOFTMAX ? 0.01 : 0;
     c->router_aux_loss_coef = options.aux;
     Run run;
     memset(&run, 0, sizeof run);
@@ -3889,12 +4884,22 @@ static int run_train(Config* c, long first_step) {
     run.val_batches = options.val_batches;
     run.save_every = options.save_every;
     run.sample_every = options.sample_every;
+    run.bias_rate = options.bias_rate;
+    topk_range_from_options(c, &run);
+    if (c->family_penalty > 0 || options.family_penalty != UNSET || options.family_steps != UNSET) {
+        if (options.family_penalty == UNSET) options.family_penalty = 1;
+        if (options.family_steps == UNSET) options.family_steps = options.steps / 2 > 1 ? options.steps / 2 : 1;
+        run.family_strength = options.family_penalty;
+        run.family_steps = options.family_steps;
+        c->family_penalty = family_penalty_at(run.family_strength, first_step, run.family_steps);
+    }
 
     Model *m = model_create(c, FOR_TRAINING, B, T, T, NULL), *generator = NULL;
     if (demonstration || run.sample_every > 0) {
         generator = model_create(c, FOR_GENERATION, 1, T, T, m);
     }
     m->balance = balance_from_options(c);
+    for (int l = 0; l < c->num_layers; l++) m->aux_coefficients[l] = m->balance.aux;
     if (!options.model) model_init(m, run.seed);
     else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);
     if (options.resume && !optimizer_load(m, options.out, &error)) die(2, "%s", error.text);
@@ -3902,10 +4907,10 @@ static int run_train(Config* c, long first_step) {
     print_model(m);
     printf("data: %s, %ld tokens, %ld windows of %d\n", options.data, data->tokens, data->windows, T + 1);
     if (!options.out) printf("nothing will be saved: there is no --out\n");
+    else if (!is_ordinary(c)) printf("no Hugging Face class has this router: it will be saved with model_type train_moe\n");
     fflush(stdout);
     if (options.resume) {
-        const Json* load = json_get(trainer_state, "load");
-        for (int i = 0; load && i < load->count && i < c->num_layers * c->num_experts; i++) m->load[i] = (long)load->items[i]->number;
+        trainer_restore(m, trainer_state);
     }
     int code = train(m, &run, data, val, generator, options.out, first_step);
     if (code == 0 && demonstration) {
@@ -3937,7 +4942,7 @@ static void open_out(const char* out) {
     }
 }
 
-static int train_moe_main(int argc, char** argv) {
+int train_moe_main(int argc, char** argv) {
     Config config;
     Error error = {""};
     options_parse(argc, argv);
@@ -3962,6 +4967,7 @@ static int train_moe_main(int argc, char** argv) {
     } else {
         config_from_options(&config);
     }
+    if ((options.load || options.trace) && !options.eval) die(2, "--load and --trace go with --eval");
     if (dir && options.topk != UNSET) {
         if (options.topk > config.num_experts) die(2, "--topk %ld: the model has %d experts", options.topk, config.num_experts);
         config.num_experts_per_tok = (int)options.topk;

@@ -69,8 +69,8 @@ def lpr_noise(layer, N, D):          # eps[n, i]; 0x4C5052 is "LPR"
     return torch.tensor([[normal(mix64(k ^ (n * D + i))) for i in range(D)] for n in range(N)])
 
 
-def family_hash(layer, t):           # 0x46414D is "FAM"; t is the position in the sequence
-    return key(0x46414D, layer, t, 0) >> 32
+def family_hash(layer, t, family):   # 0x46414D is "FAM"; t is the position in the sequence
+    return key(0x46414D, layer, t, family) >> 32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def normalise_logits(z, lam):
 
 def best_of_family(score, family, layer, T):
     """[N,E], true for the best member of each family. Of m members that tie exactly, ordered by index, the best is
-    number (hash of layer and position) mod m."""
+    number (hash of layer, position and family) mod m."""
     best = torch.zeros_like(score, dtype=torch.bool)
     for f in sorted(set(family)):
         members = torch.tensor([e for e, g in enumerate(family) if g == f])
@@ -116,7 +116,7 @@ def best_of_family(score, family, layer, T):
         tied = s == s.max(1, keepdim=True).values
         for n in range(len(s)):
             ties = members[tied[n]]
-            best[n, ties[family_hash(layer, n % T) % len(ties)]] = True
+            best[n, ties[family_hash(layer, n % T, f) % len(ties)]] = True
     return best
 
 
@@ -154,7 +154,9 @@ def sigmoid_router(x, P, c, layer, K, frozen):
         best = once(frozen, "best", lambda: best_of_family(unpenalised, c["family"][layer], layer, c["T"]))
         z = penalise(z, best, c["family_penalty"])
     s = z.sigmoid()                                        # sigmoid(-inf) = 0 ...
-    score = (s + b).masked_fill(z == -math.inf, -math.inf)  # ... but 0 + b could still be selected
+    score = s + b                                          # ... but 0 + b could still be selected, so the penalty is
+    if c["family_penalty"]:                                # taken from s + b as well
+        score = penalise(score, best, c["family_penalty"])
     chosen = once(frozen, "chosen", lambda: top_k(score, K))
     gates = s.gather(1, chosen)
     if c["norm_topk_prob"]:
@@ -340,7 +342,7 @@ CASES = {
     "sigmoid_top1": dict(router="sigmoid", E=4, K=1, norm_topk=False, mlp_only=[0], **BALANCE),
     "lpr": dict(router="lpr", E=4, K=2, T=9, lpr=LPR),
     "lpr_mean": dict(router="lpr", E=7, K=3, d=22, step=2, lpr=LPR_OTHER),       # every term is felt in the gradient
-    "logit_norm": dict(E=6, K=2, T=11, step=2, logit_norm=1.0, **BALANCE),
+    "logit_norm": dict(E=6, K=2, T=11, step=2, logit_norm=1.5, **BALANCE),
     "aux_hf": dict(E=4, K=2, L=3, NH=3, mlp_only=[1], norm_topk=False, aux_form="hf", **BALANCE),
     "matryoshka": dict(E=5, K=2, T=9, norm_topk=False, topk_layers=[3, 1], **BALANCE),
     "family": dict(E=6, K=2, step=2, family={1: [0, 1, 0, 2, 1, 0]}, penalty=0.7),
