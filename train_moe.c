@@ -175,8 +175,12 @@ typedef struct {
 
 static int layer_experts(const Config* c, int l) { return c->sparse[l] ? c->num_experts : 1; }
 static int layer_topk(const Config* c, int l) { return c->sparse[l] ? c->num_experts_per_tok : 1; }
-static int layer_width(const Config* c, int l) { return c->sparse[l] ? c->moe_intermediate_size : c->intermediate_size; }
-static int most_topk(const Config* c) { return c->topk_limit > c->num_experts_per_tok ? c->topk_limit : c->num_experts_per_tok; }
+static int layer_width(const Config* c, int l) {
+    return c->sparse[l] ? c->moe_intermediate_size : c->intermediate_size;
+}
+static int most_topk(const Config* c) {
+    return c->topk_limit > c->num_experts_per_tok ? c->topk_limit : c->num_experts_per_tok;
+}
 static int qkv_width(const Config* c) { return (c->num_heads + 2 * c->num_kv_heads) * c->head_dim; }
 static int has_router_variant(const Config* c) {
     return c->router != ROUTER_SOFTMAX || c->logit_norm > 0 || c->family_penalty > 0;
@@ -221,8 +225,8 @@ static uint64_t hash_string(const char* s) {
     return h;
 }
 
-// Element i of a random permutation of 0..n-1. A Feistel network with four rounds permutes 0..2^(2 half)-1 >= n; results
-// of n and more are sent round again until they fall inside. Nothing is stored, whatever n.
+// Element i of a random permutation of 0..n-1. A Feistel network with four rounds permutes 0..2^(2 half)-1 >= n;
+// results of n and more are sent round again until they fall inside. Nothing is stored, whatever n.
 static long random_permutation(long i, long n, uint64_t key) {
     int half = 1;
     while ((1L << (2 * half)) < n) half++;
@@ -658,8 +662,8 @@ static void embedding_forward(float* out, const int* tokens, const float* table,
     for (int n = 0; n < N; n++) memcpy(out + (long)n * H, table + (long)tokens[n] * H, sizeof(float) * H);
 }
 
-// dtable[tokens] += dout. Two positions may hold the same token, so threads share the columns and not the rows: each sum
-// is then made by one thread, in the order of the positions.
+// dtable[tokens] += dout. Two positions may hold the same token, so threads share the columns and not the rows: each
+// sum is then made by one thread, in the order of the positions.
 static void embedding_backward(float* dtable, const float* dout, const int* tokens, int N, int H) {
     #pragma omp parallel for
     for (int column = 0; column < H; column += 16) {
@@ -738,11 +742,12 @@ static void rope_table(float* cosines, float* sines, int positions, int HD, doub
         }
 }
 
-// Rotary positions (Su et al. 2021), in place, on `heads` heads of each of N = B T rows that are ld floats apart. Element
-// i of a head's first half and element i of its second half are a point in the plane (Hugging Face's rotate_half), turned
-// by position * theta^(-2 i / HD). The gradient of a rotation is the rotation back: direction = -1.
-static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, const float* cosines, const float* sines,
-                 int direction) {
+// Rotary positions (Su et al. 2021), in place, on `heads` heads of each of N = B T rows that are ld floats apart.
+// Element i of a head's first half and element i of its second half are a point in the plane (Hugging Face's
+// rotate_half), turned by position * theta^(-2 i / HD). The gradient of a rotation is the rotation back: direction =
+// -1.
+static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, const float* cosines,
+                 const float* sines, int direction) {
     int half = HD / 2;
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
@@ -760,7 +765,9 @@ static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, 
 
 // Attention works on blocks of this many queries: their scores against all keys stay in the cache between the products.
 #define QUERY_BLOCK 32
-static long score_stride(int T) { return (T + 15) / 16 * 16 + 16; }     // a power of two would map all rows to one cache set
+static long score_stride(int T) {
+    return (T + 15) / 16 * 16 + 16;
+} // a power of two would map all rows to one cache set
 // floats that attention needs for T keys: two blocks of scores for each thread
 static long attention_scratch_size(int T) { return (long)thread_count() * 2 * QUERY_BLOCK * score_stride(T); }
 
@@ -774,11 +781,12 @@ static float* attention_scratch(float* scratch, int T) {
 }
 
 // Causal attention of Tq queries, which are the last Tq of Tk positions, in B sequences:
-//     out_i = sum over j <= i of p_ij v_j,    p_ij = exp(q_i k_j / sqrt(HD)) / sum over j <= i,    lse_i = log of that sum
+//     out_i = sum over j <= i of p_ij v_j,  p_ij = exp(q_i k_j / sqrt(HD)) / sum over j <= i,  lse_i = log of that sum
 // Row n of q, k, v starts at q + n ld_q (k, v with ld_k, ld_v); query head h uses key and value head h / (NH / NKV).
 // out (B Tq, NH HD), lse (B, NH, Tq). scratch: attention_scratch_size(Tk) floats.
-static void attention_forward(float* out, float* lse, const float* q, long ld_q, const float* k, long ld_k, const float* v,
-                              long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD, float* scratch) {
+static void attention_forward(float* out, float* lse, const float* q, long ld_q, const float* k, long ld_k,
+                              const float* v, long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD,
+                              float* scratch) {
     int blocks = (Tq + QUERY_BLOCK - 1) / QUERY_BLOCK;
     float scale = 1.0f / sqrtf((float)HD);
     #pragma omp parallel for collapse(3) schedule(dynamic)
@@ -786,7 +794,7 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
         for (int h = 0; h < NH; h++)
             for (int block = 0; block < blocks; block++) {
                 int first = block * QUERY_BLOCK, rows = imin(QUERY_BLOCK, Tq - first);
-                int past = Tk - Tq + first;                 // keys that even the block's first query sees, but for its own
+                int past = Tk - Tq + first; // keys that even the block's first query sees, but for its own
                 int keys = past + rows, kv_head = h / (NH / NKV);
                 const float* q_bh = q + ((long)b * Tq + first) * ld_q + (long)h * HD;
                 const float* k_bh = k + (long)b * Tk * ld_k + (long)kv_head * HD;
@@ -807,26 +815,29 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
                     for (int j = 0; j < seen; j++) p_i[j] *= norm;
                     lse[((long)b * NH + h) * Tq + first + i] = scale * max + logf(sum);
                 }
-                multiply_block(out + ((long)b * Tq + first) * NH * HD + (long)h * HD, (long)NH * HD, p, ld, 1, v_bh, ld_v, 1,
-                                rows, HD, keys, 0);
+                multiply_block(out + ((long)b * Tq + first) * NH * HD + (long)h * HD, (long)NH * HD, p, ld, 1, v_bh,
+                               ld_v, 1, rows, HD, keys, 0);
             }
 }
 
 // The probabilities are made again from the scores and lse, which is cheaper than having kept T^2 of them. With
 // dp_ij = dout_i v_j and D_i = sum over j of p_ij dp_ij = dout_i out_i:
-//     ds_ij = p_ij (dp_ij - D_i) / sqrt(HD)      dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
-// Here Tq = Tk = T. A thread owns a key/value head with all its query heads, so that dk and dv are sums in a fixed order.
-// dq, dk, dv have the strides of q, k, v, and are overwritten. dout (B T, NH HD).
+//     ds_ij = p_ij (dp_ij - D_i) / sqrt(HD)
+//     dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
+// Here Tq = Tk = T. A thread owns a key/value head with all its query heads, so that dk and dv are sums in a fixed
+// order. dq, dk, dv have the strides of q, k, v, and are overwritten. dout (B T, NH HD).
 static void attention_backward(float* dq, float* dk, float* dv, const float* dout, const float* out, const float* lse,
-                               const float* q, long ld_q, const float* k, long ld_k, const float* v, long ld_v, long ld_dqk,
-                               long ld_dv, int B, int T, int NH, int NKV, int HD, float* scratch) {
+                               const float* q, long ld_q, const float* k, long ld_k, const float* v, long ld_v,
+                               long ld_dqk, long ld_dv, int B, int T, int NH, int NKV, int HD, float* scratch) {
     float scale = 1.0f / sqrtf((float)HD);
     long ld = score_stride(T), ld_out = (long)NH * HD;
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int kv_head = 0; kv_head < NKV; kv_head++) {
-            const float *k_b = k + (long)b * T * ld_k + (long)kv_head * HD, *v_b = v + (long)b * T * ld_v + (long)kv_head * HD;
-            float *dk_b = dk + (long)b * T * ld_dqk + (long)kv_head * HD, *dv_b = dv + (long)b * T * ld_dv + (long)kv_head * HD;
+            const float *k_b = k + (long)b * T * ld_k + (long)kv_head * HD,
+                        *v_b = v + (long)b * T * ld_v + (long)kv_head * HD;
+            float *dk_b = dk + (long)b * T * ld_dqk + (long)kv_head * HD,
+                  *dv_b = dv + (long)b * T * ld_dv + (long)kv_head * HD;
             float *p = attention_scratch(scratch, T), *ds = p + QUERY_BLOCK * ld;
             for (int t = 0; t < T; t++) {
                 memset(dk_b + t * ld_dqk, 0, sizeof(float) * HD);
@@ -852,14 +863,16 @@ static void attention_backward(float* dq, float* dk, float* dv, const float* dou
                         }
                         for (int j = seen; j < keys; j++) p_i[j] = ds_i[j] = 0;
                     }
-                    multiply_block(dq + row * ld_dqk + (long)h * HD, ld_dqk, ds, ld, 1, k_b, ld_k, 1, rows, HD, keys, 0);
+                    multiply_block(dq + row * ld_dqk + (long)h * HD, ld_dqk, ds, ld, 1, k_b, ld_k, 1, rows, HD, keys,
+                                   0);
                     multiply_block(dk_b, ld_dqk, ds, 1, ld, q_bh, ld_q, 1, keys, HD, rows, 1);
                     multiply_block(dv_b, ld_dv, p, 1, ld, dout_bh, ld_out, 1, keys, HD, rows, 1);
                 }
         }
 }
 
-// SwiGLU (Shazeer 2020):  act = silu(gate) * up,  silu(g) = g sigmoid(g).  gate_up (rows, 2, I): gate, then up; act (rows, I)
+// SwiGLU (Shazeer 2020):  act = silu(gate) * up,  silu(g) = g sigmoid(g).  gate_up (rows, 2, I): gate, then up; act
+// (rows, I)
 static void swiglu_forward(float* act, const float* gate_up, int rows, int I) {
     #pragma omp parallel for
     for (int r = 0; r < rows; r++) {
@@ -917,11 +930,11 @@ static void choose_topk(int* chosen, const float* scores, int E, int K) {
     }
 }
 
-// probs (N, E) = softmax(logits), lse (N) = log of its denominator, experts (N, K) best first (of equals the lowest index
-// first), gates (N, K)
-static void softmax_router_forward(float* probs, float* lse, int* experts, float* gates, const float* logits, int N, int E,
-                                   int K, int norm_topk) {
-    #pragma omp parallel for
+// probs (N, E) = softmax(logits), lse (N) = log of its denominator, experts (N, K) best first (of equals the lowest
+// index first), gates (N, K)
+static void softmax_router_forward(float* probs, float* lse, int* experts, float* gates, const float* logits, int N,
+                                   int E, int K, int norm_topk) {
+#pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* z = logits + (long)n * E;
         float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, max = z[0], sum = 0;
@@ -937,7 +950,8 @@ static void softmax_router_forward(float* probs, float* lse, int* experts, float
     }
 }
 
-// dlogits (N, E) from dgates (N, K), the gradient with respect to the gates as they were used. With S a token's experts:
+// dlogits (N, E) from dgates (N, K), the gradient with respect to the gates as they were used. With S a token's
+// experts:
 //     renormalised:  dz_e = gate_e (dgate_e - sum over S of gate_j dgate_j)  for e in S, 0 for the others
 //     otherwise:     dz_e = p_e (dgate_e [e in S] - sum over S of p_j dgate_j)  for all e
 static void softmax_router_backward(float* dlogits, const float* dgates, const float* probs, const int* experts,
@@ -977,9 +991,9 @@ static void gather_rows(float* out, const float* x, const int* assignment, int r
 
 // out_n = residual_n + sum over k of gates_nk y[row_of_nk], in the order of k;  gates = NULL: all gates are 1,
 // residual = NULL: zero. The same function is the backward of gather_rows. out, residual (N, H), y (rows, H)
-static void combine_rows(float* out, const float* residual, const float* y, const float* gates, const int* row_of, int N,
-                         int K, int H) {
-    #pragma omp parallel for
+static void combine_rows(float* out, const float* residual, const float* y, const float* gates, const int* row_of,
+                         int N, int K, int H) {
+#pragma omp parallel for
     for (int n = 0; n < N; n++) {
         float* out_n = out + (long)n * H;
         for (int i = 0; i < H; i++) out_n[i] = residual ? residual[(long)n * H + i] : 0;
@@ -993,7 +1007,7 @@ static void combine_rows(float* out, const float* residual, const float* y, cons
 
 // The backward pass of gate * down(silu(g) * u) for the rows of all experts, between the two matrix products. Given
 // dact (rows, I) = W_down^T dy, with dy the gradient of the layer's output at the row's token:
-//     dgate = <dy, W_down act> = <dact, act>, so that the experts' outputs need not have been kept (SonicMoE, 2512.14080)
+//     dgate = <dy, W_down act> = <dact, act>, so the experts' outputs need not have been kept (SonicMoE, 2512.14080)
 //     dgate_up: g' = gate dact u silu'(g),  u' = gate dact silu(g),     silu'(g) = s (1 + g (1 - s)),  s = sigmoid(g)
 // gated_act (rows, I) = gate * act is what the gradient of W_down needs: dW_down += dy^T (gate act).
 // dgate_up may be the same memory as gate_up; dgates (N, K).
@@ -1032,7 +1046,7 @@ static void sum_columns(double* sums, const float* x, int N, int E) {
 }
 
 // Adds both gradients to dlogits (N, E). aux_weight and f (E) belong to one of
-//     AUX_SWITCH: coefficient E / N, counts / (N K)       AUX_HF: coefficient E / tokens, counts / tokens, over all layers
+//     AUX_SWITCH: coefficient E / N, counts / (N K)    AUX_HF: coefficient E / tokens, counts / tokens, over all layers
 // and z_weight is 2 coefficient / N. lse (N), probs (N, E).
 static void balance_backward(float* dlogits, const float* lse, const float* probs, const double* f, double aux_weight,
                              double z_weight, int N, int E) {
@@ -1088,12 +1102,14 @@ static long tensor_size(const Tensor* t) { return tensor_is_matrix(t) ? t->rows 
 // All parameters are one block of memory: first the matrices, then the vectors, so that weight decay, which is for
 // matrices alone, applies to one range.
 typedef struct {
-    Tensor* tensors;            // (count), sorted as they are listed in model_layout
+    Tensor* tensors;            // (count), in the order of layout_walk
     int count;
     long matrices, total;       // floats in all matrices; in all parameters
+    float* block;               // the parameters' memory, or NULL where only names and sizes are wanted
 } Layout;
 
-static long layout_add(Layout* layout, long rows, long cols, const char* format, ...) {
+// The next tensor of the list; returns where it lies in the block.
+static float* layout_add(Layout* layout, long rows, long cols, const char* format, ...) {
     long offset = cols != VECTOR ? layout->matrices : layout->total;
     if (layout->tensors) {
         Tensor* t = &layout->tensors[layout->count];
@@ -1108,94 +1124,97 @@ static long layout_add(Layout* layout, long rows, long cols, const char* format,
     layout->count++;
     if (cols != VECTOR) layout->matrices += rows * cols;
     else layout->total += rows;
-    return offset;
+    return layout->block ? layout->block + offset : NULL;
 }
 
 // The tensors of sigmoid routers and of Latent Prototype Routing.
-static void layout_router_variant(Layout* layout, const Config* c, LayerWeights* p, float* block, int l, const char* moe) {
+static void layout_router_variant(Layout* layout, const Config* c, LayerWeights* p, int l,
+                                  const char* moe) {
     int H = c->hidden_size, E = c->num_experts, D = c->lpr_latent_dim;
     if (c->router == ROUTER_SIGMOID) {
-        p->router_bias = block + layout_add(layout, E, VECTOR, "model.layers.%d.%s.gate.e_score_correction_bias", l, moe);
+        p->router_bias = layout_add(layout, E, VECTOR, "model.layers.%d.%s.gate.e_score_correction_bias", l, moe);
         // Dots1 has an expert for all tokens, too; of width 0 it does nothing, but its tensors are expected
         for (int i = 0; c->arch == DOTS1 && i < 2; i++)
             layout_add(layout, 0, H, "model.layers.%d.mlp.shared_experts.%s_proj.weight", l, i ? "up" : "gate");
         if (c->arch == DOTS1) layout_add(layout, H, 0, "model.layers.%d.mlp.shared_experts.down_proj.weight", l);
         return;
     }
-    p->lpr_norm_weight = block + layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.norm.weight", l, moe);
-    p->lpr_norm_bias = block + layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.norm.bias", l, moe);
-    p->lpr_encoder = block + layout_add(layout, 2 * D, H, "model.layers.%d.%s.gate.encoder.weight", l, moe);
-    p->lpr_encoder_bias = block + layout_add(layout, 2 * D, VECTOR, "model.layers.%d.%s.gate.encoder.bias", l, moe);
-    p->lpr_prototypes = block + layout_add(layout, E, D, "model.layers.%d.%s.gate.prototypes", l, moe);
-    p->lpr_readout = block + layout_add(layout, H, D, "model.layers.%d.%s.gate.readout.weight", l, moe);
-    p->lpr_readout_bias = block + layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.readout.bias", l, moe);
+    p->lpr_norm_weight = layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.norm.weight", l, moe);
+    p->lpr_norm_bias = layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.norm.bias", l, moe);
+    p->lpr_encoder = layout_add(layout, 2 * D, H, "model.layers.%d.%s.gate.encoder.weight", l, moe);
+    p->lpr_encoder_bias = layout_add(layout, 2 * D, VECTOR, "model.layers.%d.%s.gate.encoder.bias", l, moe);
+    p->lpr_prototypes = layout_add(layout, E, D, "model.layers.%d.%s.gate.prototypes", l, moe);
+    p->lpr_readout = layout_add(layout, H, D, "model.layers.%d.%s.gate.readout.weight", l, moe);
+    p->lpr_readout_bias = layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.readout.bias", l, moe);
 }
 
-// Lists every tensor of a model under its Hugging Face name and points `w` (if not NULL) into `block`.
-static void layout_walk(Layout* layout, const Config* c, Weights* w, float* block) {
+// Lists every tensor of a model under its Hugging Face name and points `w` (if not NULL) at them.
+static void layout_walk(Layout* layout, const Config* c, Weights* w) {
     int H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads, mixtral = c->arch == MIXTRAL;
     const char* moe = mixtral ? "block_sparse_moe" : "mlp";
-    long embedding = layout_add(layout, c->vocab_size, H, "model.embed_tokens.weight");
+    float* embedding = layout_add(layout, c->vocab_size, H, "model.embed_tokens.weight");
     for (int l = 0; l < c->num_layers; l++) {
         LayerWeights p;
         memset(&p, 0, sizeof p);
-        p.attn_norm = block + layout_add(layout, H, VECTOR, "model.layers.%d.input_layernorm.weight", l);
-        p.qkv = block + layout_add(layout, (long)NH * HD, H, "model.layers.%d.self_attn.q_proj.weight", l);
+        p.attn_norm = layout_add(layout, H, VECTOR, "model.layers.%d.input_layernorm.weight", l);
+        p.qkv = layout_add(layout, (long)NH * HD, H, "model.layers.%d.self_attn.q_proj.weight", l);
         layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.k_proj.weight", l);
         layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.v_proj.weight", l);
         if (c->qk_norm != QK_NORM_NONE) {
             int row = c->qk_norm == QK_NORM_ROW;
-            p.q_norm = block + layout_add(layout, row ? NH * HD : HD, VECTOR, "model.layers.%d.self_attn.q_norm.weight", l);
-            p.k_norm = block + layout_add(layout, row ? NKV * HD : HD, VECTOR, "model.layers.%d.self_attn.k_norm.weight", l);
+            p.q_norm = layout_add(layout, row ? NH * HD : HD, VECTOR, "model.layers.%d.self_attn.q_norm.weight", l);
+            p.k_norm = layout_add(layout, row ? NKV * HD : HD, VECTOR, "model.layers.%d.self_attn.k_norm.weight", l);
         }
-        p.attn_out = block + layout_add(layout, H, (long)NH * HD, "model.layers.%d.self_attn.o_proj.weight", l);
-        p.ffn_norm = block + layout_add(layout, H, VECTOR, "model.layers.%d.post_attention_layernorm.weight", l);
+        p.attn_out = layout_add(layout, H, (long)NH * HD, "model.layers.%d.self_attn.o_proj.weight", l);
+        p.ffn_norm = layout_add(layout, H, VECTOR, "model.layers.%d.post_attention_layernorm.weight", l);
         int E = layer_experts(c, l), I = layer_width(c, l);
         if (c->sparse[l] && c->router != ROUTER_LPR)
-            p.router = block + layout_add(layout, E, H, "model.layers.%d.%s.gate.weight", l, moe);
-        if (c->sparse[l] && c->router != ROUTER_SOFTMAX) layout_router_variant(layout, c, &p, block, l, moe);
+            p.router = layout_add(layout, E, H, "model.layers.%d.%s.gate.weight", l, moe);
+        if (c->sparse[l] && c->router != ROUTER_SOFTMAX) layout_router_variant(layout, c, &p, l, moe);
         for (int e = 0; e < E; e++) {           // all gates and ups first: the products want (E, 2, I, H)
             char expert[64] = "mlp";
             if (c->sparse[l]) snprintf(expert, sizeof expert, "%s.experts.%d", moe, e);
-            long gate = layout_add(layout, I, H, "model.layers.%d.%s.%s.weight", l, expert,
+            float* gate = layout_add(layout, I, H, "model.layers.%d.%s.%s.weight", l, expert,
                                    mixtral && c->sparse[l] ? "w1" : "gate_proj");
-            layout_add(layout, I, H, "model.layers.%d.%s.%s.weight", l, expert, mixtral && c->sparse[l] ? "w3" : "up_proj");
-            if (e == 0) p.gate_up = block + gate;
+            layout_add(layout, I, H, "model.layers.%d.%s.%s.weight", l, expert,
+                       mixtral && c->sparse[l] ? "w3" : "up_proj");
+            if (e == 0) p.gate_up = gate;
         }
         for (int e = 0; e < E; e++) {
             char expert[64] = "mlp";
             if (c->sparse[l]) snprintf(expert, sizeof expert, "%s.experts.%d", moe, e);
-            long down = layout_add(layout, H, I, "model.layers.%d.%s.%s.weight", l, expert,
+            float* down = layout_add(layout, H, I, "model.layers.%d.%s.%s.weight", l, expert,
                                    mixtral && c->sparse[l] ? "w2" : "down_proj");
-            if (e == 0) p.down = block + down;
+            if (e == 0) p.down = down;
         }
         if (w) w->layers[l] = p;
     }
-    long norm = layout_add(layout, H, VECTOR, "model.norm.weight");
-    long head = c->tie_word_embeddings ? embedding : layout_add(layout, c->vocab_size, H, "lm_head.weight");
+    float* norm = layout_add(layout, H, VECTOR, "model.norm.weight");
+    float* head = c->tie_word_embeddings ? embedding : layout_add(layout, c->vocab_size, H, "lm_head.weight");
     if (w) {
-        w->embedding = block + embedding;
-        w->final_norm = block + norm;
-        w->lm_head = block + head;
+        w->embedding = embedding;
+        w->final_norm = norm;
+        w->lm_head = head;
     }
 }
 
 static Layout layout_create(const Config* c) {
-    Layout count = {NULL, 0, 0, 0}, layout;
-    layout_walk(&count, c, NULL, NULL);
+    Layout count = {NULL, 0, 0, 0, NULL}, layout;
+    layout_walk(&count, c, NULL);
     layout.tensors = (Tensor*)checked_malloc(sizeof(Tensor) * count.count);
     layout.count = 0;
     layout.matrices = 0;
+    layout.block = NULL;
     layout.total = count.matrices;      // vectors are placed behind the matrices
-    layout_walk(&layout, c, NULL, NULL);
+    layout_walk(&layout, c, NULL);
     return layout;
 }
 
 // `block`: memory for layout->total parameters
 static void weights_point(Weights* w, const Config* c, const Layout* layout, float* block) {
-    Layout again = {NULL, 0, 0, layout->matrices};
+    Layout again = {NULL, 0, 0, layout->matrices, block};
     w->layers = (LayerWeights*)checked_malloc(sizeof(LayerWeights) * c->num_layers);
-    layout_walk(&again, c, w, block);
+    layout_walk(&again, c, w);
 }
 
 // What one layer keeps of the forward pass for the backward pass. R = N K rows of experts (N in a dense layer).
@@ -1305,7 +1324,7 @@ typedef struct {
     FILE* trace;                // NULL, or where each token's experts and gates are listed
     long trace_window;          // the number of the batch's first window
     int counting_load;
-    int* topk;                  // (L)          K of each layer in the next pass; all the config's unless training draws them
+    int* topk; // (L)          K of each layer in the next pass; all the config's unless training draws them
     // router variants
     int* family;                // (L, E)       the family of each expert: the copies of one expert share it
     int has_families;           // 1: some experts do
@@ -1315,15 +1334,15 @@ typedef struct {
     long noise_step;            // which differs in each pass
     double lpr_loss;            // of the last forward pass, with its weight
     double *all_counts, *all_probs;     // (E)  assignments and sums of probs over all sparse layers, for AUX_HF
-    double loss, aux_loss, z_loss;      // of the last forward pass: cross-entropy alone; the other two without coefficients
+    double loss, aux_loss, z_loss; // of the last forward pass: cross-entropy alone; the other two without coefficients
     size_t bytes_params, bytes_optimizer, bytes_activations;
     void* memory;
     const char* source;         // the directory that the parameters were read from, or NULL
     int shares_params;          // the parameters are another model's
 } Model;
 
-// One allocation serves everything. The walk over what is needed is made twice: with base = NULL to count the bytes, then
-// with the memory to hand it out.
+// One allocation serves everything. The walk over what is needed is made twice: with base = NULL to count the bytes,
+// then with the memory to hand it out.
 typedef struct {
     char* base;
     size_t used;
@@ -1336,7 +1355,8 @@ static void* take(Arena* a, size_t bytes) {
 }
 static float* take_floats(Arena* a, long n) { return (float*)take(a, sizeof(float) * n); }
 
-static void layer_activations_take(Arena* a, LayerActivations* s, const Config* c, int l, int most, long N, int B, int T) {
+static void layer_activations_take(Arena* a, LayerActivations* s, const Config* c, int l, int most, long N, int B,
+                                   int T) {
     long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads;
     long E = layer_experts(c, l), K = c->sparse[l] ? most : 1, I = layer_width(c, l), D = c->lpr_latent_dim;
     s->x = take_floats(a, N * H);
@@ -1501,8 +1521,9 @@ static void model_free(Model* m) {
     free(m);
 }
 
-// Training from scratch starts from N(0, 0.02); projections that add to the residual stream from N(0, 0.02 / sqrt(2 L)),
-// so that its variance does not grow with the depth (GPT-2); norms from 1. Each tensor draws from a stream of its own.
+// Training from scratch starts from N(0, 0.02); projections that add to the residual stream from N(0, 0.02 / sqrt(2
+// L)), so that its variance does not grow with the depth (GPT-2); norms from 1. Each tensor draws from a stream of its
+// own.
 static void model_init(Model* m, uint64_t seed) {
     for (int i = 0; i < m->layout.count; i++) {
         const Tensor* t = &m->layout.tensors[i];
@@ -1521,8 +1542,8 @@ static void model_init(Model* m, uint64_t seed) {
 
 // Parameters in all, and parameters that one token uses (all but the experts it is not sent to).
 static void count_parameters(const Config* c, long* total, long* active) {
-    Layout layout = {NULL, 0, 0, 0};
-    layout_walk(&layout, c, NULL, NULL);
+    Layout layout = {NULL, 0, 0, 0, NULL};
+    layout_walk(&layout, c, NULL);
     *total = *active = layout.matrices + layout.total;
     for (int l = 0; l < c->num_layers; l++)
         *active -= (long)(layer_experts(c, l) - layer_topk(c, l)) * 3 * c->hidden_size * layer_width(c, l);
@@ -1607,17 +1628,17 @@ static void attention_layer_backward(Model* m, int l) {
     matmul_backward_input(t->dattn, t->dx, w->attn_out, N, NH * HD, H, 0);
     matmul_backward_weight(dw->attn_out, t->dx, s->attn, N, NH * HD, H);
     KeysValues kv = layer_keys_values(m, l);
-    attention_backward(t->drotated, t->drotated + NH * HD, t->dqkv + QK, t->dattn, s->attn, s->lse, s->rotated, QK, kv.k,
-                       kv.ld_k, kv.v, kv.ld_v, QK, QKV, m->batch, T, NH, NKV, HD, t->attention);
+    attention_backward(t->drotated, t->drotated + NH * HD, t->dqkv + QK, t->dattn, s->attn, s->lse, s->rotated, QK,
+                       kv.k, kv.ld_k, kv.v, kv.ld_v, QK, QKV, m->batch, T, NH, NKV, HD, t->attention);
     rope(t->drotated, QK, NH + NKV, N, T, 0, HD, m->cosines, m->sines, -1);
     if (c->qk_norm == QK_NORM_NONE) {
         #pragma omp parallel for
         for (int n = 0; n < N; n++) memcpy(t->dqkv + n * QKV, t->drotated + n * QK, sizeof(float) * QK);
     } else {
-        rmsnorm_backward(t->dqkv, QKV, 0, dw->q_norm, t->drotated, QK, s->qkv, QKV, w->q_norm, s->q_rstd, N, row ? 1 : NH,
-                         row ? NH * HD : HD);
-        rmsnorm_backward(t->dqkv + NH * HD, QKV, 0, dw->k_norm, t->drotated + NH * HD, QK, s->qkv + NH * HD, QKV, w->k_norm,
-                         s->k_rstd, N, row ? 1 : NKV, row ? NKV * HD : HD);
+        rmsnorm_backward(t->dqkv, QKV, 0, dw->q_norm, t->drotated, QK, s->qkv, QKV, w->q_norm, s->q_rstd, N,
+                         row ? 1 : NH, row ? NH * HD : HD);
+        rmsnorm_backward(t->dqkv + NH * HD, QKV, 0, dw->k_norm, t->drotated + NH * HD, QK, s->qkv + NH * HD, QKV,
+                         w->k_norm, s->k_rstd, N, row ? 1 : NKV, row ? NKV * HD : HD);
     }
     matmul_backward_input(t->dnormed, t->dqkv, w->qkv, N, H, (int)QKV, 0);
     matmul_backward_weight(dw->qkv, t->dqkv, s->attn_in, N, H, (int)QKV);
@@ -1674,7 +1695,8 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
             experts_in = variant_router_forward(m, l);
         } else {
             matmul_forward(s->router_logits, s->ffn_in, w->router, N, H, E);
-            softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, s->router_logits, N, E, K, c->norm_topk_prob);
+            softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, s->router_logits, N, E, K,
+                                   c->norm_topk_prob);
         }
         group_by_expert(s->offsets, s->assignment, s->row_of, s->experts, N, K, E);
         gather_rows(m->scratch.rows_in, experts_in, s->assignment, N * K, K, H);
@@ -1688,7 +1710,8 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     grouped_matmul_forward(s->gate_up, rows_in, w->gate_up, 2L * I * H, H, 2 * I, E, s->offsets);
     swiglu_forward(m->scratch.act, s->gate_up, N * K, I);
     grouped_matmul_forward(m->scratch.rows_out, m->scratch.act, w->down, (long)H * I, I, H, E, s->offsets);
-    combine_rows(out, s->x_mid, m->scratch.rows_out, sparse ? s->gates : NULL, sparse ? s->row_of : m->identity, N, K, H);
+    combine_rows(out, s->x_mid, m->scratch.rows_out, sparse ? s->gates : NULL, sparse ? s->row_of : m->identity, N, K,
+                 H);
 }
 
 // In: scratch.dx, the gradient of the layer's output. Out: scratch.dx, the gradient of x_mid.
@@ -1766,8 +1789,8 @@ static double model_forward(Model* m, const int* tokens, const int* targets, int
     return m->loss /= N;
 }
 
-// Adds to the gradients that of  scale * (loss + aux * aux_loss + z * z_loss + lpr_loss)  of the last forward pass, which
-// must have had targets. It uses up the activations: the logits become their gradient.
+// Adds to the gradients that of  scale * (loss + aux * aux_loss + z * z_loss + lpr_loss)  of the last forward pass,
+// which must have had targets. It uses up the activations: the logits become their gradient.
 static void model_backward(Model* m, float scale) {
     const Config* c = &m->config;
     int N = m->batch * m->length, H = c->hidden_size, V = c->vocab_size;
@@ -1808,8 +1831,8 @@ typedef struct {
 //     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
 //     w -= lr (m / correction1) / (sqrt(v / correction2) + eps) + lr decay w           correction_i = 1 - beta_i^step
 // and the gradient is cleared for the next step while it is at hand.
-static void adamw(float* w, float* grad, float* m, float* v, long n, float clip_scale, float lr, float decay, float beta1,
-                  float beta2, float eps, float correction1, float correction2) {
+static void adamw(float* w, float* grad, float* m, float* v, long n, float clip_scale, float lr, float decay,
+                  float beta1, float beta2, float eps, float correction1, float correction2) {
     float rate = lr / correction1, root = 1.0f / sqrtf(correction2), keep = 1.0f - lr * decay;
     #pragma omp parallel for simd schedule(static)
     for (long i = 0; i < n; i++) {
@@ -1828,12 +1851,13 @@ static double model_update(Model* m, const AdamW* o, double lr, long step) {
     double norm = gradient_norm(m), scale = 1;
     if (!isfinite(norm)) return norm;
     if (o->clip > 0 && norm + 1e-6 > o->clip) scale = o->clip / (norm + 1e-6);          // as clip_grad_norm_
-    float correction1 = (float)(1 - pow(o->beta1, (double)step)), correction2 = (float)(1 - pow(o->beta2, (double)step));
+    float correction1 = (float)(1 - pow(o->beta1, (double)step)),
+          correction2 = (float)(1 - pow(o->beta2, (double)step));
     long matrices = m->layout.matrices, vectors = m->layout.total - matrices;
     adamw(m->params, m->grads, m->exp_avg, m->exp_avg_sq, matrices, (float)scale, (float)lr, (float)o->weight_decay,
           (float)o->beta1, (float)o->beta2, (float)o->eps, correction1, correction2);
-    adamw(m->params + matrices, m->grads + matrices, m->exp_avg + matrices, m->exp_avg_sq + matrices, vectors, (float)scale,
-          (float)lr, 0, (float)o->beta1, (float)o->beta2, (float)o->eps, correction1, correction2);
+    adamw(m->params + matrices, m->grads + matrices, m->exp_avg + matrices, m->exp_avg_sq + matrices, vectors,
+          (float)scale, (float)lr, 0, (float)o->beta1, (float)o->beta2, (float)o->eps, correction1, correction2);
     return norm;
 }
 
@@ -1922,8 +1946,8 @@ static void data_file_open(DataFile* f, const char* path, int T, Part part, int 
         f->start = SHARD_HEADER;
         f->count = read_i32(header + 8);
         if (f->count < 0 || SHARD_HEADER + f->count * f->width != size)
-            die(2, "%s: the header at byte 8 promises %ld tokens, which makes %ld bytes, but the file has %ld", path, f->count,
-                SHARD_HEADER + f->count * f->width, size);
+            die(2, "%s: the header at byte 8 promises %ld tokens, which makes %ld bytes, but the file has %ld", path,
+                f->count, SHARD_HEADER + f->count * f->width, size);
         if (f->count < T + 1) die(2, "%s: %ld tokens, but --seq %d needs at least %d", path, f->count, T, T + 1);
     } else {
         if (named_bin)
@@ -1938,8 +1962,8 @@ static void data_file_open(DataFile* f, const char* path, int T, Part part, int 
         if (part == WHOLE && size < T + 1)
             die(2, "%s: %ld bytes, but --seq %d needs at least %d", path, size, T, T + 1);
         if (part != WHOLE && size < 2L * (T + 1))
-            die(2, "%s: %ld bytes, but --seq %d needs at least %d (half of them for validation; --val none uses all)", path,
-                size, T, 2 * (T + 1));
+            die(2, "%s: %ld bytes, but --seq %d needs at least %d (half of them for validation; --val none uses all)",
+                path, size, T, 2 * (T + 1));
     }
     f->windows = (f->count - 1) / T;
 }
@@ -2007,8 +2031,8 @@ static void dataset_window(Dataset* d, long w, int* tokens, int* targets) {
     }
 }
 
-// Sequence number `index` of training: every window once an epoch, in an order that (seed, epoch) fixes. So the position
-// in the data is a function of the step, and a resumed run needs to remember nothing else.
+// Sequence number `index` of training: every window once an epoch, in an order that (seed, epoch) fixes. So the
+// position in the data is a function of the step, and a resumed run needs to remember nothing else.
 static void dataset_training_sequence(Dataset* d, uint64_t seed, long index, int* tokens, int* targets) {
     uint64_t key = random_key(seed, hash_string("order"), (uint64_t)(index / d->windows), 0);
     dataset_window(d, random_permutation(index % d->windows, d->windows, key), tokens, targets);
@@ -2072,7 +2096,8 @@ static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
     double sum = 0;
     for (long w = 0; w < windows; w += m->B) {
         int B = (int)lmin(m->B, windows - w);
-        for (int b = 0; b < B; b++) dataset_window(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T);
+        for (int b = 0; b < B; b++)
+            dataset_window(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T);
         m->trace_window = w;
         sum += model_forward(m, batch.tokens, batch.targets, B, d->T) * B;
     }
@@ -2083,7 +2108,8 @@ static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
 static void router_before_step(Model* m, const Run* run, long step);
 static void router_after_step(Model* m, const Run* run, long done);
 static void print_load(const Model* m, int each);
-#define LOAD_HEADER "step,layer,expert,assignments,gini,min_max,max_vio,dead,entropy,top_gate,twin_cosine,twins_together,sources"
+#define LOAD_HEADER \
+    "step,layer,expert,assignments,gini,min_max,max_vio,dead,entropy,top_gate,twin_cosine,twins_together,sources"
 static void log_load(FILE* log, const Model* m, long step);
 static void clear_load(Model* m);
 static const char* checkpoint_save(const Model* m, const char* out, long step);
@@ -2119,22 +2145,25 @@ static void print_duration(double s) {
     else fprintf(stderr, "%ld:%02ld left", left / 60, left % 60);
 }
 
-// Trains from first_step (0, or where the checkpoint in `out` stopped) to run->steps. out, val and generator may be NULL:
-// then nothing is written, validated or sampled. Returns the exit code: 0, 1 after a failure, 130 or 143 after a signal.
-static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* generator, const char* out, long first_step) {
-    int E = m->config.num_experts, T = run->T, terminal = isatty(2), exit_code = 0;
+// Trains from first_step (0, or where the checkpoint in `out` stopped) to run->steps. out, val and generator may be
+// NULL: then nothing is written, validated or sampled. Returns the exit code: 0, 1 after a failure, 130 or 143 after a
+// signal.
+static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* generator, const char* out,
+                 long first_step) {
+    int E = m->config.num_experts, T = run->T, terminal = isatty(2), exit_code = 0, stopping = 0;
     long saved = first_step, tokens_per_step = (long)run->B * T * run->accum;
     double flops = flops_per_token(&m->config, T), started = seconds();
     Batch batch = batch_create(run->B, T);
     FILE *log = NULL, *val_log = NULL, *load_log = NULL;
     if (out) {
-        log = log_open(out, "log.csv", "step,tokens,train_loss,aux_loss,z_loss,lr,grad_norm,tokens_per_s,lpr_loss", first_step);
+        log = log_open(out, "log.csv", "step,tokens,train_loss,aux_loss,z_loss,lr,grad_norm,tokens_per_s,lpr_loss",
+                       first_step);
         val_log = log_open(out, "val.csv", "step,tokens,val_loss", first_step);
         load_log = log_open(out, "load.csv", LOAD_HEADER, first_step);
     }
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
-    for (long step = first_step; step < run->steps && !stop_signal; step++) {
+    for (long step = first_step; step < run->steps && !stopping; step++) {
         double t0 = seconds(), loss = 0, aux_loss = 0, z_loss = 0, lpr_loss = 0, lr = learning_rate(run, step);
         router_before_step(m, run, step);
         m->counting_load = 1;
@@ -2154,7 +2183,8 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         if (!isfinite(norm)) {
             fprintf(stderr, "%s%s: step %ld: the %s is not finite; ", terminal ? "\n" : "", program_name, step + 1,
                     isfinite(loss) ? "gradient" : "loss");
-            if (out && saved > 0) fprintf(stderr, "the checkpoint of step %ld in %s is intact; try a lower --lr\n", saved, out);
+            if (out && saved > 0)
+                fprintf(stderr, "the checkpoint of step %ld in %s is intact; try a lower --lr\n", saved, out);
             else fprintf(stderr, "nothing had been saved; try a lower --lr\n");
             exit_code = 1;
             break;
@@ -2167,8 +2197,8 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         print_duration((seconds() - started) / (done - first_step) * (run->steps - done));
         fprintf(stderr, terminal ? "\033[K" : "\n");
         if (log) {
-            fprintf(log, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f,%.6f\n", done, done * tokens_per_step, loss, aux_loss, z_loss,
-                    lr, norm, rate, lpr_loss);
+            fprintf(log, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f,%.6f\n", done, done * tokens_per_step, loss, aux_loss,
+                    z_loss, lr, norm, rate, lpr_loss);
             fflush(log);
         }
         int last = done == run->steps;
@@ -2192,10 +2222,12 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
             fprintf(stderr, "%s", terminal ? "\n" : "");
             print_sample(generator, run->seed, 200);
         }
-        if (out && (last || stop_signal || (run->save_every > 0 && done % run->save_every == 0))) {
+        stopping = stop_signal != 0;            // looked at once a step: a signal that comes later stops the next one
+        if (out && (last || stopping || (run->save_every > 0 && done % run->save_every == 0))) {
             const char* error = checkpoint_save(m, out, done);
             if (error) {
-                fprintf(stderr, "%s%s: step %ld could not be saved: %s; ", terminal ? "\n" : "", program_name, done, error);
+                fprintf(stderr, "%s%s: step %ld could not be saved: %s; ", terminal ? "\n" : "", program_name, done,
+                        error);
                 if (saved > 0) fprintf(stderr, "the checkpoint of step %ld in %s is intact\n", saved, out);
                 else fprintf(stderr, "%s holds no checkpoint\n", out);
                 exit_code = 1;
@@ -2205,8 +2237,10 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         }
     }
     fprintf(stderr, "%s", terminal ? "\n" : "");
-    if (stop_signal && !exit_code) {
-        if (out) fprintf(stderr, "%s: stopped by a signal; step %ld is saved in %s, --resume goes on\n", program_name, saved, out);
+    if (stopping && !exit_code) {
+        if (out)
+            fprintf(stderr, "%s: stopped by a signal; step %ld is saved in %s, --resume goes on\n", program_name, saved,
+                    out);
         else fprintf(stderr, "%s: stopped by a signal; nothing was saved, as there was no --out\n", program_name);
         exit_code = stop_signal == SIGTERM ? 143 : 130;
     }
@@ -2226,9 +2260,9 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
 // choice, in this order, and there are two kinds of scores besides softmax:
 //
 //     logit norm    z' = lambda (z - mean z) / (std z + 1e-6)                                             Skywork-MoE
-//     families      z'_e = z_e - penalty for every copy of an expert but the best one                  see methods below
+//     families      z'_e = z_e - penalty for every copy of an expert but the best one                        see below
 //     sigmoid       s = sigmoid(z'), the K largest s + bias are chosen, gates from s alone                 DeepSeek-V3
-//     LPR           z = cosine between an encoding of the token and a prototype of the expert    Latent Prototype Routing
+//     LPR           z = cosine of an encoding of the token and a prototype of the expert       Latent Prototype Routing
 //
 // variant_router_forward and variant_router_backward at the end of this section put them together.
 
@@ -2266,13 +2300,13 @@ static void logit_norm_backward(float* dz, const float* z, int N, int E, float l
     }
 }
 
-// Families. Copies of one expert score alike, so plain top-K would pick the copies of the best expert and not the K best
-// experts. A penalty on all members of a family but its best one puts that off: while it is infinite, at most one copy of
-// each expert is chosen and every gate is what it was before the copying, so the model computes what it did before.
-// Equal members, as exact copies are at first, are told apart by a hash of (layer, position in the sequence, family): so
-// copies see different tokens, and a cache, a resumed run and a GPU agree. In place; the gradient passes unchanged.
-// scores (N, E): what the best member has most of: z, or sigmoid(z) + bias. shift (N, E): what was subtracted, 0 or the
-// penalty. family (E): each expert's family. Row n is at position start + n % T of its sequence.
+// Families. Copies of one expert score alike, so plain top-K would pick the copies of the best expert and not the K
+// best experts. A penalty on all members of a family but its best one puts that off: while it is infinite, at most one
+// copy of each expert is chosen and every gate is what it was before the copying, so the model computes what it did
+// before. Equal members, as exact copies are at first, are told apart by a hash of (layer, position in the sequence,
+// family): so copies see different tokens, and a cache, a resumed run and a GPU agree. In place; the gradient passes
+// unchanged. scores (N, E): what the best member has most of: z, or sigmoid(z) + bias. shift (N, E): what was
+// subtracted, 0 or the penalty. family (E): each expert's family. Row n is at position start + n % T of its sequence.
 static void penalise_families(float* z, float* shift, const float* scores, const int* family, float penalty, int layer,
                               int N, int T, int start, int E) {
     #pragma omp parallel for
@@ -2308,16 +2342,17 @@ static void sigmoid_scores(float* scores, const float* z, const float* bias, int
 }
 
 // Sigmoid scores with a bias that balances the load without a loss (DeepSeek-V3, 2412.19437; Wang et al., 2408.15664):
-//     s = sigmoid(z)      S = the K experts with the largest s + bias - shift      gate_e = s_e, or s_e / sum over S of s
+//     s = sigmoid(z)     S = the K experts with the largest s + bias - shift     gate_e = s_e, or s_e / sum over S of s
 // The bias takes part in nothing else. probs (N, E) = s / sum of s stands in for the probabilities in the balance loss;
 // lse (N) = logsumexp(z). shift (N, E) or NULL is what families subtracted from z: it is taken from s + bias as well,
 // because s of a penalised expert tends to 0, but s + bias would not fall below all others.
-static void sigmoid_router_forward(float* probs, float* lse, int* experts, float* gates, const float* z, const float* bias,
-                                   const float* shift, int N, int E, int K, int norm_topk) {
-    #pragma omp parallel for
+static void sigmoid_router_forward(float* probs, float* lse, int* experts, float* gates, const float* z,
+                                   const float* bias, const float* shift, int N, int E, int K, int norm_topk) {
+#pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* z_n = z + (long)n * E;
-        float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, max = z_n[0], exp_sum = 0, sum = 0, gate_sum = 0;
+        float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, max = z_n[0], exp_sum = 0, sum = 0,
+              gate_sum = 0;
         int* experts_n = experts + (long)n * K;
         for (int e = 1; e < E; e++) max = z_n[e] > max ? z_n[e] : max;
         for (int e = 0; e < E; e++) exp_sum += fast_exp(z_n[e] - max);
@@ -2336,10 +2371,10 @@ static void sigmoid_router_forward(float* probs, float* lse, int* experts, float
 //     renormalised: ds_e = (dgate_e - sum over S of gate_j dgate_j) / sum over S of s;    otherwise ds_e = dgate_e
 //     balance:      ds_e += aux_weight (f_e - sum_j f_j p_j) / sum of s,  p = s / sum of s
 //     dz_e = ds_e s_e (1 - s_e) + z_weight lse exp(z_e - lse)
-static void sigmoid_router_backward(float* dz, const float* dgates, const float* z, const float* probs, const float* lse,
-                                    const int* experts, const float* gates, const double* f, double aux_weight,
-                                    double z_weight, int N, int E, int K, int norm_topk) {
-    #pragma omp parallel for
+static void sigmoid_router_backward(float* dz, const float* dgates, const float* z, const float* probs,
+                                    const float* lse, const int* experts, const float* gates, const double* f,
+                                    double aux_weight, double z_weight, int N, int E, int K, int norm_topk) {
+#pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float *z_n = z + (long)n * E, *p = probs + (long)n * E, *gates_n = gates + (long)n * K;
         const float* dgates_n = dgates + (long)n * K;
@@ -2372,7 +2407,8 @@ static void update_router_bias(float* bias, const long* counts, int E, double ra
 
 // The balance loss's coefficient can follow each layer's imbalance (Skywork-MoE, 2406.06563, section 3.2):
 //     coefficient <- .99 coefficient + .01 min(imbalance / 5, .01),       imbalance = 1/2 sum_e |f_e - 1/E|
-// where the paper's rate of dropped tokens becomes the share of assignments over an even load, as nothing is dropped here.
+// where the paper's rate of dropped tokens becomes the share of assignments over an even load, as nothing is dropped
+// here.
 static double adapted_aux(double coefficient, const long* counts, int E) {
     double total = 0, imbalance = 0;
     for (int e = 0; e < E; e++) total += (double)counts[e];
@@ -2382,21 +2418,22 @@ static double adapted_aux(double coefficient, const long* counts, int E) {
 
 // Latent Prototype Routing (Yang 2025, 2506.21328). A token and an expert meet in a space of D dimensions:
 //     a = silu(LayerNorm(h))        [mu, logvar] = a W_enc^T + b_enc        score_e = cos(mu, prototype_e)
-//     chosen = the K best scores, gates = softmax over them          read_out = sum over all e of softmax(score)_e prototype_e
+//     chosen = the K best scores, gates = softmax over them      read_out = sum over e of softmax(score)_e prototype_e
 //     the experts' input is  h + read_out W_out^T + b_out,  and the objective gets
 //     weight (diversity (Div(mu) + Div(prototypes)) + kl KL + align Align)
-//     Div(X) = mean over pairs (i, j) of (n_i n_j - [i = j])^2, n = x / |x|. Over T tokens it is (|Xn^T Xn|^2 - T) / T^2,
-//              which needs a D x D matrix and not a T x T one
+//     Div(X) = mean over pairs (i, j) of (n_i n_j - [i = j])^2, n = x / |x|. Over T tokens it is
+//              (|Xn^T Xn|^2 - T) / T^2, which needs a D x D matrix and not a T x T one
 //     KL = mean over tokens of -1/2 sum(1 + logvar - mu^2 - exp(logvar))
-//     Align = mean over (e, d) of |prototype_e - target_e|, target_e = sum over tokens of rho_e (mu + exp(logvar / 2) eps),
-//             rho = softmax over all experts of the scores of the chosen ones, 0 for the others; target is a constant
+//     Align = mean over (e, d) of |prototype_e - target_e|; the target is a constant:
+//             target_e = sum over tokens of rho_e (mu + exp(logvar / 2) eps), rho = softmax over all experts of the
+//             scores of the chosen ones and 0 for the others
 
 #define LPR_EPS 1e-5f           // of the LayerNorm
 
 // a (N, H) = silu(LayerNorm(h)); mean, rstd (N) are kept
-static void lpr_normalise_forward(float* a, float* mean, float* rstd, const float* h, const float* weight, const float* bias,
-                                  int N, int H) {
-    #pragma omp parallel for
+static void lpr_normalise_forward(float* a, float* mean, float* rstd, const float* h, const float* weight,
+                                  const float* bias, int N, int H) {
+#pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* h_n = h + (long)n * H;
         float sum = 0, square = 0;
@@ -2415,9 +2452,10 @@ static void lpr_normalise_forward(float* a, float* mean, float* rstd, const floa
 
 // dh += the gradient of h; da (N, H) is overwritten by the gradient of u, the LayerNorm's output.
 //     silu'(u) = s (1 + u (1 - s))      dh = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)),  dxhat = du weight
-static void lpr_normalise_backward(float* dh, float* dweight, float* dbias, float* da, const float* h, const float* mean,
-                                   const float* rstd, const float* weight, const float* bias, int N, int H) {
-    #pragma omp parallel for
+static void lpr_normalise_backward(float* dh, float* dweight, float* dbias, float* da, const float* h,
+                                   const float* mean, const float* rstd, const float* weight, const float* bias, int N,
+                                   int H) {
+#pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* h_n = h + (long)n * H;
         float *du = da + (long)n * H, d_mean = 0, d_along = 0;
@@ -2499,9 +2537,9 @@ static void lpr_scores_backward(float* dencoded, float* dprototypes, const float
     }
 }
 
-// The diversity of M vectors of D numbers, row_step floats apart, and (if dx is not NULL) weight times its gradient added
-// to dx. With n = x / |x| and G = Xn^T Xn:  Div = (sum of G^2 - M) / M^2, and as |n| = 1 the gradient 4 (G n - n) / M^2 loses
-// its part along n:  dx = weight 4 / M^2 (G n - (n G n) n) / |x|.   gram (D, D)
+// The diversity of M vectors of D numbers, row_step floats apart, and (if dx is not NULL) weight times its gradient
+// added to dx. With n = x / |x| and G = Xn^T Xn:  Div = (sum of G^2 - M) / M^2, and as |n| = 1 the gradient 4 (G n - n)
+// / M^2 loses its part along n:  dx = weight 4 / M^2 (G n - (n G n) n) / |x|.   gram (D, D)
 static double lpr_diversity(float* dx, double* gram, const float* x, long row_step, int M, int D, double weight) {
     double sum = 0;
     memset(gram, 0, sizeof(double) * (size_t)D * (size_t)D);
@@ -2534,8 +2572,8 @@ static float lpr_noise(uint64_t layer_key, long n, int d, int D) {
 }
 
 // KL, and the targets of Align: target (E, D) = sum (or mean) over tokens of rho_e (mu + exp(logvar / 2) eps)
-static double lpr_targets(double* targets, const float* encoded, const float* scores, const int* experts, uint64_t layer_key,
-                          int mean, int N, int E, int K, int D) {
+static double lpr_targets(double* targets, const float* encoded, const float* scores, const int* experts,
+                          uint64_t layer_key, int mean, int N, int E, int K, int D) {
     double kl = 0;
     for (long i = 0; i < (long)E * D; i++) targets[i] = 0;
     for (int n = 0; n < N; n++) {
@@ -2562,8 +2600,8 @@ static void lpr_losses_forward(Model* m, int l) {
     const LayerWeights* w = &m->weights.layers[l];
     int N = m->batch * m->length, E = c->num_experts, D = c->lpr_latent_dim;
     uint64_t layer_key = random_key(m->noise_seed, 0x4C5052, (uint64_t)m->noise_step, (uint64_t)l);
-    double kl = lpr_targets(s->lpr_targets, s->lpr_encoded, s->router_logits, s->experts, layer_key, c->lpr_align_mean, N, E,
-                            m->topk[l], D);
+    double kl = lpr_targets(s->lpr_targets, s->lpr_encoded, s->router_logits, s->experts, layer_key, c->lpr_align_mean,
+                            N, E, m->topk[l], D);
     double align = 0, *gram = m->scratch.lpr_gram;
     for (long i = 0; i < (long)E * D; i++) align += fabs(w->lpr_prototypes[i] - s->lpr_targets[i]) / ((double)E * D);
     double diversity = lpr_diversity(NULL, gram, s->lpr_encoded, 2 * D, N, D, 0) +
@@ -2603,7 +2641,8 @@ static const float* variant_router_forward(Model* m, int l) {
     int start = m->purpose == FOR_GENERATION ? m->cached : 0;
     float* z = s->router_logits;
     if (c->router == ROUTER_LPR) {
-        lpr_normalise_forward(s->lpr_a, s->lpr_mean, s->lpr_rstd, s->ffn_in, w->lpr_norm_weight, w->lpr_norm_bias, N, H);
+        lpr_normalise_forward(s->lpr_a, s->lpr_mean, s->lpr_rstd, s->ffn_in, w->lpr_norm_weight, w->lpr_norm_bias, N,
+                              H);
         matmul_forward(s->lpr_encoded, s->lpr_a, w->lpr_encoder, N, H, 2 * D);
         add_bias(s->lpr_encoded, w->lpr_encoder_bias, N, 2 * D);
         lpr_scores(z, s->lpr_encoded, w->lpr_prototypes, N, E, D);
@@ -2622,10 +2661,12 @@ static const float* variant_router_forward(Model* m, int l) {
         shift = m->scratch.family_shift;
         if (c->router == ROUTER_SIGMOID) sigmoid_scores(s->probs, z, w->router_bias, N, E);
         else memcpy(s->probs, z, sizeof(float) * (size_t)N * (size_t)E);
-        penalise_families(z, shift, s->probs, m->family + (long)l * E, (float)c->family_penalty, l, N, m->length, start, E);
+        penalise_families(z, shift, s->probs, m->family + (long)l * E, (float)c->family_penalty, l, N, m->length, start,
+                          E);
     }
     if (c->router == ROUTER_SIGMOID)
-        sigmoid_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, N, E, K, c->norm_topk_prob);
+        sigmoid_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, N, E, K,
+                               c->norm_topk_prob);
     else softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, N, E, K, c->norm_topk_prob);
     return s->ffn_in;
 }
@@ -2640,10 +2681,11 @@ static void variant_router_backward(Model* m, int l, const double* f, double aux
     int N = m->batch * m->length, H = c->hidden_size, E = c->num_experts, K = m->topk[l], D = c->lpr_latent_dim;
     float* dz = t->drouter;
     if (c->router == ROUTER_SIGMOID) {
-        sigmoid_router_backward(dz, t->dgates, s->router_logits, s->probs, s->router_lse, s->experts, s->gates, f, aux_weight,
-                                z_weight, N, E, K, c->norm_topk_prob);
+        sigmoid_router_backward(dz, t->dgates, s->router_logits, s->probs, s->router_lse, s->experts, s->gates, f,
+                                aux_weight, z_weight, N, E, K, c->norm_topk_prob);
     } else {
-        softmax_router_backward(dz, t->dgates, s->probs, s->experts, s->gates, N, E, K, c->router == ROUTER_LPR || c->norm_topk_prob);
+        softmax_router_backward(dz, t->dgates, s->probs, s->experts, s->gates, N, E, K,
+                                c->router == ROUTER_LPR || c->norm_topk_prob);
         balance_backward(dz, s->router_lse, s->probs, f, aux_weight, z_weight, N, E);
     }
     if (c->router != ROUTER_LPR) {
@@ -2668,33 +2710,37 @@ static void variant_router_backward(Model* m, int l, const double* f, double aux
     // the scores and the encoder
     memset(t->lpr_dencoded, 0, sizeof(float) * (size_t)N * 2 * (size_t)D);
     lpr_losses_backward(m, l, t->lpr_dencoded, scale);
-    lpr_scores_backward(t->lpr_dencoded, dw->lpr_prototypes, dz, s->router_logits, s->lpr_encoded, w->lpr_prototypes, N, E, D);
+    lpr_scores_backward(t->lpr_dencoded, dw->lpr_prototypes, dz, s->router_logits, s->lpr_encoded, w->lpr_prototypes, N,
+                        E, D);
     matmul_backward_weight(dw->lpr_encoder, t->lpr_dencoded, s->lpr_a, N, H, 2 * D);
     add_bias_gradient(dw->lpr_encoder_bias, t->lpr_dencoded, N, 2 * D);
     matmul_backward_input(t->lpr_da, t->lpr_dencoded, w->lpr_encoder, N, H, 2 * D, 0);
-    lpr_normalise_backward(t->dnormed, dw->lpr_norm_weight, dw->lpr_norm_bias, t->lpr_da, s->ffn_in, s->lpr_mean, s->lpr_rstd,
-                           w->lpr_norm_weight, w->lpr_norm_bias, N, H);
+    lpr_normalise_backward(t->dnormed, dw->lpr_norm_weight, dw->lpr_norm_bias, t->lpr_da, s->ffn_in, s->lpr_mean,
+                           s->lpr_rstd, w->lpr_norm_weight, w->lpr_norm_bias, N, H);
 }
 
 // Before each training step: draws each layer's K from topk_low .. topk_high (Matryoshka training, 2509.26520).
 static void router_before_step(Model* m, const Run* run, long step) {
     for (int l = 0; l < m->config.num_layers && run->topk_high > 0; l++) {
         uint64_t draw = random_key(run->seed, hash_string("topk"), (uint64_t)step, (uint64_t)l);
-        if (m->config.sparse[l]) m->topk[l] = run->topk_low + (int)(draw % (uint64_t)(run->topk_high - run->topk_low + 1));
+        if (m->config.sparse[l])
+            m->topk[l] = run->topk_low + (int)(draw % (uint64_t)(run->topk_high - run->topk_low + 1));
     }
     m->noise_seed = run->seed;
     m->noise_step = step * run->accum;
 }
 
-// After it, from the load of its whole batch: moves the sigmoid router's bias and the layers' balance coefficients (if they
-// adapt), lowers the penalty of families, and goes back to the model's own K, with which it is validated and saved.
+// After it, from the load of its whole batch: moves the sigmoid router's bias and the layers' balance coefficients (if
+// they adapt), lowers the penalty of families, and goes back to the model's own K, with which it is validated and
+// saved.
 static void router_after_step(Model* m, const Run* run, long done) {
     Config* c = &m->config;
     for (int l = 0; l < c->num_layers; l++) {
         long* counts = m->step_load + (long)l * c->num_experts;
         if (c->sparse[l] && c->router == ROUTER_SIGMOID)
             update_router_bias(m->weights.layers[l].router_bias, counts, c->num_experts, run->bias_rate);
-        if (c->sparse[l] && m->balance.adaptive) m->aux_coefficients[l] = adapted_aux(m->aux_coefficients[l], counts, c->num_experts);
+        if (c->sparse[l] && m->balance.adaptive)
+            m->aux_coefficients[l] = adapted_aux(m->aux_coefficients[l], counts, c->num_experts);
         m->topk[l] = layer_topk(c, l);
     }
     memset(m->step_load, 0, sizeof(long) * (size_t)c->num_layers * (size_t)c->num_experts);
@@ -2770,7 +2816,8 @@ static double twin_similarity(const Model* m, int l) {
     for (long a = 0; a < E; a++)
         for (long b = 0; b < a; b++) {
             if (m->family[l * E + a] != m->family[l * E + b]) continue;
-            const float* parts[2][2] = {{w->gate_up + a * 2 * size, w->down + a * size}, {w->gate_up + b * 2 * size, w->down + b * size}};
+            const float* parts[2][2] = {{w->gate_up + a * 2 * size, w->down + a * size},
+                                        {w->gate_up + b * 2 * size, w->down + b * size}};
             double ab = 0, aa = 0, bb = 0;
             for (int part = 0; part < 2; part++) {
                 const float *x = parts[0][part], *y = parts[1][part];
@@ -2813,15 +2860,17 @@ static void print_load(const Model* m, int each) {
         twins += o->twins / tokens / layers;
         similarity += twin / layers;
         if (!each) continue;
-        printf("layer %d: Gini %.3f, min/max %.3f, MaxVio %.2f, dead %d, entropy %.3f, top gate %.3f", l, f.gini, f.min_max,
-               f.max_vio, f.dead, o->entropy / tokens, o->top_gate / tokens);
+        printf("layer %d: Gini %.3f, min/max %.3f, MaxVio %.2f, dead %d, entropy %.3f, top gate %.3f", l, f.gini,
+               f.min_max, f.max_vio, f.dead, o->entropy / tokens, o->top_gate / tokens);
         if (m->has_families)
-            printf(", twins' cosine %.4f, chosen together %.3f, sources/token %.3f", twin, o->twins / tokens, o->sources / tokens);
+            printf(", twins' cosine %.4f, chosen together %.3f, sources/token %.3f", twin, o->twins / tokens,
+                   o->sources / tokens);
         printf(", load");
         for (int e = 0; e < c->num_experts; e++) printf(" %ld", m->load[(long)l * c->num_experts + e]);
         printf("\n");
     }
-    printf("load: Gini %.3f, min/max %.3f, MaxVio %.2f, dead %d, entropy %.3f, top gate %.3f", gini, min_max, max_vio, dead, entropy, top);
+    printf("load: Gini %.3f, min/max %.3f, MaxVio %.2f, dead %d, entropy %.3f, top gate %.3f", gini, min_max, max_vio,
+           dead, entropy, top);
     if (m->has_families)
         printf(", twins' cosine %.4f, chosen together %.3f, sources/token %.3f", similarity, twins, sources);
     printf("\n");
@@ -2837,8 +2886,8 @@ static void log_load(FILE* log, const Model* m, long step) {
         LoadFigures f = load_figures(load, c->num_experts);
         double tokens = o->tokens > 0 ? o->tokens : 1, twin = m->has_families ? twin_similarity(m, l) : 0;
         for (int e = 0; e < c->num_experts; e++) {
-            fprintf(log, "%ld,%d,%d,%ld,%.6f,%.6f,%.6f,%d,%.6f,%.6f", step, l, e, load[e], f.gini, f.min_max, f.max_vio, f.dead,
-                    o->entropy / tokens, o->top_gate / tokens);
+            fprintf(log, "%ld,%d,%d,%ld,%.6f,%.6f,%.6f,%d,%.6f,%.6f", step, l, e, load[e], f.gini, f.min_max, f.max_vio,
+                    f.dead, o->entropy / tokens, o->top_gate / tokens);
             if (m->has_families) fprintf(log, ",%.6f,%.6f,%.6f\n", twin, o->twins / tokens, o->sources / tokens);
             else fprintf(log, ",,,\n");
         }
@@ -2905,12 +2954,16 @@ static int json_error(JsonReader* r, const char* expected) {
 // the bytes of a valid UTF-8 character at s, or 0
 static int utf8_length(const char* s, const char* end) {
     const unsigned char* p = (const unsigned char*)s;
-    int n = p[0] < 0x80 ? 1 : p[0] >= 0xC2 && p[0] < 0xE0 ? 2 : (p[0] & 0xF0) == 0xE0 ? 3 : p[0] >= 0xF0 && p[0] < 0xF5 ? 4 : 0;
+    int n = p[0] < 0x80                   ? 1
+            : p[0] >= 0xC2 && p[0] < 0xE0 ? 2
+            : (p[0] & 0xF0) == 0xE0       ? 3
+            : p[0] >= 0xF0 && p[0] < 0xF5 ? 4
+                                          : 0;
     if (n == 0 || end - s < n) return 0;
     for (int i = 1; i < n; i++)
         if ((p[i] & 0xC0) != 0x80) return 0;
-    if (n == 3 && ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] >= 0xA0))) return 0;     // overlong; surrogate
-    if (n == 4 && ((p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] >= 0x90))) return 0;     // overlong; too large
+    if (n == 3 && ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] >= 0xA0))) return 0; // overlong; surrogate
+    if (n == 4 && ((p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] >= 0x90))) return 0; // overlong; too large
     return n;
 }
 
@@ -2959,7 +3012,10 @@ static char* json_string(JsonReader* r, size_t* length) {
             r->at += 2;
             if (!json_hex4(r, &code)) break;
             if (code >= 0xD800 && code < 0xDC00) {      // the first half of a pair
-                if (r->end - r->at < 2 || r->at[0] != '\\' || r->at[1] != 'u') { json_error(r, "a surrogate pair"); break; }
+                if (r->end - r->at < 2 || r->at[0] != '\\' || r->at[1] != 'u') {
+                    json_error(r, "a surrogate pair");
+                    break;
+                }
                 r->at += 2;
                 if (!json_hex4(r, &low)) break;
                 if (low < 0xDC00 || low >= 0xE000) { json_error(r, "a surrogate pair"); break; }
@@ -2986,14 +3042,17 @@ static char* json_string(JsonReader* r, size_t* length) {
     return out;
 }
 
-static int json_compare_keys(const void* a, const void* b) { return strcmp((*(Json* const*)a)->key, (*(Json* const*)b)->key); }
+static int json_compare_keys(const void* a, const void* b) {
+    return strcmp((*(Json* const*)a)->key, (*(Json* const*)b)->key);
+}
 
 // Strict JSON numbers: no leading zeros, no plus sign, no bare point.
 static int json_number(JsonReader* r, Json* j) {
     const char* start = r->at;
     if (r->at < r->end && *r->at == '-') r->at++;
     if (r->at < r->end && *r->at == '0') r->at++;
-    else if (r->at < r->end && *r->at >= '1' && *r->at <= '9') while (r->at < r->end && isdigit((unsigned char)*r->at)) r->at++;
+    else if (r->at < r->end && *r->at >= '1' && *r->at <= '9')
+        while (r->at < r->end && isdigit((unsigned char)*r->at)) r->at++;
     else return json_error(r, "a value");
     if (r->at < r->end && *r->at == '.') {
         if (++r->at >= r->end || !isdigit((unsigned char)*r->at)) return json_error(r, "a digit");
@@ -3127,7 +3186,8 @@ static char* read_file(const char* path, size_t limit, size_t* length, Error* er
     char* text = NULL;
     if (fd < 0 || fstat(fd, &st)) set_error(error, "%s: %s", path, strerror(errno));
     else if (!S_ISREG(st.st_mode)) set_error(error, "%s: not a regular file", path);
-    else if ((size_t)st.st_size > limit) set_error(error, "%s: %lld bytes, at most %zu expected", path, (long long)st.st_size, limit);
+    else if ((size_t)st.st_size > limit)
+        set_error(error, "%s: %lld bytes, at most %zu expected", path, (long long)st.st_size, limit);
     else {
         *length = (size_t)st.st_size;
         text = (char*)checked_malloc(*length + 1);
@@ -3206,10 +3266,10 @@ static void text_json_double(Text* t, double x) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 11. safetensors
 //
-// A file is 8 bytes with the length of a JSON header, the header, and the tensors' bytes. A model is one file, or several
-// ("shards") with an index that names the file of each tensor.
+// A file is 8 bytes with the length of a JSON header, the header, and the tensors' bytes. A model is one file, or
+// several ("shards") with an index that names the file of each tensor.
 
-typedef enum { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_I32, DTYPE_OTHER } Dtype;    // OTHER is known but never converted
+typedef enum { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_I32, DTYPE_OTHER } Dtype; // OTHER is known but never converted
 
 typedef struct {
     char* name;
@@ -3268,7 +3328,8 @@ static int parse_tensor(StoredTensor* t, const Json* entry, long data, Error* er
         {"F64", 8, DTYPE_OTHER}, {"I64", 8, DTYPE_OTHER}, {"U64", 8, DTYPE_OTHER}, {"U32", 4, DTYPE_OTHER},
         {"I16", 2, DTYPE_OTHER}, {"U16", 2, DTYPE_OTHER}, {"I8", 1, DTYPE_OTHER}, {"U8", 1, DTYPE_OTHER},
         {"BOOL", 1, DTYPE_OTHER}, {"F8_E4M3", 1, DTYPE_OTHER}, {"F8_E5M2", 1, DTYPE_OTHER}};
-    const Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape"), *offsets = json_get(entry, "data_offsets");
+    const Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape"),
+               *offsets = json_get(entry, "data_offsets");
     const char* name = entry->key;
     int size = 0;
     if (!dtype || dtype->type != JSON_STRING) return set_error(error, "tensor %.100s: no dtype", name);
@@ -3285,16 +3346,22 @@ static int parse_tensor(StoredTensor* t, const Json* entry, long data, Error* er
     for (int i = 0; i < shape->count; i++) {
         t->shape[i] = json_whole(shape->items[i], LONG_MAX);
         if (t->shape[i] < 0) return set_error(error, "tensor %.100s: shape is not a list of whole numbers", name);
-        if (__builtin_mul_overflow(t->count, t->shape[i], &t->count)) return set_error(error, "tensor %.100s: the shape overflows", name);
+        if (__builtin_mul_overflow(t->count, t->shape[i], &t->count))
+            return set_error(error, "tensor %.100s: the shape overflows", name);
     }
-    if (__builtin_mul_overflow(t->count, (long)size, &t->bytes)) return set_error(error, "tensor %.100s: the shape overflows", name);
-    long begin = offsets && offsets->type == JSON_ARRAY && offsets->count == 2 ? json_whole(offsets->items[0], LONG_MAX) : -1;
+    if (__builtin_mul_overflow(t->count, (long)size, &t->bytes))
+        return set_error(error, "tensor %.100s: the shape overflows", name);
+    long begin =
+        offsets && offsets->type == JSON_ARRAY && offsets->count == 2 ? json_whole(offsets->items[0], LONG_MAX) : -1;
     long end = begin >= 0 ? json_whole(offsets->items[1], LONG_MAX) : -1;
     if (begin < 0 || end < begin) return set_error(error, "tensor %.100s: data_offsets are not [begin, end]", name);
     if (end > data)
-        return set_error(error, "tensor %.100s: its data end at byte %ld, but the file has %ld bytes of data (truncated?)", name, end, data);
+        return set_error(error,
+                         "tensor %.100s: its data end at byte %ld, but the file has %ld bytes of data (truncated?)",
+                         name, end, data);
     if (end - begin != t->bytes)
-        return set_error(error, "tensor %.100s: its shape needs %ld bytes, data_offsets give %ld", name, t->bytes, end - begin);
+        return set_error(error, "tensor %.100s: its shape needs %ld bytes, data_offsets give %ld", name, t->bytes,
+                         end - begin);
     t->offset = begin;
     return 1;
 }
@@ -3313,10 +3380,14 @@ static int safetensors_add_file(SafeTensors* s, const char* path, Error* error) 
     if (fd < 0 || fstat(fd, &st)) return set_error(error, "%s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode)) return set_error(error, "%s: not a regular file", path);
     long size = (long)st.st_size, length = 0;
-    if (size < 8 || !read_at(fd, prefix, 8, 0)) return set_error(error, "%s: %ld bytes are too short for safetensors", path, size);
-    for (int i = 7; i >= 0; i--) length = i == 7 && prefix[i] > 127 ? LONG_MAX : length == LONG_MAX ? length : length << 8 | prefix[i];
-    if (length > 100000000) return set_error(error, "%s: the header's length is over 100 MB; is this a safetensors file?", path);
-    if (8 + length > size) return set_error(error, "%s: the header's %ld bytes go past the end of the file", path, length);
+    if (size < 8 || !read_at(fd, prefix, 8, 0))
+        return set_error(error, "%s: %ld bytes are too short for safetensors", path, size);
+    for (int i = 7; i >= 0; i--)
+        length = i == 7 && prefix[i] > 127 ? LONG_MAX : length == LONG_MAX ? length : length << 8 | prefix[i];
+    if (length > 100000000)
+        return set_error(error, "%s: the header's length is over 100 MB; is this a safetensors file?", path);
+    if (8 + length > size)
+        return set_error(error, "%s: the header's %ld bytes go past the end of the file", path, length);
     char* text = (char*)checked_malloc((size_t)length + 1);
     Json* header = NULL;
     if (!read_at(fd, text, (size_t)length, 8)) set_error(error, "%s: the header cannot be read", path);
@@ -3406,8 +3477,8 @@ static SafeTensors* safetensors_open_model(const char* dir, Error* error) {
     for (int i = 0; map && i < map->count && !error->text[0]; i++) {
         const char* file = map->items[i]->type == JSON_STRING ? map->items[i]->string : "";
         if (!*file || strchr(file, '/') || strchr(file, '\\') || file[0] == '.' || strlen(file) > 255) {
-            set_error(error, "%s: weight_map sends %.80s to \"%.80s\", which is not a file name in this directory", index_path,
-                      map->items[i]->key, file);
+            set_error(error, "%s: weight_map sends %.80s to \"%.80s\", which is not a file name in this directory",
+                      index_path, map->items[i]->key, file);
             break;
         }
         join_path(path, dir, file);
@@ -3420,7 +3491,8 @@ static SafeTensors* safetensors_open_model(const char* dir, Error* error) {
         StoredTensor* t = safetensors_find(s, map->items[i]->key);
         const char* file = t ? strrchr(s->paths[t->file], '/') + 1 : NULL;
         if (!t || strcmp(file, map->items[i]->string))
-            set_error(error, "%s: tensor %.100s is not in %.80s", index_path, map->items[i]->key, map->items[i]->string);
+            set_error(error, "%s: tensor %.100s is not in %.80s", index_path, map->items[i]->key,
+                      map->items[i]->string);
     }
     if (!error->text[0] && map->count != s->num_tensors)
         set_error(error, "%s: the shards hold %d tensors, weight_map lists %d", index_path, s->num_tensors, map->count);
@@ -3446,7 +3518,8 @@ static float f16_to_float(uint16_t h) {
 }
 
 // Reads `count` numbers from number `first` of a tensor on, as floats.
-static int safetensors_read(const SafeTensors* s, const StoredTensor* t, long first, long count, float* out, Error* error) {
+static int safetensors_read(const SafeTensors* s, const StoredTensor* t, long first, long count, float* out,
+                            Error* error) {
     int size = t->dtype == DTYPE_F32 ? 4 : 2;
     if (t->dtype != DTYPE_F32 && t->dtype != DTYPE_BF16 && t->dtype != DTYPE_F16)
         return set_error(error, "tensor %.100s: only F32, BF16 and F16 can be read", t->name);
@@ -3534,8 +3607,8 @@ static const struct {
 
 static int is_moe(Arch arch) { return arch == MIXTRAL || arch == OLMOE || arch == QWEN3_MOE || arch == DOTS1; }
 
-// 1 if transformers has a class for the model. Dots1 is the class with sigmoid scores and a balancing bias. All others are
-// saved with the model_type "train_moe", and only then does config.json have keys of ours.
+// 1 if transformers has a class for the model. Dots1 is the class with sigmoid scores and a balancing bias. All others
+// are saved with the model_type "train_moe", and only then does config.json have keys of ours.
 static int is_ordinary(const Config* c) {
     return (c->router == ROUTER_SOFTMAX || (c->router == ROUTER_SIGMOID && c->arch == DOTS1)) && c->logit_norm == 0 &&
            c->family_penalty == 0;
@@ -3543,7 +3616,8 @@ static int is_ordinary(const Config* c) {
 static const char* routers[] = {"softmax", "sigmoid", "lpr"};           // in the order of Router
 
 // A whole number under `key` (or `other`, if not NULL); fallback < 0: it must be there.
-static int config_int(const Json* j, const char* key, const char* other, int fallback, int low, int high, Error* error) {
+static int config_int(const Json* j, const char* key, const char* other, int fallback, int low, int high,
+                      Error* error) {
     const Json* v = json_get(j, key);
     if (json_absent(v) && other) v = json_get(j, other);
     if (json_absent(v)) {
@@ -3552,7 +3626,8 @@ static int config_int(const Json* j, const char* key, const char* other, int fal
     }
     long value = json_whole(v, high);
     if (value < low) {
-        set_error(error, "%s is %.40s, expected a whole number from %d to %d", key, v->string ? v->string : "no number", low, high);
+        set_error(error, "%s is %.40s, expected a whole number from %d to %d", key, v->string ? v->string : "no number",
+                  low, high);
         return fallback;
     }
     return (int)value;
@@ -3580,10 +3655,14 @@ static void config_refuse_unsupported(const Json* j, Error* error) {
     const Json* act = json_get(j, "hidden_act");
     if (!json_absent(act) && (act->type != JSON_STRING || strcmp(act->string, "silu")))
         set_error(error, "hidden_act is %.40s, only silu is supported", act->string ? act->string : "no string");
-    for (int i = 0; i < 4; i++)
-        if (!json_absent(json_get(j, must_be_absent[i]))) set_error(error, "%s is set, which is not supported", must_be_absent[i]);
+    for (int i = 0; i < 4; i++) {
+        const Json* v = json_get(j, must_be_absent[i]);
+        if (json_absent(v)) continue;
+        set_error(error, "%s is %.40s, which is not supported", must_be_absent[i], v->string ? v->string : "set");
+    }
     for (int i = 0; i < 2; i++)
-        if (config_bool(j, must_be_false[i], 0, error)) set_error(error, "%s is true, which is not supported", must_be_false[i]);
+        if (config_bool(j, must_be_false[i], 0, error))
+            set_error(error, "%s is true, which is not supported", must_be_false[i]);
     static const char* ropes[] = {"rope_scaling", "rope_parameters"};
     for (int i = 0; i < 2; i++) {
         const Json *rope_json = json_get(j, ropes[i]), *type = json_get(rope_json, "rope_type");
@@ -3591,13 +3670,14 @@ static void config_refuse_unsupported(const Json* j, Error* error) {
         if (json_absent(rope_json)) continue;
         if (rope_json->type != JSON_OBJECT) set_error(error, "%s is not an object", ropes[i]);
         else if (!json_absent(type) && (type->type != JSON_STRING || strcmp(type->string, "default")))
-            set_error(error, "%s has rope_type %.40s, only default is supported", ropes[i], type->string ? type->string : "?");
+            set_error(error, "%s has rope_type %.40s, only default is supported", ropes[i],
+                      type->string ? type->string : "?");
         else if (json_absent(type) && i == 0) set_error(error, "rope_scaling is set, which is not supported");
-        if (config_double(rope_json, "partial_rotary_factor", 1, error) != 1)
-            set_error(error, "partial_rotary_factor is not 1, which is not supported");
+        double part = config_double(rope_json, "partial_rotary_factor", 1, error);
+        if (part != 1) set_error(error, "partial_rotary_factor is %g, only 1 is supported", part);
     }
-    if (config_double(j, "partial_rotary_factor", 1, error) != 1)
-        set_error(error, "partial_rotary_factor is not 1, which is not supported");
+    double part = config_double(j, "partial_rotary_factor", 1, error);
+    if (part != 1) set_error(error, "partial_rotary_factor is %g, only 1 is supported", part);
     const Json* types = json_get(j, "layer_types");
     for (int i = 0; types && i < types->count; i++)
         if (types->items[i]->type != JSON_STRING || strcmp(types->items[i]->string, "full_attention"))
@@ -3607,11 +3687,13 @@ static void config_refuse_unsupported(const Json* j, Error* error) {
 
 // The keys of a model_type of our own.
 static int router_variant_from_json(Config* c, const Json* j, Error* error) {
-    const Json *router = json_get(j, "router_type"), *penalty = json_get(j, "family_penalty"), *form = json_get(j, "lpr_align_form");
+    const Json *router = json_get(j, "router_type"), *penalty = json_get(j, "family_penalty"),
+               *form = json_get(j, "lpr_align_form");
     if (router && router->type == JSON_STRING) {
         int kind = 0;
         while (kind < 3 && strcmp(routers[kind], router->string)) kind++;
-        if (kind == 3) return set_error(error, "router_type is %.40s, expected softmax, sigmoid or lpr", router->string);
+        if (kind == 3)
+            return set_error(error, "router_type is %.40s, expected softmax, sigmoid or lpr", router->string);
         c->router = (Router)kind;
     }
     c->logit_norm = config_double(j, "logit_norm", 0, error);
@@ -3631,8 +3713,8 @@ static int router_variant_from_json(Config* c, const Json* j, Error* error) {
 }
 
 static void router_variant_to_json(Text* t, const Config* c) {
-    text_print(t, "  \"base_model_type\": \"%s\",\n  \"router_type\": \"%s\",\n  \"logit_norm\": ", archs[c->arch].model_type,
-               routers[c->router]);
+    text_print(t, "  \"base_model_type\": \"%s\",\n  \"router_type\": \"%s\",\n  \"logit_norm\": ",
+               archs[c->arch].model_type, routers[c->router]);
     text_json_double(t, c->logit_norm);
     text_print(t, ",\n  \"family_penalty\": ");
     if (isinf(c->family_penalty)) text_print(t, "\"inf\"");
@@ -3662,8 +3744,11 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
     }
     while (arch < NUM_ARCHS && strcmp(type->string, archs[arch].model_type)) arch++;
     if (arch == NUM_ARCHS)
-        return set_error(error, "model_type is %.40s, supported are llama, mistral, mixtral, olmoe, qwen3, qwen3_moe, dots1 and "
-                         "train_moe", type->string);
+        return set_error(
+            error,
+            "model_type is %.40s, supported are llama, mistral, mixtral, olmoe, qwen3, qwen3_moe, dots1 and "
+            "train_moe",
+            type->string);
     c->arch = (Arch)arch;
     if (arch == DOTS1) c->router = ROUTER_SIGMOID;
     if (ours && !router_variant_from_json(c, j, error)) return 0;
@@ -3673,16 +3758,27 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
     c->num_heads = config_int(j, "num_attention_heads", NULL, -1, 1, 1 << 14, error);
     c->vocab_size = config_int(j, "vocab_size", NULL, -1, 1, 1 << 24, error);
     if (error->text[0]) return 0;
-    int kv_default = arch == MISTRAL || arch == MIXTRAL ? 8 : arch == QWEN3 || arch == DOTS1 ? 32 : arch == QWEN3_MOE ? 4 : c->num_heads;
+    int kv_default = arch == MISTRAL || arch == MIXTRAL ? 8
+                     : arch == QWEN3 || arch == DOTS1   ? 32
+                     : arch == QWEN3_MOE                ? 4
+                                                        : c->num_heads;
     c->num_kv_heads = config_int(j, "num_key_value_heads", NULL, kv_default, 1, 1 << 14, error);
-    c->head_dim = config_int(j, "head_dim", NULL, arch == QWEN3 ? 128 : c->hidden_size / c->num_heads, 1, 1 << 14, error);
-    c->intermediate_size = config_int(j, "intermediate_size", NULL, arch == QWEN3_MOE ? 6144 : arch == DOTS1 ? 10944 : -1, 1, 1 << 20, error);
-    c->max_position_embeddings = config_int(j, "max_position_embeddings", NULL, archs[arch].max_position, 1, 1 << 30, error);
+    c->head_dim =
+        config_int(j, "head_dim", NULL, arch == QWEN3 ? 128 : c->hidden_size / c->num_heads, 1, 1 << 14, error);
+    c->intermediate_size = config_int(j, "intermediate_size", NULL,
+                                      arch == QWEN3_MOE ? 6144
+                                      : arch == DOTS1   ? 10944
+                                                        : -1,
+                                      1, 1 << 20, error);
+    c->max_position_embeddings =
+        config_int(j, "max_position_embeddings", NULL, archs[arch].max_position, 1, 1 << 30, error);
     c->tie_word_embeddings = config_bool(j, "tie_word_embeddings", 0, error);
     c->rms_norm_eps = config_double(j, "rms_norm_eps", archs[arch].rms_norm_eps, error);
     c->rope_theta = config_double(j, "rope_theta", archs[arch].rope_theta, error);
     c->rope_theta = config_double(json_get(j, "rope_parameters"), "rope_theta", c->rope_theta, error);
-    c->qk_norm = arch == OLMOE ? QK_NORM_ROW : arch == QWEN3 || arch == QWEN3_MOE || arch == DOTS1 ? QK_NORM_HEAD : QK_NORM_NONE;
+    c->qk_norm = arch == OLMOE                                         ? QK_NORM_ROW
+                 : arch == QWEN3 || arch == QWEN3_MOE || arch == DOTS1 ? QK_NORM_HEAD
+                                                                       : QK_NORM_NONE;
     const Json* window = json_get(j, "sliding_window");
     int window_default = window ? 0 : archs[arch].sliding_window;       // an explicit null means none
     c->sliding_window = config_int(j, "sliding_window", NULL, window_default, 0, 1 << 30, error);
@@ -3691,7 +3787,8 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
     if (arch == DOTS1) {
         static const char* only[] = {"n_group", "topk_group"};
         for (int i = 0; i < 2; i++)
-            if (config_int(j, only[i], NULL, 1, 0, 1 << 16, error) != 1) set_error(error, "%s is not 1, which is not supported", only[i]);
+            if (config_int(j, only[i], NULL, 1, 0, 1 << 16, error) != 1)
+                set_error(error, "%s is not 1, which is not supported", only[i]);
         if (config_int(j, "n_shared_experts", NULL, -1, 0, 1 << 16, error) != 0)
             set_error(error, "n_shared_experts is not 0, and shared experts are not supported");
         if (config_double(j, "routed_scaling_factor", 1, error) != 1)
@@ -3705,7 +3802,8 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
         c->norm_topk_prob = arch == MIXTRAL ? 1 : config_bool(j, "norm_topk_prob", 0, error);
         c->moe_intermediate_size = c->intermediate_size;
         if (arch == QWEN3_MOE || arch == DOTS1)
-            c->moe_intermediate_size = config_int(j, "moe_intermediate_size", NULL, arch == DOTS1 ? 1408 : 768, 1, 1 << 20, error);
+            c->moe_intermediate_size =
+                config_int(j, "moe_intermediate_size", NULL, arch == DOTS1 ? 1408 : 768, 1, 1 << 20, error);
         c->router_aux_loss_coef = config_double(j, "router_aux_loss_coef", archs[arch].aux, error);
         int step = arch == QWEN3_MOE ? config_int(j, "decoder_sparse_step", NULL, 1, 1, 1 << 20, error) : 1;
         int first = arch == DOTS1 ? config_int(j, "first_k_dense_replace", NULL, 0, 0, 1 << 20, error) : 0;
@@ -3717,10 +3815,17 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
             c->sparse[l] = 0;
         }
         if (c->num_experts_per_tok > c->num_experts)
-            set_error(error, "num_experts_per_tok is %d, but num_experts is %d", c->num_experts_per_tok, c->num_experts);
+            set_error(error, "num_experts_per_tok is %d, but num_experts is %d", c->num_experts_per_tok,
+                      c->num_experts);
+        // each of these is in its range, but the sizes computed from them must not overflow
+        double size = 3.0 * c->num_layers * c->num_experts * c->hidden_size * c->moe_intermediate_size;
+        if (size > 1e15) set_error(error, "num_experts is %d, which makes %.0e parameters", c->num_experts, size);
     }
     if (c->num_heads % c->num_kv_heads)
-        set_error(error, "num_attention_heads is %d, not a multiple of num_key_value_heads, %d", c->num_heads, c->num_kv_heads);
+        set_error(error, "num_attention_heads is %d, not a multiple of num_key_value_heads, %d", c->num_heads,
+                  c->num_kv_heads);
+    if (c->head_dim < 1)
+        set_error(error, "hidden_size is %d, less than num_attention_heads, %d", c->hidden_size, c->num_heads);
     if (c->head_dim % 2) set_error(error, "head_dim is %d, but rotary positions need an even one", c->head_dim);
     if (arch == OLMOE && c->head_dim * c->num_heads != c->hidden_size)
         set_error(error, "head_dim is %d, but OLMoE's is hidden_size / num_attention_heads", c->head_dim);
@@ -3732,7 +3837,8 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
         if (id && id->type == JSON_NUMBER) text_print(&text, "%s", id->string);
         if (id && id->type == JSON_ARRAY) {
             for (int k = 0; k < id->count; k++)
-                text_print(&text, "%s%s", k ? ", " : "[", id->items[k]->type == JSON_NUMBER ? id->items[k]->string : "null");
+                text_print(&text, "%s%s", k ? ", " : "[",
+                           id->items[k]->type == JSON_NUMBER ? id->items[k]->string : "null");
             text_print(&text, "]");
         }
         if (text.length < sizeof c->token_ids[i] && text.data) strcpy(c->token_ids[i], text.data);
@@ -3745,34 +3851,38 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
 static void config_to_json(Text* t, const Config* c) {
     int moe = is_moe(c->arch);
     text_print(t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
-               is_ordinary(c) ? archs[c->arch].class_name : "TrainMoeForCausalLM", is_ordinary(c) ? archs[c->arch].model_type : "train_moe");
+               is_ordinary(c) ? archs[c->arch].class_name : "TrainMoeForCausalLM",
+               is_ordinary(c) ? archs[c->arch].model_type : "train_moe");
     if (!is_ordinary(c)) router_variant_to_json(t, c);
-    text_print(t, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"num_hidden_layers\": %d,\n", c->vocab_size, c->hidden_size,
-               c->num_layers);
+    text_print(t, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"num_hidden_layers\": %d,\n", c->vocab_size,
+               c->hidden_size, c->num_layers);
     text_print(t, "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n", c->num_heads,
                c->num_kv_heads, c->head_dim);
     text_print(t, "  \"intermediate_size\": %d,\n",
                c->arch == QWEN3_MOE || c->arch == DOTS1 || !moe ? c->intermediate_size : c->moe_intermediate_size);
-    text_print(t, "  \"hidden_act\": \"silu\",\n  \"max_position_embeddings\": %d,\n  \"rms_norm_eps\": ", c->max_position_embeddings);
+    text_print(t, "  \"hidden_act\": \"silu\",\n  \"max_position_embeddings\": %d,\n  \"rms_norm_eps\": ",
+               c->max_position_embeddings);
     text_json_double(t, c->rms_norm_eps);
     text_print(t, ",\n  \"rope_theta\": ");
     text_json_double(t, c->rope_theta);
     text_print(t, ",\n  \"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": ");
     text_json_double(t, c->rope_theta);
-    text_print(t, "},\n  \"attention_bias\": false,\n  \"tie_word_embeddings\": %s,\n", c->tie_word_embeddings ? "true" : "false");
+    text_print(t, "},\n  \"attention_bias\": false,\n  \"tie_word_embeddings\": %s,\n",
+               c->tie_word_embeddings ? "true" : "false");
     if (c->arch == MISTRAL || c->arch == MIXTRAL || c->arch == DOTS1) {
         if (c->sliding_window) text_print(t, "  \"sliding_window\": %d,\n", c->sliding_window);
         else text_print(t, "  \"sliding_window\": null,\n");
     }
     if (moe) {
-        text_print(t, "  \"num_experts\": %d,\n  \"num_local_experts\": %d,\n  \"num_experts_per_tok\": %d,\n", c->num_experts,
-                   c->num_experts, c->num_experts_per_tok);
+        text_print(t, "  \"num_experts\": %d,\n  \"num_local_experts\": %d,\n  \"num_experts_per_tok\": %d,\n",
+                   c->num_experts, c->num_experts, c->num_experts_per_tok);
         text_print(t, "  \"norm_topk_prob\": %s,\n  \"router_aux_loss_coef\": ", c->norm_topk_prob ? "true" : "false");
         text_json_double(t, c->router_aux_loss_coef);
         text_print(t, ",\n  \"output_router_logits\": false,\n");
     }
     if (c->arch == QWEN3_MOE) {
-        text_print(t, "  \"moe_intermediate_size\": %d,\n  \"decoder_sparse_step\": 1,\n  \"mlp_only_layers\": [", c->moe_intermediate_size);
+        text_print(t, "  \"moe_intermediate_size\": %d,\n  \"decoder_sparse_step\": 1,\n  \"mlp_only_layers\": [",
+                   c->moe_intermediate_size);
         for (int l = 0, listed = 0; l < c->num_layers; l++)
             if (!c->sparse[l]) text_print(t, "%s%d", listed++ ? ", " : "", l);
         text_print(t, "],\n");
@@ -3780,9 +3890,11 @@ static void config_to_json(Text* t, const Config* c) {
     if (c->arch == DOTS1) {
         int first = 0;
         while (first < c->num_layers && !c->sparse[first]) first++;
-        text_print(t, "  \"moe_intermediate_size\": %d,\n  \"n_routed_experts\": %d,\n  \"n_shared_experts\": 0,\n  \"n_group\": 1,\n"
-                   "  \"topk_group\": 1,\n  \"routed_scaling_factor\": 1.0,\n  \"first_k_dense_replace\": %d,\n", c->moe_intermediate_size,
-                   c->num_experts, first);
+        text_print(t,
+                   "  \"moe_intermediate_size\": %d,\n  \"n_routed_experts\": %d,\n  \"n_shared_experts\": 0,\n  "
+                   "\"n_group\": 1,\n"
+                   "  \"topk_group\": 1,\n  \"routed_scaling_factor\": 1.0,\n  \"first_k_dense_replace\": %d,\n",
+                   c->moe_intermediate_size, c->num_experts, first);
     }
     static const char* ids[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
     for (int i = 0; i < 3; i++)
@@ -3795,7 +3907,8 @@ static int config_read(Config* c, const char* dir, Error* error) {
     Error inner = {""};
     join_path(path, dir, ".ready");
     if (!access(path, F_OK))
-        return set_error(error, "%s holds a save that was interrupted while it moved in; --resume --out %s finishes it", dir, dir);
+        return set_error(error, "%s holds a save that was interrupted while it moved in; --resume --out %s finishes it",
+                         dir, dir);
     join_path(path, dir, "config.json");
     Json* j = json_read(path, error);
     if (j && !config_from_json(c, j, &inner)) set_error(error, "%s: %s", path, inner.text);
@@ -3813,7 +3926,8 @@ static int load_tensor(SafeTensors* s, const char* name, int ndim, const long* s
         Text found = {NULL, 0, 0}, expected = {NULL, 0, 0};
         for (int i = 0; i < t->ndim; i++) text_print(&found, "%s%ld", i ? "," : "", t->shape[i]);
         for (int i = 0; i < ndim; i++) text_print(&expected, "%s%ld", i ? "," : "", shape[i]);
-        set_error(error, "tensor %.100s has shape [%s], config.json makes it [%s]", name, found.data ? found.data : "", expected.data);
+        set_error(error, "tensor %.100s has shape [%s], config.json makes it [%s]", name, found.data ? found.data : "",
+                  expected.data);
         free(found.data);
         free(expected.data);
     }
@@ -3848,7 +3962,9 @@ static int load_tensors(const Model* m, SafeTensors* s, float* block, const char
             if (!load_tensor(s, name, 3, shape, out, error)) continue;
             for (int i = 0; i < m->layout.count; i++) {
                 const Tensor* t = &m->layout.tensors[i];
-                if (tensor_is_matrix(t) && t->offset >= out - block && t->offset < out - block + shape[0] * shape[1] * shape[2]) loaded[i] = 1;
+                if (tensor_is_matrix(t) && t->offset >= out - block &&
+                    t->offset < out - block + shape[0] * shape[1] * shape[2])
+                    loaded[i] = 1;
             }
         }
     }
@@ -3861,17 +3977,19 @@ static int load_tensors(const Model* m, SafeTensors* s, float* block, const char
         snprintf(name, sizeof name, "%s%s", t->name, suffix);
         if (loaded[i] || load_tensor(s, name, tensor_is_matrix(t) ? 2 : 1, shape, block + t->offset, error)) continue;
         // Mixtral's router stands beside packed experts under its new name
-        if ((moe = strstr(name, "block_sparse_moe.gate")) != NULL) memmove(moe, "mlp.gate.weight", sizeof "mlp.gate.weight");
+        if ((moe = strstr(name, "block_sparse_moe.gate")) != NULL)
+            memmove(moe, "mlp.gate.weight", sizeof "mlp.gate.weight");
         if (!moe || !load_tensor(s, name, 2, shape, block + t->offset, error)) list_name(&missing, &num_missing, name);
     }
     for (int i = 0; i < s->num_tensors && !error->text[0]; i++) {
         StoredTensor* t = &s->tensors[i];
         size_t length = strlen(t->name);
-        if (t->used || (length > 20 && !strcmp(t->name + length - 20, "rotary_emb.inv_freq"))) continue;
-        if (c->tie_word_embeddings && !*suffix && !strcmp(t->name, "lm_head.weight")) {     // redundant: must be the same
+        if (t->used || (length > 19 && !strcmp(t->name + length - 19, "rotary_emb.inv_freq"))) continue;
+        if (c->tie_word_embeddings && !*suffix && !strcmp(t->name, "lm_head.weight")) { // redundant: must be the same
             long shape[2] = {c->vocab_size, c->hidden_size}, size = shape[0] * shape[1];
             float* head = (float*)checked_malloc(sizeof(float) * (size_t)size);
-            if (load_tensor(s, t->name, 2, shape, head, error) && memcmp(head, w.embedding, sizeof(float) * (size_t)size))
+            if (load_tensor(s, t->name, 2, shape, head, error) &&
+                memcmp(head, w.embedding, sizeof(float) * (size_t)size))
                 set_error(error, "lm_head.weight differs from the embedding, but tie_word_embeddings is true");
             free(head);
         } else {
@@ -3902,12 +4020,15 @@ static int families_load(Model* m, const char* dir, Error* error) {
         const Json *family = json_get(layers->items[i], "family");
         long l = json_whole(json_get(layers->items[i], "layer"), c->num_layers - 1);
         if (l < 0 || !c->sparse[l] || !family || family->type != JSON_ARRAY || family->count != E) {
-            set_error(error, "%s: entry %d of layers does not name a sparse layer and the family of its %d experts", path, i, E);
+            set_error(error, "%s: entry %d of layers does not name a sparse layer and the family of its %d experts",
+                      path, i, E);
             break;
         }
         for (int e = 0; e < E; e++) {
             long number = json_whole(family->items[e], E - 1);
-            if (number < 0) set_error(error, "%s: layer %ld: the family of expert %d is not a number from 0 to %d", path, l, e, E - 1);
+            if (number < 0)
+                set_error(error, "%s: layer %ld: the family of expert %d is not a number from 0 to %d", path, l, e,
+                          E - 1);
             m->family[l * E + e] = (int)number;
             for (int k = 0; k < e; k++) m->has_families |= m->family[l * E + k] == number;
         }
@@ -3943,10 +4064,11 @@ static int checkpoint_load(Model* m, const char* dir, Error* error) {
     safetensors_close(s);
     m->source = dir;
     if (!error->text[0] && families_load(m, dir, error) && m->config.family_penalty > 0) {
-        if (!m->has_families) set_error(error, "%s: families are penalised, but there is no upcycle.json that tells them", dir);
+        if (!m->has_families)
+            set_error(error, "%s: families are penalised, but there is no upcycle.json that tells them", dir);
         else if (isinf(m->config.family_penalty) && count_families(m) < most_topk(&m->config))
-            set_error(error, "%s: %d experts a token, but only %d families, of which one member each may be chosen", dir,
-                      most_topk(&m->config), count_families(m));
+            set_error(error, "%s: %d experts a token, but only %d families, of which one member each may be chosen",
+                      dir, most_topk(&m->config), count_families(m));
     }
     return !error->text[0];
 }
@@ -3976,9 +4098,17 @@ static int optimizer_load(Model* m, const char* dir, Error* error) {
 }
 
 // Files that belong to the tokenizer or to the model's history travel from the source to every save.
-static const char* travelling_files[] = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-                                         "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json",
-                                         "chat_template.jinja", "upcycle.json", NULL};
+static const char* travelling_files[] = {"tokenizer.json",
+                                         "tokenizer_config.json",
+                                         "tokenizer.model",
+                                         "special_tokens_map.json",
+                                         "added_tokens.json",
+                                         "vocab.json",
+                                         "merges.txt",
+                                         "generation_config.json",
+                                         "chat_template.jinja",
+                                         "upcycle.json",
+                                         NULL};
 
 static int write_file(const char* path, const char* data, size_t length, Error* error) {
     FILE* f = fopen(path, "wb");
@@ -4041,7 +4171,10 @@ static int save_files(const Model* m, const char* dir, long step, Error* error) 
         for (int i = 0; i < count * (pass + 1); i++) {
             const Tensor* t = &m->layout.tensors[i % count];
             const float* block = pass == 0 ? m->params : i < count ? m->exp_avg : m->exp_avg_sq;
-            snprintf(names[i], sizeof names[i], "%s%s", t->name, pass == 0 ? "" : i < count ? ".exp_avg" : ".exp_avg_sq");
+            snprintf(names[i], sizeof names[i], "%s%s", t->name,
+                     pass == 0   ? ""
+                     : i < count ? ".exp_avg"
+                                 : ".exp_avg_sq");
             OutTensor o = {names[i], "F32", tensor_is_matrix(t) ? 2 : 1, {t->rows, t->cols, 0}, block + t->offset};
             tensors[i] = o;
         }
@@ -4062,10 +4195,10 @@ static int save_files(const Model* m, const char* dir, long step, Error* error) 
     return ok && flush_directory(dir, error);
 }
 
-// Saves model, optimizer and options of a run, as a whole or not at all: everything is written and flushed in OUT/.saving;
-// renaming that to OUT/.ready is the moment from which the new checkpoint counts; then its files are moved in. Returns
-// NULL, or why it failed; then the last checkpoint is untouched. (The small texts it needs are the one memory that is
-// allocated during training.)
+// Saves model, optimizer and options of a run, as a whole or not at all: everything is written and flushed in
+// OUT/.saving; renaming that to OUT/.ready is the moment from which the new checkpoint counts; then its files are moved
+// in. Returns NULL, or why it failed; then the last checkpoint is untouched. (The small texts it needs are the one
+// memory that is allocated during training.)
 static const char* checkpoint_save(const Model* m, const char* out, long step) {
     static Error error;
     char saving[PATH_SIZE], ready[PATH_SIZE];
@@ -4093,7 +4226,7 @@ typedef struct {
     int count;
     char** pieces;                  // NULL: prints nothing (special tokens)
     int* lengths;
-    int byte_level;                 // 1: pieces are in GPT-2's alphabet of bytes; 0: in SentencePiece's, with ▁ for a space
+    int byte_level; // 1: pieces are in GPT-2's alphabet of bytes; 0: in SentencePiece's, with ▁ for a space
     int eos[8], num_eos;
 } Tokenizer;
 
@@ -4181,7 +4314,8 @@ static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
         const Json* v = vocab->items[i];
         if (vocab->type == JSON_OBJECT && v->type == JSON_NUMBER) tokenizer_add(t, (long)v->number, v->key, 0);
         // Unigram: a list of [piece, score]
-        if (vocab->type == JSON_ARRAY && v->count > 0 && v->items[0]->type == JSON_STRING) tokenizer_add(t, i, v->items[0]->string, 0);
+        if (vocab->type == JSON_ARRAY && v->count > 0 && v->items[0]->type == JSON_STRING)
+            tokenizer_add(t, i, v->items[0]->string, 0);
     }
     for (int i = 0; added && i < added->count; i++) {
         const Json *id = json_get(added->items[i], "id"), *content = json_get(added->items[i], "content");
@@ -4221,9 +4355,11 @@ static int compare_candidates(const void* a, const void* b) {
     return x->token - y->token;
 }
 
-// A token drawn from softmax(logits / temperature), limited to the top_k likeliest (0: all) and to the smallest set whose
-// probability reaches top_p. temperature = 0: the likeliest. uniform is a random number in (0, 1); candidates has room for V.
-static int sample_token(const float* logits, int V, double temperature, int top_k, double top_p, double uniform, Candidate* candidates) {
+// A token drawn from softmax(logits / temperature), limited to the top_k likeliest (0: all) and to the smallest set
+// whose probability reaches top_p. temperature = 0: the likeliest. uniform is a random number in (0, 1); candidates has
+// room for V.
+static int sample_token(const float* logits, int V, double temperature, int top_k, double top_p, double uniform,
+                        Candidate* candidates) {
     int best = 0;
     for (int v = 1; v < V; v++)
         if (logits[v] > logits[best]) best = v;
@@ -4258,8 +4394,8 @@ typedef struct {
     uint64_t seed;
 } Sampling;
 
-// Feeds tokens to the cache, at most T at a time. When the cache is full, it starts again from the later half of what it
-// held: so the model never sees positions beyond those it was made for. `history` holds all `count` tokens so far.
+// Feeds tokens to the cache, at most T at a time. When the cache is full, it starts again from the later half of what
+// it held: so the model never sees positions beyond those it was made for. `history` holds all `count` tokens so far.
 static void generator_feed(Model* g, const int* history, int fed, int count) {
     while (fed < count) {
         if (g->cached == g->positions) {
@@ -4273,9 +4409,10 @@ static void generator_feed(Model* g, const int* history, int fed, int count) {
     }
 }
 
-// Continues the prompt (ids: room for prompt + tokens) by up to `tokens` tokens and prints all of it. Returns the number
-// of tokens made, which is smaller if the model ended the sequence.
-static int generate(Model* g, const Tokenizer* tokenizer, int* ids, int prompt, int tokens, const Sampling* how, FILE* out) {
+// Continues the prompt (ids: room for prompt + tokens) by up to `tokens` tokens and prints all of it. Returns the
+// number of tokens made, which is smaller if the model ended the sequence.
+static int generate(Model* g, const Tokenizer* tokenizer, int* ids, int prompt, int tokens, const Sampling* how,
+                    FILE* out) {
     int V = g->config.vocab_size, count = prompt;
     Candidate* candidates = (Candidate*)checked_malloc(sizeof(Candidate) * (size_t)V);
     g->cached = 0;
@@ -4284,7 +4421,8 @@ static int generate(Model* g, const Tokenizer* tokenizer, int* ids, int prompt, 
     generator_feed(g, ids, 0, count);
     for (int i = 0; i < tokens && !stop_signal; i++) {
         double uniform = random_uniform(random_key(how->seed, hash_string("sample"), (uint64_t)i, 0));
-        int token = sample_token(g->logits, V, how->temperature, how->top_k, how->top_p, uniform, candidates), ended = 0;
+        int token = sample_token(g->logits, V, how->temperature, how->top_k, how->top_p, uniform, candidates),
+            ended = 0;
         for (int k = 0; k < tokenizer->num_eos; k++) ended |= token == tokenizer->eos[k];
         if (ended) break;
         ids[count++] = token;
@@ -4299,7 +4437,8 @@ static int generate(Model* g, const Tokenizer* tokenizer, int* ids, int prompt, 
 // ---------------------------------------------------------------------------------------------------------------------
 // 14. Command line
 
-// Everything that can be given. Text is NULL, a number is UNSET, where nothing was given and the default depends on more.
+// Everything that can be given. Text is NULL, a number is UNSET, where nothing was given and the default depends on
+// more.
 #define UNSET (-1)
 static struct {
     // data and run
@@ -4308,7 +4447,8 @@ static struct {
     long resume, eval, load;
     const char *dump, *trace, *precision;
     // model from scratch
-    long layers, hidden, heads, kv_heads, head_dim, ffn, experts, topk, expert_ffn, vocab, dense, tie, norm_topk, sparse_step;
+    long layers, hidden, heads, kv_heads, head_dim, ffn, experts, topk, expert_ffn, vocab, dense, tie, norm_topk,
+        sparse_step;
     const char *qk_norm, *arch;
     // router
     double aux, z_loss, bias_rate, logit_norm, family_penalty;
@@ -4360,7 +4500,8 @@ static Option option_table[] = {
     {"threads", OPT_WHOLE, USE_OTHER, &options.threads, 1, 4096, NULL, "N", "all cores by default", 0},
     {"precision", OPT_CHOICE, USE_OTHER, &options.precision, 0, 0, "fp32", "fp32", "of the CPU program", 0},
 
-    {"arch", OPT_CHOICE, USE_SHAPE, &options.arch, 0, 0, "qwen3", "qwen3|mixtral|olmoe", "Hugging Face class to write", 0},
+    {"arch", OPT_CHOICE, USE_SHAPE, &options.arch, 0, 0, "qwen3", "qwen3|mixtral|olmoe", "Hugging Face class to write",
+     0},
     {"layers", OPT_WHOLE, USE_SHAPE, &options.layers, 1, MAX_LAYERS, "4", "L", "", 0},
     {"hidden", OPT_WHOLE, USE_SHAPE, &options.hidden, 1, 1 << 20, "128", "H", "", 0},
     {"heads", OPT_WHOLE, USE_SHAPE, &options.heads, 1, 1 << 14, "4", "NH", "", 0},
@@ -4370,7 +4511,8 @@ static Option option_table[] = {
     {"experts", OPT_WHOLE, USE_SHAPE, &options.experts, 0, 1 << 16, "8", "E", "0: a dense model", 0},
     {"topk", OPT_WHOLE, USE_OTHER, &options.topk, 1, 1 << 16, NULL, "K", "experts per token (2)", 0},
     {"expert-ffn", OPT_WHOLE, USE_SHAPE, &options.expert_ffn, 1, 1 << 20, NULL, "I", "experts' width (2 H)", 0},
-    {"sparse-step", OPT_WHOLE, USE_SHAPE, &options.sparse_step, 1, MAX_LAYERS, "1", "S", "every S-th layer is sparse", 0},
+    {"sparse-step", OPT_WHOLE, USE_SHAPE, &options.sparse_step, 1, MAX_LAYERS, "1", "S", "every S-th layer is sparse",
+     0},
     {"dense", OPT_FLAG, USE_SHAPE, &options.dense, 0, 0, "0", "", "as --experts 0", 0},
     {"vocab", OPT_WHOLE, USE_SHAPE, &options.vocab, 1, 1 << 24, NULL, "V", "(text: 256)", 0},
     {"tie", OPT_FLAG, USE_SHAPE, &options.tie, 0, 0, "0", "", "LM head = embedding", 0},
@@ -4385,7 +4527,8 @@ static Option option_table[] = {
     {"bias-rate", OPT_REAL, USE_RUN, &options.bias_rate, 0, 1, "0.001", "G", "of sigmoid's bias", 0},
     {"logit-norm", OPT_REAL, USE_SHAPE, &options.logit_norm, 0, 1e6, "0", "LAMBDA", "0: off", 0},
     {"topk-range", OPT_TEXT, USE_RUN, &options.topk_range, 0, 0, NULL, "LO:HI", "draw K per layer and step", 0},
-    {"family-penalty", OPT_REAL, USE_RUN, &options.family_penalty, 0, 1e6, NULL, "B", "of copies (1, if they are new)", 0},
+    {"family-penalty", OPT_REAL, USE_RUN, &options.family_penalty, 0, 1e6, NULL, "B", "of copies (1, if they are new)",
+     0},
     {"family-steps", OPT_WHOLE, USE_RUN, &options.family_steps, 1, BIG, NULL, "S", "until it is 0 (half of all)", 0},
     {"lpr-dim", OPT_WHOLE, USE_SHAPE, &options.lpr_dim, 1, 1 << 14, "16", "D", "latent dimensions", 0},
     {"lpr-weight", OPT_REAL, USE_SHAPE, &options.lpr_weight, 0, 1e6, "0.01", "C", "of all LPR losses:", 0},
@@ -4475,9 +4618,14 @@ static void options_reset(void) {
 }
 
 static void print_help(void) {
-    static const struct { const char *first, *title; } groups[] = {
-        {"data", "Data and run"}, {"arch", "A new model"}, {"aux", "Router"}, {"lr", "Optimiser"}, {"eval", "Instead of training"}};
-    printf("train_moe %s: trains, evaluates and samples mixture-of-experts GPTs. Without arguments: a demonstration.\n", VERSION);
+    static const struct { const char *first, *title;
+    } groups[] = {{"data", "Data and run"},
+                  {"arch", "A new model"},
+                  {"aux", "Router"},
+                  {"lr", "Optimiser"},
+                  {"eval", "Instead of training"}};
+    printf("train_moe %s: trains, evaluates and samples mixture-of-experts GPTs. Without arguments: a demonstration.\n",
+           VERSION);
     size_t column = 0;
     for (int i = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];
@@ -4562,8 +4710,10 @@ static void trainer_to_json(Text* t, const Model* m, long step) {
 // The reverse of the lists at the end of trainer_to_json.
 static void trainer_restore(Model* m, const Json* state) {
     const Config* c = &m->config;
-    const Json *load = json_get(state, "load"), *observed = json_get(state, "observed"), *aux = json_get(state, "aux_coefficients");
-    for (int i = 0; load && i < load->count && i < c->num_layers * c->num_experts; i++) m->load[i] = (long)load->items[i]->number;
+    const Json *load = json_get(state, "load"), *observed = json_get(state, "observed"),
+               *aux = json_get(state, "aux_coefficients");
+    for (int i = 0; load && i < load->count && i < c->num_layers * c->num_experts; i++)
+        m->load[i] = (long)load->items[i]->number;
     for (int i = 0; observed && i < observed->count && i < OBSERVED_NUMBERS * c->num_layers; i++)
         ((double*)m->observed)[i] = observed->items[i]->number;
     for (int l = 0; aux && l < aux->count && l < c->num_layers; l++) m->aux_coefficients[l] = aux->items[l]->number;
@@ -4613,7 +4763,8 @@ static void config_from_options(Config* c) {
     if (options.qk_norm && choice_index("none|head|row", options.qk_norm) != (int)c->qk_norm)
         die(2, "--qk-norm %s: --arch %s has no such norm; --arch %s does", options.qk_norm, options.arch,
             fits[choice_index("none|head|row", options.qk_norm)]);
-    if (c->num_heads % c->num_kv_heads) die(2, "--kv-heads %d: --heads %d is no multiple of it", c->num_kv_heads, c->num_heads);
+    if (c->num_heads % c->num_kv_heads)
+        die(2, "--kv-heads %d: --heads %d is no multiple of it", c->num_kv_heads, c->num_heads);
     if (options.head_dim == UNSET && c->hidden_size % c->num_heads)
         die(2, "--hidden %d: no multiple of --heads %d; give --head-dim", c->hidden_size, c->num_heads);
     if (c->head_dim % 2 || c->head_dim < 2) die(2, "--head-dim %d: rotary positions need an even one", c->head_dim);
@@ -4622,11 +4773,14 @@ static void config_from_options(Config* c) {
     for (int i = 0; i < 3; i++) strcpy(c->token_ids[i], "null");
     static const char* moe_only[] = {"topk", "expert-ffn", "norm-topk", "sparse-step"};
     for (int i = 0; dense && i < 4; i++)
-        if (option_given(moe_only[i])) die(2, "--%s: a dense model has no experts; leave out --dense or --experts 0", moe_only[i]);
-    static const char* variants[] = {"router", "logit-norm", "lpr-dim", "lpr-weight", "lpr-diversity", "lpr-kl", "lpr-align", "lpr-align-form"};
+        if (option_given(moe_only[i]))
+            die(2, "--%s: a dense model has no experts; leave out --dense or --experts 0", moe_only[i]);
+    static const char* variants[] = {"router",        "logit-norm", "lpr-dim",   "lpr-weight",
+                                     "lpr-diversity", "lpr-kl",     "lpr-align", "lpr-align-form"};
     c->router = (Router)choice_index("softmax|sigmoid|lpr", options.router);
     for (int i = 0; dense && i < 8; i++)
-        if (option_given(variants[i])) die(2, "--%s: a dense model has no router; leave out --dense or --experts 0", variants[i]);
+        if (option_given(variants[i]))
+            die(2, "--%s: a dense model has no router; leave out --dense or --experts 0", variants[i]);
     for (int i = 2; c->router != ROUTER_LPR && i < 8; i++)
         if (option_given(variants[i])) die(2, "--%s: belongs to --router lpr", variants[i]);
     if (dense) return;
@@ -4634,14 +4788,18 @@ static void config_from_options(Config* c) {
     c->num_experts_per_tok = options.topk == UNSET ? imin(2, c->num_experts) : (int)options.topk;
     c->moe_intermediate_size = options.expert_ffn == UNSET ? 2 * c->hidden_size : (int)options.expert_ffn;
     c->norm_topk_prob = options.norm_topk == UNSET ? 1 : (int)options.norm_topk;
-    if (c->num_experts_per_tok > c->num_experts) die(2, "--topk %d: there are only %d experts", c->num_experts_per_tok, c->num_experts);
-    if (kind == 1 && !c->norm_topk_prob) die(2, "--norm-topk 0: --arch mixtral always renormalises; --arch qwen3 or olmoe fit");
+    if (c->num_experts_per_tok > c->num_experts)
+        die(2, "--topk %d: there are only %d experts", c->num_experts_per_tok, c->num_experts);
+    if (kind == 1 && !c->norm_topk_prob)
+        die(2, "--norm-topk 0: --arch mixtral always renormalises; --arch qwen3 or olmoe fit");
     if (kind != 0 && options.sparse_step > 1)
-        die(2, "--sparse-step %ld: in --arch %s all layers are sparse; --arch qwen3 fits", options.sparse_step, options.arch);
+        die(2, "--sparse-step %ld: in --arch %s all layers are sparse; --arch qwen3 fits", options.sparse_step,
+            options.arch);
     for (int l = 0; l < c->num_layers; l++) c->sparse[l] = (l + 1) % options.sparse_step == 0;
     c->logit_norm = options.logit_norm;
     if (c->router == ROUTER_LPR) {
-        if (c->logit_norm > 0) die(2, "--logit-norm: LPR's scores are cosines already; use it with --router softmax or sigmoid");
+        if (c->logit_norm > 0)
+            die(2, "--logit-norm: LPR's scores are cosines already; use it with --router softmax or sigmoid");
         c->norm_topk_prob = 1;
         c->lpr_latent_dim = (int)options.lpr_dim;
         c->lpr_weight = options.lpr_weight;
@@ -4651,8 +4809,12 @@ static void config_from_options(Config* c) {
         c->lpr_align_mean = !strcmp(options.lpr_align_form, "mean");
     }
     // Qwen3-MoE with sigmoid scores is Dots1, which knows dense layers only below the sparse ones
-    if (kind == 0 && c->router == ROUTER_SIGMOID && c->logit_norm == 0 && options.sparse_step == 1 && c->num_experts > 1) c->arch = DOTS1;
-    if (count_sparse(c) == 0) die(2, "--sparse-step %ld: leaves no sparse layer among %d; --dense does that", options.sparse_step, c->num_layers);
+    if (kind == 0 && c->router == ROUTER_SIGMOID && c->logit_norm == 0 && options.sparse_step == 1 &&
+        c->num_experts > 1)
+        c->arch = DOTS1;
+    if (count_sparse(c) == 0)
+        die(2, "--sparse-step %ld: leaves no sparse layer among %d; --dense does that", options.sparse_step,
+            c->num_layers);
 }
 
 static int has_tokenizer(const char* dir) {
@@ -4664,7 +4826,8 @@ static int has_tokenizer(const char* dir) {
 // Longer sequences than the model was made for are computed all the same, but not in silence.
 static void check_length(Config* c, int T) {
     if (c->sliding_window && c->sliding_window < T)
-        die(2, "--seq %d: the model has sliding_window %d, which is not supported; use a shorter --seq", T, c->sliding_window);
+        die(2, "--seq %d: the model has sliding_window %d, which is not supported; use a shorter --seq", T,
+            c->sliding_window);
     if (T <= c->max_position_embeddings) return;
     fprintf(stderr, "%s: warning: --seq %d goes beyond the model's max_position_embeddings, %d\n", program_name, T,
             c->max_position_embeddings);
@@ -4677,11 +4840,13 @@ static void print_model(const Model* m) {
     count_parameters(c, &total, &active);
     printf("model: %s, %d layers, hidden %d, %d/%d heads x %d, vocabulary %d", archs[c->arch].model_type, c->num_layers,
            c->hidden_size, c->num_heads, c->num_kv_heads, c->head_dim, c->vocab_size);
-    if (c->num_experts) printf(", %d experts of width %d, %d per token", c->num_experts, c->moe_intermediate_size, c->num_experts_per_tok);
+    if (c->num_experts)
+        printf(", %d experts of width %d, %d per token", c->num_experts, c->moe_intermediate_size,
+               c->num_experts_per_tok);
     printf("\nparameters: %ld, %ld of them active for a token\n", total, active);
     printf("memory: %.1f MB = parameters %.1f + gradients and moments %.1f + activations %.1f\n",
-           (m->bytes_params + m->bytes_optimizer + m->bytes_activations) / 1e6, m->bytes_params / 1e6, m->bytes_optimizer / 1e6,
-           m->bytes_activations / 1e6);
+           (m->bytes_params + m->bytes_optimizer + m->bytes_activations) / 1e6, m->bytes_params / 1e6,
+           m->bytes_optimizer / 1e6, m->bytes_activations / 1e6);
     fflush(stdout);
 }
 
@@ -4699,11 +4864,14 @@ static Balance balance_from_options(const Config* c) {
     b.z = (float)options.z_loss;
     b.aux_form = (AuxForm)choice_index("switch|hf", options.aux_form);
     b.adaptive = (int)options.aux_adaptive;
-    if (b.adaptive && b.aux_form == AUX_HF) die(2, "--aux-adaptive: a coefficient for each layer wants --aux-form switch");
+    if (b.adaptive && b.aux_form == AUX_HF)
+        die(2, "--aux-adaptive: a coefficient for each layer wants --aux-form switch");
     return b;
 }
 
-static int data_is_text(const Config* c) { return !(options.model && has_tokenizer(options.model)) && c->vocab_size >= 256; }
+static int data_is_text(const Config* c) {
+    return !(options.model && has_tokenizer(options.model)) && c->vocab_size >= 256;
+}
 
 static int run_eval(Config* c) {
     if (!options.model) die(2, "--eval wants --model DIR");
@@ -4766,7 +4934,8 @@ static int run_dump(Config* c) {
     for (int i = 0; i < m->layout.count; i++) {
         const Tensor* t = &m->layout.tensors[i];
         snprintf(names[count - 5], sizeof names[0], "grad.%s", t->name);
-        OutTensor o = {names[count - 5], "F32", tensor_is_matrix(t) ? 2 : 1, {t->rows, t->cols, 0}, m->grads + t->offset};
+        OutTensor o = {
+            names[count - 5], "F32", tensor_is_matrix(t) ? 2 : 1, {t->rows, t->cols, 0}, m->grads + t->offset};
         out[count++] = o;
     }
     Error error = {""};
@@ -4796,19 +4965,26 @@ static int run_prompt(Config* c) {
             char* end;
             long id = strtol(s, &end, 10);
             if (end == s || (*end && *end != ',') || id < 0 || id >= c->vocab_size)
-                die(2, "--prompt-ids: expected numbers from 0 to %d with commas between them, found %.20s", c->vocab_size - 1, s);
+                die(2, "--prompt-ids: expected numbers from 0 to %d with commas between them, found %.20s",
+                    c->vocab_size - 1, s);
             ids[prompt++] = (int)id;
             s = *end ? end + 1 : end;
         }
     } else {
-        if (tokenizer->pieces) die(2, "--prompt: this model reads tokens; encode the text with dev/reference/encode.py and give --prompt-ids");
-        if (c->vocab_size < 256) die(2, "--prompt: this model's vocabulary has %d tokens, too few for bytes; give --prompt-ids", c->vocab_size);
+        if (tokenizer->pieces)
+            die(2,
+                "--prompt: this model reads tokens; encode the text with dev/reference/encode.py and give "
+                "--prompt-ids");
+        if (c->vocab_size < 256)
+            die(2, "--prompt: this model's vocabulary has %d tokens, too few for bytes; give --prompt-ids",
+                c->vocab_size);
         for (const char* s = options.prompt; *s; s++) ids[prompt++] = (unsigned char)*s;
     }
     if (prompt == 0) die(2, "the prompt is empty; give at least one token to go on from");
     int positions = imin(prompt + tokens, c->max_position_embeddings);
     if (c->sliding_window && c->sliding_window < positions)
-        die(2, "--tokens %d: the model has sliding_window %d, which is not supported; ask for fewer", tokens, c->sliding_window);
+        die(2, "--tokens %d: the model has sliding_window %d, which is not supported; ask for fewer", tokens,
+            c->sliding_window);
     Model* g = load_model(c, options.model, FOR_GENERATION, 1, imin(positions, 256), positions);
     Sampling how = {options.temperature, options.top_p, (int)options.top_k, (uint64_t)options.seed};
     signal(SIGINT, on_signal);
@@ -4842,6 +5018,24 @@ static void topk_range_from_options(Config* c, Run* run) {
     c->topk_limit = run->topk_high;
 }
 
+// Makes OUT if it is not there, takes the lock that keeps a second run out (the system drops it when this one ends,
+// however it ends), and refuses to write over a run.
+static void open_out(const char* out) {
+    char path[PATH_SIZE];
+    Error error = {""};
+    if (!options.resume && mkdir(out, 0777) && errno != EEXIST) die(2, "--out %s: %s", out, strerror(errno));
+    int fd = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) die(2, "--out %s: %s", out, strerror(errno));
+    if (flock(fd, LOCK_EX | LOCK_NB)) die(2, "--out %s: another run is writing there", out);
+    if (options.resume && !finish_save(out, &error)) die(1, "%s", error.text);
+    static const char* signs[] = {"trainer.json", ".ready", "config.json", "model.safetensors"};
+    for (int i = 0; !options.resume && i < 4; i++) {
+        join_path(path, out, signs[i]);
+        if (!access(path, F_OK))
+            die(2, "--out %s: holds %s; --resume goes on with that run, another --out starts a new one", out, signs[i]);
+    }
+}
+
 static int run_train(Config* c, long first_step) {
     int B = (int)options.batch, T = (int)options.seq, demonstration = !options.data && !options.out && !options.model;
     Error error = {""};
@@ -4851,17 +5045,20 @@ static int run_train(Config* c, long first_step) {
     if (!options.data) options.data = "<embedded>";
     int split = !options.val;
     Dataset *data = dataset_open(options.data, T, INT_MAX, split ? TRAIN_PART : WHOLE, bytes_are_tokens), *val = NULL;
-    if (c->vocab_size == 0 && !data->raw) die(2, "--vocab is missing: token shards do not say how many tokens there are");
+    if (c->vocab_size == 0 && !data->raw)
+        die(2, "--vocab is missing: token shards do not say how many tokens there are");
     if (c->vocab_size == 0) c->vocab_size = 256;
     data->vocab_size = c->vocab_size;
     if (split && data->raw) val = dataset_open(options.data, T, c->vocab_size, VAL_PART, bytes_are_tokens);
-    if (options.val && strcmp(options.val, "none")) val = dataset_open(options.val, T, c->vocab_size, WHOLE, bytes_are_tokens);
+    if (options.val && strcmp(options.val, "none"))
+        val = dataset_open(options.val, T, c->vocab_size, WHOLE, bytes_are_tokens);
     if (data->windows < 1) die(2, "%s: no window of %d tokens", options.data, T + 1);
 
     // what was not given and depends on more
     if (options.lr == UNSET) options.lr = options.model ? 2e-4 : 2e-3;
     if (options.warmup == UNSET) options.warmup = lmin(100, options.steps / 20);
-    if (options.aux == UNSET) options.aux = options.model ? c->router_aux_loss_coef : c->router == ROUTER_SOFTMAX ? 0.01 : 0;
+    if (options.aux == UNSET)
+        options.aux = options.model ? c->router_aux_loss_coef : c->router == ROUTER_SOFTMAX ? 0.01 : 0;
     c->router_aux_loss_coef = options.aux;
     Run run;
     memset(&run, 0, sizeof run);
@@ -4904,10 +5101,12 @@ static int run_train(Config* c, long first_step) {
     else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);
     if (options.resume && !optimizer_load(m, options.out, &error)) die(2, "%s", error.text);
     if (generator) generator->source = m->source;
+    if (options.out && !options.resume) open_out(options.out);      // not before everything else is known to be right
     print_model(m);
     printf("data: %s, %ld tokens, %ld windows of %d\n", options.data, data->tokens, data->windows, T + 1);
     if (!options.out) printf("nothing will be saved: there is no --out\n");
-    else if (!is_ordinary(c)) printf("no Hugging Face class has this router: it will be saved with model_type train_moe\n");
+    else if (!is_ordinary(c))
+        printf("no Hugging Face class has this router: it will be saved with model_type train_moe\n");
     fflush(stdout);
     if (options.resume) {
         trainer_restore(m, trainer_state);
@@ -4925,23 +5124,6 @@ static int run_train(Config* c, long first_step) {
     return code;
 }
 
-// Makes OUT if it is not there, takes the lock that keeps a second run out (the system drops it when this one ends,
-// however it ends), and refuses to write over a run.
-static void open_out(const char* out) {
-    char path[PATH_SIZE];
-    Error error = {""};
-    if (!options.resume && mkdir(out, 0777) && errno != EEXIST) die(2, "--out %s: %s", out, strerror(errno));
-    int fd = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) die(2, "--out %s: %s", out, strerror(errno));
-    if (flock(fd, LOCK_EX | LOCK_NB)) die(2, "--out %s: another run is writing there", out);
-    if (options.resume && !finish_save(out, &error)) die(1, "%s", error.text);
-    static const char* signs[] = {"trainer.json", ".ready", "config.json", "model.safetensors"};
-    for (int i = 0; !options.resume && i < 4; i++) {
-        join_path(path, out, signs[i]);
-        if (!access(path, F_OK)) die(2, "--out %s: holds %s; --resume goes on with that run, another --out starts a new one", out, signs[i]);
-    }
-}
-
 int train_moe_main(int argc, char** argv) {
     Config config;
     Error error = {""};
@@ -4950,17 +5132,22 @@ int train_moe_main(int argc, char** argv) {
     if (options.threads != UNSET) omp_set_num_threads((int)options.threads);
 #endif
     int prompting = options.prompt || options.prompt_ids, training = !options.eval && !options.dump && !prompting;
-    if (!training && !options.model) die(2, "--%s wants --model DIR", options.eval ? "eval" : options.dump ? "dump" : "prompt");
+    if (!training && !options.model)
+        die(2, "--%s wants --model DIR", options.eval ? "eval" : options.dump ? "dump" : "prompt");
     if (options.resume && !options.out) die(2, "--resume wants --out DIR, the run to go on with");
     if (options.resume && options.model) die(2, "--resume goes on with the model in --out; leave out --model");
     for (int i = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];
-        if (o->given && (o->use == USE_SHAPE || (training && !strcmp(o->name, "topk"))) && (options.model || options.resume))
-            die(2, "--%s describes a new model, but %s has a model already", o->name, options.resume ? "--out" : "--model");
+        if (o->given && (o->use == USE_SHAPE || (training && !strcmp(o->name, "topk"))) &&
+            (options.model || options.resume))
+            die(2, "--%s describes a new model, but %s has a model already", o->name,
+                options.resume ? "--out" : "--model");
     }
     long first_step = 0;
-    if (training && options.out) open_out(options.out);
-    if (options.resume) first_step = trainer_read(options.out, &trainer_state);
+    if (options.resume) {
+        open_out(options.out);
+        first_step = trainer_read(options.out, &trainer_state);
+    }
     const char* dir = options.resume ? options.out : options.model;
     if (dir) {
         if (!config_read(&config, dir, &error)) die(2, "%s", error.text);
@@ -4969,11 +5156,19 @@ int train_moe_main(int argc, char** argv) {
     }
     if ((options.load || options.trace) && !options.eval) die(2, "--load and --trace go with --eval");
     if (dir && options.topk != UNSET) {
-        if (options.topk > config.num_experts) die(2, "--topk %ld: the model has %d experts", options.topk, config.num_experts);
+        if (options.topk > config.num_experts)
+            die(2, "--topk %ld: the model has %d experts", options.topk, config.num_experts);
         config.num_experts_per_tok = (int)options.topk;
     }
-    return options.eval ? run_eval(&config) : options.dump ? run_dump(&config) : prompting ? run_prompt(&config)
-                                                                                          : run_train(&config, first_step);
+    // rows of tokens, and of the experts that they are sent to, are numbered with ints
+    int per_token = config.num_experts > 0 ? config.num_experts : 1;
+    if ((double)options.batch * (double)options.seq * per_token > INT_MAX)
+        die(2, "--batch %ld: with --seq %ld and %d experts it must not exceed %ld; see --accum", options.batch, options.seq,
+            per_token, INT_MAX / per_token / options.seq);
+    return options.eval   ? run_eval(&config)
+           : options.dump ? run_dump(&config)
+           : prompting    ? run_prompt(&config)
+                          : run_train(&config, first_step);
 }
 
 #ifndef TRAIN_MOE_NO_MAIN
