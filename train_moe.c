@@ -2113,7 +2113,7 @@ static void print_load(const Model* m, int each);
 static void log_load(FILE* log, const Model* m, long step);
 static void clear_load(Model* m);
 static const char* checkpoint_save(const Model* m, const char* out, long step);
-static void print_sample(Model* generator, uint64_t seed, int tokens);
+static void print_sample(Model* generator, const Model* trained, uint64_t seed, int tokens);
 
 static volatile sig_atomic_t stop_signal = 0;
 static void on_signal(int signal_number) { stop_signal = signal_number; }
@@ -2163,6 +2163,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
     }
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
+    if (first_step >= run->steps) printf("nothing left to do: step %ld of %ld is reached\n", first_step, run->steps);
     for (long step = first_step; step < run->steps && !stopping; step++) {
         double t0 = seconds(), loss = 0, aux_loss = 0, z_loss = 0, lpr_loss = 0, lr = learning_rate(run, step);
         router_before_step(m, run, step);
@@ -2220,7 +2221,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         }
         if (generator && run->sample_every > 0 && done % run->sample_every == 0 && !last) {
             fprintf(stderr, "%s", terminal ? "\n" : "");
-            print_sample(generator, run->seed, 200);
+            print_sample(generator, m, run->seed, 200);
         }
         stopping = stop_signal != 0;            // looked at once a step: a signal that comes later stops the next one
         if (out && (last || stopping || (run->save_every > 0 && done % run->save_every == 0))) {
@@ -2238,10 +2239,12 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
     }
     fprintf(stderr, "%s", terminal ? "\n" : "");
     if (stopping && !exit_code) {
-        if (out)
+        if (out && saved > 0)
             fprintf(stderr, "%s: stopped by a signal; step %ld is saved in %s, --resume goes on\n", program_name, saved,
                     out);
-        else fprintf(stderr, "%s: stopped by a signal; nothing was saved, as there was no --out\n", program_name);
+        else
+            fprintf(stderr, "%s: stopped by a signal; nothing was saved, as there was no %s\n", program_name,
+                    out ? "step to save" : "--out");
         exit_code = stop_signal == SIGTERM ? 143 : 130;
     }
     if (log) {
@@ -4221,9 +4224,9 @@ static const char* checkpoint_save(const Model* m, const char* out, long step) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 13. Sampling
 
-// From tokenizer.json: what each token prints. Without one, a token is a byte.
+// From tokenizer.json: what each token prints. Without one, a token is a byte, if there are 256 of them.
 typedef struct {
-    int count;
+    int count;                      // the model's vocabulary
     char** pieces;                  // NULL: prints nothing (special tokens)
     int* lengths;
     int byte_level; // 1: pieces are in GPT-2's alphabet of bytes; 0: in SentencePiece's, with ▁ for a space
@@ -4291,6 +4294,7 @@ static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
     char path[PATH_SIZE];
     Error error = {""};
     memset(t, 0, sizeof *t);
+    t->count = vocab_size;
     static const char* eos_files[] = {"generation_config.json", "config.json"};
     for (int i = 0; dir && i < 2 && t->num_eos == 0; i++) {
         join_path(path, dir, eos_files[i]);
@@ -4304,7 +4308,6 @@ static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
     if (!j) die(2, "%s", error.text);
     const Json *vocab = json_get(json_get(j, "model"), "vocab"), *added = json_get(j, "added_tokens");
     t->byte_level = json_contains_type(json_get(j, "decoder"), "ByteLevel");
-    t->count = vocab_size;
     t->pieces = (char**)checked_malloc(sizeof(char*) * (size_t)vocab_size);
     t->lengths = (int*)checked_malloc(sizeof(int) * (size_t)vocab_size);
     memset(t->pieces, 0, sizeof(char*) * (size_t)vocab_size);
@@ -4328,7 +4331,7 @@ static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
 }
 
 static void tokenizer_close(Tokenizer* t) {
-    for (int i = 0; i < t->count; i++) free(t->pieces[i]);
+    for (int i = 0; i < t->count && t->pieces; i++) free(t->pieces[i]);
     free(t->pieces);
     free(t->lengths);
     free(t);
@@ -4337,7 +4340,8 @@ static void tokenizer_close(Tokenizer* t) {
 // Prints a token to `out`. SentencePiece puts a space before the first word, which is not part of the text.
 static void tokenizer_print(const Tokenizer* t, int token, int first, FILE* out) {
     if (!t->pieces) {
-        fputc(token, out);
+        if (t->count == 256) fputc(token, out);
+        else fprintf(out, "%s%d", first ? "" : " ", token);         // what its numbers mean nobody has told
     } else if (token < t->count && t->pieces[token]) {
         int skip = first && !t->byte_level && t->lengths[token] > 0 && t->pieces[token][0] == ' ';
         fwrite(t->pieces[token] + skip, 1, (size_t)(t->lengths[token] - skip), out);
@@ -4687,6 +4691,7 @@ static void trainer_to_json(Text* t, const Model* m, long step) {
         const Option* o = &option_table[i];
         int is_text = o->type == OPT_TEXT || o->type == OPT_CHOICE;
         if (o->use != USE_RUN || (is_text && !*(const char**)o->value)) continue;
+        if (!is_text && (o->type == OPT_REAL ? *(double*)o->value : (double)*(long*)o->value) == UNSET) continue;
         text_print(t, "%s\n    \"%s\": ", listed++ ? "," : "", o->name);
         if (is_text) text_json_string(t, *(const char**)o->value);
         else if (o->type == OPT_REAL) text_json_double(t, *(double*)o->value);
@@ -4933,6 +4938,7 @@ static int run_dump(Config* c) {
     }
     for (int i = 0; i < m->layout.count; i++) {
         const Tensor* t = &m->layout.tensors[i];
+        if (strstr(t->name, "e_score_correction_bias")) continue;       // is not trained by a gradient
         snprintf(names[count - 5], sizeof names[0], "grad.%s", t->name);
         OutTensor o = {
             names[count - 5], "F32", tensor_is_matrix(t) ? 2 : 1, {t->rows, t->cols, 0}, m->grads + t->offset};
@@ -4997,11 +5003,16 @@ static int run_prompt(Config* c) {
     return stop_signal ? 130 : 0;
 }
 
-static void print_sample(Model* generator, uint64_t seed, int tokens) {
+// The generator shares the parameters of the model in training; what else decides its routing is copied.
+static void print_sample(Model* generator, const Model* trained, uint64_t seed, int tokens) {
+    generator->has_families = trained->has_families;
+    generator->config.family_penalty = trained->config.family_penalty;
+    memcpy(generator->family, trained->family,
+           sizeof(int) * (size_t)trained->config.num_layers * (size_t)trained->config.num_experts);
     Tokenizer* tokenizer = tokenizer_open(generator->source, generator->config.vocab_size);
     int* ids = (int*)checked_malloc(sizeof(int) * (size_t)(tokens + 1));
     Sampling how = {options.temperature, options.top_p, (int)options.top_k, seed};
-    ids[0] = tokenizer->pieces ? 1 % generator->config.vocab_size : '\n';
+    ids[0] = tokenizer->pieces ? 1 % generator->config.vocab_size : '\n' % generator->config.vocab_size;
     generate(generator, tokenizer, ids, 1, tokens, &how, stdout);
     printf("\n");
     free(ids);
@@ -5114,7 +5125,7 @@ static int run_train(Config* c, long first_step) {
     int code = train(m, &run, data, val, generator, options.out, first_step);
     if (code == 0 && demonstration) {
         printf("\na sample:\n");
-        print_sample(generator, run.seed, 600);
+        print_sample(generator, m, run.seed, 600);
     }
     dataset_close(data);
     if (val) dataset_close(val);
