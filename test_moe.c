@@ -242,10 +242,116 @@ static void test_golden_routers(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Families: after every expert has been doubled (or more), an infinite penalty keeps the function bit for bit
+
+// A model with `copies` of every expert of `source`, whose copies follow the originals.
+static Model* multiply_experts(const Model* source, int copies) {
+    Config c = source->config;
+    int E = c.num_experts, H = c.hidden_size;
+    c.num_experts = E * copies;
+    c.family_penalty = INFINITY;
+    Model* m = model_create(&c, source->purpose, source->B, source->T, source->positions, NULL);
+    m->has_families = 1;
+    memcpy(m->weights.embedding, source->weights.embedding, sizeof(float) * (size_t)c.vocab_size * (size_t)H);
+    memcpy(m->weights.final_norm, source->weights.final_norm, sizeof(float) * (size_t)H);
+    memcpy(m->weights.lm_head, source->weights.lm_head, sizeof(float) * (size_t)c.vocab_size * (size_t)H);
+    for (int l = 0; l < c.num_layers; l++) {
+        LayerWeights *to = &m->weights.layers[l], *from = &source->weights.layers[l];
+        int dense_I = layer_width(&c, l), HD = c.head_dim, NH = c.num_heads;
+        memcpy(to->attn_norm, from->attn_norm, sizeof(float) * (size_t)H);
+        memcpy(to->ffn_norm, from->ffn_norm, sizeof(float) * (size_t)H);
+        memcpy(to->qkv, from->qkv, sizeof(float) * (size_t)qkv_width(&c) * (size_t)H);
+        memcpy(to->attn_out, from->attn_out, sizeof(float) * (size_t)H * (size_t)NH * (size_t)HD);
+        if (to->q_norm) memcpy(to->q_norm, from->q_norm, sizeof(float) * (size_t)HD);
+        if (to->k_norm) memcpy(to->k_norm, from->k_norm, sizeof(float) * (size_t)HD);
+        for (int e = 0; e < layer_experts(&c, l); e++) {
+            int source_expert = c.sparse[l] ? e % E : 0;
+            long gate_up = 2L * dense_I * H, down = (long)H * dense_I;
+            memcpy(to->gate_up + e * gate_up, from->gate_up + source_expert * gate_up, sizeof(float) * (size_t)gate_up);
+            memcpy(to->down + e * down, from->down + source_expert * down, sizeof(float) * (size_t)down);
+            if (!c.sparse[l]) continue;
+            memcpy(to->router + (long)e * H, from->router + (long)source_expert * H, sizeof(float) * (size_t)H);
+            if (to->router_bias) to->router_bias[e] = from->router_bias[source_expert];
+            m->family[(long)l * c.num_experts + e] = source_expert;
+        }
+    }
+    return m;
+}
+
+static void test_families(void) {
+    static const struct { const char *folder, *name; } models[] = {
+        {"golden", "qwen3_moe"}, {"golden", "mixtral"}, {"golden_routers", "sigmoid"}, {"golden_routers", "logit_norm"}};
+    enum { B = 2, T = 9 };
+    int tokens[B * T];
+    for (int i = 0; i < 4; i++) {
+        char dir[PATH_SIZE];
+        snprintf(dir, sizeof dir, "dev/reference/%s/%s", models[i].folder, models[i].name);
+        Config c;
+        Error error = {""};
+        if (!config_read(&c, dir, &error)) die(1, "%s", error.text);
+        c.topk_limit = c.num_experts;
+        Model* source = model_create(&c, FOR_TRAINING, B, T, T, NULL);
+        if (!checkpoint_load(source, dir, &error)) die(1, "%s", error.text);
+        for (int n = 0; n < B * T; n++) tokens[n] = (n * 7 + 3) % c.vocab_size;
+        for (int copies = 2; copies <= 3; copies++) {
+            Model* grown = multiply_experts(source, copies);
+            long logits = (long)B * T * c.vocab_size;
+            int same = 1, together = 0, places[3] = {0, 0, 0}, E = c.num_experts;
+            double worst = 0;
+            for (int renormalised = 0; renormalised < 2; renormalised++)
+                for (int K = 1; K <= E; K++) {
+                    source->config.norm_topk_prob = grown->config.norm_topk_prob = renormalised;
+                    for (int l = 0; l < c.num_layers; l++)
+                        if (c.sparse[l]) source->topk[l] = grown->topk[l] = K;
+                    model_forward(source, tokens, NULL, B, T);
+                    model_forward(grown, tokens, NULL, B, T);
+                    same &= !memcmp(source->logits, grown->logits, sizeof(float) * (size_t)logits);
+                    worst = fmax(worst, relative_error(grown->logits, source->logits, logits));
+                    for (int l = 0; l < c.num_layers; l++)
+                        for (int n = 0; c.sparse[l] && n < B * T * K; n++) {
+                            const int* experts = grown->layers[l].experts;
+                            places[experts[n] / E]++;
+                            for (int k = n / K * K; k < n; k++) together += experts[k] % E == experts[n] % E;
+                        }
+                }
+            int used = places[0] > 0 && places[1] > 0 && (copies == 2 || places[2] > 0);
+            // sigmoid: bit for bit. The softmax's sum meets the same numbers in another order, and rounds differently.
+            check(worst <= (c.router == ROUTER_SIGMOID ? 0 : 1e-6), "%s: %d copies of each expert, K = 1 to %d, renormalised or not: relative error %.1e%s",
+                  models[i].name, copies, E, worst, same ? ", bit for bit" : "");
+            check(together == 0 && used, "%s: %d copies: never two of one family, and each copy sees tokens (%d, %d, %d)",
+                  models[i].name, copies, places[0], places[1], places[2]);
+            model_free(grown);
+        }
+        model_free(source);
+    }
+    check(isinf(family_penalty_at(1, 0, 10)) && fabs(family_penalty_at(2, 4, 10) - 3) < 1e-12 &&
+              family_penalty_at(2, 10, 10) == 0 && family_penalty_at(2, 11, 10) == 0,
+          "the penalty falls from infinity to zero");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the experts do
+
+static void test_load_figures(void) {
+    const long even[4] = {5, 5, 5, 5}, one[4] = {0, 0, 12, 0}, mixed[4] = {1, 2, 3, 4}, none[3] = {0, 0, 0};
+    LoadFigures f = load_figures(even, 4);
+    check(f.gini == 0 && f.min_max == 1 && f.max_vio == 0 && f.dead == 0, "equal loads");
+    f = load_figures(one, 4);
+    check(fabs(f.gini - 0.75) < 1e-12 && f.min_max == 0 && fabs(f.max_vio - 3) < 1e-12 && f.dead == 3, "one expert has all");
+    f = load_figures(mixed, 4);
+    // sum_i (2 i - n - 1) x_(i) / (n sum x) = (-3 - 2 + 3 + 12) / 40
+    check(fabs(f.gini - 0.25) < 1e-12 && fabs(f.min_max - 0.25) < 1e-12 && fabs(f.max_vio - 0.6) < 1e-12, "1, 2, 3, 4");
+    f = load_figures(none, 3);
+    check(f.gini == 0 && f.dead == 3, "no tokens at all");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 
 static const struct { const char* name; void (*run)(void); } groups[] = {
     {"golden", test_golden},
     {"routers", test_golden_routers},
+    {"families", test_families},
+    {"load figures", test_load_figures},
 };
 
 int main(int argc, char** argv) {

@@ -1394,7 +1394,8 @@ static void layer_activations_take(Arena* a, LayerActivations* s, const Config* 
     }
 }
 
-#define NORM_BLOCK 65536        // floats in a partial sum of the gradient's norm
+#define NORM_BLOCK 65536        // floats in a partial sum of the gradient's norm,
+#define NORM_LANES 64           // which is itself made of this many sums side by side
 
 static void model_take(Model* m, Arena* a) {
     const Config* c = &m->config;
@@ -1812,10 +1813,16 @@ static double gradient_norm(Model* m) {
     long blocks = m->layout.total / NORM_BLOCK + 1;
     #pragma omp parallel for
     for (long b = 0; b < blocks; b++) {
-        long end = lmin((b + 1) * NORM_BLOCK, m->layout.total);
+        long end = lmin((b + 1) * NORM_BLOCK, m->layout.total), i = b * NORM_BLOCK;
         double sum = 0;
-        #pragma omp simd reduction(+ : sum)
-        for (long i = b * NORM_BLOCK; i < end; i++) sum += (double)m->grads[i] * m->grads[i];
+        while (i < end) {                       // short sums in floats, in lanes that become vectors; their total in doubles
+            float lanes[NORM_LANES] = {0};
+            for (long stop = i + 64 * NORM_LANES; i + NORM_LANES <= end && i < stop; i += NORM_LANES)
+                for (int k = 0; k < NORM_LANES; k++) lanes[k] += m->grads[i + k] * m->grads[i + k];
+            for (int k = 0; k < NORM_LANES; k++) sum += lanes[k];
+            if (end - i < NORM_LANES)
+                for (; i < end; i++) sum += (double)m->grads[i] * m->grads[i];
+        }
         m->scratch.norms[b] = sum;
     }
     double sum = 0;
@@ -4284,7 +4291,7 @@ static void tokenizer_add(Tokenizer* t, long id, const char* piece, int special)
 }
 
 static void tokenizer_add_eos(Tokenizer* t, const Json* j) {
-    if (j && j->type == JSON_NUMBER && t->num_eos < 8) t->eos[t->num_eos++] = (int)j->number;
+    if (json_whole(j, INT_MAX) >= 0 && t->num_eos < 8) t->eos[t->num_eos++] = (int)json_whole(j, INT_MAX);
     for (int i = 0; j && j->type == JSON_ARRAY && i < j->count; i++) tokenizer_add_eos(t, j->items[i]);
 }
 
@@ -4315,7 +4322,7 @@ static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
     if (!vocab) die(2, "%s: no model.vocab", path);
     for (int i = 0; i < vocab->count; i++) {
         const Json* v = vocab->items[i];
-        if (vocab->type == JSON_OBJECT && v->type == JSON_NUMBER) tokenizer_add(t, (long)v->number, v->key, 0);
+        if (vocab->type == JSON_OBJECT && v->type == JSON_NUMBER) tokenizer_add(t, json_whole(v, INT_MAX), v->key, 0);
         // Unigram: a list of [piece, score]
         if (vocab->type == JSON_ARRAY && v->count > 0 && v->items[0]->type == JSON_STRING)
             tokenizer_add(t, i, v->items[0]->string, 0);
@@ -4324,7 +4331,7 @@ static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
         const Json *id = json_get(added->items[i], "id"), *content = json_get(added->items[i], "content");
         const Json* special = json_get(added->items[i], "special");
         if (id && content && content->type == JSON_STRING)
-            tokenizer_add(t, (long)id->number, content->string, special && special->type == JSON_TRUE);
+            tokenizer_add(t, json_whole(id, INT_MAX), content->string, special && special->type == JSON_TRUE);
     }
     json_free(j);
     return t;
