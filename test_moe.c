@@ -8,6 +8,7 @@ this program starts itself with `--as-train-moe` as its first argument and then 
 #define TRAIN_MOE_NO_MAIN
 #include "train_moe.c"
 
+#include <ftw.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 
@@ -16,22 +17,26 @@ this program starts itself with `--as-train-moe` as its first argument and then 
 
 static int passed = 0, failed = 0;
 static const char* group_name = "";
+static int default_threads = 1;
 
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
-static void check(int ok, const char* format, ...) {
+static void
+check(int ok, const char* format, ...) {
     va_list args;
     va_start(args, format);
     printf("%s %s: ", ok ? "ok    " : "FAILED", group_name);
     vprintf(format, args);
     printf("\n");
     va_end(args);
-    if (ok) passed++;
-    else failed++;
+    if (ok)
+        passed++;
+    else
+        failed++;
 }
 
-// |a - b| / |b| in the 2-norm; where b is zero, a must be zero as well. A permuted, missing or zero tensor gives about 1.
+// |a - b| / |b| in the 2-norm; where b is zero, a must be zero as well. A permuted or missing tensor gives about 1.
 static double relative_error(const float* a, const float* b, long n) {
     double difference = 0, norm = 0;
     for (long i = 0; i < n; i++) {
@@ -87,12 +92,218 @@ static void fill_random(float* x, long n, uint64_t key) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Files and programs
+
+static char self_path[PATH_SIZE], temp_dir[PATH_SIZE];
+
+// A path in the temporary directory, in one of a few buffers that take turns.
+#if defined(__GNUC__)
+__attribute__((format(printf, 1, 2)))
+#endif
+static const char*
+temp(const char* format, ...) {
+    static char buffers[16][512];
+    static int next = 0;
+    char* path = buffers[next++ % 16];
+    int n = snprintf(path, sizeof buffers[0], "%.200s/", temp_dir);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(path + n, sizeof buffers[0] - (size_t)n, format, args);
+    va_end(args);
+    return path;
+}
+
+static int remove_entry(const char* path, const struct stat* st, int type, struct FTW* walk) {
+    (void)st;
+    (void)type;
+    (void)walk;
+    return remove(path);
+}
+static void remove_tree(const char* path) { nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS); }
+static void remove_temp_dir(void) { remove_tree(temp_dir); }
+
+static int exists(const char* path) { return !access(path, F_OK); }
+
+static void write_bytes(const char* path, const void* data, size_t n) {
+    FILE* f = fopen(path, "wb");
+    if (!f || (n && fwrite(data, n, 1, f) != 1) || fclose(f)) die(1, "%s: %s", path, strerror(errno));
+}
+static void write_text(const char* path, const char* text) { write_bytes(path, text, strlen(text)); }
+
+// The bytes of a file, to be freed, with a zero behind them; NULL if it is not there.
+static char* read_bytes(const char* path, size_t* n) {
+    Error error = {""};
+    return read_file(path, (size_t)1 << 30, n, &error);
+}
+
+static int same_file(const char* a, const char* b) {
+    size_t n = 0, k = 0;
+    char *x = read_bytes(a, &n), *y = read_bytes(b, &k);
+    int same = x && y && n == k && !memcmp(x, y, n);
+    free(x);
+    free(y);
+    return same;
+}
+
+static void copy_file(const char* from, const char* to) {
+    size_t n;
+    char* data = read_bytes(from, &n);
+    if (!data) die(1, "%s cannot be read", from);
+    write_bytes(to, data, n);
+    free(data);
+}
+
+static void copy_directory(const char* from, const char* to) {
+    DIR* d = opendir(from);
+    struct dirent* entry;
+    if (!d || (mkdir(to, 0777) && errno != EEXIST)) die(1, "%s: %s", from, strerror(errno));
+    while ((entry = readdir(d)) != NULL) {
+        char source[PATH_SIZE], target[PATH_SIZE];
+        struct stat st;
+        join_path(source, from, entry->d_name);
+        join_path(target, to, entry->d_name);
+        if (!stat(source, &st) && S_ISREG(st.st_mode)) copy_file(source, target);
+    }
+    closedir(d);
+}
+
+static int count_lines(const char* path) {
+    size_t n = 0;
+    char* text = read_bytes(path, &n);
+    int lines = 0;
+    for (size_t i = 0; i < n; i++) lines += text[i] == '\n';
+    free(text);
+    return lines;
+}
+
+// a text that looks a little like language, so that there is something to learn
+static void write_corpus(const char* path, long n) {
+    static const char* words[] = {"the ", "expert ", "router ", "sends ", "tokens ",
+                                  "to ",  "a ",      "layer. ", "and\n",  "again, "};
+    Text text = {NULL, 0, 0};
+    for (uint64_t i = 0; (long)text.length < n; i++) {
+        const char* word = words[mix64(i) % 10];
+        text_add(&text, word, strlen(word));
+    }
+    write_bytes(path, text.data, (size_t)n);
+    free(text.data);
+}
+
+// A run of the program under test: exit code (or minus the signal that ended it) and what it printed.
+typedef struct {
+    int code;
+    char out[32768], err[32768];
+} Ran;
+
+static Ran ran; // the last one
+
+// Starts it with arguments that are separated by single spaces. file_limit > 0: no file may grow beyond so many bytes.
+static pid_t start_program(const char* arguments, long file_limit) {
+    char *copy = copy_string(arguments), *rest = copy, *word, *argv[96];
+    int argc = 0;
+    argv[argc++] = self_path;
+    argv[argc++] = (char*)"--as-train-moe";
+    while ((word = strsep(&rest, " ")) != NULL && argc < 95)
+        if (*word) argv[argc++] = word;
+    argv[argc] = NULL;
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        alarm(300); // a test that hangs should fail
+        setenv("OMP_WAIT_POLICY", "passive", 1); // more threads than cores should not wait by turning round
+        if (file_limit > 0) {
+            struct rlimit limit = {(rlim_t)file_limit, (rlim_t)file_limit};
+            signal(SIGXFSZ, SIG_IGN); // the write fails instead
+            setrlimit(RLIMIT_FSIZE, &limit);
+        }
+        if (!freopen(temp("stdout"), "w", stdout) || !freopen(temp("stderr"), "w", stderr)) _exit(99);
+        execv(self_path, argv);
+        _exit(99);
+    }
+    free(copy);
+    if (pid < 0) die(1, "fork: %s", strerror(errno));
+    return pid;
+}
+
+static void read_output(const char* name, char* buffer, size_t size) {
+    size_t n = 0;
+    char* text = read_bytes(temp("%s", name), &n);
+    snprintf(buffer, size, "%s", text ? text : "");
+    if (*buffer && buffer[strlen(buffer) - 1] == '\n') buffer[strlen(buffer) - 1] = 0;
+    free(text);
+}
+
+static int finish_program(pid_t pid) {
+    int status = 0;
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR) {
+    }
+    ran.code = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+    read_output("stdout", ran.out, sizeof ran.out);
+    read_output("stderr", ran.err, sizeof ran.err);
+    return ran.code;
+}
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 1, 2)))
+#endif
+static int
+run_program(const char* format, ...) {
+    char arguments[4096];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(arguments, sizeof arguments, format, args);
+    va_end(args);
+    return finish_program(start_program(arguments, 0));
+}
+
+// the lines on stderr that are not the progress of training
+static int error_lines(void) {
+    int lines = 0;
+    for (const char* s = ran.err; *s; s = strchr(s, '\n') ? strchr(s, '\n') + 1 : s + strlen(s))
+        lines += strncmp(s, "step ", 5) != 0 || strstr(s, "could not") == s;
+    return lines;
+}
+
+// ends a failed check's output with what the program said
+static void show_failure(int ok) {
+    if (!ok) printf("       exit code %d, stderr: %.600s\n", ran.code, ran.err);
+}
+
+static void set_threads(int n) {
+#ifdef _OPENMP
+    omp_set_num_threads(n);
+#else
+    (void)n;
+#endif
+}
+
+// memory of exactly n floats, so that a sanitizer or valgrind sees every access outside
+static float* random_floats(long n, uint64_t key) {
+    float* x = (float*)checked_malloc(sizeof(float) * (size_t)n);
+    fill_random(x, n, key);
+    return x;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Against transformers in fp64 (dev/reference/make_references.py)
 
-static const char* golden_models[] = {"llama", "llama_tied", "mistral", "mixtral", "mixtral_top1", "olmoe", "olmoe_norm", "qwen3",
-                                      "qwen3_moe", "qwen3_moe_all", "qwen3_moe_mlp_only", "qwen3_moe_top1", "dots1"};
-static const char* golden_routers[] = {"sigmoid", "sigmoid_top1", "lpr", "lpr_mean", "logit_norm", "aux_hf", "matryoshka", "family",
-                                       "family_aux", "family_inf", "family_sigmoid", "family_sigmoid_inf", "family_twins",
+static const char* golden_models[] = {
+    "llama",      "llama_tied", "mistral",   "mixtral",       "mixtral_top1",       "olmoe",
+    "olmoe_norm", "qwen3",      "qwen3_moe", "qwen3_moe_all", "qwen3_moe_mlp_only", "qwen3_moe_top1",
+    "dots1"};
+static const char* golden_routers[] = {"sigmoid",
+                                       "sigmoid_top1",
+                                       "lpr",
+                                       "lpr_mean",
+                                       "logit_norm",
+                                       "aux_hf",
+                                       "matryoshka",
+                                       "family",
+                                       "family_aux",
+                                       "family_inf",
+                                       "family_sigmoid",
+                                       "family_sigmoid_inf",
+                                       "family_twins",
                                        "family_twins_sigmoid"};
 
 static Model* open_model(const char* dir, Purpose purpose, int B, int T) {
@@ -120,7 +331,7 @@ static void test_golden_model(const char* folder, const char* name) {
     config.topk_limit = config.num_experts;
     config.family_penalty = penalty;
     Model* m = model_create(&config, FOR_TRAINING, B, T, T, NULL);
-    m->config.family_penalty = 0;           // the families are in the reference and not in an upcycle.json
+    m->config.family_penalty = 0; // the families are in the reference and not in an upcycle.json
     if (!checkpoint_load(m, dir, &error)) die(1, "%s", error.text);
     m->config.family_penalty = penalty;
     const Config* c = &m->config;
@@ -132,7 +343,7 @@ static void test_golden_model(const char* folder, const char* name) {
         int* family = penalty > 0 && c->sparse[l] ? reference_ints(s, tensor, NULL) : NULL;
         if (family) memcpy(m->family + (long)l * c->num_experts, family, sizeof(int) * (size_t)c->num_experts);
         free(family);
-        if (ks && c->sparse[l]) m->topk[l] = atoi(ks->string + 2 * at++);        // "3,1"
+        if (ks && c->sparse[l]) m->topk[l] = atoi(ks->string + 2 * at++); // "3,1"
     }
     m->balance.aux = (float)metadata_number(s, "aux");
     m->balance.z = (float)metadata_number(s, "z_loss");
@@ -145,10 +356,11 @@ static void test_golden_model(const char* folder, const char* name) {
     free(logits);
     static const char* losses[] = {"loss", "aux_loss", "z_loss", "lpr_loss"};
     for (int i = 0; i < 4; i++) {
-        if (!safetensors_find(s, losses[i])) continue;      // transformers defines no aux loss for Dots1
+        if (!safetensors_find(s, losses[i])) continue; // transformers defines no aux loss for Dots1
         float* expected = reference_floats(s, losses[i], NULL);
         double got = i == 0 ? m->loss : i == 1 ? m->aux_loss : i == 2 ? m->z_loss : m->lpr_loss;
-        check(fabs(got - expected[0]) <= 1e-5 * (1 + fabs(expected[0])), "%s: %s %.7f, expected %.7f", name, losses[i], got, expected[0]);
+        check(fabs(got - expected[0]) <= 1e-5 * (1 + fabs(expected[0])), "%s: %s %.7f, expected %.7f", name, losses[i],
+              got, expected[0]);
         free(expected);
     }
     for (int l = 0; l < c->num_layers; l++) {
@@ -182,7 +394,8 @@ static void test_golden_model(const char* folder, const char* name) {
         }
         free(expected);
     }
-    check(worst <= 1e-5, "%s: %d gradients, largest relative error %.1e (%s)", name, m->layout.count, worst, worst_name);
+    check(worst <= 1e-5, "%s: %d gradients, largest relative error %.1e (%s)", name, m->layout.count, worst,
+          worst_name);
 
     for (int l = 0; l < c->num_layers; l++) {
         char tensor[64];
@@ -208,7 +421,8 @@ static void test_golden_model(const char* folder, const char* name) {
     }
 
     if (safetensors_find(s, "adamw.losses")) {
-        float *expected = reference_floats(s, "adamw.losses", &n), *norms = reference_floats(s, "adamw.grad_norms", NULL);
+        float *expected = reference_floats(s, "adamw.losses", &n),
+              *norms = reference_floats(s, "adamw.grad_norms", NULL);
         AdamW o = {metadata_number(s, "beta1"), metadata_number(s, "beta2"), metadata_number(s, "eps"),
                    metadata_number(s, "weight_decay"), metadata_number(s, "clip")};
         double norm_error = 0;
@@ -233,7 +447,8 @@ static void test_golden_model(const char* folder, const char* name) {
 }
 
 static void test_golden(void) {
-    for (size_t i = 0; i < sizeof golden_models / sizeof golden_models[0]; i++) test_golden_model("golden", golden_models[i]);
+    for (size_t i = 0; i < sizeof golden_models / sizeof golden_models[0]; i++)
+        test_golden_model("golden", golden_models[i]);
 }
 
 static void test_golden_routers(void) {
@@ -279,8 +494,12 @@ static Model* multiply_experts(const Model* source, int copies) {
 }
 
 static void test_families(void) {
-    static const struct { const char *folder, *name; } models[] = {
-        {"golden", "qwen3_moe"}, {"golden", "mixtral"}, {"golden_routers", "sigmoid"}, {"golden_routers", "logit_norm"}};
+    static const struct {
+        const char *folder, *name;
+    } models[] = {{"golden", "qwen3_moe"},
+                  {"golden", "mixtral"},
+                  {"golden_routers", "sigmoid"},
+                  {"golden_routers", "logit_norm"}};
     enum { B = 2, T = 9 };
     int tokens[B * T];
     for (int i = 0; i < 4; i++) {
@@ -316,10 +535,12 @@ static void test_families(void) {
                 }
             int used = places[0] > 0 && places[1] > 0 && (copies == 2 || places[2] > 0);
             // sigmoid: bit for bit. The softmax's sum meets the same numbers in another order, and rounds differently.
-            check(worst <= (c.router == ROUTER_SIGMOID ? 0 : 1e-6), "%s: %d copies of each expert, K = 1 to %d, renormalised or not: relative error %.1e%s",
+            check(worst <= (c.router == ROUTER_SIGMOID ? 0 : 1e-6),
+                  "%s: %d copies of each expert, K = 1 to %d, renormalised or not: relative error %.1e%s",
                   models[i].name, copies, E, worst, same ? ", bit for bit" : "");
-            check(together == 0 && used, "%s: %d copies: never two of one family, and each copy sees tokens (%d, %d, %d)",
-                  models[i].name, copies, places[0], places[1], places[2]);
+            check(together == 0 && used,
+                  "%s: %d copies: never two of one family, and each copy sees tokens (%d, %d, %d)", models[i].name,
+                  copies, places[0], places[1], places[2]);
             model_free(grown);
         }
         model_free(source);
@@ -337,7 +558,8 @@ static void test_load_figures(void) {
     LoadFigures f = load_figures(even, 4);
     check(f.gini == 0 && f.min_max == 1 && f.max_vio == 0 && f.dead == 0, "equal loads");
     f = load_figures(one, 4);
-    check(fabs(f.gini - 0.75) < 1e-12 && f.min_max == 0 && fabs(f.max_vio - 3) < 1e-12 && f.dead == 3, "one expert has all");
+    check(fabs(f.gini - 0.75) < 1e-12 && f.min_max == 0 && fabs(f.max_vio - 3) < 1e-12 && f.dead == 3,
+          "one expert has all");
     f = load_figures(mixed, 4);
     // sum_i (2 i - n - 1) x_(i) / (n sum x) = (-3 - 2 + 3 + 12) / 40
     check(fabs(f.gini - 0.25) < 1e-12 && fabs(f.min_max - 0.25) < 1e-12 && fabs(f.max_vio - 0.6) < 1e-12, "1, 2, 3, 4");
@@ -346,22 +568,2900 @@ static void test_load_figures(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Matrix products
 
-static const struct { const char* name; void (*run)(void); } groups[] = {
-    {"golden", test_golden},
-    {"routers", test_golden_routers},
-    {"families", test_families},
-    {"load figures", test_load_figures},
+typedef struct {
+    int E, C, OC, rows, *offsets; // `rows` of all experts together
+    float *x, *W, *dy; // (rows, C), (E, OC, C), (rows, OC)
+} Product;
+
+static Product product_create(int E, const int* rows, int C, int OC) {
+    Product p = {E, C, OC, 0, (int*)checked_malloc(sizeof(int) * (size_t)(E + 1)), NULL, NULL, NULL};
+    p.offsets[0] = 0;
+    for (int e = 0; e < E; e++) p.offsets[e + 1] = p.offsets[e] + rows[e];
+    p.rows = p.offsets[E];
+    p.x = random_floats((long)p.rows * C, 1);
+    p.W = random_floats((long)E * OC * C, 2);
+    p.dy = random_floats((long)p.rows * OC, 3);
+    return p;
+}
+
+static void product_free(Product* p) {
+    free(p->offsets);
+    free(p->x);
+    free(p->W);
+    free(p->dy);
+}
+
+static long product_size(const Product* p, int kind) {
+    return kind == FORWARD          ? (long)p->rows * p->OC
+           : kind == BACKWARD_INPUT ? (long)p->rows * p->C
+                                    : (long)p->E * p->OC * p->C;
+}
+
+// grouped = 0 calls the product for one weight matrix (E = 1)
+static void product_run(const Product* p, int kind, int grouped, int add, float* out) {
+    int C = p->C, OC = p->OC, E = p->E;
+    long stride = (long)OC * C;
+    if (kind == FORWARD && grouped)
+        grouped_matmul_forward(out, p->x, p->W, stride, C, OC, E, p->offsets);
+    else if (kind == FORWARD)
+        matmul_forward(out, p->x, p->W, p->rows, C, OC);
+    else if (kind == BACKWARD_INPUT && grouped)
+        grouped_matmul_backward_input(out, p->dy, p->W, stride, C, OC, E, p->offsets, add);
+    else if (kind == BACKWARD_INPUT)
+        matmul_backward_input(out, p->dy, p->W, p->rows, C, OC, add);
+    else if (grouped)
+        grouped_matmul_backward_weight(out, p->dy, p->x, stride, C, OC, E, p->offsets);
+    else
+        matmul_backward_weight(out, p->dy, p->x, p->rows, C, OC);
+}
+
+// Element i of the result that `start` becomes, in double, and the sum of the magnitudes that went into it. `ordered`
+// gets the same sum in float, in the order that train_moe.c promises: with one rounding a step (fused) or two.
+static double product_element(const Product* p, int kind, long i, float start, int fused, double* magnitude,
+                              float* ordered) {
+    int C = p->C, OC = p->OC, E = p->E, e = 0, depth;
+    const float *left, *right;
+    long left_step, right_step;
+    if (kind == BACKWARD_WEIGHT) {
+        e = (int)(i / ((long)OC * C));
+        left = p->dy + (long)p->offsets[e] * OC + i / C % OC;
+        right = p->x + (long)p->offsets[e] * C + i % C;
+        left_step = OC;
+        right_step = C;
+        depth = p->offsets[e + 1] - p->offsets[e];
+    } else {
+        int columns = kind == FORWARD ? OC : C, row = (int)(i / columns), column = (int)(i % columns);
+        while (e < E - 1 && row >= p->offsets[e + 1]) e++;
+        const float* W = p->W + (long)e * OC * C;
+        left = kind == FORWARD ? p->x + (long)row * C : p->dy + (long)row * OC;
+        right = kind == FORWARD ? W + (long)column * C : W + column;
+        left_step = 1;
+        right_step = kind == FORWARD ? 1 : C;
+        depth = kind == FORWARD ? C : OC;
+    }
+    double sum = start;
+    volatile float s = start; // volatile: rounded to a float after each operation
+    *magnitude = fabs((double)start);
+    for (int k = 0; k < depth; k++) {
+        float a = left[k * left_step], b = right[k * right_step];
+        sum += (double)a * b;
+        *magnitude += fabs((double)a * b);
+        if (fused)
+            s = fmaf(a, b, s);
+        else {
+            volatile float product = a * b;
+            s = s + product;
+        }
+    }
+    *ordered = s;
+    return sum;
+}
+
+// Checks every element of all three products (the second with and without adding). Returns 0 if one is outside the
+// bound on rounding, (terms) 2^-24 of the magnitudes; *unfused and *fused stay 1 while all bits are the plain loop's.
+static int product_check(const Product* p, int grouped, int* unfused, int* fused) {
+    int ok = 1;
+    for (int variant = 0; variant < 4; variant++) {
+        int kind = variant % 3, add = variant == 3 || kind == BACKWARD_WEIGHT;
+        if (variant == 3) kind = BACKWARD_INPUT;
+        long n = product_size(p, kind);
+        float *before = random_floats(n, 4), *out = (float*)checked_malloc(sizeof(float) * (size_t)n), ordered;
+        memcpy(out, before, sizeof(float) * (size_t)n);
+        product_run(p, kind, grouped, add, out);
+        int depth = kind == FORWARD ? p->C : kind == BACKWARD_INPUT ? p->OC : p->rows;
+        for (long i = 0; i < n; i++) {
+            double magnitude, sum = product_element(p, kind, i, add ? before[i] : 0, 0, &magnitude, &ordered);
+            if (!(fabs(out[i] - sum) <= (depth + 2) * magnitude * 0x1p-24)) ok = 0;
+            *unfused &= ordered == out[i];
+            product_element(p, kind, i, add ? before[i] : 0, 1, &magnitude, &ordered);
+            *fused &= ordered == out[i];
+        }
+        free(before);
+        free(out);
+    }
+    return ok;
+}
+
+static void test_matmul_values(void) {
+    static const int rows[] = {0, 1, 3, 8, 9, 13, 14, 15, 29, 530},
+                     sizes[][2] = {{1, 1}, {5, 3}, {17, 33}, {64, 96}, {193, 47}};
+    int unfused = 1, fused = 1;
+    for (size_t s = 0; s < sizeof sizes / sizeof sizes[0]; s++) {
+        int C = sizes[s][0], OC = sizes[s][1], ok = 1;
+        for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++) {
+            Product p = product_create(1, &rows[r], C, OC);
+            ok &= product_check(&p, 0, &unfused, &fused);
+            product_free(&p);
+        }
+        check(ok, "three products, 0 to 530 rows, %d -> %d", C, OC);
+    }
+    static const int shares[][5] = {
+        {0, 0, 0, 0, 0}, {0, 7, 0, 1, 40}, {13, 0, 0, 0, 0}, {3, 3, 3, 3, 3}, {0, 0, 0, 0, 101}};
+    for (size_t s = 0; s < sizeof shares / sizeof shares[0]; s++) {
+        Product p = product_create(5, shares[s], 19, 35);
+        check(product_check(&p, 1, &unfused, &fused), "grouped products, rows %d %d %d %d %d", shares[s][0],
+              shares[s][1], shares[s][2], shares[s][3], shares[s][4]);
+        product_free(&p);
+    }
+    check(unfused || fused, "every bit is that of the plain loop over k, %s", fused ? "fused" : "two roundings a step");
+}
+
+static void test_matmul_bits(void) {
+    static const int rows[] = {61}, shares[] = {9, 0, 23, 1, 30};
+    int E = 5, C = 205, OC = 77;
+    Product p = product_create(1, rows, C, OC), g = product_create(E, shares, C, OC);
+    float *y = random_floats(61L * OC, 0), *one = random_floats(61L * OC, 0);
+    memcpy(p.W + 50L * C, p.W + 3L * C, sizeof(float) * (size_t)C); // twins
+    memcpy(p.W + 76L * C, p.W + 3L * C, sizeof(float) * (size_t)C);
+    matmul_forward(y, p.x, p.W, 61, C, OC);
+    int same = 1;
+    for (int r = 0; r < 61; r++) same &= y[r * OC + 3] == y[r * OC + 50] && y[r * OC + 3] == y[r * OC + 76];
+    check(same, "equal rows of weights give equal bits, wherever they stand");
+    for (int count = 1; count < 20; count++) {
+        same = 1;
+        for (int r = 0; r + count <= 61; r += count) {
+            matmul_forward(one, p.x + (long)r * C, p.W, count, C, OC);
+            same &= !memcmp(one, y + (long)r * OC, sizeof(float) * (size_t)(count * OC));
+        }
+        if (count <= 3 || count == 8 || count == 9 || count == 19 || !same)
+            check(same, "%d rows alone have the bits of 61 rows", count);
+    }
+    for (int kind = 0; kind < 3; kind++) {
+        static const char* names[] = {"forward", "backward input", "backward weight"};
+        long n = product_size(&g, kind);
+        float *all = random_floats(n, 5), *single = random_floats(n, 5), *threads = NULL;
+        product_run(&g, kind, 1, 1, all);
+        for (int e = 0; e < E; e++) {
+            int m = shares[e];
+            float *x = g.x + (long)g.offsets[e] * C, *dy = g.dy + (long)g.offsets[e] * OC, *W = g.W + (long)e * OC * C;
+            if (kind == FORWARD) matmul_forward(single + (long)g.offsets[e] * OC, x, W, m, C, OC);
+            if (kind == BACKWARD_INPUT) matmul_backward_input(single + (long)g.offsets[e] * C, dy, W, m, C, OC, 1);
+            if (kind == BACKWARD_WEIGHT) matmul_backward_weight(single + (long)e * OC * C, dy, x, m, C, OC);
+        }
+        check(!memcmp(all, single, sizeof(float) * (size_t)n), "%s: grouped has the bits of one call for each expert",
+              names[kind]);
+        same = 1;
+        static const int counts[] = {1, 2, 3, 8};
+        for (int i = 0; i < 4; i++) {
+            set_threads(counts[i]);
+            threads = random_floats(n, 5);
+            product_run(&g, kind, 1, 1, threads);
+            same &= !memcmp(all, threads, sizeof(float) * (size_t)n);
+            free(threads);
+        }
+        set_threads(default_threads);
+        check(same, "%s: 1, 2, 3 and 8 threads have equal bits", names[kind]);
+        free(all);
+        free(single);
+    }
+    free(y);
+    free(one);
+    product_free(&p);
+    product_free(&g);
+}
+
+static void test_matmul(void) {
+    test_matmul_values();
+    test_matmul_bits();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layers against plain formulas in double, and their gradients against numeric differences of those formulas
+
+typedef double (*Function)(const double* x, const void* context);
+
+// central difference of f at x in direction i; f is evaluated in double, so that a small step is exact enough
+static double numeric_derivative(Function f, double* x, long i, const void* context) {
+    double h = 1e-5, kept = x[i];
+    x[i] = kept + h;
+    double up = f(x, context);
+    x[i] = kept - h;
+    double down = f(x, context);
+    x[i] = kept;
+    return (up - down) / (2 * h);
+}
+
+static double* to_double(const float* x, long n) {
+    double* out = (double*)checked_malloc(sizeof(double) * (size_t)n);
+    for (long i = 0; i < n; i++) out[i] = x[i];
+    return out;
+}
+
+// largest |got - numeric derivative| over every step-th of n inputs, relative to the largest derivative
+static double gradient_error(Function f, const float* x, const float* got, long n, long step, const void* context) {
+    double *point = to_double(x, n), worst = 0, scale = 1e-30;
+    for (long i = 0; i < n; i += step) {
+        double expected = numeric_derivative(f, point, i, context), error = fabs(got[i] - expected);
+        if (!(error <= worst)) worst = error;
+        scale = fmax(scale, fabs(expected));
+    }
+    free(point);
+    return worst / scale;
+}
+
+// RMSNorm. The inputs are x (N, groups, size), then weight (size); the value is <out, dout>.
+typedef struct {
+    int N, groups, size;
+    const float* dout;
+    double* out;
+} NormContext;
+
+static double norm_plain(const double* x, const void* context) {
+    const NormContext* c = (const NormContext*)context;
+    const double* weight = x + (long)c->N * c->groups * c->size;
+    double value = 0;
+    for (int v = 0; v < c->N * c->groups; v++) {
+        double mean = 0;
+        for (int i = 0; i < c->size; i++) mean += x[(long)v * c->size + i] * x[(long)v * c->size + i] / c->size;
+        for (int i = 0; i < c->size; i++) {
+            double out = weight[i] * x[(long)v * c->size + i] / sqrt(mean + 1e-5);
+            if (c->out) c->out[(long)v * c->size + i] = out;
+            value += out * c->dout[(long)v * c->size + i];
+        }
+    }
+    return value;
+}
+
+static void test_rmsnorm(int groups, int size) {
+    int N = 7, gap = 3; // rows of x are further apart than they are long
+    long row = (long)groups * size, ld = row + gap, n = N * row;
+    float *inputs = random_floats(n + size, 10), *x = random_floats(N * ld, 0), *out = random_floats(n, 0),
+          *rstd = random_floats(N * groups, 0);
+    float *dout = random_floats(n, 11), *gradient = random_floats(n + size, 12), *dx = random_floats(N * ld, 13),
+          *weight = inputs + n;
+    NormContext c = {N, groups, size, dout, (double*)checked_malloc(sizeof(double) * (size_t)n)};
+    for (int r = 0; r < N; r++) memcpy(x + r * ld, inputs + r * row, sizeof(float) * (size_t)row);
+    rmsnorm_forward(out, row, rstd, x, ld, weight, N, groups, size, 1e-5f);
+    double *point = to_double(inputs, n + size), worst = 0;
+    norm_plain(point, &c);
+    for (long i = 0; i < n; i++) worst = fmax(worst, fabs(out[i] - c.out[i]));
+    check(worst < 2e-6, "rmsnorm, %d groups of %d: forward, error %.1e", groups, size, worst);
+    free(c.out);
+    c.out = NULL;
+    float* kept = random_floats(N * ld, 13);
+    memset(gradient, 0, sizeof(float) * (size_t)(n + size));
+    rmsnorm_backward(dx, ld, 1, gradient + n, dout, row, x, ld, weight, rstd, N, groups, size);
+    for (int r = 0; r < N; r++)
+        for (long i = 0; i < row; i++) gradient[r * row + i] = dx[r * ld + i] - kept[r * ld + i];
+    worst = gradient_error(norm_plain, inputs, gradient, n + size, 1, &c);
+    check(worst < 2e-6, "rmsnorm, %d groups of %d: gradients, added to what was there, error %.1e", groups, size,
+          worst);
+    memset(gradient + n, 0, sizeof(float) * (size_t)size);
+    rmsnorm_backward(gradient, row, 0, gradient + n, dout, row, inputs, row, weight, rstd, N, groups, size);
+    worst = gradient_error(norm_plain, inputs, gradient, n + size, 1, &c);
+    check(worst < 2e-6, "rmsnorm, %d groups of %d: gradients, overwriting, error %.1e", groups, size, worst);
+    free(inputs);
+    free(x);
+    free(out);
+    free(rstd);
+    free(dout);
+    free(gradient);
+    free(dx);
+    free(kept);
+    free(point);
+}
+
+static void test_rope(void) {
+    int B = 2, T = 11, heads = 3, HD = 10, start = 5, N = B * T;
+    long ld = heads * HD + 4;
+    float *x = random_floats(N * ld, 20), *y = random_floats(N * ld, 20), *cosines = random_floats(40 * 5, 0),
+          *sines = random_floats(40 * 5, 0);
+    rope_table(cosines, sines, 40, HD, 500.0);
+    rope(y, ld, heads, N, T, start, HD, cosines, sines, 1);
+    double worst = 0, back = 0, norm = 0, dot = 0;
+    for (int n = 0; n < N; n++)
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < HD; i++) { // rotate_half: out = x cos + (-x2, x1) sin
+                const float* v = x + n * ld + h * HD;
+                double angle = (start + n % T) / pow(500.0, 2.0 * (i % 5) / HD);
+                double half = i < 5 ? -v[i + 5] : v[i - 5];
+                worst = fmax(worst, fabs(y[n * ld + h * HD + i] - (v[i] * cos(angle) + half * sin(angle))));
+            }
+    check(worst < 1e-6, "rope: rotate_half at positions from %d on, error %.1e", start, worst);
+    int outside = 1;
+    for (int n = 0; n < N; n++) outside &= !memcmp(x + n * ld + heads * HD, y + n * ld + heads * HD, sizeof(float) * 4);
+    check(outside, "rope: leaves what stands between the rows alone");
+    // a rotation's gradient is its transpose: <rope(x), g> = <x, rope'(g)>
+    float *g = random_floats(N * ld, 21), *dx = random_floats(N * ld, 21);
+    rope(dx, ld, heads, N, T, start, HD, cosines, sines, -1);
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < heads * HD; i++) {
+            dot += (double)y[n * ld + i] * g[n * ld + i];
+            back += (double)x[n * ld + i] * dx[n * ld + i];
+            norm += fabs((double)y[n * ld + i] * g[n * ld + i]);
+        }
+    check(fabs(dot - back) < 1e-6 * norm, "rope: backward is the transpose");
+    free(x);
+    free(y);
+    free(cosines);
+    free(sines);
+    free(g);
+    free(dx);
+}
+
+// SwiGLU and its gate. Inputs: gate_up (rows, 2, I), then one gate for each row; value: <gate act, dact>.
+typedef struct {
+    int rows, I;
+    const float* dact;
+} SwigluContext;
+
+static double swiglu_plain(const double* x, const void* context) {
+    const SwigluContext* c = (const SwigluContext*)context;
+    double value = 0;
+    for (int r = 0; r < c->rows; r++)
+        for (int i = 0; i < c->I; i++) {
+            double g = x[(long)r * 2 * c->I + i], u = x[(long)r * 2 * c->I + c->I + i];
+            value += x[(long)c->rows * 2 * c->I + r] * g / (1 + exp(-g)) * u * c->dact[(long)r * c->I + i];
+        }
+    return value;
+}
+
+static void test_swiglu(void) {
+    int rows = 6, I = 13, assignment[] = {3, 0, 5, 1, 4, 2};
+    long n = (long)rows * 2 * I;
+    float *inputs = random_floats(n + rows, 30), *act = random_floats(rows * I, 0), *gated = random_floats(rows * I, 0);
+    float *dact = random_floats(rows * I, 31), *gradient = random_floats(n + rows, 0), gates[6], dgates[6];
+    for (long i = 0; i < n; i++) inputs[i] *= 8; // far out, where sigmoid saturates, as well
+    for (int r = 0; r < rows; r++) gates[assignment[r]] = inputs[n + r];
+    swiglu_forward(act, inputs, rows, I);
+    double worst = 0;
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < I; i++) {
+            double g = inputs[(long)r * 2 * I + i], u = inputs[(long)r * 2 * I + I + i];
+            worst = fmax(worst, fabs(act[r * I + i] - g / (1 + exp(-g)) * u));
+        }
+    check(worst < 1e-5, "swiglu: forward, error %.1e of values up to 64", worst);
+    SwigluContext c = {rows, I, dact};
+    swiglu_backward(gradient, gated, dgates, dact, inputs, gates, assignment, rows, I);
+    for (int r = 0; r < rows; r++) gradient[n + r] = dgates[assignment[r]];
+    worst = gradient_error(swiglu_plain, inputs, gradient, n + rows, 1, &c);
+    check(worst < 2e-6, "swiglu: gradients of gate_up and of the experts' gates, error %.1e", worst);
+    worst = 0;
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < I; i++)
+            worst = fmax(worst, fabs(gated[r * I + i] - (double)gates[assignment[r]] * act[r * I + i]));
+    check(worst < 1e-5, "swiglu: backward makes gate * act again, error %.1e", worst);
+    swiglu_backward(inputs, gated, dgates, dact, inputs, gates, assignment, rows, I);
+    check(!memcmp(inputs, gradient, sizeof(float) * (size_t)n), "swiglu: backward in place has the same bits");
+    free(inputs);
+    free(act);
+    free(gated);
+    free(dact);
+    free(gradient);
+}
+
+typedef struct {
+    int N, V;
+    const int* targets;
+} EntropyContext;
+
+static double entropy_plain(const double* x, const void* context) {
+    const EntropyContext* c = (const EntropyContext*)context;
+    double value = 0;
+    for (int n = 0; n < c->N; n++) {
+        double sum = 0;
+        for (int v = 0; v < c->V; v++) sum += exp(x[(long)n * c->V + v]);
+        value += (log(sum) - x[(long)n * c->V + c->targets[n]]) / c->N;
+    }
+    return value;
+}
+
+static void test_cross_entropy(void) {
+    int N = 9, V = 37, targets[9];
+    float *logits = random_floats(N * V, 40), *gradient = random_floats(N * V, 40), losses[9], lse[9], sum = 0;
+    for (int n = 0; n < N; n++) targets[n] = (n * 11) % V;
+    for (int i = 0; i < N * V; i++) logits[i] = gradient[i] = 6 * logits[i];
+    EntropyContext c = {N, V, targets};
+    double *point = to_double(logits, N * V), expected = entropy_plain(point, &c);
+    cross_entropy_forward(losses, lse, logits, targets, N, V);
+    for (int n = 0; n < N; n++) sum += losses[n] / N;
+    check(fabs(sum - expected) < 2e-6, "cross-entropy: forward, error %.1e", fabs(sum - expected));
+    cross_entropy_backward(gradient, lse, targets, N, V, 1.0f / N);
+    double worst = gradient_error(entropy_plain, logits, gradient, N * V, 1, &c);
+    check(worst < 2e-6, "cross-entropy: gradient, error %.1e", worst);
+    for (int i = 0; i < N * V; i++) logits[i] = i % V == 3 ? 1000.0f : -1000.0f * (float)(i % 5);
+    cross_entropy_forward(losses, lse, logits, targets, N, V);
+    check(losses[0] == 1000 && isfinite(losses[4]) && lse[0] == 1000, "cross-entropy: logits of 1000 do not overflow");
+    free(logits);
+    free(gradient);
+    free(point);
+}
+
+// Attention. Inputs: q (B, T, NH, HD), k, v (B, T, NKV, HD) one behind the other; value: <out, dout>.
+typedef struct {
+    int B, T, NH, NKV, HD;
+    const float* dout;
+    double *out, *lse;
+} AttentionContext;
+
+static double attention_plain(const double* x, const void* context) {
+    const AttentionContext* c = (const AttentionContext*)context;
+    int T = c->T, HD = c->HD;
+    long nq = (long)c->B * T * c->NH * HD, nk = (long)c->B * T * c->NKV * HD;
+    double value = 0, *p = (double*)checked_malloc(sizeof(double) * (size_t)T);
+    for (int b = 0; b < c->B; b++)
+        for (int h = 0; h < c->NH; h++)
+            for (int i = 0; i < T; i++) {
+                int kv = h * c->NKV / c->NH;
+                const double* q = x + (((long)b * T + i) * c->NH + h) * HD;
+                double sum = 0;
+                for (int j = 0; j <= i; j++) {
+                    const double* k = x + nq + (((long)b * T + j) * c->NKV + kv) * HD;
+                    p[j] = 0;
+                    for (int d = 0; d < HD; d++) p[j] += q[d] * k[d] / sqrt(HD);
+                    sum += p[j] = exp(p[j]);
+                }
+                if (c->lse) c->lse[((long)b * c->NH + h) * T + i] = log(sum);
+                for (int d = 0; d < HD; d++) {
+                    double out = 0;
+                    for (int j = 0; j <= i; j++)
+                        out += p[j] / sum * x[nq + nk + (((long)b * T + j) * c->NKV + kv) * HD + d];
+                    long at = (((long)b * T + i) * c->NH + h) * HD + d;
+                    if (c->out) c->out[at] = out;
+                    value += out * c->dout[at];
+                }
+            }
+    free(p);
+    return value;
+}
+
+static void test_attention(int B, int T, int NH, int NKV, int HD) {
+    long nq = (long)B * T * NH * HD, nk = (long)B * T * NKV * HD, n = nq + 2 * nk, QK = (NH + NKV) * HD + 2,
+         QKV = (NH + 2 * NKV) * HD;
+    int N = B * T;
+    float *inputs = random_floats(n, 50), *qk = random_floats(N * QK, 0), *qkv = random_floats(N * QKV, 0),
+          *gradient = random_floats(n, 0);
+    float *out = random_floats(nq, 0), *lse = random_floats((long)B * NH * T, 0), *dout = random_floats(nq, 51);
+    float *dqk = random_floats(N * QK, 52), *dqkv = random_floats(N * QKV, 53),
+          *scratch = random_floats(attention_scratch_size(T), 54);
+    for (long i = 0; i < n; i++) inputs[i] *= 3;
+    for (int t = 0; t < N; t++) { // as in the model: queries and keys in one array, values in another
+        memcpy(qk + t * QK, inputs + (long)t * NH * HD, sizeof(float) * (size_t)(NH * HD));
+        memcpy(qk + t * QK + NH * HD, inputs + nq + (long)t * NKV * HD, sizeof(float) * (size_t)(NKV * HD));
+        memcpy(qkv + t * QKV + (NH + NKV) * HD, inputs + nq + nk + (long)t * NKV * HD,
+               sizeof(float) * (size_t)(NKV * HD));
+    }
+    const float *k = qk + NH * HD, *v = qkv + (NH + NKV) * HD;
+    AttentionContext c = {B,
+                          T,
+                          NH,
+                          NKV,
+                          HD,
+                          dout,
+                          (double*)checked_malloc(sizeof(double) * (size_t)nq),
+                          (double*)checked_malloc(sizeof(double) * (size_t)(B * NH * T))};
+    attention_forward(out, lse, qk, QK, k, QK, v, QKV, B, T, T, NH, NKV, HD, scratch);
+    double *point = to_double(inputs, n), worst = 0;
+    attention_plain(point, &c);
+    for (long i = 0; i < nq; i++) worst = fmax(worst, fabs(out[i] - c.out[i]));
+    for (long i = 0; i < (long)B * NH * T; i++) worst = fmax(worst, fabs(lse[i] - c.lse[i]));
+    check(worst < 5e-6, "attention, T = %d, %d heads on %d: forward, error %.1e", T, NH, NKV, worst);
+    free(c.out);
+    free(c.lse);
+    c.out = c.lse = NULL;
+    attention_backward(dqk, dqk + NH * HD, dqkv + (NH + NKV) * HD, dout, out, lse, qk, QK, k, QK, v, QKV, QK, QKV, B, T,
+                       NH, NKV, HD, scratch);
+    for (int t = 0; t < N; t++) {
+        memcpy(gradient + (long)t * NH * HD, dqk + t * QK, sizeof(float) * (size_t)(NH * HD));
+        memcpy(gradient + nq + (long)t * NKV * HD, dqk + t * QK + NH * HD, sizeof(float) * (size_t)(NKV * HD));
+        memcpy(gradient + nq + nk + (long)t * NKV * HD, dqkv + t * QKV + (NH + NKV) * HD,
+               sizeof(float) * (size_t)(NKV * HD));
+    }
+    worst = gradient_error(attention_plain, inputs, gradient, n, n / 150 | 1, &c);
+    check(worst < 5e-6, "attention, T = %d, %d heads on %d: 150 of the gradient's numbers, error %.1e", T, NH, NKV,
+          worst);
+    // all numbers of the gradient at once: the derivative along a random direction
+    float* direction = random_floats(n, 55);
+    double along = 0, h = 1e-5;
+    for (long i = 0; i < n; i++) {
+        along += (double)gradient[i] * direction[i];
+        point[i] = inputs[i] + h * direction[i];
+    }
+    double up = attention_plain(point, &c);
+    for (long i = 0; i < n; i++) point[i] = inputs[i] - h * direction[i];
+    double expected = (up - attention_plain(point, &c)) / (2 * h);
+    check(fabs(along - expected) < 1e-4 * (1 + fabs(expected)), "attention, T = %d: derivative along a direction, %.5f",
+          T, along);
+    free(inputs);
+    free(qk);
+    free(qkv);
+    free(gradient);
+    free(out);
+    free(lse);
+    free(dout);
+    free(dqk);
+    free(dqkv);
+    free(scratch);
+    free(point);
+    free(direction);
+}
+
+// A small model; 0 experts: dense.
+static Config tiny_config(Arch arch, int layers, int experts, int topk) {
+    Config c;
+    memset(&c, 0, sizeof c);
+    c.arch = arch;
+    c.num_layers = layers;
+    c.hidden_size = 24;
+    c.num_heads = 4;
+    c.num_kv_heads = 2;
+    c.head_dim = 6;
+    c.intermediate_size = 20;
+    c.num_experts = experts;
+    c.num_experts_per_tok = topk;
+    c.moe_intermediate_size = experts ? 10 : 0;
+    c.norm_topk_prob = experts > 0;
+    c.vocab_size = 50;
+    c.max_position_embeddings = 128;
+    c.qk_norm = arch == OLMOE ? QK_NORM_ROW : arch == QWEN3 || arch == QWEN3_MOE ? QK_NORM_HEAD : QK_NORM_NONE;
+    c.rope_theta = 1e4;
+    c.rms_norm_eps = 1e-6;
+    for (int l = 0; l < layers; l++) c.sparse[l] = experts > 0;
+    return c;
+}
+
+static void fill_tokens(int* tokens, int n, int V, uint64_t key) {
+    for (int i = 0; i < n; i++) tokens[i] = (int)(mix64(key * 1000003 + (uint64_t)i) % (uint64_t)V);
+}
+
+static void test_accumulation(void) {
+    enum { B = 6, T = 40 };
+    int tokens[B * T], targets[B * T];
+    Config c = tiny_config(QWEN3_MOE, 2, 5, 2);
+    Model* m = model_create(&c, FOR_TRAINING, B, T, T, NULL);
+    model_init(m, 3);
+    for (long i = 0; i < m->layout.total; i++) m->params[i] *= i < m->layout.matrices ? 8 : 1; // far from symmetric
+    fill_tokens(tokens, B * T, 50, 1);
+    fill_tokens(targets, B * T, 50, 2);
+    double whole = model_forward(m, tokens, targets, B, T), parts = 0;
+    model_backward(m, 1);
+    float* expected = random_floats(m->layout.total, 0);
+    memcpy(expected, m->grads, sizeof(float) * (size_t)m->layout.total);
+    memset(m->grads, 0, sizeof(float) * (size_t)m->layout.total);
+    for (int micro = 0; micro < 3; micro++) {
+        parts += model_forward(m, tokens + micro * 2 * T, targets + micro * 2 * T, 2, T) / 3;
+        model_backward(m, 1.0f / 3);
+    }
+    double error = relative_error(m->grads, expected, m->layout.total);
+    check(fabs(whole - parts) < 1e-5, "accumulation: the loss of three batches is that of one, %.6f and %.6f", parts,
+          whole);
+    check(error < 1e-5, "accumulation: the gradient of three batches is that of one, relative error %.1e", error);
+    free(expected);
+    model_free(m);
+}
+
+static void test_gradients(void) {
+    test_rmsnorm(1, 37);
+    test_rmsnorm(3, 8);
+    test_rope();
+    test_swiglu();
+    test_cross_entropy();
+    test_attention(2, 83, 6, 2, 10);
+    test_attention(1, 100, 3, 3, 6);
+    test_attention(1, 70, 4, 1, 16);
+    test_accumulation();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Experts
+
+static void test_grouping(const char* what, int N, int K, int E, const int* experts) {
+    int R = N * K, *offsets = (int*)checked_malloc(sizeof(int) * (size_t)(E + 1)),
+        *row_of = (int*)checked_malloc(sizeof(int) * (size_t)R);
+    int *assignment = (int*)checked_malloc(sizeof(int) * (size_t)R), counted = 1, inverse = 1, own = 1, stable = 1;
+    group_by_expert(offsets, assignment, row_of, experts, N, K, E);
+    for (int e = 0; e < E; e++) {
+        int count = 0;
+        for (int a = 0; a < R; a++) count += experts[a] == e;
+        counted &= offsets[e + 1] - offsets[e] == count;
+        for (int r = offsets[e]; r < offsets[e + 1]; r++) {
+            own &= experts[assignment[r]] == e;
+            stable &= r == offsets[e] || assignment[r - 1] < assignment[r];
+        }
+    }
+    for (int a = 0; a < R; a++) inverse &= row_of[a] >= 0 && row_of[a] < R && assignment[row_of[a]] == a;
+    check(offsets[0] == 0 && offsets[E] == R && counted, "grouping, %s: the counts", what);
+    check(own && inverse && stable, "grouping, %s: every assignment once, with its expert, in order", what);
+    free(offsets);
+    free(row_of);
+    free(assignment);
+}
+
+// gradient of expert e's three matrices in layer 0: 0 if it is zero everywhere, 1 if some of it is not
+static int expert_has_gradient(const Model* m, int e) {
+    long H = m->config.hidden_size, I = m->config.moe_intermediate_size;
+    const LayerWeights* dw = &m->dweights.layers[0];
+    for (long i = 0; i < 2 * I * H; i++)
+        if (dw->gate_up[e * 2 * I * H + i] != 0) return 1;
+    for (long i = 0; i < I * H; i++)
+        if (dw->down[e * I * H + i] != 0) return 1;
+    return 0;
+}
+
+static void test_experts(void) {
+    int mixed[] = {3, 1, 0, 3, 5, 1, 3, 0, 1, 5, 0, 1}, one[12], spread[12];
+    for (int i = 0; i < 12; i++) {
+        one[i] = 4;
+        spread[i] = i % 6;
+    }
+    test_grouping("two of six experts idle", 6, 2, 6, mixed);
+    test_grouping("all to one", 12, 1, 6, one);
+    test_grouping("evenly", 6, 2, 6, spread);
+
+    enum { T = 5 };
+    int tokens[T], targets[T];
+    fill_tokens(tokens, T, 50, 7);
+    fill_tokens(targets, T, 50, 8);
+    Config c = tiny_config(QWEN3_MOE, 1, 12, 1);
+    c.norm_topk_prob = 0;
+    Model* m = model_create(&c, FOR_TRAINING, 1, T, T, NULL);
+    model_init(m, 1);
+    m->counting_load = 1;
+    model_forward(m, tokens, targets, 1, T);
+    model_backward(m, 1);
+    int idle = 0, wrong = 0;
+    for (int e = 0; e < 12; e++) {
+        idle += m->load[e] == 0;
+        wrong += expert_has_gradient(m, e) != (m->load[e] > 0);
+    }
+    check(idle >= 7 && wrong == 0, "%d idle experts have a gradient of exactly zero, the others have one", idle);
+    long sum = 0;
+    for (int e = 0; e < 12; e++) sum += m->load[e];
+    check(sum == T, "the load counts each assignment once");
+
+    // equal rows of the router: equal scores
+    memset(m->weights.layers[0].router, 0, sizeof(float) * 12 * 24);
+    memset(m->load, 0, sizeof(long) * 12);
+    memset(m->grads, 0, sizeof(float) * (size_t)m->layout.total);
+    model_forward(m, tokens, targets, 1, T);
+    int lowest = 1;
+    for (int n = 0; n < T; n++) lowest &= m->layers[0].experts[n] == 0;
+    model_backward(m, 1);
+    check(lowest && m->load[0] == T && expert_has_gradient(m, 0),
+          "a tie goes to the lowest index, which has all tokens and a gradient");
+    model_free(m);
+
+    c.num_experts_per_tok = 4;
+    m = model_create(&c, FOR_TRAINING, 1, T, T, NULL);
+    model_init(m, 1);
+    fill_random(m->weights.layers[0].router, 12 * 24, 9);
+    float* router = m->weights.layers[0].router;
+    static const int twins[] = {2, 7, 11}; // equal bits, so equal scores wherever they come
+    for (int i = 1; i < 3; i++) memcpy(router + twins[i] * 24, router + 2 * 24, sizeof(float) * 24);
+    model_forward(m, tokens, targets, 1, T);
+    int ordered = 1, descending = 1, seen = 0;
+    for (int n = 0; n < T; n++)
+        for (int k = 0; k < 4; k++) {
+            const int* chosen = m->layers[0].experts + n * 4;
+            const float* z = m->layers[0].router_logits + n * 12;
+            if (k > 0)
+                descending &=
+                    z[chosen[k - 1]] > z[chosen[k]] || (z[chosen[k - 1]] == z[chosen[k]] && chosen[k - 1] < chosen[k]);
+            if (chosen[k] == 7 || chosen[k] == 11) {
+                ordered &= k > 0 && chosen[k - 1] == (chosen[k] == 7 ? 2 : 7);
+                seen++;
+            }
+        }
+    check(descending, "experts are listed best first, of equals the lowest index first");
+    check(ordered && seen > 0, "twin rows of the router are chosen lowest index first, seen %d times", seen);
+    model_free(m);
+
+    c.num_experts_per_tok = 12;
+    m = model_create(&c, FOR_TRAINING, 1, T, T, NULL);
+    model_init(m, 1);
+    m->counting_load = 1;
+    model_forward(m, tokens, targets, 1, T);
+    model_backward(m, 1);
+    int all = 1;
+    for (int e = 0; e < 12; e++) all &= m->load[e] == T && expert_has_gradient(m, e);
+    check(all, "K = E: every expert has every token and a gradient");
+    model_free(m);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Generation with the key/value cache against whole forward passes: the same bits
+
+enum { CACHE_LENGTH = 45 }; // more than a block of queries
+
+// Feeds tokens in chunks as `sizes` says (ending with 0, the last size repeats). The logits after each chunk must be
+// the row of its last token.
+static int cache_equals(Model* g, const int* tokens, const float* logits, const int* sizes) {
+    int same = 1, V = g->config.vocab_size;
+    g->cached = 0;
+    for (int fed = 0; fed < CACHE_LENGTH;) {
+        int n = imin(*sizes, CACHE_LENGTH - fed);
+        model_forward(g, tokens + fed, NULL, 1, n);
+        fed += n;
+        same &= !memcmp(g->logits, logits + (long)(fed - 1) * V, sizeof(float) * (size_t)V);
+        if (sizes[1]) sizes++;
+    }
+    return same && g->cached == CACHE_LENGTH;
+}
+
+static void test_cache_model(const char* dir, const char* name) {
+    static const int chunks[][6] = {{1, 0}, {3, 0}, {7, 0}, {CACHE_LENGTH, 0}, {33, 1, 0}, {1, 20, 2, 16, 1, 0}};
+    int tokens[CACHE_LENGTH], same = 1;
+    Config c;
+    Error error = {""};
+    if (!config_read(&c, dir, &error)) die(1, "%s", error.text);
+    fill_tokens(tokens, CACHE_LENGTH, c.vocab_size, 5);
+    Model *m = open_model(dir, FOR_SCORING, 1, CACHE_LENGTH), *full = m;
+    Model* g = model_create(&c, FOR_GENERATION, 1, CACHE_LENGTH, CACHE_LENGTH, m);
+    model_forward(m, tokens, NULL, 1, CACHE_LENGTH);
+    for (size_t i = 0; i < sizeof chunks / sizeof chunks[0]; i++) same &= cache_equals(g, tokens, m->logits, chunks[i]);
+    check(same, "%s: six ways to cut %d tokens into chunks", name, CACHE_LENGTH);
+
+    // a prefix, and a row of a batch, have the bits of the whole sequence alone
+    long V = c.vocab_size, n = 19;
+    float* alone = random_floats(CACHE_LENGTH * V, 0);
+    memcpy(alone, m->logits, sizeof(float) * (size_t)(CACHE_LENGTH * V));
+    model_forward(m, tokens, NULL, 1, (int)n);
+    same = !memcmp(alone, m->logits, sizeof(float) * (size_t)(n * V));
+    int batch[3 * CACHE_LENGTH];
+    fill_tokens(batch, 3 * CACHE_LENGTH, c.vocab_size, 6);
+    memcpy(batch + CACHE_LENGTH, tokens, sizeof tokens);
+    m = open_model(dir, FOR_TRAINING, 3, CACHE_LENGTH);
+    model_forward(m, batch, NULL, 3, CACHE_LENGTH);
+    same &= !memcmp(alone, m->logits + CACHE_LENGTH * V, sizeof(float) * (size_t)(CACHE_LENGTH * V));
+    check(same, "%s: a prefix, and a sequence among others, have the bits of the sequence alone", name);
+    free(alone);
+    model_free(m);
+    model_free(g);
+    model_free(full);
+}
+
+// When the cache is full, generation starts again from the later half of it.
+static void test_cache_restart(int positions, int chunk) {
+    int tokens[CACHE_LENGTH], start = 0, same = 1, restarts = 0;
+    Model* m = open_model("dev/reference/golden/qwen3_moe", FOR_SCORING, 1, CACHE_LENGTH);
+    Model* g = model_create(&m->config, FOR_GENERATION, 1, imin(chunk, positions), positions, m);
+    fill_tokens(tokens, CACHE_LENGTH, m->config.vocab_size, 9);
+    for (int fed = 0; fed < CACHE_LENGTH;) {
+        int n = imin(chunk, CACHE_LENGTH - fed);
+        generator_feed(g, tokens, fed, fed + n);
+        for (int t = fed; t < fed + n; t++)
+            if (t - start == positions) {
+                start = t - positions / 2;
+                restarts++;
+            }
+        fed += n;
+        model_forward(m, tokens + start, NULL, 1, fed - start);
+        long V = m->config.vocab_size;
+        same &= g->cached == fed - start;
+        same &= !memcmp(g->logits, m->logits + (long)(fed - start - 1) * V, sizeof(float) * (size_t)V);
+    }
+    check(same && restarts > 1, "a cache of %d, fed by %d: %d restarts from the later half", positions, chunk,
+          restarts);
+    model_free(g);
+    model_free(m);
+}
+
+static void test_cache(void) {
+    for (size_t i = 0; i < sizeof golden_models / sizeof golden_models[0]; i++) {
+        char dir[PATH_SIZE];
+        join_path(dir, "dev/reference/golden", golden_models[i]);
+        test_cache_model(dir, golden_models[i]);
+    }
+    test_cache_restart(16, 1);
+    test_cache_restart(16, 5);
+    test_cache_restart(7, 3);
+    test_cache_restart(1, 1);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Learning rate and AdamW
+
+static void check_rate(const Run* r, long step, double expected) {
+    static const char* names[] = {"wsd", "cosine", "constant"};
+    double got = learning_rate(r, step);
+    check(fabs(got - expected) <= 1e-12, "%s: step %ld of %ld: %.6f, expected %.6f", names[r->schedule], step, r->steps,
+          got, expected);
+}
+
+static void test_learning_rate(void) {
+    Run r;
+    memset(&r, 0, sizeof r);
+    r.steps = 100;
+    r.warmup = 10;
+    r.lr = 0.02;
+    r.min_lr = 0.004;
+    r.decay_frac = 0.2;
+    for (int s = 0; s < 3; s++) {
+        r.schedule = (Schedule)s;
+        check_rate(&r, 0, 0.002); // a tenth of the way up, not 0
+        check_rate(&r, 4, 0.010);
+        check_rate(&r, 9, 0.020);
+        check_rate(&r, 10, 0.020);
+    }
+    r.schedule = WSD; // falls over the steps 80 .. 99, and would reach min_lr at 100
+    check_rate(&r, 80, 0.020);
+    check_rate(&r, 81, 0.020 - 0.016 / 20);
+    check_rate(&r, 90, 0.012);
+    check_rate(&r, 99, 0.004 + 0.016 / 20);
+    r.schedule = COSINE;
+    check_rate(&r, 55, 0.012); // half way between 10 and 100
+    check_rate(&r, 40, 0.004 + 0.016 * 0.75); // a third: cos(60 degrees) = 1/2
+    check_rate(&r, 100, 0.004);
+    check_rate(&r, 500, 0.004);
+    r.schedule = CONSTANT;
+    check_rate(&r, 99, 0.020);
+    r.warmup = 0;
+    check_rate(&r, 0, 0.020);
+    r.schedule = COSINE;
+    check_rate(&r, 0, 0.020);
+    r.schedule = WSD;
+    r.decay_frac = 0;
+    check_rate(&r, 99, 0.020);
+    r.decay_frac = 1;
+    check_rate(&r, 50, 0.012);
+}
+
+// AdamW as torch.optim.AdamW and clip_grad_norm_ describe it, in double
+static void adamw_plain(double* w, double* m, double* v, const float* g, long n, long matrices, const AdamW* o,
+                        double lr, long step) {
+    double norm = 0, clip = 1;
+    for (long i = 0; i < n; i++) norm += (double)g[i] * g[i];
+    norm = sqrt(norm);
+    if (o->clip > 0) clip = fmin(1, o->clip / (norm + 1e-6));
+    for (long i = 0; i < n; i++) {
+        double grad = g[i] * clip;
+        if (i < matrices) w[i] *= 1 - lr * o->weight_decay;
+        m[i] += (1 - o->beta1) * (grad - m[i]);
+        v[i] = o->beta2 * v[i] + (1 - o->beta2) * grad * grad;
+        double m_hat = m[i] / (1 - pow(o->beta1, (double)step)), v_hat = v[i] / (1 - pow(o->beta2, (double)step));
+        w[i] -= lr * m_hat / (sqrt(v_hat) + o->eps);
+    }
+}
+
+static void test_adamw(double clip, double size) {
+    AdamW o = {0.9, 0.95, 1e-8, 0.5, clip};
+    Config c = tiny_config(QWEN3_MOE, 1, 3, 2);
+    Model* model = model_create(&c, FOR_TRAINING, 1, 4, 4, NULL);
+    long n = model->layout.total, matrices = model->layout.matrices;
+    fill_random(model->params, n, 60);
+    double *w = to_double(model->params, n), *m = to_double(model->exp_avg, n), *v = to_double(model->exp_avg, n);
+    double error = 0, norm_error = 0;
+    int cleared = 1;
+    for (long step = 1; step <= 5; step++) {
+        double norm = 0, lr = 0.01 * (double)step;
+        fill_random(model->grads, n, 60 + (uint64_t)step);
+        for (long i = 0; i < n; i++) {
+            model->grads[i] *= (float)size;
+            norm += (double)model->grads[i] * model->grads[i];
+        }
+        adamw_plain(w, m, v, model->grads, n, matrices, &o, lr, step);
+        norm_error = fmax(norm_error, fabs(model_update(model, &o, lr, step) / sqrt(norm) - 1));
+        for (long i = 0; i < n; i++) {
+            error = fmax(error, fabs(w[i] - model->params[i]));
+            cleared &= model->grads[i] == 0;
+        }
+    }
+    check(error < 2e-6, "AdamW, clip %g: five steps, error %.1e", clip, error);
+    check(norm_error < 1e-6 && cleared, "AdamW, clip %g: the norm before clipping; gradients are cleared", clip);
+
+    // no gradient: matrices shrink by lr * decay, vectors stay
+    memset(model->exp_avg, 0, sizeof(float) * (size_t)n);
+    float* before = random_floats(n, 0);
+    memcpy(before, model->params, sizeof(float) * (size_t)n);
+    model_update(model, &o, 0.1, 1);
+    int decayed = 1, kept = 1;
+    for (int i = 0; i < model->layout.count; i++) {
+        const Tensor* t = &model->layout.tensors[i];
+        int is_vector = strstr(t->name, "norm") != NULL;
+        for (long k = t->offset; k < t->offset + tensor_size(t); k++) {
+            if (is_vector)
+                kept &= model->params[k] == before[k];
+            else
+                decayed &= fabs(model->params[k] - 0.95 * before[k]) < 1e-6;
+        }
+    }
+    check(decayed && kept, "AdamW, clip %g: weight decay is for matrices alone", clip);
+
+    memcpy(before, model->params, sizeof(float) * (size_t)n);
+    model->grads[7] = NAN;
+    check(!isfinite(model_update(model, &o, 0.1, 1)) && !memcmp(before, model->params, sizeof(float) * (size_t)n),
+          "AdamW, clip %g: a gradient that is not finite changes nothing", clip);
+    free(before);
+    free(w);
+    free(m);
+    free(v);
+    model_free(model);
+}
+
+static void test_schedule(void) {
+    test_learning_rate();
+    test_adamw(1, 1); // the norm is about 30: clipped
+    test_adamw(1, 1e-3); // below 1: left alone
+    test_adamw(0, 1); // never clipped
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// JSON
+
+static Json* parse(const char* text, size_t n, Error* error) {
+    char* exact = (char*)checked_malloc(n); // no zero behind it, for the sanitizer
+    memcpy(exact, text, n);
+    error->text[0] = 0;
+    Json* j = json_parse(exact, n, error);
+    free(exact);
+    return j;
+}
+
+// for one line of output
+static const char* printable(const char* text) {
+    static char out[256];
+    int n = 0;
+    for (const char* s = text; *s && n < 240; s++)
+        n += (unsigned char)*s >= 32 && (unsigned char)*s < 127 ? sprintf(out + n, "%c", *s)
+                                                                : sprintf(out + n, "<%02x>", *s & 255);
+    out[n] = 0;
+    return out;
+}
+
+static void check_valid(const char* text) {
+    Error error;
+    Json* j = parse(text, strlen(text), &error);
+    check(j && !error.text[0], "accepts %.60s", printable(text));
+    json_free(j);
+}
+
+static void check_invalid(const char* text, size_t n, const char* expected) {
+    Error error;
+    Json* j = parse(text, n, &error);
+    check(!j && strstr(error.text, expected), "refuses %.40s: %s", printable(text), error.text);
+    json_free(j);
+}
+
+static void check_decoded(const char* text, const char* expected, size_t n) {
+    Error error;
+    Json* j = parse(text, strlen(text), &error);
+    check(j && j->type == JSON_STRING && j->length == n && !memcmp(j->string, expected, n), "decodes %.60s", text);
+    json_free(j);
+}
+
+static void test_json(void) {
+    static const char* valid[] = {"null",
+                                  " true ",
+                                  "false",
+                                  "0",
+                                  "-0",
+                                  "-1.5e+10",
+                                  "1E5",
+                                  "0.0",
+                                  "\"\"",
+                                  "[]",
+                                  "{}",
+                                  "\t[ ]\r\n",
+                                  "[1, [2, {\"a\": [null]}]]",
+                                  "{\"b\": 1, \"a\": {\"a\": 2}}",
+                                  "\"\\u00e9\"",
+                                  "\"\xC3\xA9\xE2\x96\x81\xF0\x9F\x98\x80\"",
+                                  "\"\x7f\""};
+    for (size_t i = 0; i < sizeof valid / sizeof valid[0]; i++) check_valid(valid[i]);
+
+    static const struct {
+        const char *text, *expected;
+    } invalid[] = {{"", "expected a value"},
+                   {" ", "expected a value"},
+                   {"nul", "expected a value"},
+                   {"nullx", "the end"},
+                   {"TRUE", "a value"},
+                   {"01", "the end"},
+                   {"+1", "a value"},
+                   {".5", "a value"},
+                   {"1.", "a digit"},
+                   {"1.e5", "a digit"},
+                   {"1e", "a digit"},
+                   {"1e+", "a digit"},
+                   {"-", "a value"},
+                   {"0x10", "the end"},
+                   {"NaN", "a value"},
+                   {"Infinity", "a value"},
+                   {"[", "a value"},
+                   {"[1", "a comma or ]"},
+                   {"[1,", "a value"},
+                   {"[1,]", "a value"},
+                   {"[1 2]", "a comma or ]"},
+                   {"[1}", "a comma or ]"},
+                   {"{", "a string"},
+                   {"{\"a\"", "a colon"},
+                   {"{\"a\":", "a value"},
+                   {"{\"a\":1", "a comma or }"},
+                   {"{\"a\":1,}", "a string"},
+                   {"{a:1}", "a string"},
+                   {"{1:1}", "a string"},
+                   {"{\"a\" 1}", "a colon"},
+                   {"]", "a value"},
+                   {"\"", "a closing quote"},
+                   {"\"a", "a closing quote"},
+                   {"\"\\", "an escape"},
+                   {"\"\\\"", "a closing quote"},
+                   {"\"\\x\"", "an escape"},
+                   {"\"\\u12\"", "four hexadecimal"},
+                   {"\"\\u12g4\"", "four hexadecimal"},
+                   {"\"\\ud800\"", "a surrogate pair"},
+                   {"\"\\ud800x\"", "a surrogate pair"},
+                   {"\"\\ud800\\u0041\"", "a surrogate pair"},
+                   {"\"\\udc00\"", "a surrogate pair"},
+                   {"\"a\nb\"", "control character"},
+                   {"\"\t\"", "control character"},
+                   {"\"\x80\"", "UTF-8"},
+                   {"\"\xC3\"", "UTF-8"},
+                   {"\"\xC3(\"", "UTF-8"},
+                   {"\"\xC0\x80\"", "UTF-8"},
+                   {"\"\xC1\xBF\"", "UTF-8"},
+                   {"\"\xE0\x80\x80\"", "UTF-8"},
+                   {"\"\xED\xA0\x80\"", "UTF-8"},
+                   {"\"\xF0\x80\x80\x80\"", "UTF-8"},
+                   {"\"\xF4\x90\x80\x80\"", "UTF-8"},
+                   {"\"\xF5\x80\x80\x80\"", "UTF-8"},
+                   {"\"\xFF\"", "UTF-8"},
+                   {"\xEF\xBB\xBF{}", "a value"},
+                   {"{\"a\":1,\"a\":2}", "\"a\" appears twice"},
+                   {"{\"a\":1,\"b\":0,\"\\u0061\":2}", "\"a\" appears twice"},
+                   {"{\"a\\u0000b\":1}", "without zero bytes"},
+                   {"[1] 2", "the end"},
+                   {"// comment\n1", "a value"},
+                   {"'a'", "a value"}};
+    for (size_t i = 0; i < sizeof invalid / sizeof invalid[0]; i++)
+        check_invalid(invalid[i].text, strlen(invalid[i].text), invalid[i].expected);
+    check_invalid("1\0", 2, "the end");
+
+    check_decoded("\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\\/\b\f\n\r\t", 8);
+    check_decoded("\"\\u0041\\u00e9\\u2581\"", "A\xC3\xA9\xE2\x96\x81", 6);
+    check_decoded("\"\\uD83D\\uDE00\\uffff\"", "\xF0\x9F\x98\x80\xEF\xBF\xBF", 7);
+    check_decoded("\"a\\u0000b\"", "a\0b", 3);
+
+    Error error;
+    char deep[400];
+    for (int levels = 60; levels <= 70; levels++) {
+        memset(deep, '[', (size_t)levels);
+        memset(deep + levels, ']', (size_t)levels);
+        Json* j = parse(deep, 2 * (size_t)levels, &error);
+        if (levels == 64 || levels == 66 || (j != NULL) != (levels <= 65))
+            check((j != NULL) == (levels <= 65), "%d levels of arrays: %s", levels, j ? "accepted" : error.text);
+        json_free(j);
+    }
+    memset(deep, '[', sizeof deep);
+    check_invalid(deep, sizeof deep, "64 levels");
+
+    const char* text = "{\"z\": 1.5e3, \"a\": [true, \"x\"], \"m\": -7, \"big\": 18446744073709551616, \"null\": null}";
+    Json* j = parse(text, strlen(text), &error);
+    check(json_get(j, "z")->number == 1500 && json_get(j, "m")->number == -7, "finds members by name");
+    check(!json_get(j, "q") && !json_get(json_get(j, "a"), "z") && !json_get(NULL, "a"),
+          "finds nothing where there is nothing");
+    check(json_get(j, "a")->count == 2 && !strcmp(json_get(j, "a")->items[1]->string, "x"),
+          "keeps the order of arrays");
+    check(json_whole(json_get(j, "z"), 9999) == -1 && json_whole(json_get(j, "m"), 9999) == -1 &&
+              json_whole(json_get(j, "big"), LONG_MAX) == -1,
+          "a whole number has no point, exponent or sign and is not too large");
+    check(json_absent(json_get(j, "null")) && json_absent(json_get(j, "q")) && !json_absent(json_get(j, "z")),
+          "null is absent");
+    json_free(j);
+
+    static const double numbers[] = {
+        1e-6, 1, 0, 0.1, 1e6, 1e4, 0.001, 123456789.0, 1.0 / 3, 5e-324, 1.7976931348623157e308};
+    int same = 1, floats = 1;
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
+        Text t = {NULL, 0, 0};
+        text_json_double(&t, numbers[i]);
+        same &= strtod(t.data, NULL) == numbers[i];
+        floats &= strpbrk(t.data, ".e") != NULL;
+        free(t.data);
+    }
+    check(same && floats, "numbers are written so that they read back the same and stay floats");
+    Text t = {NULL, 0, 0};
+    text_json_string(&t, "a\"b\\c\n\x01\xC3\xA9");
+    j = parse(t.data, t.length, &error);
+    check(j && !strcmp(j->string, "a\"b\\c\n\x01\xC3\xA9"), "strings are written so that they read back the same");
+    json_free(j);
+    free(t.data);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checkpoints: safetensors files
+
+// a file with this header and `data` bytes of tensors behind it
+static void write_safetensors(const char* path, const char* header, size_t data) {
+    size_t n = strlen(header);
+    unsigned char* file = (unsigned char*)checked_malloc(8 + n + data);
+    memset(file, 0, 8 + n + data);
+    for (int i = 0; i < 8; i++) file[i] = (unsigned char)((uint64_t)n >> (8 * i));
+    memcpy(file + 8, header, n);
+    write_bytes(path, file, 8 + n + data);
+    free(file);
+}
+
+static void check_open(const char* what, const char* path, const char* expected) {
+    Error error = {""};
+    SafeTensors* s = safetensors_open(path, &error);
+    if (!expected)
+        check(s && !error.text[0], "safetensors, %s: opens %s", what, error.text);
+    else
+        check(!s && strstr(error.text, expected) && strstr(error.text, path) && !strchr(error.text, '\n'),
+              "safetensors, %s: %s", what, error.text[0] ? error.text : "not refused");
+    safetensors_close(s);
+}
+
+#define A_TENSOR "\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]"
+
+static void test_safetensors_refusals(void) {
+    static const struct {
+        const char* what;
+        const char* header;
+        size_t data;
+        const char* expected;
+    } files[] = {
+        {"one tensor", "{\"a\":{" A_TENSOR "}}", 8, NULL},
+        {"padded header", "{\"a\":{" A_TENSOR "}}       ", 8, NULL},
+        {"no tensors", "{}", 0, NULL},
+        {"metadata", "{\"__metadata__\":{\"format\":\"pt\"},\"a\":{" A_TENSOR "}}", 8, NULL},
+        {"empty tensor", "{\"a\":{" A_TENSOR "},\"b\":{\"dtype\":\"F32\",\"shape\":[0,5],\"data_offsets\":[8,8]}}", 8,
+         NULL},
+        {"scalar", "{\"a\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[0,4]}}", 4, NULL},
+        {"not JSON", "{\"a\":{" A_TENSOR "}", 8, "not JSON"},
+        {"no object", "[]", 0, "does not start with {"},
+        {"not UTF-8", "{\"\xFF\":{" A_TENSOR "}}", 8, "UTF-8"},
+        {"space before the header", " {\"a\":{" A_TENSOR "}}", 8, "does not start with {"},
+        {"text after the header", "{\"a\":{" A_TENSOR "}}x", 8, "not JSON"},
+        {"unknown dtype", "{\"a\":{\"dtype\":\"F31\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8, "unknown dtype F31"},
+        {"no dtype", "{\"a\":{\"shape\":[2],\"data_offsets\":[0,8]}}", 8, "no dtype"},
+        {"dtype a number", "{\"a\":{\"dtype\":1,\"shape\":[2],\"data_offsets\":[0,8]}}", 8, "no dtype"},
+        {"no shape", "{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,8]}}", 8, "shape is not"},
+        {"negative shape", "{\"a\":{\"dtype\":\"F32\",\"shape\":[-2],\"data_offsets\":[0,8]}}", 8, "shape is not"},
+        {"shape a float", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2.0],\"data_offsets\":[0,8]}}", 8, "shape is not"},
+        {"shape of text", "{\"a\":{\"dtype\":\"F32\",\"shape\":[\"2\"],\"data_offsets\":[0,8]}}", 8, "shape is not"},
+        {"five dimensions", "{\"a\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,2],\"data_offsets\":[0,8]}}", 8,
+         "shape is not"},
+        {"shape overflow", "{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,8]}}", 8,
+         "overflows"},
+        {"overflow in bytes", "{\"a\":{\"dtype\":\"F32\",\"shape\":[4611686018427387904],\"data_offsets\":[0,8]}}", 8,
+         "shape is not"},
+        {"overflow in bytes", "{\"a\":{\"dtype\":\"F64\",\"shape\":[99999999999,99999999],\"data_offsets\":[0,8]}}", 8,
+         "overflows"},
+        {"no offsets", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2]}}", 8, "data_offsets"},
+        {"one offset", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8]}}", 8, "data_offsets"},
+        {"three offsets", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8,8]}}", 8, "data_offsets"},
+        {"offsets backwards", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,0]}}", 8, "data_offsets"},
+        {"negative offset", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[-8,0]}}", 8, "data_offsets"},
+        {"huge offset", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,9223372036854775807]}}", 8,
+         "data_offsets"},
+        {"size too small", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,4]}}", 4, "needs 8 bytes"},
+        {"size too large", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,12]}}", 12, "needs 8 bytes"},
+        {"hole at the start", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[4,12]}}", 12, "a hole"},
+        {"hole", "{\"a\":{" A_TENSOR "},\"b\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[12,16]}}", 16,
+         "a hole"},
+        {"overlap", "{\"a\":{" A_TENSOR "},\"b\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[4,8]}}", 8,
+         "an overlap"},
+        {"the same bytes twice", "{\"a\":{" A_TENSOR "},\"b\":{" A_TENSOR "}}", 8, "an overlap"},
+        {"trailing bytes", "{\"a\":{" A_TENSOR "}}", 9, "1 bytes follow"},
+        {"trailing bytes, no tensors", "{}", 3, "3 bytes follow"},
+        {"truncated", "{\"a\":{" A_TENSOR "}}", 7, "truncated?"},
+        {"a name twice", "{\"a\":{" A_TENSOR "},\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[8,12]}}", 12,
+         "appears twice"},
+        {"entry not an object", "{\"a\":5}", 0, "no dtype"},
+        {"metadata not strings", "{\"__metadata__\":{\"format\":1}}", 0, "__metadata__ is not"},
+        {"metadata no object", "{\"__metadata__\":[1]}", 0, "__metadata__ is not"}};
+    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
+        const char* path = temp("crafted.safetensors");
+        write_safetensors(path, files[i].header, files[i].data);
+        check_open(files[i].what, path, files[i].expected);
+    }
+    const char* path = temp("crafted.safetensors");
+    write_bytes(path, "", 0);
+    check_open("empty file", path, "too short");
+    write_bytes(path, "\2\0\0\0\0\0\0", 7);
+    check_open("7 bytes", path, "too short");
+    write_bytes(path, "\3\0\0\0\0\0\0\0{}", 10);
+    check_open("header past the end", path, "past the end");
+    write_bytes(path, "\0\0\0\0\0\0\0\0", 8);
+    check_open("no header", path, "does not start with {");
+    write_bytes(path, "\1\xE1\xF5\5\0\0\0\0{}", 10);
+    check_open("header of 100000001 bytes", path, "over 100 MB");
+    write_bytes(path, "\0\xE1\xF5\5\0\0\0\0{}", 10);
+    check_open("header of 100000000 bytes", path, "past the end");
+    write_bytes(path, "\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF{}", 10);
+    check_open("header of 2^64 - 1 bytes", path, "over 100 MB");
+    write_bytes(path, "\0\0\0\0\0\0\0\x80{}", 10);
+    check_open("header of 2^63 bytes", path, "over 100 MB");
+    check_open("directory", temp_dir, "not a regular file");
+    check_open("missing", temp("missing"), "No such file");
+}
+
+// every half, against the definition of its format
+static void test_halves(void) {
+    int bf16 = 1, f16 = 1;
+    for (int h = 0; h < 65536; h++) {
+        double sign = h & 0x8000 ? -1 : 1;
+        int exponent = h >> 7 & 255, fraction = h & 127, e = h >> 10 & 31, f = h & 1023;
+        double b = exponent == 255 ? (fraction ? NAN : sign * INFINITY)
+                                   : sign * (exponent ? ldexp(128 + fraction, exponent - 134) : ldexp(fraction, -133));
+        double a = e == 31 ? (f ? NAN : sign * INFINITY) : sign * (e ? ldexp(1024 + f, e - 25) : ldexp(f, -24));
+        float x = bf16_to_float((uint16_t)h), y = f16_to_float((uint16_t)h);
+        bf16 &= isnan(b) ? isnan(x) : x == b && !signbit(x) == !signbit(b);
+        f16 &= isnan(a) ? isnan(y) : y == a && !signbit(y) == !signbit(a);
+    }
+    check(bf16, "all 65536 BF16 numbers");
+    check(f16, "all 65536 F16 numbers");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checkpoints: models
+
+// A tensor to be written in any type and shape: what tests change before they load a model.
+typedef struct {
+    char name[128];
+    const char* dtype;
+    int ndim;
+    long shape[4], count;
+    float* values;
+    int shard; // -1: in no file
+} Piece;
+
+typedef struct {
+    Piece* pieces;
+    int count;
+} Pieces;
+
+static Pieces pieces_read(const char* dir) {
+    Error error = {""};
+    SafeTensors* s = safetensors_open_model(dir, &error);
+    if (!s) die(1, "%s", error.text);
+    Pieces p = {(Piece*)checked_malloc(sizeof(Piece) * ((size_t)s->num_tensors + 8)), s->num_tensors};
+    for (int i = 0; i < p.count; i++) {
+        const StoredTensor* t = &s->tensors[i];
+        Piece* piece = &p.pieces[i];
+        memset(piece, 0, sizeof *piece);
+        snprintf(piece->name, sizeof piece->name, "%s", t->name);
+        piece->dtype = "F32";
+        piece->ndim = t->ndim;
+        piece->count = t->count;
+        memcpy(piece->shape, t->shape, sizeof piece->shape);
+        piece->values = reference_floats(s, t->name, NULL);
+    }
+    safetensors_close(s);
+    return p;
+}
+
+static void pieces_free(Pieces* p) {
+    for (int i = 0; i < p->count; i++) free(p->pieces[i].values);
+    free(p->pieces);
+}
+
+static Piece* piece_find(Pieces* p, const char* name) {
+    for (int i = 0; i < p->count; i++)
+        if (!strcmp(p->pieces[i].name, name)) return &p->pieces[i];
+    die(1, "there is no tensor %s", name);
+}
+
+static Piece* piece_add(Pieces* p, const char* name, const Piece* like) {
+    Piece* piece = &p->pieces[p->count++];
+    *piece = *like;
+    snprintf(piece->name, sizeof piece->name, "%s", name);
+    piece->values = (float*)checked_malloc(sizeof(float) * (size_t)like->count);
+    memcpy(piece->values, like->values, sizeof(float) * (size_t)like->count);
+    return piece;
+}
+
+// Writes one shard. Halves are the float's upper bits: the values that are left are put back into the piece.
+static void pieces_write(Pieces* p, const char* path, int shard) {
+    Text header = {NULL, 0, 0}, data = {NULL, 0, 0}, file = {NULL, 0, 0};
+    text_print(&header, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (int i = 0; i < p->count; i++) {
+        Piece* piece = &p->pieces[i];
+        if (piece->shard != shard) continue;
+        text_print(&header, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[", piece->name, piece->dtype);
+        for (int k = 0; k < piece->ndim; k++) text_print(&header, "%s%ld", k ? "," : "", piece->shape[k]);
+        size_t begin = data.length;
+        for (long k = 0; k < piece->count; k++) {
+            union {
+                float value;
+                uint32_t bits;
+            } u;
+            u.value = piece->values[k];
+            if (!strcmp(piece->dtype, "F32")) {
+                text_add(&data, (const char*)&u, 4);
+                continue;
+            }
+            uint16_t half = (uint16_t)(u.bits >> 16);
+            if (!strcmp(piece->dtype, "F16")) { // the golden weights are within the normal range, or too small
+                int exponent = (int)(u.bits >> 23 & 255) - 112;
+                half = (uint16_t)((u.bits >> 16 & 0x8000) |
+                                  (exponent > 0 ? (uint32_t)exponent << 10 | (u.bits >> 13 & 1023) : 0));
+                piece->values[k] = f16_to_float(half);
+            } else {
+                piece->values[k] = bf16_to_float(half);
+            }
+            char bytes[2] = {(char)(half & 255), (char)(half >> 8)};
+            text_add(&data, bytes, 2);
+        }
+        text_print(&header, "],\"data_offsets\":[%zu,%zu]}", begin, data.length);
+    }
+    text_print(&header, "}");
+    for (int i = 0; i < 8; i++) {
+        char byte = (char)((uint64_t)header.length >> (8 * i));
+        text_add(&file, &byte, 1);
+    }
+    text_add(&file, header.data, header.length);
+    if (data.length) text_add(&file, data.data, data.length);
+    write_bytes(path, file.data, file.length);
+    free(header.data);
+    free(data.data);
+    free(file.data);
+}
+
+// A directory with the configuration of `dir` and these tensors in one file.
+static const char* pieces_save(Pieces* p, const char* dir) {
+    char config[PATH_SIZE];
+    static char made[PATH_SIZE];
+    snprintf(made, sizeof made, "%s", temp("model"));
+    remove_tree(made);
+    if (mkdir(made, 0777)) die(1, "%s: %s", made, strerror(errno));
+    copy_file(join_path(config, dir, "config.json"), temp("model/config.json"));
+    pieces_write(p, temp("model/model.safetensors"), 0);
+    return made;
+}
+
+// Loads a directory; NULL if it is refused.
+static Model* try_load(const char* dir, Error* error) {
+    Config c;
+    error->text[0] = 0;
+    if (!config_read(&c, dir, error)) return NULL;
+    Model* m = model_create(&c, FOR_SCORING, 1, 4, 4, NULL);
+    if (checkpoint_load(m, dir, error)) return m;
+    model_free(m);
+    return NULL;
+}
+
+// Every parameter that has a piece of its name is equal to it; returns how many have.
+static int count_equal(const Model* m, Pieces* p) {
+    int equal = 0;
+    for (int i = 0; i < m->layout.count; i++)
+        for (int k = 0; k < p->count; k++)
+            if (!strcmp(m->layout.tensors[i].name, p->pieces[k].name))
+                equal += !memcmp(m->params + m->layout.tensors[i].offset, p->pieces[k].values,
+                                 sizeof(float) * (size_t)p->pieces[k].count);
+    return equal;
+}
+
+static void check_loads(const char* what, const char* dir, Pieces* p) {
+    Error error;
+    Model* m = try_load(dir, &error);
+    check(m && count_equal(m, p) == m->layout.count, "%s: loads, with equal values %s", what, error.text);
+    if (m) model_free(m);
+}
+
+static void check_load_refused(const char* what, const char* dir, const char* expected) {
+    Error error;
+    Model* m = try_load(dir, &error);
+    check(!m && strstr(error.text, expected) && !strchr(error.text, '\n'), "%s: %s", what,
+          error.text[0] ? error.text : "not refused");
+    if (m) model_free(m);
+}
+
+static void test_load_dtypes(const char* dir) {
+    static const char* dtypes[] = {"F32", "BF16", "F16"};
+    for (int i = 0; i < 3; i++) {
+        Pieces p = pieces_read(dir);
+        char what[200];
+        snprintf(what, sizeof what, "%s as %s", strrchr(dir, '/') + 1, dtypes[i]);
+        for (int k = 0; k < p.count; k++) p.pieces[k].dtype = dtypes[i];
+        const char* made = pieces_save(&p, dir);
+        check_loads(what, made, &p);
+        pieces_free(&p);
+    }
+    Pieces p = pieces_read(dir);
+    Piece* t = piece_find(&p, "model.norm.weight");
+    t->dtype = "I16";
+    check_load_refused("a tensor of whole numbers", pieces_save(&p, dir), "only F32, BF16 and F16");
+    pieces_free(&p);
+}
+
+// Packs the experts of every sparse layer as newer transformers does: the model must be equal.
+static void test_load_packed(const char* dir, const char* moe, const char* suffix) {
+    Error error;
+    Model* expected = try_load(dir, &error);
+    const Config* c = &expected->config;
+    Pieces p = pieces_read(dir);
+    long E = c->num_experts, I = c->moe_intermediate_size, H = c->hidden_size;
+    for (int i = 0; i < p.count; i++) p.pieces[i].shard = strstr(p.pieces[i].name, ".experts.") ? -1 : 0;
+    for (int l = 0; l < c->num_layers; l++) {
+        char name[128];
+        if (!c->sparse[l]) continue;
+        snprintf(name, sizeof name, "model.layers.%d.block_sparse_moe.gate.weight", l);
+        if (c->arch == MIXTRAL) snprintf(piece_find(&p, name)->name, sizeof name, "model.layers.%d.mlp.gate.weight", l);
+        for (int down = 0; down < 2; down++) {
+            Piece packed = {"", "F32", 3, {E, down ? H : 2 * I, down ? I : H, 0}, E * H * I * (2 - down), NULL, 0};
+            packed.values = down ? expected->weights.layers[l].down : expected->weights.layers[l].gate_up;
+            snprintf(name, sizeof name, "model.layers.%d.%s.experts.%s%s", l, moe, down ? "down_proj" : "gate_up_proj",
+                     suffix);
+            piece_add(&p, name, &packed);
+        }
+    }
+    Model* m = try_load(pieces_save(&p, dir), &error);
+    check(m && !memcmp(m->params, expected->params, sizeof(float) * (size_t)m->layout.total),
+          "%s: packed experts (%s.experts.down_proj%s) %s", strrchr(dir, '/') + 1, moe, suffix, error.text);
+    if (m) model_free(m);
+    p.pieces[p.count - 1].shape[1]++;
+    p.pieces[p.count - 1].shape[2]--;
+    check_load_refused("packed experts with a wrong shape", pieces_save(&p, dir), "");
+    model_free(expected);
+    pieces_free(&p);
+}
+
+static void write_index(Pieces* p, const char* names[3]) {
+    Text t = {NULL, 0, 0};
+    text_print(&t, "{\"metadata\": {\"total_size\": 0}, \"weight_map\": {");
+    for (int i = 0; i < p->count; i++)
+        text_print(&t, "%s\"%s\": \"%s\"", i ? ", " : "", p->pieces[i].name, names[p->pieces[i].shard]);
+    text_print(&t, "}}");
+    write_text(temp("model/model.safetensors.index.json"), t.data);
+    free(t.data);
+}
+
+// in three shards, as large models are
+static void test_load_shards(const char* dir) {
+    const char* names[3] = {"model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
+                            "model-00003-of-00003.safetensors"};
+    Pieces p = pieces_read(dir);
+    const char* made = pieces_save(&p, dir);
+    unlink(temp("model/model.safetensors"));
+    for (int i = 0; i < p.count; i++) p.pieces[i].shard = (i * 7) % 3;
+    for (int i = 0; i < 3; i++) pieces_write(&p, temp("model/%s", names[i]), i);
+    write_index(&p, names);
+    check_loads("three shards", made, &p);
+
+    const char* bad[] = {
+        "../model-00001-of-00003.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\\\b", ".hidden"};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        char what[100];
+        const char* changed[3] = {bad[i], names[1], names[2]};
+        write_index(&p, changed);
+        snprintf(what, sizeof what, "weight_map with \"%s\"", bad[i]);
+        check_load_refused(what, made, "not a file name in this directory");
+    }
+    write_text(temp("model/model.safetensors.index.json"), "{\"weight_map\": {\"a\": 5}}");
+    check_load_refused("weight_map with a number", made, "not a file name");
+    write_text(temp("model/model.safetensors.index.json"), "{\"weight_map\": []}");
+    check_load_refused("weight_map a list", made, "no weight_map");
+    write_text(temp("model/model.safetensors.index.json"), "{}");
+    check_load_refused("no weight_map", made, "no weight_map");
+    write_text(temp("model/model.safetensors.index.json"), "{");
+    check_load_refused("index not JSON", made, "not JSON");
+
+    write_index(&p, names);
+    unlink(temp("model/%s", names[2]));
+    check_load_refused("a shard is missing", made, "No such file");
+    p.pieces[0].shard = 2; // in shard 0 as well
+    pieces_write(&p, temp("model/%s", names[2]), 2);
+    check_load_refused("a tensor in two shards", made, "is in two files");
+    p.pieces[0].shard = 0;
+    pieces_write(&p, temp("model/%s", names[2]), 2);
+    p.pieces[0].shard = 1;
+    write_index(&p, names);
+    check_load_refused("weight_map names the wrong shard", made, "is not in");
+    p.pieces[0].shard = 0;
+    p.count--;
+    write_index(&p, names);
+    p.count++;
+    check_load_refused("weight_map is too short", made, "weight_map lists");
+    pieces_free(&p);
+}
+
+static void test_load_refusals(void) {
+    const char* dir = "dev/reference/golden/qwen3_moe";
+    Pieces p = pieces_read(dir);
+    Piece* norm = piece_find(&p, "model.norm.weight");
+    norm->shard = -1;
+    check_load_refused("a missing tensor", pieces_save(&p, dir), "1 tensors are missing: model.norm.weight");
+    norm->shard = 0;
+    piece_add(&p, "model.layers.0.mlp.experts.99.up_proj.weight", norm);
+    check_load_refused("an unexpected tensor", pieces_save(&p, dir), "experts.99.up_proj.weight");
+    p.pieces[p.count - 1].shard = -1;
+    piece_add(&p, "model.layers.0.self_attn.rotary_emb.inv_freq", norm);
+    check_loads("inv_freq is ignored", pieces_save(&p, dir), &p);
+    snprintf(p.pieces[p.count - 1].name, sizeof p.pieces[0].name, "model.rotary_emb.inv_freq");
+    check_loads("inv_freq of all layers is ignored", pieces_save(&p, dir), &p);
+    p.pieces[p.count - 1].shard = -1;
+    norm->ndim = 2;
+    norm->shape[1] = 1;
+    check_load_refused("a vector that is a matrix", pieces_save(&p, dir), "model.norm.weight has shape");
+    norm->ndim = 1;
+    Piece* q = piece_find(&p, "model.layers.0.self_attn.q_proj.weight");
+    long rows = q->shape[0];
+    q->shape[0] = q->shape[1];
+    q->shape[1] = rows;
+    check_load_refused("a transposed matrix", pieces_save(&p, dir), "q_proj.weight has shape");
+    q->shape[1] = q->shape[0];
+    q->shape[0] = rows;
+    check_loads("the same, put right", pieces_save(&p, dir), &p);
+    pieces_free(&p);
+
+    dir = "dev/reference/golden/llama_tied";
+    p = pieces_read(dir);
+    check_loads("tied", pieces_save(&p, dir), &p);
+    Piece* head = piece_add(&p, "lm_head.weight", piece_find(&p, "model.embed_tokens.weight"));
+    check_loads("tied, with an equal lm_head", pieces_save(&p, dir), &p);
+    head->values[5] += 1;
+    check_load_refused("tied, with another lm_head", pieces_save(&p, dir), "lm_head.weight differs");
+    pieces_free(&p);
+    write_text(temp("model/config.json"), "{");
+    check_load_refused("config.json not JSON", temp("model"), "not JSON");
+    unlink(temp("model/config.json"));
+    check_load_refused("no config.json", temp("model"), "No such file");
+    copy_file("dev/reference/golden/llama/config.json", temp("model/config.json"));
+    unlink(temp("model/model.safetensors"));
+    check_load_refused("no weights", temp("model"), "No such file");
+    mkdir(temp("model/.ready"), 0777);
+    check_load_refused("an interrupted save", temp("model"), "--resume");
+}
+
+// What checkpoint_save writes is read back with the same bits, for every class, with the optimizer's moments.
+static void test_round_trip(const char* dir, const char* name) {
+    Error error = {""};
+    Model *m = open_model(dir, FOR_TRAINING, 1, 4), *back = NULL;
+    fill_random(m->exp_avg, m->layout.total, 1);
+    fill_random(m->exp_avg_sq, m->layout.total, 2);
+    options_reset();
+    const char *out = temp("saved"), *failure;
+    remove_tree(out);
+    mkdir(out, 0777);
+    failure = checkpoint_save(m, out, 17);
+    size_t bytes = sizeof(float) * (size_t)m->layout.total;
+    Config c;
+    if (!failure && config_read(&c, out, &error)) {
+        back = model_create(&c, FOR_TRAINING, 1, 4, 4, NULL);
+        if (!checkpoint_load(back, out, &error) || !optimizer_load(back, out, &error)) failure = error.text;
+    }
+    check(!failure && back && !memcmp(&m->config, &c, sizeof c), "%s: the configuration comes back %s", name,
+          failure ? failure : error.text);
+    check(back && back->layout.total == m->layout.total && !memcmp(m->params, back->params, bytes) &&
+              !memcmp(m->exp_avg, back->exp_avg, bytes) && !memcmp(m->exp_avg_sq, back->exp_avg_sq, bytes),
+          "%s: parameters and moments come back with the same bits", name);
+    check(!exists(temp("saved/.saving")) && !exists(temp("saved/.ready")), "%s: nothing is left over", name);
+    size_t n = 0;
+    unsigned char* file = (unsigned char*)read_bytes(temp("saved/model.safetensors"), &n);
+    long header = 0;
+    for (int i = 7; i >= 0 && file; i--) header = header << 8 | file[i];
+    check(file && header % 8 == 0 && strstr((const char*)file + 8, "\"__metadata__\":{\"format\":\"pt\"}"),
+          "%s: padded header with format pt", name);
+    free(file);
+    Json* j = json_read(temp("saved/trainer.json"), &error);
+    check(json_whole(json_get(j, "step"), 100) == 17, "%s: trainer.json has the step", name);
+    json_free(j);
+    if (back) model_free(back);
+    model_free(m);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checkpoints: config.json
+
+// A small valid configuration; `key` gets `value` (NULL: it is left out).
+static char* make_config(const char* model_type, const char* key, const char* value) {
+    static const char* pairs[][2] = {
+        {"vocab_size", "50"},         {"hidden_size", "32"},        {"num_hidden_layers", "3"},
+        {"num_attention_heads", "4"}, {"num_key_value_heads", "2"}, {"head_dim", "8"},
+        {"intermediate_size", "20"},  {"hidden_act", "\"silu\""},   {"max_position_embeddings", "64"},
+        {"rms_norm_eps", "1e-05"},    {"rope_theta", "10000.0"},    {"tie_word_embeddings", "false"},
+        {"num_experts_per_tok", "2"}, {"num_experts", "4"},         {"moe_intermediate_size", "10"},
+        {"norm_topk_prob", "true"}};
+    Text t = {NULL, 0, 0};
+    int set = !value;
+    text_print(&t, "{\"model_type\": \"%s\"", model_type);
+    for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
+        const char* v = strcmp(pairs[i][0], key) ? pairs[i][1] : value;
+        if (v) text_print(&t, ", \"%s\": %s", pairs[i][0], v);
+        set |= !strcmp(pairs[i][0], key);
+    }
+    if (!set && *key) text_print(&t, ", \"%s\": %s", key, value);
+    text_print(&t, "}");
+    return t.data;
+}
+
+static int config_parse(Config* c, const char* text, Error* error) {
+    error->text[0] = 0;
+    Json* j = json_parse(text, strlen(text), error);
+    int ok = j && config_from_json(c, j, error);
+    json_free(j);
+    return ok;
+}
+
+static void check_config(const char* type, const char* key, const char* value, const char* expected) {
+    Config c;
+    Error error;
+    char* text = make_config(type, key, value);
+    int ok = config_parse(&c, text, &error);
+    if (!expected)
+        check(ok, "%s accepts %s %s %s", type, key, value ? value : "left out", error.text);
+    else
+        check(!ok && strstr(error.text, expected) && (strstr(error.text, key) || strstr(expected, "partial")),
+              "%s refuses %s %s: %s", type, key, value ? value : "left out", error.text);
+    free(text);
+}
+
+static void test_config_refusals(void) {
+    static const struct {
+        const char *type, *key, *value, *expected;
+    } configs[] = {
+        {"llama", "", "", NULL},
+        {"mistral", "", "", NULL},
+        {"mixtral", "", "", NULL},
+        {"olmoe", "", "", NULL},
+        {"qwen3", "", "", NULL},
+        {"qwen3_moe", "", "", NULL},
+        {"llama", "hidden_act", "\"gelu\"", "gelu"},
+        {"llama", "hidden_act", "7", "only silu"},
+        {"qwen3", "attention_bias", "true", "true"},
+        {"qwen3", "attention_bias", "false", NULL},
+        {"llama", "mlp_bias", "true", "true"},
+        {"olmoe", "clip_qkv", "8.0", "clip_qkv"},
+        {"olmoe", "clip_qkv", "null", NULL},
+        {"llama", "rope_scaling", "{\"type\": \"linear\", \"factor\": 2.0}", "linear"},
+        {"llama", "rope_scaling", "{\"rope_type\": \"llama3\", \"factor\": 8.0}", "llama3"},
+        {"llama", "rope_scaling", "{\"factor\": 2.0}", "rope_scaling"},
+        {"llama", "rope_scaling", "5", "not an object"},
+        {"llama", "rope_scaling", "null", NULL},
+        {"llama", "rope_scaling", "{\"rope_type\": \"default\"}", NULL},
+        {"qwen3", "rope_parameters", "{\"rope_type\": \"yarn\", \"rope_theta\": 1e6}", "yarn"},
+        {"qwen3", "rope_parameters", "{\"rope_type\": \"default\", \"rope_theta\": 1e6}", NULL},
+        {"qwen3", "rope_parameters", "{\"rope_theta\": 1e6, \"partial_rotary_factor\": 0.5}", "partial_rotary_factor"},
+        {"llama", "partial_rotary_factor", "0.25", "partial_rotary_factor"},
+        {"llama", "quantization_config", "{\"bits\": 4}", "quantization_config"},
+        {"qwen3_moe", "kv_lora_rank", "512", "kv_lora_rank"},
+        {"llama", "hidden_size", NULL, "missing"},
+        {"llama", "hidden_size", "0", "is 0"},
+        {"llama", "hidden_size", "\"32\"", "32"},
+        {"llama", "hidden_size", "32.5", "32.5"},
+        {"llama", "hidden_size", "-32", "-32"},
+        {"llama", "num_hidden_layers", "513", "513"},
+        {"llama", "num_hidden_layers", NULL, "missing"},
+        {"llama", "vocab_size", NULL, "missing"},
+        {"llama", "vocab_size", "0", "is 0"},
+        {"llama", "num_attention_heads", NULL, "missing"},
+        {"llama", "num_key_value_heads", "3", "is 4, not a multiple"},
+        {"llama", "head_dim", "7", "is 7"},
+        {"olmoe", "head_dim", "16", "OLMoE"},
+        {"llama", "intermediate_size", NULL, "missing"},
+        {"mixtral", "num_experts_per_tok", "5", "is 5, but num_experts is 4"},
+        {"mixtral", "num_experts_per_tok", "0", "is 0"},
+        {"mixtral", "num_experts", "0", "is 0"},
+        {"qwen3_moe", "mlp_only_layers", "[3]", "mlp_only_layers"},
+        {"qwen3_moe", "mlp_only_layers", "[-1]", "mlp_only_layers"},
+        {"qwen3_moe", "mlp_only_layers", "[0, 2]", NULL},
+        {"qwen3_moe", "decoder_sparse_step", "0", "is 0"},
+        {"qwen3_moe", "decoder_sparse_step", "2", NULL},
+        {"qwen3_moe", "norm_topk_prob", "1", "true or false"},
+        {"llama", "tie_word_embeddings", "\"no\"", "true or false"},
+        {"llama", "rms_norm_eps", "-1e-5", "-1e-5"},
+        {"llama", "rms_norm_eps", "\"small\"", "small"},
+        {"llama", "rope_theta", "1e99", "1e99"},
+        {"qwen3", "layer_types", "[\"full_attention\", \"sliding_attention\"]", "sliding_attention"},
+        {"qwen3", "layer_types", "[\"full_attention\", \"full_attention\", \"full_attention\"]", NULL},
+        {"mistral", "sliding_window", "-5", "-5"}};
+    for (size_t i = 0; i < sizeof configs / sizeof configs[0]; i++)
+        check_config(configs[i].type, configs[i].key, configs[i].value, configs[i].expected);
+    Config c;
+    Error error;
+    static const char* types[] = {"gpt2", "deepseek_v3", "Llama", ""};
+    for (int i = 0; i < 4; i++) {
+        char* text = make_config(types[i], "", "");
+        check(!config_parse(&c, text, &error) && strstr(error.text, types[i]) && strstr(error.text, "model_type"),
+              "refuses model_type \"%s\": %s", types[i], error.text);
+        free(text);
+    }
+    check(!config_parse(&c, "{}", &error) && strstr(error.text, "model_type"), "refuses an empty configuration: %s",
+          error.text);
+    check(!config_parse(&c, "[]", &error) && strstr(error.text, "model_type"), "refuses a list: %s", error.text);
+    check(!config_parse(&c,
+                        "{\"model_type\": \"llama\", \"vocab_size\": 50, \"hidden_size\": 4, \"num_hidden_layers\": 1, "
+                        "\"num_attention_heads\": 8, \"intermediate_size\": 5}",
+                        &error) &&
+              strstr(error.text, "hidden_size is 4"),
+          "refuses heads without a dimension: %s", error.text);
+    // sizes that are each allowed, but whose product is not
+    check(
+        !config_parse(
+            &c,
+            "{\"model_type\": \"qwen3_moe\", \"vocab_size\": 50, \"hidden_size\": 1048576, \"num_hidden_layers\": 512, "
+            "\"num_attention_heads\": 4, \"moe_intermediate_size\": 1048576, \"num_experts\": 65536}",
+            &error) &&
+            strstr(error.text, "parameters"),
+        "refuses 10^20 parameters: %s", error.text);
+}
+
+// keys that are left out take what transformers' class has as its default
+static void test_config_defaults(void) {
+    static const struct {
+        const char* type;
+        int kv, head_dim, positions, window, experts, topk, width;
+        double theta, eps, aux;
+    } classes[] = {{"llama", 64, 8, 2048, 0, 0, 0, 0, 1e4, 1e-6, 0},
+                   {"mistral", 8, 8, 131072, 4096, 0, 0, 0, 1e4, 1e-6, 0},
+                   {"mixtral", 8, 8, 131072, 0, 8, 2, 20, 1e6, 1e-5, 0.001},
+                   {"olmoe", 64, 8, 4096, 0, 64, 8, 20, 1e4, 1e-5, 0.01},
+                   {"qwen3", 32, 128, 32768, 0, 0, 0, 0, 1e4, 1e-6, 0},
+                   {"qwen3_moe", 4, 8, 32768, 0, 128, 8, 768, 1e4, 1e-6, 0.001}};
+    for (size_t i = 0; i < sizeof classes / sizeof classes[0]; i++) {
+        Config c;
+        Error error;
+        char text[400];
+        snprintf(text, sizeof text,
+                 "{\"model_type\": \"%s\", \"vocab_size\": 50, \"hidden_size\": 512, \"num_hidden_layers\": 2, "
+                 "\"num_attention_heads\": 64, \"intermediate_size\": 20}",
+                 classes[i].type);
+        int ok = config_parse(&c, text, &error);
+        check(ok && c.num_kv_heads == classes[i].kv && c.head_dim == classes[i].head_dim &&
+                  c.max_position_embeddings == classes[i].positions && c.rope_theta == classes[i].theta &&
+                  c.rms_norm_eps == classes[i].eps && !c.tie_word_embeddings,
+              "%s: defaults %s", classes[i].type, error.text);
+        check(ok && c.sliding_window == classes[i].window && c.num_experts == classes[i].experts &&
+                  c.num_experts_per_tok == classes[i].topk && c.moe_intermediate_size == classes[i].width &&
+                  c.router_aux_loss_coef == classes[i].aux && c.norm_topk_prob == (c.arch == MIXTRAL) &&
+                  count_sparse(&c) == (classes[i].experts ? 2 : 0),
+              "%s: defaults of window and experts", classes[i].type);
+    }
+}
+
+static void test_config_values(void) {
+    Config c;
+    Error error;
+    char* text = make_config("qwen3", "rope_parameters", "{\"rope_type\": \"default\", \"rope_theta\": 777.0}");
+    check(config_parse(&c, text, &error) && c.rope_theta == 777, "rope_parameters come before rope_theta");
+    free(text);
+    text = make_config("mixtral", "num_experts", NULL);
+    check(config_parse(&c, text, &error) && c.num_experts == 8, "mixtral: eight experts by default");
+    text[strlen(text) - 1] = 0;
+    char longer[2000];
+    snprintf(longer, sizeof longer, "%s, \"num_local_experts\": 6}", text);
+    check(config_parse(&c, longer, &error) && c.num_experts == 6, "num_local_experts is read as well");
+    free(text);
+    static const struct {
+        const char *type, *use, *window;
+        int expected;
+    } windows[] = {{"mistral", "", "16", 16},
+                   {"mistral", "", "null", 0},
+                   {"qwen3", "false", "16", 0},
+                   {"qwen3", "true", "16", 16},
+                   {"llama", "", "16", 0}};
+    for (size_t i = 0; i < sizeof windows / sizeof windows[0]; i++) {
+        text = make_config(windows[i].type, "sliding_window", windows[i].window);
+        text[strlen(text) - 1] = 0;
+        snprintf(longer, sizeof longer, "%s%s%s}", text, *windows[i].use ? ", \"use_sliding_window\": " : "",
+                 windows[i].use);
+        check(config_parse(&c, longer, &error) && c.sliding_window == windows[i].expected,
+              "%s: sliding_window %s, use_sliding_window %s: %d", windows[i].type, windows[i].window,
+              *windows[i].use ? windows[i].use : "left out", c.sliding_window);
+        free(text);
+    }
+    text = make_config("qwen3_moe", "decoder_sparse_step", "2");
+    config_parse(&c, text, &error);
+    check(!c.sparse[0] && c.sparse[1] && !c.sparse[2], "decoder_sparse_step 2: the second of three layers");
+    free(text);
+    text = make_config("qwen3_moe", "mlp_only_layers", "[0, 2]");
+    config_parse(&c, text, &error);
+    check(!c.sparse[0] && c.sparse[1] && !c.sparse[2], "mlp_only_layers");
+    free(text);
+}
+
+// config_to_json and back, for all classes, with every switch away from its default
+static void test_config_round_trip(void) {
+    for (int arch = 0; arch < NUM_ARCHS; arch++) {
+        int moe = is_moe((Arch)arch);
+        Config c = tiny_config((Arch)arch, 3, moe ? 5 : 0, moe ? 2 : 0), back;
+        c.rms_norm_eps = 1e-6;
+        c.rope_theta = 123457;
+        c.tie_word_embeddings = 1;
+        c.router_aux_loss_coef = moe ? 0.02 : 0;
+        if (arch == MISTRAL || arch == MIXTRAL) c.sliding_window = 77;
+        if (arch == DOTS1) c.router = ROUTER_SIGMOID;
+        if (arch == DOTS1) c.qk_norm = QK_NORM_HEAD;
+        if (arch == QWEN3_MOE || arch == OLMOE) c.norm_topk_prob = 0;
+        if (arch == QWEN3_MOE) c.sparse[1] = 0;
+        if (moe && arch != QWEN3_MOE && arch != DOTS1) c.intermediate_size = c.moe_intermediate_size;
+        strcpy(c.token_ids[0], "1");
+        strcpy(c.token_ids[1], "[2, 7]");
+        strcpy(c.token_ids[2], "null");
+        Text t = {NULL, 0, 0};
+        Error error;
+        config_to_json(&t, &c);
+        int ok = config_parse(&back, t.data, &error);
+        check(ok && !memcmp(&c, &back, sizeof c), "%s: config.json and back %s", archs[arch].model_type, error.text);
+        check(strstr(t.data, "\"rms_norm_eps\": 1e-06") && strstr(t.data, "\"rope_theta\": 123457.0"),
+              "%s: floats stay floats", archs[arch].model_type);
+        free(t.data);
+    }
+}
+
+static void test_checkpoints(void) {
+    test_safetensors_refusals();
+    test_halves();
+    for (size_t i = 0; i < sizeof golden_models / sizeof golden_models[0]; i++) {
+        char dir[PATH_SIZE];
+        test_round_trip(join_path(dir, "dev/reference/golden", golden_models[i]), golden_models[i]);
+    }
+    test_load_dtypes("dev/reference/golden/llama_tied");
+    test_load_dtypes("dev/reference/golden/mixtral");
+    for (int weight = 0; weight < 2; weight++) {
+        const char* suffix = weight ? ".weight" : "";
+        test_load_packed("dev/reference/golden/qwen3_moe", "mlp", suffix);
+        test_load_packed("dev/reference/golden/olmoe", "mlp", suffix);
+        test_load_packed("dev/reference/golden/mixtral", "mlp", suffix);
+        test_load_packed("dev/reference/golden/mixtral", "block_sparse_moe", suffix);
+    }
+    test_load_shards("dev/reference/golden/qwen3_moe");
+    test_load_refusals();
+    test_config_refusals();
+    test_config_defaults();
+    test_config_values();
+    test_config_round_trip();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Whole runs: the same bytes whatever the number of threads, and whatever happens on the way
+
+// a run that is short, but has everything: accumulation, validation, a schedule that depends on the step
+static const char* small_run =
+    "--val-every 2 --val-batches 2 --layers 2 --hidden 40 --heads 4 --seq 24 --batch 3 --lr 0.01 --warmup 2";
+static const char* small_experts = "--experts 5 --expert-ffn 24";
+
+// Starts a training run in OUT under the temporary directory, on the corpus there.
+static pid_t start_training(const char* out, const char* more, long file_limit) {
+    char arguments[4096];
+    snprintf(arguments, sizeof arguments, "--data %s --out %s %s", temp("corpus.txt"), temp("%s", out), more);
+    return start_program(arguments, file_limit);
+}
+
+static int train_run(const char* out, const char* more) {
+    remove_tree(temp("%s", out));
+    char arguments[2048];
+    snprintf(arguments, sizeof arguments, "%s %s %s", small_run, strstr(more, "--dense") ? "" : small_experts, more);
+    return finish_program(start_training(out, arguments, 0));
+}
+
+static int resume_run(const char* out, const char* more) {
+    return run_program("--out %s --resume %s", temp("%s", out), more);
+}
+
+static int same_in(const char* a, const char* b, const char* name) {
+    return same_file(temp("%s/%s", a, name), temp("%s/%s", b, name));
+}
+
+// model, optimizer, configuration and trainer.json have the same bytes
+static int same_checkpoint(const char* a, const char* b) {
+    return same_in(a, b, "model.safetensors") && same_in(a, b, "optimizer.safetensors") &&
+           same_in(a, b, "config.json") && same_in(a, b, "trainer.json");
+}
+
+// log.csv without its column tokens_per_s, which is a time
+static char* read_log(const char* out) {
+    size_t n = 0, kept = 0;
+    char* text = read_bytes(temp("%s/log.csv", out), &n);
+    int column = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (column != 7) text[kept++] = text[i];
+        column = text[i] == '\n' ? 0 : column + (text[i] == ',');
+    }
+    if (text) text[kept] = 0;
+    return text;
+}
+
+static int same_logs(const char* a, const char* b) {
+    char *x = read_log(a), *y = read_log(b);
+    int same = x && y && strlen(x) > 100 && !strcmp(x, y);
+    free(x);
+    free(y);
+    return same && same_in(a, b, "val.csv") && same_in(a, b, "load.csv");
+}
+
+// the step of the checkpoint in OUT; 0: there is none
+static long saved_step(const char* out) {
+    Error error = {""};
+    const char* path = temp("%s/trainer.json", out);
+    Json* j = exists(path) ? json_read(path, &error) : NULL;
+    long step = j ? json_whole(json_get(j, "step"), LONG_MAX) : 0;
+    json_free(j);
+    return step;
+}
+
+static void sleep_ms(long ms) {
+    struct timespec t = {ms / 1000, ms % 1000 * 1000000};
+    nanosleep(&t, NULL);
+}
+
+// waits until log.csv in OUT has so many rows, or the run has ended: 0
+static int wait_for_rows(pid_t pid, const char* out, int rows) {
+    siginfo_t info;
+    for (int i = 0; i < 60000; i++) {
+        memset(&info, 0, sizeof info);
+        if (count_lines(temp("%s/log.csv", out)) > rows) return 1;
+        if (!waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) && info.si_pid) return 0;
+        sleep_ms(1);
+    }
+    return 0;
+}
+
+static void test_threads(const char* name, const char* more) {
+    static const int counts[] = {1, 2, 3, 8};
+    char arguments[512];
+    int same = 1, ok = 1;
+    for (int i = 0; i < 4; i++) {
+        snprintf(arguments, sizeof arguments, "--steps 3 --accum 2 --threads %d %s", counts[i], more);
+        ok &= train_run(i ? "b" : "a", arguments) == 0;
+        if (i) same &= same_checkpoint("a", "b") && same_logs("a", "b");
+    }
+    check(ok && same, "%s: 1, 2, 3 and 8 threads write the same bytes", name);
+    show_failure(ok);
+}
+
+// Stops at each step (a constant schedule: then the number of steps changes nothing else) and goes on.
+static void test_stop_and_resume(const char* name, const char* more) {
+    char arguments[512];
+    snprintf(arguments, sizeof arguments, "--schedule constant --val-every 1 --steps 6 --accum 2 %s", more);
+    int ok = train_run("a", arguments) == 0;
+    for (int stop = 1; stop <= 5; stop += 2) {
+        snprintf(arguments, sizeof arguments, "--schedule constant --val-every 1 --steps %d --accum 2 %s", stop, more);
+        ok &= train_run("b", arguments) == 0;
+        ok &= saved_step("b") == stop;
+        ok &= resume_run("b", "--steps 6") == 0;
+        ok &= same_checkpoint("a", "b") && same_logs("a", "b");
+    }
+    check(ok, "%s: stopping at steps 1, 3, 5 and resuming changes no byte and no row", name);
+    show_failure(ok);
+}
+
+static void test_signal(int signal_number, const char* name, const char* reference, int steps) {
+    char arguments[512];
+    snprintf(arguments, sizeof arguments, "%s %s --steps %d", small_run, small_experts, steps);
+    remove_tree(temp("b"));
+    pid_t pid = start_training("b", arguments, 0);
+    int in_time = wait_for_rows(pid, "b", 7);
+    kill(pid, signal_number);
+    int code = finish_program(pid);
+    long step = saved_step("b");
+    check(in_time && code == 128 + signal_number && step >= 7 && step < steps, "%s: exit code %d, step %ld is saved",
+          name, code, step);
+    show_failure(code == 128 + signal_number);
+    char said[64];
+    snprintf(said, sizeof said, "step %ld is saved", step);
+    check(error_lines() == 1 && strstr(ran.err, said), "%s: says so in one line", name);
+    // rows that were written after the checkpoint are dropped by --resume
+    Text torn = {NULL, 0, 0};
+    size_t n = 0;
+    char* log = read_bytes(temp("b/log.csv"), &n);
+    if (log) text_add(&torn, log, n);
+    text_print(&torn, "%ld,999,9.9\n%ld,9", step + 1, step + 2);
+    write_bytes(temp("b/log.csv"), torn.data, torn.length);
+    free(log);
+    free(torn.data);
+    code = resume_run("b", "");
+    check(code == 0 && same_checkpoint(reference, "b") && same_logs(reference, "b"),
+          "%s: resuming gives the bytes of a run that was not stopped", name);
+    show_failure(code == 0);
+}
+
+// kill -9 at random moments of a run that saves every step: the last checkpoint is always whole.
+static void test_kill(void) {
+    int ok = train_run("a", "--steps 25 --save-every 1") == 0, kills = 0, finished = 0, unreadable = 0, backwards = 0,
+        none = 0, ready = 0;
+    long step = 0;
+    remove_tree(temp("b"));
+    for (int turn = 0; turn < 60 && !finished; turn++) {
+        int started = saved_step("b") > 0 || exists(temp("b/.ready"));
+        char arguments[512];
+        snprintf(arguments, sizeof arguments, "%s %s --steps 25 --save-every 1", small_run, small_experts);
+        pid_t pid = started ? start_training("b", "--resume", 0) : start_training("b", arguments, 0);
+        wait_for_rows(pid, "b", (int)step + 1); // at least one step further, then any moment
+        struct timespec moment = {0, (long)(random_uniform(mix64((uint64_t)turn)) * 4e7)};
+        nanosleep(&moment, NULL);
+        if (kills < 40) kill(pid, SIGKILL);
+        int code = finish_program(pid);
+        if (code == 0)
+            finished = 1;
+        else if (code == -SIGKILL)
+            kills++;
+        else
+            unreadable++;
+        none += !started;
+        ready += exists(temp("b/.ready"));
+        long now = saved_step("b");
+        backwards += now < step;
+        step = now > step ? now : step;
+        if (unreadable) break;
+    }
+    check(ok && finished && unreadable == 0,
+          "killed %d times (%d with a save half moved in): each time --resume could go on", kills, ready);
+    show_failure(unreadable == 0);
+    check(kills >= 5 && backwards == 0 && none < 4, "no step was lost twice");
+    check(same_checkpoint("a", "b") && same_logs("a", "b"), "after all that, the same bytes as without it");
+}
+
+// A save that was interrupted while it moved in: any of the new files may be in OUT already, the others are in .ready.
+static void test_ready(void) {
+    static const char* files[] = {"config.json", "trainer.json", "model.safetensors", "optimizer.safetensors"};
+    int ok = train_run("a", "--schedule constant --val-every 1 --steps 4") == 0 &&
+             train_run("old", "--schedule constant --val-every 1 --steps 2") == 0;
+    int refused = 1, same = 1, cleaned = 1;
+    for (int moved = 0; moved < 16; moved += 3) {
+        remove_tree(temp("b"));
+        copy_directory(temp("old"), temp("b"));
+        copy_file(temp("a/log.csv"), temp("b/log.csv"));
+        copy_file(temp("a/val.csv"), temp("b/val.csv"));
+        copy_file(temp("a/load.csv"), temp("b/load.csv"));
+        mkdir(temp("b/.ready"), 0777);
+        for (int f = 0; f < 4; f++)
+            copy_file(temp("a/%s", files[f]), moved >> f & 1 ? temp("b/%s", files[f]) : temp("b/.ready/%s", files[f]));
+        refused &= run_program("--model %s --data %s --seq 8 --eval", temp("b"), temp("corpus.txt")) == 2 &&
+                   strstr(ran.err, "--resume");
+        ok &= resume_run("b", "--steps 4") == 0;
+        same &= same_checkpoint("a", "b") && same_logs("a", "b");
+        cleaned &= !exists(temp("b/.ready"));
+    }
+    check(refused, "a half-moved save is not read as a model");
+    check(ok && same && cleaned, "--resume finishes a half-moved save, whichever files had been moved");
+    show_failure(ok);
+    mkdir(temp("b/.ready"), 0777);
+    check(resume_run("b", "--steps 4") == 0 && !exists(temp("b/.ready")) && same_checkpoint("a", "b"),
+          "an empty .ready is finished too");
+    mkdir(temp("b/.saving"), 0777);
+    write_text(temp("b/.saving/model.safetensors"), "half");
+    check(resume_run("b", "--steps 5") == 0 && !exists(temp("b/.saving")) && saved_step("b") == 5,
+          "the remains of a save that failed are overwritten");
+    show_failure(ran.code == 0);
+}
+
+static void test_lock(void) {
+    char arguments[512];
+    snprintf(arguments, sizeof arguments, "%s --steps 100000", small_run);
+    remove_tree(temp("b"));
+    pid_t pid = start_training("b", arguments, 0);
+    int running = wait_for_rows(pid, "b", 1);
+    int code = resume_run("b", "--steps 5");
+    check(running && code == 2 && strstr(ran.err, "another run is writing there") && error_lines() == 1,
+          "a second run in the same --out: %s", ran.err);
+    snprintf(arguments, sizeof arguments, "--data %s --out %s %s", temp("corpus.txt"), temp("b"), small_run);
+    code = run_program("%s", arguments);
+    check(code == 2 && strstr(ran.err, "another run is writing there"), "the same without --resume");
+    kill(pid, SIGTERM);
+    check(finish_program(pid) == 143, "the first run is not disturbed");
+    code = run_program("%s", arguments);
+    check(code == 2 && strstr(ran.err, "--resume goes on with that run"), "a new run in --out with a run in it: %s",
+          ran.err);
+}
+
+static void test_determinism(void) {
+    write_corpus(temp("corpus.txt"), 20000);
+    test_threads("qwen3_moe", "");
+    test_threads("mixtral", "--arch mixtral --head-dim 14 --z-loss 0.001 --aux-form hf");
+    test_threads("olmoe", "--arch olmoe --norm-topk 0 --tie");
+    test_threads("dense", "--dense --kv-heads 1");
+    test_threads("sigmoid, random K, logit norm", "--router sigmoid --topk-range 1:3 --logit-norm 5");
+    test_threads("LPR", "--router lpr");
+    test_stop_and_resume("qwen3_moe", "--sparse-step 2");
+    test_stop_and_resume("dense", "--dense --tie");
+    test_stop_and_resume("adaptive aux, random K", "--aux-adaptive --topk-range 1:4");
+    test_stop_and_resume("sigmoid", "--router sigmoid --bias-rate 0.01");
+    test_stop_and_resume("LPR", "--router lpr");
+    train_run("a", "--steps 60");
+    test_signal(SIGTERM, "SIGTERM", "a", 60);
+    test_signal(SIGINT, "SIGINT", "a", 60);
+    test_kill();
+    test_ready();
+    test_lock();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Disk full
+
+// The limit on the size of a file makes longer writes fail, as a full disk does. dev/full_disk.sh fills a real one.
+static void test_limit(const char* what, long limit) {
+    int code = train_run("a", "--schedule constant --val-every 1 --steps 2");
+    remove_tree(temp("b"));
+    copy_directory(temp("a"), temp("b"));
+    char arguments[512];
+    snprintf(arguments, sizeof arguments, "--out %s --resume --steps 4", temp("b"));
+    int failed_code = finish_program(start_program(arguments, limit));
+    check(code == 0 && failed_code == 1 && error_lines() == 1 && strstr(ran.err, "could not be saved") &&
+              strstr(ran.err, "the checkpoint of step 2") && strstr(ran.err, "File too large"),
+          "%s: exit code 1 and one line", what);
+    show_failure(failed_code == 1 && error_lines() == 1);
+    check(same_checkpoint("a", "b") && !exists(temp("b/.saving")) && !exists(temp("b/.ready")),
+          "%s: the last checkpoint is intact, nothing else is left", what);
+    Error error = {""};
+    Model* m = try_load(temp("b"), &error);
+    check(m != NULL, "%s: the last checkpoint can be loaded %s", what, error.text);
+    if (m) model_free(m);
+    code = resume_run("b", "--steps 4");
+    train_run("a", "--schedule constant --val-every 1 --steps 4");
+    check(code == 0 && same_checkpoint("a", "b") && same_logs("a", "b"),
+          "%s: with room again, --resume gives the bytes of an undisturbed run", what);
+}
+
+static void test_disk_full(void) {
+    struct stat model, optimizer;
+    write_corpus(temp("corpus.txt"), 20000);
+    train_run("a", "--steps 1");
+    remove_tree(temp("c"));
+    remove_tree(temp("d.safetensors"));
+    if (stat(temp("a/model.safetensors"), &model) || stat(temp("a/optimizer.safetensors"), &optimizer)) {
+        check(0, "a run that saves");
+        show_failure(0);
+        return;
+    }
+    test_limit("half a model fits", (long)model.st_size / 2);
+    test_limit("all but the last byte of the model fits", (long)model.st_size - 1);
+    test_limit("the model fits, its optimizer does not", (long)optimizer.st_size - 1);
+
+    char arguments[1024];
+    snprintf(arguments, sizeof arguments, "--data %s --out %s --steps 2 %s", temp("corpus.txt"), temp("c"), small_run);
+    int code = finish_program(start_program(arguments, (long)model.st_size / 2));
+    check(code == 1 && error_lines() == 1 && strstr(ran.err, "holds no checkpoint"),
+          "the first save fails: says that there is none");
+    show_failure(code == 1);
+    check(!exists(temp("c/.saving")) && !exists(temp("c/model.safetensors")), "the first save fails: nothing is left");
+    snprintf(arguments, sizeof arguments, "--model %s --data %s --batch 2 --seq 8 --dump %s", temp("a"),
+             temp("corpus.txt"), temp("d.safetensors"));
+    code = finish_program(start_program(arguments, 10000));
+    check(code == 1 && error_lines() == 1, "--dump fails: exit code 1 and one line");
+    check(!exists(temp("d.safetensors")) && !exists(temp("d.safetensors.saving")), "--dump fails: no file is left");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Data
+
+static void put_i32(Text* t, long value) {
+    char bytes[4] = {(char)value, (char)(value >> 8), (char)(value >> 16), (char)(value >> 24)};
+    text_add(t, bytes, 4);
+}
+
+// A shard of `count` tokens (token i is first + i) whose header has these numbers; it promises `promised` tokens.
+static void write_shard(const char* path, long magic, long version, long promised, int width, long count, long first) {
+    Text t = {NULL, 0, 0};
+    put_i32(&t, magic);
+    put_i32(&t, version);
+    put_i32(&t, promised);
+    while (t.length < SHARD_HEADER) put_i32(&t, 0);
+    for (long i = 0; i < count; i++) {
+        char bytes[4] = {(char)(first + i), (char)((first + i) >> 8), (char)((first + i) >> 16),
+                         (char)((first + i) >> 24)};
+        text_add(&t, bytes, (size_t)width);
+    }
+    write_bytes(path, t.data, t.length);
+    free(t.data);
+}
+
+// window w of the data set starts with token `first` and goes on by ones
+static int window_is(Dataset* d, long w, int first) {
+    int tokens[64], targets[64], ok = 1;
+    dataset_window(d, w, tokens, targets);
+    for (int t = 0; t < d->T; t++) ok &= tokens[t] == first + t && targets[t] == first + t + 1;
+    return ok;
+}
+
+static void test_windows(void) {
+    unsigned char text[250];
+    for (int i = 0; i < 250; i++) text[i] = (unsigned char)i;
+    write_bytes(temp("text"), text, 250);
+    // T = 8: windows of 9 tokens start every 8; the last tenth, 25 bytes, is for validation
+    Dataset *all = dataset_open(temp("text"), 8, 256, WHOLE, 1),
+            *part = dataset_open(temp("text"), 8, 256, TRAIN_PART, 1);
+    Dataset* val = dataset_open(temp("text"), 8, 256, VAL_PART, 1);
+    check(all->raw && all->tokens == 250 && all->windows == 31 && window_is(all, 0, 0) && window_is(all, 1, 8) &&
+              window_is(all, 30, 240),
+          "text: windows of T + 1 tokens start every T");
+    check(part->tokens == 225 && part->windows == 28 && window_is(part, 27, 216),
+          "text: training has all but the last tenth");
+    check(val->tokens == 25 && val->windows == 3 && window_is(val, 0, 225) && window_is(val, 2, 241),
+          "text: validation has the last tenth");
+    dataset_close(all);
+    dataset_close(part);
+    dataset_close(val);
+    write_bytes(temp("text"), text, 60);
+    part = dataset_open(temp("text"), 8, 256, TRAIN_PART, 1);
+    val = dataset_open(temp("text"), 8, 256, VAL_PART, 1);
+    check(part->tokens == 51 && val->tokens == 9 && val->windows == 1 && window_is(val, 0, 51),
+          "short text: validation has one whole window");
+    dataset_close(part);
+    dataset_close(val);
+    write_bytes(temp("text"), text, 9);
+    all = dataset_open(temp("text"), 8, 256, WHOLE, 1);
+    check(all->windows == 1 && window_is(all, 0, 0), "a text of T + 1 bytes is one window");
+    dataset_close(all);
+    write_bytes(temp("text"), text, 17);
+    all = dataset_open(temp("text"), 8, 256, WHOLE, 1);
+    check(all->windows == 2 && window_is(all, 1, 8), "a text of 2 T + 1 bytes is two windows");
+    dataset_close(all);
+}
+
+static void test_shards(void) {
+    write_shard(temp("s_1.bin"), SHARD_MAGIC_16, 1, 9, 2, 9, 60000); // exactly one window
+    write_shard(temp("s_0.bin"), SHARD_MAGIC_32, 7, 30, 4, 30, 100000); // 3 windows, 5 tokens are left over
+    write_shard(temp("other.bin"), SHARD_MAGIC_16, 1, 17, 2, 17, 500);
+    Dataset* d = dataset_open(temp("s_1.bin"), 8, 70000, TRAIN_PART, 0);
+    check(!d->raw && d->windows == 1 && d->tokens == 9 && window_is(d, 0, 60000),
+          "uint16 shard of T + 1 tokens: used whole, one window");
+    dataset_close(d);
+    d = dataset_open(temp("s_0.bin"), 8, 200000, VAL_PART, 0);
+    check(d->windows == 3 && d->tokens == 30 && window_is(d, 2, 100016), "uint32 shard");
+    dataset_close(d);
+    char list[2000];
+    snprintf(list, sizeof list, "%s,%s", temp("other.bin"), temp("s_*.bin"));
+    d = dataset_open(list, 8, 200000, WHOLE, 0);
+    check(d->num_files == 3 && d->windows == 6 && window_is(d, 0, 500) && window_is(d, 1, 508) &&
+              window_is(d, 2, 100000) && window_is(d, 4, 100016) && window_is(d, 5, 60000),
+          "a list and a pattern: in the list's order, a pattern's files by name");
+    // training visits every window once an epoch; batches may straddle epochs
+    int tokens[8], targets[8], seen[6], firsts[30], same_order = 1, other_seed = 1, once = 1;
+    static const int starts[] = {500, 508, 100000, 100008, 100016, 60000};
+    for (int epoch = 0; epoch < 5; epoch++) {
+        memset(seen, 0, sizeof seen);
+        for (int i = 0; i < 6; i++) {
+            dataset_training_sequence(d, 3, epoch * 6 + i, tokens, targets);
+            for (int w = 0; w < 6; w++) seen[w] += tokens[0] == starts[w];
+            firsts[epoch * 6 + i] = tokens[0];
+            same_order &= tokens[0] == firsts[i];
+            dataset_training_sequence(d, 4, epoch * 6 + i, tokens, targets);
+            other_seed &= tokens[0] == firsts[epoch * 6 + i];
+        }
+        for (int w = 0; w < 6; w++) once &= seen[w] == 1;
+    }
+    check(once, "training visits each window once an epoch");
+    check(!same_order && !other_seed, "the order is another one in every epoch and for every seed");
+    dataset_close(d);
+}
+
+static void test_permutation(void) {
+    static const long sizes[] = {1, 2, 3, 5, 16, 17, 255, 256, 257, 1000, 65537};
+    int bijection = 1, moved = 1;
+    for (size_t s = 0; s < sizeof sizes / sizeof sizes[0]; s++) {
+        char* hit = (char*)checked_malloc((size_t)sizes[s]);
+        long fixed = 0;
+        memset(hit, 0, (size_t)sizes[s]);
+        for (long i = 0; i < sizes[s]; i++) {
+            long p = random_permutation(i, sizes[s], 12345 + s);
+            bijection &= p >= 0 && p < sizes[s] && !hit[p];
+            if (p >= 0 && p < sizes[s]) hit[p] = 1;
+            fixed += p == i;
+        }
+        if (sizes[s] >= 255) moved &= fixed < 12;
+        free(hit);
+    }
+    check(bijection, "the random permutation is a bijection for 1 to 65537 elements");
+    check(moved, "the random permutation leaves few elements in place");
+}
+
+// what a run says to data that it cannot use; nothing is written
+static void check_data_error(const char* what, const char* data, const char* more, const char* expected,
+                             const char* file) {
+    int code = run_program("--data %s --out %s --layers 1 --hidden 8 --heads 1 --batch 1 --seq 8 --steps 3 %s", data,
+                           temp("none"), more);
+    check(code == 2 && error_lines() == 1 && strstr(ran.err, expected) && strstr(ran.err, file), "%s: %s", what,
+          ran.err);
+    if (strstr(what, "token ")) remove_tree(temp("none")); // found while training: the run has begun
+    check(!exists(temp("none")), "%s: nothing is written", what);
+    remove_tree(temp("none"));
+}
+
+static void test_data_errors(void) {
+    char bin[512], text[512], list[1100];
+    snprintf(bin, sizeof bin, "%s", temp("bad.bin"));
+    snprintf(text, sizeof text, "%s", temp("text"));
+    write_bytes(bin, "\1\2\3\4 something else", 19);
+    check_data_error("wrong magic", bin, "", "magic 67305985 at byte 0", "bad.bin");
+    write_bytes(bin, "", 0);
+    check_data_error("empty .bin", bin, "", "magic", "bad.bin");
+    write_shard(bin, SHARD_MAGIC_16, 2, 30, 2, 30, 0);
+    check_data_error("wrong version", bin, "--vocab 50", "version 2 at byte 4, expected 1", "bad.bin");
+    write_shard(bin, SHARD_MAGIC_32, 1, 30, 4, 30, 0);
+    check_data_error("wrong version of uint32", bin, "--vocab 50", "version 1 at byte 4, expected 7", "bad.bin");
+    write_shard(bin, SHARD_MAGIC_16, 1, 31, 2, 30, 0);
+    check_data_error("fewer tokens than promised", bin, "--vocab 50",
+                     "promises 31 tokens, which makes 1086 bytes, but the file has 1084", "bad.bin");
+    write_shard(bin, SHARD_MAGIC_16, 1, 29, 2, 30, 0);
+    check_data_error("more tokens than promised", bin, "--vocab 50", "promises 29 tokens", "bad.bin");
+    write_shard(bin, SHARD_MAGIC_16, 1, -1, 2, 30, 0);
+    check_data_error("negative count", bin, "--vocab 50", "promises -1 tokens", "bad.bin");
+    write_shard(bin, SHARD_MAGIC_16, 1, 8, 2, 8, 0);
+    check_data_error("shard too short", bin, "--vocab 50", "8 tokens, but --seq 8 needs at least 9", "bad.bin");
+    write_shard(bin, SHARD_MAGIC_16, 1, 30, 2, 30, 30);
+    check_data_error("token outside the vocabulary", bin, "--vocab 50",
+                     "token 50 at byte 1064; the vocabulary has 0 to 49", "bad.bin");
+    write_shard(bin, SHARD_MAGIC_32, 7, 12, 4, 12, -3);
+    check_data_error("token below zero", bin, "--vocab 50", "token -3 at byte 1024; the vocabulary has 0 to 49",
+                     "bad.bin");
+    check_data_error("no --vocab", bin, "", "--vocab is missing", "");
+    if (truncate(bin, 100)) die(1, "truncate: %s", strerror(errno));
+    check_data_error("half a header", bin, "", "the header ends at byte 100", "bad.bin");
+    write_text(text, "short");
+    check_data_error("text too short", text, "--val none", "5 bytes, but --seq 8 needs at least 9", "text");
+    write_text(text, "seventeen letters");
+    check_data_error("text too short for two parts", text, "", "17 bytes, but --seq 8 needs at least 18 (half of them",
+                     "text");
+    write_text(text, "");
+    check_data_error("empty text", text, "", "0 bytes", "text");
+    write_corpus(text, 500);
+    check_data_error("text for a small vocabulary", text, "--vocab 100", "does not read bytes", "text");
+    write_shard(bin, SHARD_MAGIC_16, 1, 30, 2, 30, 0);
+    snprintf(list, sizeof list, "%s,%s", text, bin);
+    check_data_error("text and shards together", list, "--val none", "cannot be mixed", "bad.bin");
+    check_data_error("missing file", temp("absent.txt"), "", "No such file", "absent.txt");
+    check_data_error("pattern without a match", temp("absent*.txt"), "", "No such file", "absent*.txt");
+    snprintf(list, sizeof list, "%s,", text);
+    check_data_error("a comma too many", list, "", "No such file", "");
+    check_data_error("directory", temp_dir, "", "not a regular file", temp_dir);
+    snprintf(list, sizeof list, "--val %s", temp("absent.txt"));
+    check_data_error("missing --val", text, list, "No such file", "absent.txt");
+}
+
+static void test_data(void) {
+    test_windows();
+    test_shards();
+    test_permutation();
+    test_data_errors();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sampling
+
+// how often each token comes in n draws that cover (0, 1) evenly
+static void count_draws(const float* logits, int V, double temperature, int top_k, double top_p, int n, int* counts) {
+    Candidate candidates[16];
+    memset(counts, 0, sizeof(int) * (size_t)V);
+    for (int i = 0; i < n; i++) counts[sample_token(logits, V, temperature, top_k, top_p, (i + 0.5) / n, candidates)]++;
+}
+
+static void test_draws(void) {
+    enum { V = 6, N = 60000 };
+    // probabilities 0.4, 0.05, 0.3, 0.1, 0.1, 0.05
+    static const double p[V] = {0.4, 0.05, 0.3, 0.1, 0.1, 0.05};
+    float logits[V];
+    int counts[V], ok = 1;
+    for (int v = 0; v < V; v++) logits[v] = (float)log(p[v]) + 3;
+    count_draws(logits, V, 0, 0, 1, 100, counts);
+    check(counts[0] == 100, "temperature 0 takes the likeliest");
+    logits[2] = logits[0];
+    count_draws(logits, V, 0, 0, 1, 100, counts);
+    check(counts[0] == 100, "of equally likely ones temperature 0 takes the first");
+    logits[2] = (float)log(0.3) + 3;
+    count_draws(logits, V, 1, 0, 1, N, counts);
+    for (int v = 0; v < V; v++) ok &= abs(counts[v] - (int)(N * p[v])) <= 2;
+    check(ok, "temperature 1 draws by probability");
+    double sum = 0;
+    for (int v = 0; v < V; v++) sum += sqrt(p[v]);
+    count_draws(logits, V, 2, 0, 1, N, counts);
+    ok = 1;
+    for (int v = 0; v < V; v++) ok &= abs(counts[v] - (int)(N * sqrt(p[v]) / sum)) <= 2;
+    check(ok, "temperature 2 draws by the root of the probability");
+    count_draws(logits, V, 1, 2, 1, N, counts);
+    check(abs(counts[0] - N * 4 / 7) <= 2 && abs(counts[2] - N * 3 / 7) <= 2, "top-k 2 draws from the two likeliest");
+    count_draws(logits, V, 1, 4, 1, N, counts);
+    check(counts[3] > 0 && counts[4] > 0 && counts[1] + counts[5] == 0, "top-k 4 leaves out the two least likely");
+    count_draws(logits, V, 1, 100, 1, N, counts);
+    check(counts[1] > 0 && counts[5] > 0, "a top-k beyond the vocabulary is no limit");
+    count_draws(logits, V, 1, 0, 0.65, N, counts);
+    check(counts[0] > 0 && counts[2] > 0 && counts[0] + counts[2] == N, "top-p 0.65 keeps 0.4 + 0.3");
+    count_draws(logits, V, 1, 0, 0.75, N, counts);
+    check(counts[3] > 0 && counts[0] + counts[2] + counts[3] == N, "top-p 0.75 keeps a third, of equals the first");
+    count_draws(logits, V, 1, 0, 0, N, counts);
+    check(counts[0] == N, "top-p 0 keeps the likeliest");
+    count_draws(logits, V, 1, 1, 1, N, counts);
+    check(counts[0] == N, "top-k 1 keeps the likeliest");
+    count_draws(logits, V, 1, 3, 0.5, N, counts);
+    check(counts[0] + counts[2] == N && counts[2] > 0, "top-k and top-p together");
+    for (int v = 0; v < V; v++) logits[v] = v == 4 ? 30000.0f : -30000.0f;
+    count_draws(logits, V, 0.01, 0, 1, 100, counts);
+    check(counts[4] == 100, "large logits do not overflow");
+}
+
+static Tokenizer* make_tokenizer(const char* json, const char* config, int V) {
+    remove_tree(temp("tokenizer"));
+    mkdir(temp("tokenizer"), 0777);
+    if (json) write_text(temp("tokenizer/tokenizer.json"), json);
+    write_text(temp("tokenizer/config.json"), config);
+    return tokenizer_open(temp("tokenizer"), V);
+}
+
+// what these tokens print, one after the other
+static void check_printed(const Tokenizer* t, const char* what, const int* ids, int n, const char* expected,
+                          size_t length) {
+    char* text = NULL;
+    size_t size = 0;
+    FILE* out = open_memstream(&text, &size);
+    int first = t->pieces && !t->pieces[ids[0]] ? 1 : 0;
+    for (int i = 0; i < n; i++) tokenizer_print(t, ids[i], i <= first, out);
+    fclose(out);
+    check(size == length && !memcmp(text, expected, length), "%s", what);
+    free(text);
+}
+
+static void test_tokenizers(void) {
+    // GPT-2's alphabet: \u0120 is a space, \u010a a newline, \u00c3 \u00a9 the two bytes of an e with an acute accent
+    Tokenizer* t = make_tokenizer(
+        "{\"decoder\": {\"type\": \"Sequence\", \"decoders\": [{\"type\": \"ByteLevel\"}]}, \"model\": {\"type\": "
+        "\"BPE\", \"vocab\": "
+        "{\"Hello\": 0, \"\\u0120world\": 1, \"\\u010a\": 2, \"\\u00c3\\u00a9\": 3, \"\\u0100\": 4, \"far\": 99}}, "
+        "\"added_tokens\": "
+        "[{\"id\": 5, \"content\": \"<|end|>\", \"special\": true}, {\"id\": 6, \"content\": \"<tool>\", \"special\": "
+        "false}]}",
+        "{\"eos_token_id\": 5}", 8);
+    int a[] = {0, 1, 2, 3, 4, 5, 6, 7}, b[] = {5, 1}, c[] = {1};
+    check_printed(t, "byte-level pieces, special tokens print nothing", a, 8, "Hello world\n\xC3\xA9\0<tool>", 21);
+    check_printed(t, "byte-level: a first space is kept", b, 2, " world", 6);
+    check_printed(t, "byte-level: a first space is kept without a special token before it", c, 1, " world", 6);
+    check(t->num_eos == 1 && t->eos[0] == 5, "one end-of-sequence token");
+    tokenizer_close(t);
+
+    // SentencePiece's alphabet: \u2581 is a space; bytes that have no piece are <0xNN>
+    t = make_tokenizer(
+        "{\"decoder\": {\"type\": \"Sequence\", \"decoders\": [{\"type\": \"Replace\"}, {\"type\": "
+        "\"ByteFallback\"}]}, \"model\": "
+        "{\"type\": \"BPE\", \"vocab\": {\"<s>\": 0, \"\\u2581Once\": 1, \"\\u2581upon\": 2, \"<0x0A>\": 3, "
+        "\"<0xC3>\": 4, \"<0xA9>\": 5, "
+        "\"\\u00e9t\": 6, \"<0x4>\": 7}}, \"added_tokens\": [{\"id\": 0, \"content\": \"<s>\", \"special\": true}]}",
+        "{\"eos_token_id\": [2, 7, 9]}", 8);
+    int d[] = {0, 1, 2, 3, 4, 5, 6, 7}, e[] = {1, 1}, f[] = {0, 2, 2};
+    check_printed(t, "SentencePiece pieces with byte fallback", d, 8, "Once upon\n\xC3\xA9\xC3\xA9t<0x4>", 20);
+    check_printed(t, "SentencePiece: no space before the first word", e, 2, "Once Once", 9);
+    check_printed(t, "SentencePiece: nor after a begin-of-sequence token", f, 3, "upon upon", 9);
+    check(t->num_eos == 3 && t->eos[0] == 2 && t->eos[2] == 9, "a list of end-of-sequence tokens");
+    tokenizer_close(t);
+
+    t = make_tokenizer(
+        "{\"model\": {\"type\": \"Unigram\", \"vocab\": [[\"<unk>\", 0.0], [\"\\u2581a\", -1.5], [\"b\", -2]]}}", "{}",
+        3);
+    int g[] = {1, 2, 1};
+    check_printed(t, "a Unigram vocabulary", g, 3, "ab a", 4);
+    tokenizer_close(t);
+    t = make_tokenizer(NULL, "{\"eos_token_id\": null}", 256);
+    int h[] = {72, 105, 200, 10};
+    check_printed(t, "without tokenizer.json tokens are bytes", h, 4, "Hi\xC8\n", 4);
+    check(t->num_eos == 0, "no end-of-sequence token");
+    tokenizer_close(t);
+    write_text(temp("tokenizer/generation_config.json"), "{\"eos_token_id\": 3}");
+    write_text(temp("tokenizer/config.json"), "{\"eos_token_id\": 4}");
+    t = tokenizer_open(temp("tokenizer"), 256);
+    check(t->num_eos == 1 && t->eos[0] == 3, "generation_config.json comes before config.json");
+    tokenizer_close(t);
+    t = make_tokenizer("{\"model\": {\"vocab\": {\"a\": -1, \"b\": 1e300, \"c\": 2, \"d\": 0.5}}}",
+                       "{\"eos_token_id\": 1e300}", 3);
+    int i[] = {2};
+    check_printed(t, "numbers that are no token are left out", i, 1, "c", 1);
+    tokenizer_close(t);
+}
+
+// Generation stops at the end-of-sequence token, and otherwise after so many tokens.
+static void test_generation(void) {
+    const char* dir = "dev/reference/golden/qwen3_moe";
+    int ids[64] = {1, 2, 3}, again[64] = {1, 2, 3}, V;
+    Model *m = open_model(dir, FOR_SCORING, 1, 32), *g = model_create(&m->config, FOR_GENERATION, 1, 32, 32, m);
+    Tokenizer* t = tokenizer_open(dir, V = m->config.vocab_size);
+    Sampling greedy = {0, 1, 0, 1}, random = {1, 0.95, 20, 5};
+    FILE* nowhere = fopen("/dev/null", "w");
+    check(generate(g, t, ids, 3, 20, &greedy, nowhere) == 20, "generates as many tokens as asked for");
+    model_forward(m, ids, NULL, 1, 23);
+    int greatest = 1;
+    for (int n = 2; n < 22; n++)
+        for (int v = 0; v < V; v++) greatest &= m->logits[n * V + ids[n + 1]] >= m->logits[n * V + v];
+    check(greatest, "greedy tokens have the largest logits of a whole forward pass");
+    t->eos[t->num_eos++] = ids[9];
+    int before = 0;
+    while (ids[3 + before] != ids[9]) before++;
+    check(generate(g, t, again, 3, 20, &greedy, nowhere) == before &&
+              !memcmp(ids, again, sizeof(int) * (size_t)(3 + before)),
+          "stops before the end-of-sequence token, after %d", before);
+    t->num_eos = 0;
+    generate(g, t, ids, 3, 28, &random, nowhere);
+    generate(g, t, again, 3, 28, &random, nowhere);
+    int same = !memcmp(ids, again, sizeof(int) * 31);
+    random.seed = 6;
+    generate(g, t, again, 3, 28, &random, nowhere);
+    check(same && memcmp(ids, again, sizeof(int) * 31), "the same seed gives the same text, another seed another one");
+    fclose(nowhere);
+    tokenizer_close(t);
+    model_free(g);
+    model_free(m);
+}
+
+static void test_sampling(void) {
+    test_draws();
+    test_tokenizers();
+    test_generation();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Command line
+
+// Runs a command line that must fail: exit code, one line on stderr with these words in it, and no new file.
+static void check_refused(int expected_code, const char* arguments, const char* expected) {
+    char where[PATH_SIZE], all[2048], *p = all;
+    snprintf(where, sizeof where, "%s", temp("new"));
+    for (const char* s = arguments; *s && p < all + 1500; s++) { // @ stands for the temporary directory
+        if (*s == '@')
+            p += sprintf(p, "%s", temp_dir);
+        else
+            *p++ = *s;
+    }
+    *p = 0;
+    remove_tree(where);
+    int code = run_program("%s", all), lines = error_lines();
+    int ok = code == expected_code && lines == 1 && strstr(ran.err, expected) && !exists(where);
+    check(ok, "%.100s: %s", arguments, ran.err);
+    if (!ok)
+        printf("       exit code %d, %d lines, %s\n", code, lines,
+               exists(where) ? "something was written" : "nothing written");
+}
+
+static void test_bad_commands(void) {
+    static const struct {
+        const char *arguments, *expected;
+    } bad[] = {{"--nonsense", "--nonsense: unknown"},
+               {"--steps", "--steps wants a value"},
+               {"-x", "-x: unknown"},
+               {"-xyz", "-x: unknown"},
+               {"--val-", "--val-: unknown or ambiguous"},
+               {"--expert 4", "--expert: unknown or ambiguous"},
+               {"--dense=1", "--dense=1: unknown"},
+               {"words", "words: unexpected"},
+               {"--steps 5 more", "more: unexpected"},
+               {"--steps five", "--steps five: expected a whole number from 0"},
+               {"--steps -1", "--steps -1"},
+               {"--steps 1e3", "--steps 1e3"},
+               {"--steps 1.5", "--steps 1.5"},
+               {"--steps 99999999999999999999", "--steps 99999999999999999999"},
+               {"--batch 0", "from 1 to 65536"},
+               {"--seq 0", "--seq 0"},
+               {"--seq 2000000", "--seq 2000000"},
+               {"--threads 0", "--threads 0"},
+               {"--accum 0", "--accum 0"},
+               {"--lr -1", "--lr -1: expected a number from 0"},
+               {"--lr nan", "--lr nan"},
+               {"--lr inf", "--lr inf"},
+               {"--lr 1e-3x", "--lr 1e-3x"},
+               {"--beta1 1", "--beta1 1"},
+               {"--beta2 -0.1", "--beta2"},
+               {"--eps 0", "--eps 0"},
+               {"--decay-frac 1.1", "--decay-frac"},
+               {"--top-p 2", "--top-p 2"},
+               {"--schedule linear", "expected one of wsd|cosine|constant"},
+               {"--arch gpt2", "expected one of qwen3"},
+               {"--aux-form both", "expected one of switch|hf"},
+               {"--qk-norm yes", "expected one of none|head|row"},
+               {"--router top", "softmax|sigmoid|lpr"},
+               {"--precision bf16", "the CPU program computes in fp32"},
+               {"--norm-topk 2", "from 0 to 1"},
+               {"--schedule ws", "--schedule ws"},
+               {"--layers 513", "--layers 513"},
+               {"--layers 0", "--layers 0"},
+               {"--experts 70000", "--experts 70000"},
+               {"--topk 0", "--topk 0"},
+               {"--batch 65536 --seq 1048576", "--batch 65536: with --seq 1048576"},
+               // a class and its switches
+               {"--arch olmoe --dense", "--arch qwen3 or mixtral"},
+               {"--arch mixtral --norm-topk 0", "--arch qwen3 or olmoe"},
+               {"--arch mixtral --sparse-step 2", "--arch qwen3 fits"},
+               {"--arch olmoe --sparse-step 2", "--arch qwen3 fits"},
+               {"--arch mixtral --qk-norm head", "--arch qwen3 does"},
+               {"--arch mixtral --qk-norm row", "--arch olmoe does"},
+               {"--arch qwen3 --qk-norm none", "--arch mixtral does"},
+               {"--arch olmoe --qk-norm head", "--arch qwen3 does"},
+               {"--arch olmoe --head-dim 64", "--arch qwen3 is free in it"},
+               {"--dense --topk 2", "--topk: a dense model has no experts"},
+               {"--experts 0 --expert-ffn 64", "--expert-ffn: a dense model"},
+               {"--dense --norm-topk 0", "--norm-topk: a dense model"},
+               {"--topk 9", "--topk 9: there are only 8"},
+               {"--heads 3", "--hidden 128: no multiple of --heads 3"},
+               {"--heads 4 --kv-heads 3", "no multiple"},
+               {"--head-dim 7", "--head-dim 7: rotary positions need an even one"},
+               {"--layers 2 --sparse-step 3", "leaves no sparse layer"},
+               {"--heads 128 --hidden 128", "--head-dim 1: rotary"},
+               {"--lpr-dim 4", "--router lpr"},
+               {"--topk-range 3", "LO:HI"},
+               {"--topk-range 2:9", "LO:HI"},
+               {"--aux-adaptive --aux-form hf", "--aux-form switch"},
+               // what belongs together
+               {"--resume", "--resume wants --out"},
+               {"--resume --out @/new", "No such file"},
+               {"--resume --out @/empty", "trainer.json"},
+               {"--resume --out @/empty --model @/trained", "leave out --model"},
+               {"--eval", "--eval wants --model"},
+               {"--dump @/new", "--dump wants --model"},
+               {"--prompt x", "--prompt wants --model"},
+               {"--model @/trained --eval", "--eval wants --data"},
+               {"--model @/trained --dump @/new", "--dump wants --data"},
+               {"--load", "--load and --trace go with --eval"},
+               {"--model @/trained --layers 3 --data @/corpus.txt", "--layers describes a new model"},
+               {"--model @/trained --topk 1 --data @/corpus.txt", "--topk describes a new model"},
+               {"--model @/absent --data @/corpus.txt", "@/absent/config.json: No such file"},
+               {"--out @/trained --data @/corpus.txt", "--resume goes on with that run"},
+               {"--out @/trained --resume --hidden 8", "--hidden describes a new model"},
+               {"--out @/corpus.txt --data @/corpus.txt --steps 1", "Not a directory"},
+               {"--out @/absent/x --data @/corpus.txt --steps 1", "No such file"},
+               {"--model @/trained --data @/corpus.txt --eval --topk 6", "--topk 6: the model has 5"},
+               {"--model @/trained --data @/absent --eval", "No such file"},
+               {"--model @/trained --data @/corpus.txt --eval --seq 100000", "needs at least"},
+               {"--model @/trained --data @/corpus.txt --batch 999 --seq 24 --dump @/new", "has only 833 windows"},
+               {"--model @/trained --prompt-ids 1,x", "found x"},
+               {"--model @/trained --prompt-ids 256", "numbers from 0 to 255"},
+               {"--model @/trained --prompt-ids -1", "numbers from 0 to 255"},
+               {"--model @/trained --prompt-ids ,", "found ,"},
+               {"--model dev/reference/golden/llama --prompt x", "too few for bytes"},
+               {"--model dev/reference/golden/llama --data @/corpus.txt --eval", "does not read bytes"},
+               {"--model @/window --data @/corpus.txt --eval --seq 128", "sliding_window 64"},
+               {"--model @/window --data @/corpus.txt --seq 128", "sliding_window 64"},
+               {"--model @/window --prompt a --tokens 200", "sliding_window 64"},
+               {"--model @/words --prompt x", "give --prompt-ids"},
+               {"--model @/words --data @/corpus.txt --eval --seq 8", "does not read bytes"}};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        // the models and files above are named with @, the expected text as well
+        const char* expected = bad[i].expected[0] == '@' ? bad[i].expected + 1 : bad[i].expected;
+        char with_out[600];
+        int writes = !strstr(bad[i].arguments, "--out") && !strstr(bad[i].arguments, "--resume") &&
+                     !strstr(bad[i].arguments, "--dump");
+        snprintf(with_out, sizeof with_out, "%s%s", writes ? "--out @/new " : "", bad[i].arguments);
+        check_refused(2, with_out, expected);
+    }
+    check_refused(1, "--model @/trained --data @/corpus.txt --batch 1 --seq 8 --dump @/absent/dump", "No such file");
+}
+
+static void test_help(void) {
+    int code = run_program("--help");
+    int all = 1;
+    for (int i = 0; i < NUM_OPTIONS; i++) all &= strstr(ran.out, option_table[i].name) != NULL;
+    check(code == 0 && all && !*ran.err, "--help: exit code 0, lists every option on stdout");
+    code = run_program("--version");
+    check(code == 0 && !*ran.err && strstr(ran.out, VERSION), "--version: %s", ran.out);
+    code = run_program("--steps nonsense --help");
+    check(code == 2, "an error before --help is an error");
+}
+
+static void test_not_finite(void) {
+    // a norm so large that the next layer's squares overflow
+    remove_tree(temp("b"));
+    copy_directory(temp("trained"), temp("b"));
+    Error error = {""};
+    Model* m = try_load(temp("b"), &error);
+    for (int l = 0; l < m->config.num_layers; l++)
+        for (int i = 0; i < m->config.hidden_size; i++)
+            m->weights.layers[l].attn_norm[i] = m->weights.layers[l].ffn_norm[i] = 3e38f;
+    Pieces p = pieces_read(temp("b"));
+    for (int i = 0; i < m->layout.count; i++)
+        memcpy(piece_find(&p, m->layout.tensors[i].name)->values, m->params + m->layout.tensors[i].offset,
+               sizeof(float) * (size_t)tensor_size(&m->layout.tensors[i]));
+    pieces_write(&p, temp("b/model.safetensors"), 0);
+    pieces_free(&p);
+    model_free(m);
+    copy_directory(temp("b"), temp("c"));
+    int code = run_program("--out %s --resume --steps 9", temp("b"));
+    check(code == 1 && error_lines() == 1 &&
+              strstr(ran.err, "step 5: the loss is not finite; the checkpoint of step 4 in"),
+          "a loss that is not finite: %s", ran.err);
+    show_failure(code == 1);
+    check(same_checkpoint("b", "c"), "the checkpoint is as it was");
+    code = run_program("--model %s --data %s --seq 24 --steps 2 --out %s", temp("c"), temp("corpus.txt"), temp("new"));
+    check(code == 1 && strstr(ran.err, "step 1: the loss is not finite; nothing had been saved"),
+          "the same in a first step: %s", ran.err);
+    check(!exists(temp("new/model.safetensors")), "nothing is saved");
+    remove_tree(temp("new"));
+    code = train_run("b", "--steps 400 --lr 1000000 --clip 0 --weight-decay 1000 --save-every 1 --schedule constant");
+    check(code == 1 && error_lines() == 1 && strstr(ran.err, "is not finite") && saved_step("b") > 0,
+          "a learning rate of 10^6: %s", strstr(ran.err, "train_moe:") ? strstr(ran.err, "train_moe:") : "");
+    m = try_load(temp("b"), &error);
+    check(m != NULL, "its last checkpoint can be loaded");
+    if (m) model_free(m);
+}
+
+// --eval against evaluate(), which is checked against model_forward here
+static void test_eval(void) {
+    int T = 24, B = 3, tokens[24], targets[24];
+    char expected[100];
+    Dataset* d = dataset_open(temp("corpus.txt"), T, 256, WHOLE, 1);
+    Model *batch_model = open_model(temp("trained"), FOR_SCORING, B, T),
+          *m = open_model(temp("trained"), FOR_SCORING, 1, T);
+    double sum = 0;
+    for (long w = 0; w < d->windows; w++) {
+        dataset_window(d, w, tokens, targets);
+        sum += model_forward(m, tokens, targets, 1, T);
+    }
+    double loss = sum / (double)d->windows;
+    snprintf(expected, sizeof expected, "loss %.5f", loss);
+    int code = run_program("--model %s --data %s --eval --seq 24 --batch 3", temp("trained"), temp("corpus.txt"));
+    check(code == 0 && strstr(ran.out, expected), "--eval prints the mean over all windows, %s", expected);
+    double printed = 0, perplexity = 0, bits = 0;
+    const char* line = strstr(ran.out, "loss ");
+    int found =
+        line && sscanf(line, "loss %lf | perplexity %lf | bits per byte %lf", &printed, &perplexity, &bits) == 3;
+    check(found && fabs(printed - loss) < 2e-6 && fabs(perplexity / exp(loss) - 1) < 1e-4 &&
+              fabs(bits - loss / log(2)) < 1e-4,
+          "--eval prints perplexity %.4f and %.4f bits per byte", perplexity, bits);
+    Batch batch = batch_create(B, T);
+    check(fabs(evaluate(batch_model, d, 0, batch) - loss) < 1e-9,
+          "evaluate: all windows, also a last batch that is not full");
+    sum = 0;
+    for (long w = 0; w < 6; w++) {
+        dataset_window(d, w, tokens, targets);
+        sum += model_forward(m, tokens, targets, 1, T);
+    }
+    check(fabs(evaluate(batch_model, d, 2, batch) - sum / 6) < 1e-9, "evaluate: the first two batches");
+    free(batch.tokens);
+    dataset_close(d);
+    model_free(m);
+    model_free(batch_model);
+}
+
+static int tensor_is(SafeTensors* s, const char* name, Dtype dtype, int ndim, long a, long b, long c) {
+    StoredTensor* t = safetensors_find(s, name);
+    return t && t->dtype == dtype && t->ndim == ndim && t->shape[0] == a && (ndim < 2 || t->shape[1] == b) &&
+           (ndim < 3 || t->shape[2] == c);
+}
+
+static int floats_are(SafeTensors* s, const char* name, const float* expected, long n) {
+    long count = 0;
+    float* values = reference_floats(s, name, &count);
+    int same = count == n && !memcmp(values, expected, sizeof(float) * (size_t)n);
+    free(values);
+    return same;
+}
+
+static void test_dump(void) {
+    int B = 2, T = 16, L = 2, K = 2, V = 256;
+    int code = run_program("--model %s --data %s --batch 2 --seq 16 --aux 0.03 --dump %s", temp("trained"),
+                           temp("corpus.txt"), temp("d.safetensors"));
+    Error error = {""};
+    SafeTensors* s = safetensors_open(temp("d.safetensors"), &error);
+    check(code == 0 && s, "--dump writes a file %s", error.text);
+    if (!s) return;
+    Model* m = open_model(temp("trained"), FOR_TRAINING, B, T);
+    Dataset* d = dataset_open(temp("corpus.txt"), T, V, WHOLE, 1);
+    Batch batch = batch_create(B, T);
+    for (int b = 0; b < B; b++) dataset_window(d, b, batch.tokens + b * T, batch.targets + b * T);
+    int *tokens = reference_ints(s, "tokens", NULL), *targets = reference_ints(s, "targets", NULL);
+    check(tensor_is(s, "tokens", DTYPE_I32, 2, B, T, 0) &&
+              !memcmp(tokens, batch.tokens, sizeof(int) * (size_t)(B * T)) &&
+              tensor_is(s, "targets", DTYPE_I32, 2, B, T, 0) &&
+              !memcmp(targets, batch.targets, sizeof(int) * (size_t)(B * T)),
+          "--dump: tokens and targets are the file's first windows");
+    m->balance.aux = 0.03f;
+    model_forward(m, batch.tokens, batch.targets, B, T);
+    float loss = (float)m->loss, aux = (float)m->aux_loss;
+    check(tensor_is(s, "logits", DTYPE_F32, 3, B, T, V) && floats_are(s, "logits", m->logits, (long)B * T * V),
+          "--dump: logits have the bits of a direct call");
+    check(tensor_is(s, "loss", DTYPE_F32, 1, 1, 0, 0) && floats_are(s, "loss", &loss, 1) &&
+              tensor_is(s, "aux_loss", DTYPE_F32, 1, 1, 0, 0) && floats_are(s, "aux_loss", &aux, 1) && aux > 0,
+          "--dump: loss and aux loss");
+    int routers = 1, gradients = 1, expected_count = 5 + L + m->layout.count;
+    for (int l = 0; l < L; l++) {
+        char name[32];
+        snprintf(name, sizeof name, "router.%d", l);
+        int* experts = reference_ints(s, name, NULL);
+        routers &= tensor_is(s, name, DTYPE_I32, 2, B * T, K, 0) &&
+                   !memcmp(experts, m->layers[l].experts, sizeof(int) * (size_t)(B * T * K));
+        free(experts);
+    }
+    check(routers, "--dump: the experts of every sparse layer");
+    model_backward(m, 1);
+    for (int i = 0; i < m->layout.count; i++) {
+        const Tensor* t = &m->layout.tensors[i];
+        char name[160];
+        snprintf(name, sizeof name, "grad.%s", t->name);
+        gradients &= tensor_is(s, name, DTYPE_F32, tensor_is_matrix(t) ? 2 : 1, t->rows, t->cols, 0) &&
+                     floats_are(s, name, m->grads + t->offset, tensor_size(t));
+    }
+    check(gradients && s->num_tensors == expected_count,
+          "--dump: every gradient, under the name of its tensor, and nothing else");
+    free(tokens);
+    free(targets);
+    free(batch.tokens);
+    safetensors_close(s);
+    dataset_close(d);
+    model_free(m);
+}
+
+static void test_command_line(void) {
+    write_corpus(temp("corpus.txt"), 20000);
+    check(train_run("trained", "--steps 4 --save-every 2") == 0, "a model to work with");
+    show_failure(ran.code == 0);
+    mkdir(temp("empty"), 0777);
+    // the same model as a Mistral would have it, with a window; and one with a tokenizer
+    remove_tree(temp("window"));
+    check(train_run("window", "--steps 1 --dense --arch mixtral --seq 16") == 0, "a dense model");
+    Error error = {""};
+    Config c;
+    Text t = {NULL, 0, 0};
+    if (config_read(&c, temp("window"), &error)) {
+        c.arch = MISTRAL;
+        c.sliding_window = 64;
+        c.max_position_embeddings = 1000;
+        config_to_json(&t, &c);
+        write_text(temp("window/config.json"), t.data);
+        free(t.data);
+    }
+    copy_directory(temp("trained"), temp("words"));
+    write_text(temp("words/tokenizer.json"),
+               "{\"decoder\": {\"type\": \"ByteLevel\"}, \"model\": {\"vocab\": {\"a\": 0}}}");
+    test_help();
+    test_bad_commands();
+    test_eval();
+    test_dump();
+    test_not_finite();
+    int code =
+        run_program("--model %s --data %s --seq 24 --steps 1 --out %s", temp("words"), temp("corpus.txt"), temp("new"));
+    check(code == 2 && !exists(temp("new")), "text for a model with a tokenizer is refused in training");
+    write_shard(temp("ids.bin"), SHARD_MAGIC_16, 1, 200, 2, 200, 0);
+    code = run_program("--model %s --data %s --seq 24 --steps 1 --out %s", temp("words"), temp("ids.bin"), temp("new"));
+    check(code == 0 && same_in("words", "new", "tokenizer.json"), "the tokenizer travels to the output");
+    show_failure(code == 0);
+    code = run_program("--model %s --prompt-ids 97,98 --tokens 5 --temperature 0", temp("trained"));
+    check(code == 0 && strlen(ran.out) >= 6 && !strncmp(ran.out, "ab", 2),
+          "--prompt-ids prints the prompt and goes on");
+    remove_tree(temp("new"));
+    code = run_program("--data %s --steps 2 --layers 1 --hidden 16 --seq 16", temp("corpus.txt"));
+    check(code == 0 && strstr(ran.out, "nothing will be saved"),
+          "without --out nothing is written, and the program says so");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+static const struct {
+    const char* name;
+    void (*run)(void);
+} groups[] = {
+    {"matmul", test_matmul},           {"gradients", test_gradients},
+    {"golden", test_golden},           {"routers", test_golden_routers},
+    {"families", test_families},       {"load figures", test_load_figures},
+    {"experts", test_experts},         {"cache", test_cache},
+    {"schedule", test_schedule},       {"json", test_json},
+    {"checkpoints", test_checkpoints}, {"data", test_data},
+    {"sampling", test_sampling},       {"command line", test_command_line},
+    {"determinism", test_determinism}, {"disk full", test_disk_full},
 };
+
+// What threads keep for products is theirs until they end, which is when a test asks for fewer threads.
+#if defined(__SANITIZE_ADDRESS__)
+const char* __lsan_default_suppressions(void);
+const char* __lsan_default_suppressions(void) { return "leak:multiply_block\n"; }
+#endif
 
 int main(int argc, char** argv) {
     if (argc > 1 && !strcmp(argv[1], "--as-train-moe")) {
         argv[1] = argv[0];
         return train_moe_main(argc - 1, argv + 1);
     }
+    if (!realpath("/proc/self/exe", self_path) && !realpath(argv[0], self_path))
+        die(1, "%s: %s", argv[0], strerror(errno));
+    const char* directory = getenv("TMPDIR");
+    snprintf(temp_dir, sizeof temp_dir, "%.150s/test_moe.XXXXXX",
+             directory && !strchr(directory, ' ') ? directory : "/tmp");
+    if (!mkdtemp(temp_dir)) die(1, "%s: %s", temp_dir, strerror(errno));
+    atexit(remove_temp_dir);
+    default_threads = thread_count();
     for (size_t i = 0; i < sizeof groups / sizeof groups[0]; i++) {
         group_name = groups[i].name;
-        if (argc < 2 || strstr(group_name, argv[1])) groups[i].run();
+        double start = seconds();
+        if (argc > 1 && !strstr(group_name, argv[1])) continue;
+        groups[i].run();
+        printf("      %s: %.1f s\n", group_name, seconds() - start);
+        fflush(stdout);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;

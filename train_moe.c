@@ -391,9 +391,11 @@ ALWAYS_INLINE void pack(float* packed, const int width, const float* source, lon
 }
 
 // result(i,j) = [result(i,j) if add] + sum over k of left(i,k) * right(k,j), i < rows, j < TILE_COLUMNS, left and right
-// packed. `rows` is a constant wherever this is inlined, so that the sums live in registers.
+// packed. `rows` is a constant wherever this is inlined, so that the sums live in registers. Meanwhile the tile of the
+// result that comes next, at `ahead`, is fetched to the cache, a row for each k: all rows at once would keep `left`
+// waiting. Worth up to a third in dW, which is read from memory and written back for the sake of few rows of x.
 ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step, const float* left, const float* right,
-                                 int depth, int add) {
+                                 int depth, int add, const float* ahead) {
     vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
     UNROLL
     for (int i = 0; i < rows; i++) {
@@ -404,6 +406,10 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
     }
     for (int k = 0; k < depth; k++) {
         vector r[TILE_VECTORS];
+        if (k < rows) {
+            PREFETCH(ahead + k * result_step);
+            PREFETCH(ahead + k * result_step + TILE_COLUMNS - 1);
+        }
         UNROLL
         for (int v = 0; v < TILE_VECTORS; v++) r[v] = *(const vector*)(right + v * VECTOR_LENGTH);
         UNROLL
@@ -424,10 +430,10 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
 // The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (The conditional only keeps
 // cases that cannot occur on machines with a smaller tile within the bounds of `sum`.)
 static void multiply_rows(int rows, float* result, long result_step, const float* left, const float* right, int depth,
-                          int add) {
+                          int add, const float* ahead) {
     switch (rows) {
 #define TILE_CASE(n) \
-        case n: multiply_tile(n < TILE_ROWS ? n : TILE_ROWS, result, result_step, left, right, depth, add); break;
+        case n: multiply_tile(n < TILE_ROWS ? n : TILE_ROWS, result, result_step, left, right, depth, add, ahead); break;
         TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4) TILE_CASE(5) TILE_CASE(6) TILE_CASE(7)
         TILE_CASE(8) TILE_CASE(9) TILE_CASE(10) TILE_CASE(11) TILE_CASE(12) TILE_CASE(13) TILE_CASE(14)
 #undef TILE_CASE
@@ -441,7 +447,7 @@ static void multiply_edge(int rows, int columns, float* result, long result_step
     for (int i = 0; i < rows && add; i++) {
         memcpy(full + i * TILE_COLUMNS, result + i * result_step, columns * sizeof(float));
     }
-    multiply_rows(rows, full, TILE_COLUMNS, left, right, depth, add);
+    multiply_rows(rows, full, TILE_COLUMNS, left, right, depth, add, full);
     for (int i = 0; i < rows; i++) {
         memcpy(result + i * result_step, full + i * TILE_COLUMNS, columns * sizeof(float));
     }
@@ -478,7 +484,10 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
                 for (int i = 0; i < rows; i += height, p += tile_floats) {
                     float* r = result + i * result_step + j;
                     int h = imin(height, rows - i);
-                    if (width == TILE_COLUMNS) multiply_rows(h, r, result_step, p, packed_right, chunk, add_now);
+                    const float* ahead = i + height < rows ? r + height * result_step // the next tile: below,
+                                         : k + CHUNK < k1  ? result + j               // at the top again, or to the right
+                                                           : result + j + TILE_COLUMNS;
+                    if (width == TILE_COLUMNS) multiply_rows(h, r, result_step, p, packed_right, chunk, add_now, ahead);
                     else multiply_edge(h, width, r, result_step, p, packed_right, chunk, add_now);
                 }
             }
@@ -656,6 +665,19 @@ static inline float fast_exp(float x) {
     return p * power.value;
 }
 
+// The largest of n numbers: 16 running maxima become vector code, one would wait for itself at each step.
+static float max_of(const float* x, long n) {
+    float lanes[16], max;
+    for (int j = 0; j < 16; j++) lanes[j] = x[0];
+    long i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+    for (; i < n; i++) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    max = lanes[0];
+    for (int j = 1; j < 16; j++) max = lanes[j] > max ? lanes[j] : max;
+    return max;
+}
+
 // out (N, H) = table[tokens]       table (V, H), tokens (N)
 static void embedding_forward(float* out, const int* tokens, const float* table, int N, int H) {
     #pragma omp parallel for
@@ -803,9 +825,8 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
                 long ld = score_stride(Tk);
                 multiply_block(p, ld, q_bh, ld_q, 1, k_bh, 1, ld_k, rows, keys, HD, 0);
                 for (int i = 0; i < rows; i++) {
-                    float *p_i = p + i * ld, max = p_i[0], sum = 0;
                     int seen = past + i + 1, padded = (seen + 15) / 16 * 16;
-                    for (int j = 1; j < seen; j++) max = p_i[j] > max ? p_i[j] : max;
+                    float *p_i = p + i * ld, max = max_of(p_i, seen), sum = 0;
                     for (int j = 0; j < seen; j++) p_i[j] = fast_exp(scale * (p_i[j] - max));
                     // zeros up to a multiple of 16, so that the sum has the same order of additions in every call
                     for (int j = seen; j < (padded > keys ? padded : keys); j++) p_i[j] = 0;
@@ -888,9 +909,7 @@ static void cross_entropy_forward(float* losses, float* lse, const float* logits
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* logits_n = logits + (long)n * V;
-        float max = logits_n[0], sum = 0;
-        #pragma omp simd reduction(max : max)
-        for (int v = 0; v < V; v++) max = logits_n[v] > max ? logits_n[v] : max;
+        float max = max_of(logits_n, V), sum = 0;
         #pragma omp simd reduction(+ : sum)
         for (int v = 0; v < V; v++) sum += fast_exp(logits_n[v] - max);
         lse[n] = max + logf(sum);
@@ -4494,10 +4513,10 @@ typedef struct {
 
 #define BIG 1e15
 static Option option_table[] = {
-    {"data", OPT_TEXT, USE_RUN, &options.data, 0, 0, NULL, "F,..", "text or token shards; names or patterns", 0},
-    {"val", OPT_TEXT, USE_RUN, &options.val, 0, 0, NULL, "F|none", "validation data (text: its last tenth)", 0},
-    {"model", OPT_TEXT, USE_OTHER, &options.model, 0, 0, NULL, "DIR", "start from a Hugging Face directory", 0},
-    {"out", OPT_TEXT, USE_OTHER, &options.out, 0, 0, NULL, "DIR", "write checkpoints and logs here", 0},
+    {"data", OPT_TEXT, USE_RUN, &options.data, 0, 0, NULL, "F,..", "text or shards; names, patterns", 0},
+    {"val", OPT_TEXT, USE_RUN, &options.val, 0, 0, NULL, "F|none", "validation data (last tenth of text)", 0},
+    {"model", OPT_TEXT, USE_OTHER, &options.model, 0, 0, NULL, "DIR", "a Hugging Face directory", 0},
+    {"out", OPT_TEXT, USE_OTHER, &options.out, 0, 0, NULL, "DIR", "for checkpoints and logs", 0},
     {"resume", OPT_FLAG, USE_OTHER, &options.resume, 0, 0, "0", "", "go on with the run in --out", 0},
     {"steps", OPT_WHOLE, USE_RUN, &options.steps, 0, BIG, "1000", "N", "training steps in all", 0},
     {"batch", OPT_WHOLE, USE_RUN, &options.batch, 1, 65536, "8", "B", "sequences in a batch", 0},
@@ -4511,13 +4530,13 @@ static Option option_table[] = {
     {"threads", OPT_WHOLE, USE_OTHER, &options.threads, 1, 4096, NULL, "N", "all cores by default", 0},
     {"precision", OPT_CHOICE, USE_OTHER, &options.precision, 0, 0, "fp32", "fp32", "of the CPU program", 0},
 
-    {"arch", OPT_CHOICE, USE_SHAPE, &options.arch, 0, 0, "qwen3", "qwen3|mixtral|olmoe", "Hugging Face class to write",
+    {"arch", OPT_CHOICE, USE_SHAPE, &options.arch, 0, 0, "qwen3", "qwen3|mixtral|olmoe", "class",
      0},
-    {"layers", OPT_WHOLE, USE_SHAPE, &options.layers, 1, MAX_LAYERS, "4", "L", "", 0},
-    {"hidden", OPT_WHOLE, USE_SHAPE, &options.hidden, 1, 1 << 20, "128", "H", "", 0},
-    {"heads", OPT_WHOLE, USE_SHAPE, &options.heads, 1, 1 << 14, "4", "NH", "", 0},
-    {"kv-heads", OPT_WHOLE, USE_SHAPE, &options.kv_heads, 1, 1 << 14, NULL, "NKV", "(half of heads)", 0},
-    {"head-dim", OPT_WHOLE, USE_SHAPE, &options.head_dim, 2, 1 << 14, NULL, "HD", "(H / NH)", 0},
+    {"layers", OPT_WHOLE, USE_SHAPE, &options.layers, 1, MAX_LAYERS, "4", "L", "layers", 0},
+    {"hidden", OPT_WHOLE, USE_SHAPE, &options.hidden, 1, 1 << 20, "128", "H", "hidden size", 0},
+    {"heads", OPT_WHOLE, USE_SHAPE, &options.heads, 1, 1 << 14, "4", "NH", "attention heads", 0},
+    {"kv-heads", OPT_WHOLE, USE_SHAPE, &options.kv_heads, 1, 1 << 14, NULL, "NKV", "key/value heads (NH / 2)", 0},
+    {"head-dim", OPT_WHOLE, USE_SHAPE, &options.head_dim, 2, 1 << 14, NULL, "HD", "head size (H / NH)", 0},
     {"ffn", OPT_WHOLE, USE_SHAPE, &options.ffn, 1, 1 << 20, NULL, "I", "dense layers' width (3 H)", 0},
     {"experts", OPT_WHOLE, USE_SHAPE, &options.experts, 0, 1 << 16, "8", "E", "0: a dense model", 0},
     {"topk", OPT_WHOLE, USE_OTHER, &options.topk, 1, 1 << 16, NULL, "K", "experts per token (2)", 0},
@@ -4525,38 +4544,38 @@ static Option option_table[] = {
     {"sparse-step", OPT_WHOLE, USE_SHAPE, &options.sparse_step, 1, MAX_LAYERS, "1", "S", "every S-th layer is sparse",
      0},
     {"dense", OPT_FLAG, USE_SHAPE, &options.dense, 0, 0, "0", "", "as --experts 0", 0},
-    {"vocab", OPT_WHOLE, USE_SHAPE, &options.vocab, 1, 1 << 24, NULL, "V", "(text: 256)", 0},
+    {"vocab", OPT_WHOLE, USE_SHAPE, &options.vocab, 1, 1 << 24, NULL, "V", "vocabulary (text: 256)", 0},
     {"tie", OPT_FLAG, USE_SHAPE, &options.tie, 0, 0, "0", "", "LM head = embedding", 0},
     {"qk-norm", OPT_CHOICE, USE_SHAPE, &options.qk_norm, 0, 0, NULL, "none|head|row", "(the class's)", 0},
     {"norm-topk", OPT_WHOLE, USE_SHAPE, &options.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1)", 0},
 
-    {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C", "balance (softmax 0.01; the model's)", 0},
+    {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C", "balance loss (0.01; the model's)", 0},
     {"aux-form", OPT_CHOICE, USE_RUN, &options.aux_form, 0, 0, "switch", "switch|hf", "per layer, or all layers", 0},
     {"z-loss", OPT_REAL, USE_RUN, &options.z_loss, 0, 1e6, "0", "C", "keeps router logits small", 0},
     {"aux-adaptive", OPT_FLAG, USE_RUN, &options.aux_adaptive, 0, 0, "0", "", "--aux follows each layer's load", 0},
     {"router", OPT_CHOICE, USE_SHAPE, &options.router, 0, 0, "softmax", "softmax|sigmoid|lpr", "", 0},
     {"bias-rate", OPT_REAL, USE_RUN, &options.bias_rate, 0, 1, "0.001", "G", "of sigmoid's bias", 0},
-    {"logit-norm", OPT_REAL, USE_SHAPE, &options.logit_norm, 0, 1e6, "0", "LAMBDA", "0: off", 0},
+    {"logit-norm", OPT_REAL, USE_SHAPE, &options.logit_norm, 0, 1e6, "0", "LAMBDA", "normalises logits; 0: off", 0},
     {"topk-range", OPT_TEXT, USE_RUN, &options.topk_range, 0, 0, NULL, "LO:HI", "draw K per layer and step", 0},
     {"family-penalty", OPT_REAL, USE_RUN, &options.family_penalty, 0, 1e6, NULL, "B", "of copies (1, if they are new)",
      0},
     {"family-steps", OPT_WHOLE, USE_RUN, &options.family_steps, 1, BIG, NULL, "S", "until it is 0 (half of all)", 0},
     {"lpr-dim", OPT_WHOLE, USE_SHAPE, &options.lpr_dim, 1, 1 << 14, "16", "D", "latent dimensions", 0},
-    {"lpr-weight", OPT_REAL, USE_SHAPE, &options.lpr_weight, 0, 1e6, "0.01", "C", "of all LPR losses:", 0},
-    {"lpr-diversity", OPT_REAL, USE_SHAPE, &options.lpr_diversity, 0, 1e6, "1", "C", "", 0},
-    {"lpr-kl", OPT_REAL, USE_SHAPE, &options.lpr_kl, 0, 1e6, "0.01", "C", "", 0},
-    {"lpr-align", OPT_REAL, USE_SHAPE, &options.lpr_align, 0, 1e6, "0.05", "C", "", 0},
+    {"lpr-weight", OPT_REAL, USE_SHAPE, &options.lpr_weight, 0, 1e6, "0.01", "C", "of all LPR losses", 0},
+    {"lpr-diversity", OPT_REAL, USE_SHAPE, &options.lpr_diversity, 0, 1e6, "1", "C", "of diversity", 0},
+    {"lpr-kl", OPT_REAL, USE_SHAPE, &options.lpr_kl, 0, 1e6, "0.01", "C", "of the KL divergence", 0},
+    {"lpr-align", OPT_REAL, USE_SHAPE, &options.lpr_align, 0, 1e6, "0.05", "C", "of alignment", 0},
     {"lpr-align-form", OPT_CHOICE, USE_SHAPE, &options.lpr_align_form, 0, 0, "sum", "sum|mean", "over tokens", 0},
 
-    {"lr", OPT_REAL, USE_RUN, &options.lr, 0, 1e6, NULL, "X", "(0.002; 0.0002 with --model)", 0},
+    {"lr", OPT_REAL, USE_RUN, &options.lr, 0, 1e6, NULL, "X", "rate (2e-3; 2e-4 with --model)", 0},
     {"min-lr", OPT_REAL, USE_RUN, &options.min_lr, 0, 1e6, "0", "X", "at the end of the decay", 0},
     {"warmup", OPT_WHOLE, USE_RUN, &options.warmup, 0, BIG, NULL, "N", "steps (a 20th of all, at most 100)", 0},
     {"schedule", OPT_CHOICE, USE_RUN, &options.schedule, 0, 0, "wsd", "wsd|cosine|constant", "", 0},
     {"decay-frac", OPT_REAL, USE_RUN, &options.decay_frac, 0, 1, "0.1", "X", "last part of the steps, wsd", 0},
     {"weight-decay", OPT_REAL, USE_RUN, &options.weight_decay, 0, 1e6, "0.1", "X", "of matrices", 0},
-    {"beta1", OPT_REAL, USE_RUN, &options.beta1, 0, 0.999999, "0.9", "X", "", 0},
-    {"beta2", OPT_REAL, USE_RUN, &options.beta2, 0, 0.999999, "0.95", "X", "", 0},
-    {"eps", OPT_REAL, USE_RUN, &options.eps, 1e-30, 1, "1e-8", "X", "", 0},
+    {"beta1", OPT_REAL, USE_RUN, &options.beta1, 0, 0.999999, "0.9", "X", "AdamW", 0},
+    {"beta2", OPT_REAL, USE_RUN, &options.beta2, 0, 0.999999, "0.95", "X", "AdamW", 0},
+    {"eps", OPT_REAL, USE_RUN, &options.eps, 1e-30, 1, "1e-8", "X", "AdamW", 0},
     {"clip", OPT_REAL, USE_RUN, &options.clip, 0, 1e6, "1", "X", "gradient norm; 0: never", 0},
 
     {"eval", OPT_FLAG, USE_OTHER, &options.eval, 0, 0, "0", "", "loss of --model on --data", 0},
@@ -4567,8 +4586,8 @@ static Option option_table[] = {
     {"prompt-ids", OPT_TEXT, USE_OTHER, &options.prompt_ids, 0, 0, NULL, "1,2,..", "the same as tokens", 0},
     {"tokens", OPT_WHOLE, USE_OTHER, &options.tokens, 0, 1 << 24, "256", "N", "to generate", 0},
     {"temperature", OPT_REAL, USE_OTHER, &options.temperature, 0, 100, "0.8", "X", "0: greedy", 0},
-    {"top-p", OPT_REAL, USE_OTHER, &options.top_p, 0, 1, "1", "X", "", 0},
-    {"top-k", OPT_WHOLE, USE_OTHER, &options.top_k, 0, 1 << 24, "0", "N", "0: all", 0},
+    {"top-p", OPT_REAL, USE_OTHER, &options.top_p, 0, 1, "1", "X", "nucleus", 0},
+    {"top-k", OPT_WHOLE, USE_OTHER, &options.top_k, 0, 1 << 24, "0", "N", "likeliest; 0: all", 0},
 };
 enum { NUM_OPTIONS = sizeof option_table / sizeof option_table[0] };
 
@@ -4629,33 +4648,29 @@ static void options_reset(void) {
 }
 
 static void print_help(void) {
-    static const struct { const char *first, *title;
+    static const struct {
+        const char *first, *title;
     } groups[] = {{"data", "Data and run"},
                   {"arch", "A new model"},
                   {"aux", "Router"},
                   {"lr", "Optimiser"},
                   {"eval", "Instead of training"}};
-    printf("train_moe %s: trains, evaluates and samples mixture-of-experts GPTs. Without arguments: a demonstration.\n",
+    printf("train_moe %s: trains, evaluates and samples mixture-of-experts GPTs. Without options: a demonstration.\n",
            VERSION);
-    size_t column = 0;
+    int column = 0;         // two options in a line
     for (int i = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];
-        char text[160], start[40] = "";
+        char name[64], text[160], start[40] = "";
         for (size_t g = 0; g < sizeof groups / sizeof groups[0]; g++)
             if (!strcmp(o->name, groups[g].first)) {
                 printf("%s%s\n", column ? "\n" : "", groups[g].title);
                 column = 0;
             }
-        if (o->start && o->type != OPT_FLAG) snprintf(start, sizeof start, "%s(%s)", *o->help ? " " : "", o->start);
-        snprintf(text, sizeof text, "  --%s %s%s%s%s", o->name, o->argument, *o->argument ? " " : "", o->help, start);
-        size_t width = strlen(text) < 58 ? 58 : 116;        // two columns
-        if (column + width > 116) {
-            printf("\n");
-            column = 0;
-        }
-        printf(column + width < 116 ? "%-58s" : "%s", text);
-        column = (column + width) % 116;
-        if (column == 0) printf("\n");
+        snprintf(name, sizeof name, "--%s %s", o->name, o->argument);
+        if (o->start && o->type != OPT_FLAG) snprintf(start, sizeof start, " (%s)", o->start);
+        snprintf(text, sizeof text, "  %-19s %s%s", name, o->help, start);
+        printf(column ? "%s\n" : "%-59s", text);
+        column = !column;
     }
     printf("%s", column ? "\n" : "");
 }
@@ -4670,12 +4685,16 @@ static void options_parse(int argc, char** argv) {
     }
     longs[NUM_OPTIONS].name = "help";
     longs[NUM_OPTIONS + 1].name = "version";
+    // beyond any character; were they equal, getopt would not see that an abbreviation is ambiguous
+    for (int i = 0; i < NUM_OPTIONS + 2; i++) longs[i].val = 256 + i;
     opterr = 0;
     optind = 1;
-    int index = -1, c;
-    while ((c = getopt_long(argc, argv, ":", longs, &index)) != -1) {
+    int c;
+    while ((c = getopt_long(argc, argv, ":", longs, NULL)) != -1) {
+        int index = c - 256;
         if (c == ':') die(2, "%s wants a value; see --help", argv[optind - 1]);
-        if (c != 0) die(2, "%s: unknown or ambiguous option; see --help", argv[optind - 1]);
+        if (c == '?' && optopt > 0 && optopt < 256) die(2, "-%c: unknown option; see --help", optopt);
+        if (c == '?') die(2, "%s: unknown or ambiguous option; see --help", argv[optind - 1]);
         if (index == NUM_OPTIONS) {
             print_help();
             exit(0);
@@ -4889,8 +4908,8 @@ static int run_eval(Config* c) {
     if (!options.model) die(2, "--eval wants --model DIR");
     if (!options.data) die(2, "--eval wants --data FILE");
     int B = (int)options.batch, T = (int)options.seq;
-    check_length(c, T);
     Dataset* d = dataset_open(options.data, T, c->vocab_size, WHOLE, data_is_text(c));
+    check_length(c, T);
     Model* m = load_model(c, options.model, FOR_SCORING, B, T, T);
     Batch batch = batch_create(B, T);
     print_model(m);
@@ -4919,9 +4938,9 @@ static int run_eval(Config* c) {
 static int run_dump(Config* c) {
     if (!options.data) die(2, "--dump wants --data FILE");
     int B = (int)options.batch, T = (int)options.seq, V = c->vocab_size, count = 0;
-    check_length(c, T);
     Dataset* d = dataset_open(options.data, T, V, WHOLE, data_is_text(c));
     if (d->windows < B) die(2, "--batch %d: %s has only %ld windows of %d tokens", B, options.data, d->windows, T + 1);
+    check_length(c, T);
     Model* m = load_model(c, options.model, FOR_TRAINING, B, T, T);
     Batch batch = batch_create(B, T);
     for (int b = 0; b < B; b++) dataset_window(d, b, batch.tokens + (long)b * T, batch.targets + (long)b * T);

@@ -1,0 +1,46 @@
+#!/bin/sh
+# Builds both fuzz targets with clang, makes a small corpus from the golden files and runs each for SECONDS (default 60).
+# The exit code is not 0 if anything was found; the input that shows it stays in build/fuzz.
+#     dev/fuzz/run.sh [SECONDS]
+set -eu
+cd "$(dirname "$0")/../.."
+seconds=${1:-60}
+work=build/fuzz
+mkdir -p $work/json $work/safetensors
+status=0
+
+for target in json safetensors; do
+    ${CLANG:-clang} -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
+        -Wno-unused-function dev/fuzz/fuzz_$target.c -o $work/fuzz_$target -lm
+done
+
+# seeds: configurations and the headers of the golden checkpoints, cut short; a checkpoint that loads
+for dir in dev/reference/golden/*/; do
+    name=$(basename "$dir")
+    cp "$dir/config.json" "$work/json/$name"
+    head -c 3000 "$dir/model.safetensors" | tail -c +9 >"$work/json/$name.header"
+done
+head -c 20000 dev/reference/golden/llama/model.safetensors >$work/safetensors/cut
+WRITE_SEED=$work/safetensors/valid $work/fuzz_safetensors -runs=0 $work/safetensors >$work/seed.log 2>&1
+
+# words that mutation would be slow to find
+for word in model_type num_hidden_layers hidden_size num_attention_heads vocab_size intermediate_size num_experts \
+        mlp_only_layers rope_parameters rope_type llama mixtral olmoe qwen3 qwen3_moe dots1 train_moe \
+        base_model_type sliding_window dtype shape data_offsets __metadata__ F32 BF16 F16 I32 null true false \
+        lm_head.weight 1e-06 18446744073709551616 9223372036854775807; do
+    echo "\"$word\""
+done >$work/words
+printf '"\\\\u0000"\n"\\\\ud800"\n"\\\\udc00"\n"[["\n"{}"\n' >>$work/words
+
+for target in json safetensors; do
+    echo "fuzz_$target: $seconds s"
+    if ! $work/fuzz_$target -max_total_time="$seconds" -max_len=4096 -timeout=10 -rss_limit_mb=2048 -dict=$work/words \
+            -artifact_prefix=$work/found_${target}_ -print_final_stats=1 $work/$target >$work/$target.log 2>&1; then
+        echo "fuzz_$target found something:"
+        tail -n 40 $work/$target.log
+        status=1
+    fi
+    grep -E 'number_of_executed_units|average_exec_per_sec' $work/$target.log || true
+    grep -E ' cov: ' $work/$target.log | tail -n 1
+done
+exit $status
