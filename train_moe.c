@@ -3805,6 +3805,7 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
     c->rms_norm_eps = config_double(j, "rms_norm_eps", archs[arch].rms_norm_eps, error);
     c->rope_theta = config_double(j, "rope_theta", archs[arch].rope_theta, error);
     c->rope_theta = config_double(json_get(j, "rope_parameters"), "rope_theta", c->rope_theta, error);
+    if (c->rope_theta <= 0) set_error(error, "rope_theta is 0, expected a positive number");
     c->qk_norm = arch == OLMOE                                         ? QK_NORM_ROW
                  : arch == QWEN3 || arch == QWEN3_MOE || arch == DOTS1 ? QK_NORM_HEAD
                                                                        : QK_NORM_NONE;
