@@ -2230,20 +2230,15 @@ static void test_config_refusals(void) {
         {"llama", "partial_rotary_factor", "0.25", "partial_rotary_factor"},
         {"llama", "quantization_config", "{\"bits\": 4}", "quantization_config"},
         {"qwen3_moe", "kv_lora_rank", "512", "kv_lora_rank"},
-        {"llama", "hidden_size", NULL, "missing"},
         {"llama", "hidden_size", "0", "is 0"},
         {"llama", "hidden_size", "\"32\"", "32"},
         {"llama", "hidden_size", "32.5", "32.5"},
         {"llama", "hidden_size", "-32", "-32"},
         {"llama", "num_hidden_layers", "513", "513"},
-        {"llama", "num_hidden_layers", NULL, "missing"},
-        {"llama", "vocab_size", NULL, "missing"},
         {"llama", "vocab_size", "0", "is 0"},
-        {"llama", "num_attention_heads", NULL, "missing"},
         {"llama", "num_key_value_heads", "3", "is 4, not a multiple"},
         {"llama", "head_dim", "7", "is 7"},
         {"olmoe", "head_dim", "16", "OLMoE"},
-        {"llama", "intermediate_size", NULL, "missing"},
         {"mixtral", "num_experts_per_tok", "5", "is 5, but num_experts is 4"},
         {"mixtral", "num_experts_per_tok", "0", "is 0"},
         {"mixtral", "num_experts", "0", "is 0"},
@@ -2327,6 +2322,12 @@ static void test_config_defaults(void) {
 static void test_config_values(void) {
     Config c;
     Error error;
+    check(config_parse(&c, "{\"model_type\": \"mixtral\"}", &error) && c.vocab_size == 32000 && c.hidden_size == 4096 &&
+              c.num_layers == 32 && c.num_heads == 32 && c.intermediate_size == 14336,
+          "a configuration without sizes is the class's own: %s", error.text);
+    check(!config_parse(&c, "{\"model_type\": \"dots1\", \"n_shared_experts\": 0}", &error) &&
+              strstr(error.text, "n_routed_experts"),
+          "but Dots1 has no number of experts of its own: %s", error.text);
     char* text = make_config("qwen3", "rope_parameters", "{\"rope_type\": \"default\", \"rope_theta\": 777.0}");
     check(config_parse(&c, text, &error) && c.rope_theta == 777, "rope_parameters come before rope_theta");
     free(text);

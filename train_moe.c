@@ -791,7 +791,7 @@ static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, 
 }
 
 // Attention works on blocks of this many queries: their scores against all keys stay in the cache between the products.
-#define QUERY_BLOCK 32
+#define QUERY_BLOCK 64
 static long score_stride(int T) {
     return (T + 15) / 16 * 16 + 16;
 } // a power of two would map all rows to one cache set
@@ -3619,20 +3619,24 @@ static int safetensors_write(const char* path, const OutTensor* tensors, int cou
 // A checkpoint is a Hugging Face directory: config.json, model.safetensors and the tokenizer's files; beside them our
 // trainer.json (options and step) and optimizer.safetensors (AdamW's moments).
 
+// The classes, in the order of Arch, with what transformers takes for a key that config.json does not have (0: see
+// config_from_json).
 static const struct {
     const char *model_type, *class_name;
-    int max_position;               // the class's default for a config.json without max_position_embeddings
-    double rope_theta, rms_norm_eps;
-    int sliding_window;
-    double aux;
-} archs[NUM_ARCHS] = {              // in the order of Arch; defaults as in transformers
-    {"llama", "LlamaForCausalLM", 2048, 1e4, 1e-6, 0, 0},
-    {"mistral", "MistralForCausalLM", 131072, 1e4, 1e-6, 4096, 0},
-    {"mixtral", "MixtralForCausalLM", 131072, 1e6, 1e-5, 0, 0.001},
-    {"olmoe", "OlmoeForCausalLM", 4096, 1e4, 1e-5, 0, 0.01},
-    {"qwen3", "Qwen3ForCausalLM", 32768, 1e4, 1e-6, 0, 0},
-    {"qwen3_moe", "Qwen3MoeForCausalLM", 32768, 1e4, 1e-6, 0, 0.001},
-    {"dots1", "Dots1ForCausalLM", 2048, 1e4, 1e-6, 0, 0}};
+    QKNorm qk_norm;
+    int vocab, hidden, layers, heads, kv_heads, head_dim, width, expert_width, experts, topk, positions, window;
+    double rope_theta, rms_norm_eps, aux;
+} archs[NUM_ARCHS] = {
+    {"llama", "LlamaForCausalLM", QK_NORM_NONE, 32000, 4096, 32, 32, 0, 0, 11008, 0, 0, 0, 2048, 0, 1e4, 1e-6, 0},
+    {"mistral", "MistralForCausalLM", QK_NORM_NONE, 32000, 4096, 32, 32, 8, 0, 14336, 0, 0, 0, 131072, 4096, 1e4, 1e-6,
+     0},
+    {"mixtral", "MixtralForCausalLM", QK_NORM_NONE, 32000, 4096, 32, 32, 8, 0, 14336, 0, 8, 2, 131072, 0, 1e6, 1e-5,
+     1e-3},
+    {"olmoe", "OlmoeForCausalLM", QK_NORM_ROW, 50304, 2048, 16, 16, 0, 0, 2048, 0, 64, 8, 4096, 0, 1e4, 1e-5, 1e-2},
+    {"qwen3", "Qwen3ForCausalLM", QK_NORM_HEAD, 151936, 4096, 32, 32, 32, 128, 22016, 0, 0, 0, 32768, 0, 1e4, 1e-6, 0},
+    {"qwen3_moe", "Qwen3MoeForCausalLM", QK_NORM_HEAD, 151936, 2048, 24, 32, 4, 0, 6144, 768, 128, 8, 32768, 0, 1e4,
+     1e-6, 1e-3},
+    {"dots1", "Dots1ForCausalLM", QK_NORM_HEAD, 152064, 4608, 62, 32, 32, 0, 10944, 1408, 0, 0, 2048, 0, 1e4, 1e-6, 0}};
 
 static int is_moe(Arch arch) { return arch == MIXTRAL || arch == OLMOE || arch == QWEN3_MOE || arch == DOTS1; }
 
@@ -3782,35 +3786,26 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
     if (arch == DOTS1) c->router = ROUTER_SIGMOID;
     if (ours && !router_variant_from_json(c, j, error)) return 0;
     config_refuse_unsupported(j, error);
-    c->num_layers = config_int(j, "num_hidden_layers", NULL, -1, 1, MAX_LAYERS, error);
-    c->hidden_size = config_int(j, "hidden_size", NULL, -1, 1, 1 << 20, error);
-    c->num_heads = config_int(j, "num_attention_heads", NULL, -1, 1, 1 << 14, error);
-    c->vocab_size = config_int(j, "vocab_size", NULL, -1, 1, 1 << 24, error);
+    c->num_layers = config_int(j, "num_hidden_layers", NULL, archs[arch].layers, 1, MAX_LAYERS, error);
+    c->hidden_size = config_int(j, "hidden_size", NULL, archs[arch].hidden, 1, 1 << 20, error);
+    c->num_heads = config_int(j, "num_attention_heads", NULL, archs[arch].heads, 1, 1 << 14, error);
+    c->vocab_size = config_int(j, "vocab_size", NULL, archs[arch].vocab, 1, 1 << 24, error);
     if (error->text[0]) return 0;
-    int kv_default = arch == MISTRAL || arch == MIXTRAL ? 8
-                     : arch == QWEN3 || arch == DOTS1   ? 32
-                     : arch == QWEN3_MOE                ? 4
-                                                        : c->num_heads;
-    c->num_kv_heads = config_int(j, "num_key_value_heads", NULL, kv_default, 1, 1 << 14, error);
-    c->head_dim =
-        config_int(j, "head_dim", NULL, arch == QWEN3 ? 128 : c->hidden_size / c->num_heads, 1, 1 << 14, error);
-    c->intermediate_size = config_int(j, "intermediate_size", NULL,
-                                      arch == QWEN3_MOE ? 6144
-                                      : arch == DOTS1   ? 10944
-                                                        : -1,
-                                      1, 1 << 20, error);
+    int kv_heads = archs[arch].kv_heads ? archs[arch].kv_heads : c->num_heads;
+    int head_dim = archs[arch].head_dim ? archs[arch].head_dim : c->hidden_size / c->num_heads;
+    c->num_kv_heads = config_int(j, "num_key_value_heads", NULL, kv_heads, 1, 1 << 14, error);
+    c->head_dim = config_int(j, "head_dim", NULL, head_dim, 1, 1 << 14, error);
+    c->intermediate_size = config_int(j, "intermediate_size", NULL, archs[arch].width, 1, 1 << 20, error);
     c->max_position_embeddings =
-        config_int(j, "max_position_embeddings", NULL, archs[arch].max_position, 1, 1 << 30, error);
+        config_int(j, "max_position_embeddings", NULL, archs[arch].positions, 1, 1 << 30, error);
     c->tie_word_embeddings = config_bool(j, "tie_word_embeddings", 0, error);
     c->rms_norm_eps = config_double(j, "rms_norm_eps", archs[arch].rms_norm_eps, error);
     c->rope_theta = config_double(j, "rope_theta", archs[arch].rope_theta, error);
     c->rope_theta = config_double(json_get(j, "rope_parameters"), "rope_theta", c->rope_theta, error);
     if (c->rope_theta <= 0) set_error(error, "rope_theta is 0, expected a positive number");
-    c->qk_norm = arch == OLMOE                                         ? QK_NORM_ROW
-                 : arch == QWEN3 || arch == QWEN3_MOE || arch == DOTS1 ? QK_NORM_HEAD
-                                                                       : QK_NORM_NONE;
+    c->qk_norm = archs[arch].qk_norm;
     const Json* window = json_get(j, "sliding_window");
-    int window_default = window ? 0 : archs[arch].sliding_window;       // an explicit null means none
+    int window_default = window ? 0 : archs[arch].window;       // an explicit null means none
     c->sliding_window = config_int(j, "sliding_window", NULL, window_default, 0, 1 << 30, error);
     int window_wanted = config_bool(j, "use_sliding_window", arch == MISTRAL || arch == MIXTRAL, error);
     if (!window_wanted) c->sliding_window = 0;
@@ -3825,15 +3820,15 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
             set_error(error, "routed_scaling_factor is not 1, which is not supported");
     }
     if (is_moe(c->arch)) {
-        int experts_default = arch == MIXTRAL ? 8 : arch == OLMOE ? 64 : arch == DOTS1 ? -1 : 128;
         const char* experts_key = arch == DOTS1 ? "n_routed_experts" : "num_experts";
-        c->num_experts = config_int(j, experts_key, "num_local_experts", experts_default, 1, 1 << 16, error);
-        c->num_experts_per_tok = config_int(j, "num_experts_per_tok", NULL, arch == MIXTRAL ? 2 : 8, 1, 1 << 16, error);
+        int experts = archs[arch].experts ? archs[arch].experts : -1, topk = archs[arch].topk ? archs[arch].topk : -1;
+        c->num_experts = config_int(j, experts_key, "num_local_experts", experts, 1, 1 << 16, error);
+        c->num_experts_per_tok = config_int(j, "num_experts_per_tok", NULL, topk, 1, 1 << 16, error);
         c->norm_topk_prob = arch == MIXTRAL ? 1 : config_bool(j, "norm_topk_prob", 0, error);
         c->moe_intermediate_size = c->intermediate_size;
-        if (arch == QWEN3_MOE || arch == DOTS1)
+        if (archs[arch].expert_width)
             c->moe_intermediate_size =
-                config_int(j, "moe_intermediate_size", NULL, arch == DOTS1 ? 1408 : 768, 1, 1 << 20, error);
+                config_int(j, "moe_intermediate_size", NULL, archs[arch].expert_width, 1, 1 << 20, error);
         c->router_aux_loss_coef = config_double(j, "router_aux_loss_coef", archs[arch].aux, error);
         int step = arch == QWEN3_MOE ? config_int(j, "decoder_sparse_step", NULL, 1, 1, 1 << 20, error) : 1;
         int first = arch == DOTS1 ? config_int(j, "first_k_dense_replace", NULL, 0, 0, 1 << 20, error) : 0;
@@ -5201,8 +5196,8 @@ int train_moe_main(int argc, char** argv) {
     // rows of tokens, and of the experts that they are sent to, are numbered with ints
     int per_token = config.num_experts > 0 ? config.num_experts : 1;
     if ((double)options.batch * (double)options.seq * per_token > INT_MAX)
-        die(2, "--batch %ld: with --seq %ld and %d experts it must not exceed %ld; see --accum", options.batch, options.seq,
-            per_token, INT_MAX / per_token / options.seq);
+        die(2, "--batch %ld: with --seq %ld and %d experts it must not exceed %ld; see --accum", options.batch,
+            options.seq, per_token, INT_MAX / per_token / options.seq);
     return options.eval   ? run_eval(&config)
            : options.dump ? run_dump(&config)
            : prompting    ? run_prompt(&config)
