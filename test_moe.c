@@ -554,6 +554,16 @@ static void test_families(void) {
 // What the experts do
 
 static void test_load_figures(void) {
+    for (int E = 2; E <= 48; E++) {         // E (load - mean) is compared exactly
+        float bias[48] = {0};
+        long loads[48];
+        int still = 1;
+        for (int e = 0; e < E; e++) loads[e] = 7 + (E > 2 && e == 0) - (E > 2 && e == 1);
+        update_router_bias(bias, loads, E, 0.5);
+        for (int e = E > 2 ? 2 : 0; e < E; e++) still &= bias[e] == 0;
+        check(still && (E == 2 || (bias[0] == -0.5f && bias[1] == 0.5f)),
+              "%d experts: those with the mean load keep their bias", E);
+    }
     const long even[4] = {5, 5, 5, 5}, one[4] = {0, 0, 12, 0}, mixed[4] = {1, 2, 3, 4}, none[3] = {0, 0, 0};
     LoadFigures f = load_figures(even, 4);
     check(f.gini == 0 && f.min_max == 1 && f.max_vio == 0 && f.dead == 0, "equal loads");
@@ -2075,7 +2085,7 @@ static void test_load_refusals(void) {
     Pieces p = pieces_read(dir);
     Piece* norm = piece_find(&p, "model.norm.weight");
     norm->shard = -1;
-    check_load_refused("a missing tensor", pieces_save(&p, dir), "1 tensors are missing: model.norm.weight");
+    check_load_refused("a missing tensor", pieces_save(&p, dir), "missing tensors (1): model.norm.weight");
     norm->shard = 0;
     piece_add(&p, "model.layers.0.mlp.experts.99.up_proj.weight", norm);
     check_load_refused("an unexpected tensor", pieces_save(&p, dir), "experts.99.up_proj.weight");
@@ -2968,7 +2978,10 @@ static void test_draws(void) {
     check(counts[0] == N, "top-p 0 keeps the likeliest");
     count_draws(logits, V, 1, 1, 1, N, counts);
     check(counts[0] == N, "top-k 1 keeps the likeliest");
-    count_draws(logits, V, 1, 3, 0.5, N, counts);
+    // top-p is of what top-k leaves, as in transformers: 0.4 of 0.4 + 0.3 is more than half of it, but not of all
+    count_draws(logits, V, 1, 2, 0.5, N, counts);
+    check(counts[0] == N, "top-k comes before top-p");
+    count_draws(logits, V, 1, 2, 0.6, N, counts);
     check(counts[0] + counts[2] == N && counts[2] > 0, "top-k and top-p together");
     for (int v = 0; v < V; v++) logits[v] = v == 4 ? 30000.0f : -30000.0f;
     count_draws(logits, V, 0.01, 0, 1, 100, counts);
@@ -3183,7 +3196,9 @@ static void test_bad_commands(void) {
                // what belongs together
                {"--resume", "--resume wants --out"},
                {"--resume --out @/new", "No such file"},
-               {"--resume --out @/empty", "trainer.json"},
+               {"--resume --out @/empty", "holds no checkpoint"},
+               {"--data @/corpus.txt --family-penalty 1 --out @/new", "has no families"},
+               {"--data @/corpus.txt --eval --prompt x --model @/trained", "only one of them"},
                {"--resume --out @/empty --model @/trained", "leave out --model"},
                {"--eval", "--eval wants --model"},
                {"--dump @/new", "--dump wants --model"},
@@ -3197,7 +3212,7 @@ static void test_bad_commands(void) {
                {"--out @/trained --data @/corpus.txt", "--resume goes on with that run"},
                {"--out @/trained --resume --hidden 8", "--hidden describes a new model"},
                {"--out @/corpus.txt --data @/corpus.txt --steps 1", "Not a directory"},
-               {"--out @/absent/x --data @/corpus.txt --steps 1", "No such file"},
+               {"--out @/corpus.txt/x --data @/corpus.txt --steps 1", "Not a directory"},
                {"--model @/trained --data @/corpus.txt --eval --topk 6", "--topk 6: the model has 5"},
                {"--model @/trained --data @/absent --eval", "No such file"},
                {"--model @/trained --data @/corpus.txt --eval --seq 100000", "needs at least"},

@@ -3,7 +3,7 @@ train_moe.c: a complete mixture-of-experts GPT in one C file.
 
 It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen3 and Qwen3-MoE models on a CPU in fp32, reads and
 writes their Hugging Face directories, and needs a C compiler and nothing else. Every forward pass is followed by its
-backward pass, written by hand. Read it from top to bottom; nothing is used before it is explained:
+backward pass, written by hand. Read it from top to bottom; what comes later than it is met is marked with its section:
 
      1  Configuration        what a model is: a dozen numbers
      2  Random numbers       counter-based, so that results do not depend on the number of threads
@@ -55,6 +55,8 @@ subset of C11 (with gcc's vector types) and C++17, because the CUDA compiler rea
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -166,7 +168,7 @@ typedef struct {
     int topk_limit;                 // the largest K that training may draw for a layer, 0: num_experts_per_tok
     char sparse[MAX_LAYERS];        // 1: layer l is a mixture of experts, 0: it is dense
     char token_ids[3][64];          // bos, eos, pad as written in config.json, empty where absent
-    // router variants, section 9; all zero in an ordinary model
+    // router variants, section 9; all zero with a softmax router
     Router router;
     double logit_norm;              // lambda of the logits' normalisation, 0: none
     double family_penalty;          // of the copies of an expert, INFINITY just after they were made, 0: none
@@ -563,14 +565,16 @@ static void forward_unit(float* y, long y_step, const float* x, const float* W, 
 
 enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT };
 
-// The products of E experts in one parallel region. result, left, right: y, x, W or dx, dy, W or dW, dy, x.
+// The work behind the functions below, in one parallel region. (result, left, right) is (y, x, W) forward, (dx, dy, W)
+// or (dW, dy, x) backward.
 static void grouped_product(int kind, float* result, const float* left, const float* right, long weight_stride, int C,
                             int OC, int E, const int* offsets, int add) {
     int threads = thread_count(), columns = kind == FORWARD ? OC : C, most_rows = 0, units = 0, taken = 0;
 #define RESULT_ROWS(e) (kind == BACKWARD_WEIGHT ? OC : offsets[(e) + 1] - offsets[e])
     for (int e = 0; e < E; e++) most_rows = RESULT_ROWS(e) > most_rows ? RESULT_ROWS(e) : most_rows;
     // A unit of work is a block of a result. Start with large ones (less packing) and halve the longer side until there
-    // are enough to go round: an equal number for each thread, or four a thread, taken as threads become free.
+    // are enough to go round: an equal number for each thread, or four a thread, taken as threads become free. (For few
+    // rows one a thread: reading W goes fastest in long runs.)
     int unit_rows = imin(UNIT_ROWS, blocks_of(most_rows, TILE_ROWS) * TILE_ROWS);
     int unit_columns = imin(UNIT_COLUMNS, blocks_of(columns, TILE_COLUMNS) * TILE_COLUMNS), across;
     if (most_rows == 0) return;
@@ -578,7 +582,7 @@ static void grouped_product(int kind, float* result, const float* left, const fl
         across = blocks_of(columns, unit_columns);
         units = 0;
         for (int e = 0; e < E; e++) units += blocks_of(RESULT_ROWS(e), unit_rows) * across;
-        if ((E == 1 && units % threads == 0) || units >= 4 * threads) break;
+        if ((E == 1 && units % threads == 0) || units >= (most_rows > FEW_ROWS ? 4 : 1) * threads) break;
         if (unit_rows > TILE_ROWS && (unit_rows > unit_columns || unit_columns == TILE_COLUMNS)) {
             unit_rows = blocks_of(unit_rows / 2, TILE_ROWS) * TILE_ROWS;
         } else if (unit_columns > TILE_COLUMNS) {
@@ -617,21 +621,27 @@ static void grouped_product(int kind, float* result, const float* left, const fl
 #undef RESULT_ROWS
 }
 
+// E products at once: rows offsets[e] .. offsets[e + 1] - 1 of x and y belong to matrix number e, which is (OC, C) and
+// starts at W + e * weight_stride. No rows is allowed.
+//     y = x W_e^T          y (rows, OC), x (rows, C), offsets (E + 1)
 void grouped_matmul_forward(float* y, const float* x, const float* W, long weight_stride, int C, int OC, int E,
                             const int* offsets) {
     grouped_product(FORWARD, y, x, W, weight_stride, C, OC, E, offsets, 0);
 }
 
+//     dx = dy W_e, or with add = 1 dx += dy W_e
 void grouped_matmul_backward_input(float* dx, const float* dy, const float* W, long weight_stride, int C, int OC, int E,
                                    const int* offsets, int add) {
     grouped_product(BACKWARD_INPUT, dx, dy, W, weight_stride, C, OC, E, offsets, add);
 }
 
+//     dW_e += dy^T x
 void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, long weight_stride, int C, int OC,
                                     int E, const int* offsets) {
     grouped_product(BACKWARD_WEIGHT, dW, dy, x, weight_stride, C, OC, E, offsets, 1);
 }
 
+// The same for one matrix and `rows` rows.
 void matmul_forward(float* y, const float* x, const float* W, int rows, int C, int OC) {
     int offsets[2] = {0, rows};
     grouped_matmul_forward(y, x, W, 0, C, OC, 1, offsets);
@@ -953,7 +963,7 @@ static void choose_topk(int* chosen, const float* scores, int E, int K) {
 // index first), gates (N, K)
 static void softmax_router_forward(float* probs, float* lse, int* experts, float* gates, const float* logits, int N,
                                    int E, int K, int norm_topk) {
-#pragma omp parallel for
+    #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* z = logits + (long)n * E;
         float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, max = z[0], sum = 0;
@@ -1012,7 +1022,7 @@ static void gather_rows(float* out, const float* x, const int* assignment, int r
 // residual = NULL: zero. The same function is the backward of gather_rows. out, residual (N, H), y (rows, H)
 static void combine_rows(float* out, const float* residual, const float* y, const float* gates, const int* row_of,
                          int N, int K, int H) {
-#pragma omp parallel for
+    #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         float* out_n = out + (long)n * H;
         for (int i = 0; i < H; i++) out_n[i] = residual ? residual[(long)n * H + i] : 0;
@@ -1354,7 +1364,7 @@ typedef struct {
     double lpr_loss;            // of the last forward pass, with its weight
     double *all_counts, *all_probs;     // (E)  assignments and sums of probs over all sparse layers, for AUX_HF
     double loss, aux_loss, z_loss; // of the last forward pass: cross-entropy alone; the other two without coefficients
-    size_t bytes_params, bytes_optimizer, bytes_activations;
+    size_t bytes_params, bytes_optimizer, bytes_activations, bytes;
     void* memory;
     const char* source;         // the directory that the parameters were read from, or NULL
     int shares_params;          // the parameters are another model's
@@ -1497,10 +1507,11 @@ static void model_take(Model* m, Arena* a) {
     m->bytes_activations = a->used - start;
 }
 
-// A model with uninitialised parameters for batches of up to B sequences of T tokens. For generation T is the largest
-// number of tokens in one forward pass and `positions` the cache's capacity; otherwise positions = T. With an owner the
-// new model uses the owner's parameters.
-static Model* model_create(const Config* c, Purpose purpose, int B, int T, int positions, const Model* owner) {
+// A model for batches of up to B sequences of T tokens, whose memory is counted (Model.bytes) but not yet allocated.
+// For generation T is the largest number of tokens in one forward pass and `positions` the cache's capacity; otherwise
+// positions = T. With an owner the new model uses the owner's parameters; without, they are to be set by model_init or
+// checkpoint_load.
+static Model* model_plan(const Config* c, Purpose purpose, int B, int T, int positions, const Model* owner) {
     Model* m = (Model*)checked_malloc(sizeof(Model));
     memset(m, 0, sizeof *m);
     m->config = *c;
@@ -1515,20 +1526,36 @@ static Model* model_create(const Config* c, Purpose purpose, int B, int T, int p
     memset(m->layers, 0, sizeof(LayerActivations) * c->num_layers);
     Arena arena = {NULL, 0};
     model_take(m, &arena);
-    if (posix_memalign(&m->memory, 64, arena.used))
-        die(1, "out of memory: this model and batch need %.1f MB", arena.used / 1e6);
-    memset(m->memory, 0, arena.used);
+    m->bytes = arena.used;
+    return m;
+}
+
+// Gives a planned model its memory.
+static void model_allocate(Model* m) {
+    const Config* c = &m->config;
+    Arena arena = {NULL, 0};
+    if (posix_memalign(&m->memory, 1 << 21, m->bytes))
+        die(1, "out of memory: this model and batch need %.1f MB; try a smaller --batch or --seq", m->bytes / 1e6);
+#ifdef MADV_HUGEPAGE
+    madvise(m->memory, m->bytes, MADV_HUGEPAGE);        // pages of 2 MB: 4 % of a step of a model of 100 M parameters
+#endif
+    memset(m->memory, 0, m->bytes);
     arena.base = (char*)m->memory;
     arena.used = 0;
     model_take(m, &arena);
     weights_point(&m->weights, c, &m->layout, m->params);
     if (m->grads) weights_point(&m->dweights, c, &m->layout, m->grads);
-    rope_table(m->cosines, m->sines, positions, c->head_dim, c->rope_theta);
+    rope_table(m->cosines, m->sines, m->positions, c->head_dim, c->rope_theta);
     for (int l = 0; l < c->num_layers; l++) m->topk[l] = layer_topk(c, l);
-    for (int n = 0; n < B * T; n++) {
+    for (int n = 0; n < m->B * m->T; n++) {
         m->ones[n] = 1;
         m->identity[n] = n;
     }
+}
+
+static Model* model_create(const Config* c, Purpose purpose, int B, int T, int positions, const Model* owner) {
+    Model* m = model_plan(c, purpose, B, T, positions, owner);
+    model_allocate(m);
     return m;
 }
 
@@ -1925,6 +1952,7 @@ typedef struct {
     int T, vocab_size, raw;             // raw = 1: bytes are tokens
     long windows, tokens;
     unsigned char* buffer;              // (T + 1, 4) a window as it is in the file
+    char error[512];                    // what was wrong with the last window
 } Dataset;
 
 static int32_t read_i32(const unsigned char* p) {
@@ -2002,6 +2030,11 @@ static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part,
     d->T = T;
     d->vocab_size = vocab_size;
     d->buffer = (unsigned char*)checked_malloc(4 * ((size_t)T + 1));
+    struct rlimit limit;            // each shard stays open: allow as many as the system does
+    if (!getrlimit(RLIMIT_NOFILE, &limit) && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
     char *names = copy_string(list), *rest = names, *name;
     while ((name = strsep(&rest, ",")) != NULL) {
         glob_t found;
@@ -2035,33 +2068,68 @@ static void dataset_close(Dataset* d) {
     free(d);
 }
 
-// Window number w (in file order): tokens (T) and targets (T), the tokens that follow them.
-static void dataset_window(Dataset* d, long w, int* tokens, int* targets) {
+// Window number w (in file order): tokens (T) and targets (T), the tokens that follow them. 0 and d->error if it cannot
+// be read or holds a token that the vocabulary does not have.
+static int dataset_read(Dataset* d, long w, int* tokens, int* targets) {
     DataFile* f = d->files;
     for (; w >= f->windows; f++) w -= f->windows;
     int T = d->T;
     long offset = f->start + w * T * f->width;
     const unsigned char* p = embedded_text + offset;
     if (f->fd >= 0) {
-        if (!read_at(f->fd, d->buffer, ((size_t)T + 1) * f->width, offset))
-            die(1, "%s: cannot read %d tokens at byte %ld; has the file changed?", f->path, T + 1, offset);
         p = d->buffer;
+        if (!read_at(f->fd, d->buffer, ((size_t)T + 1) * f->width, offset)) {
+            snprintf(d->error, sizeof d->error, "%.300s: cannot read %d tokens at byte %ld; has the file changed?",
+                     f->path, T + 1, offset);
+            return 0;
+        }
     }
     for (int t = 0; t <= T; t++) {
         long token = f->width == 1 ? p[t] : f->width == 2 ? p[2 * t] | p[2 * t + 1] << 8 : read_i32(p + 4L * t);
-        if (token < 0 || token >= d->vocab_size)
-            die(2, "%s: token %ld at byte %ld; the vocabulary has 0 to %d", f->path, token, offset + (long)t * f->width,
-                d->vocab_size - 1);
+        if (token < 0 || token >= d->vocab_size) {
+            snprintf(d->error, sizeof d->error, "%.300s: token %ld at byte %ld; the vocabulary has 0 to %d", f->path,
+                     token, offset + (long)t * f->width, d->vocab_size - 1);
+            return 0;
+        }
         if (t < T) tokens[t] = (int)token;
         if (t > 0) targets[t - 1] = (int)token;
     }
+    return 1;
+}
+
+// The same where there is nothing to lose: bad data ends the program.
+static void dataset_window(Dataset* d, long w, int* tokens, int* targets) {
+    if (!dataset_read(d, w, tokens, targets)) die(2, "%s", d->error);
+}
+
+// Reads all shards once before a new run starts: a token that the vocabulary does not have is better found now than in
+// the middle of the night. (A text's bytes are all in its vocabulary.)
+static void dataset_check(Dataset* d) {
+    enum { MOST = 65536 };
+    unsigned char* buffer = (unsigned char*)checked_malloc(MOST * 4);
+    for (int i = 0; i < d->num_files && !d->raw; i++) {
+        const DataFile* f = &d->files[i];
+        for (long first = 0; first < f->count; first += MOST) {
+            long n = lmin(MOST, f->count - first), offset = f->start + first * f->width;
+            if (!read_at(f->fd, buffer, (size_t)(n * f->width), offset))
+                die(1, "%s: cannot be read at byte %ld", f->path, offset);
+            for (long k = 0; k < n; k++) {
+                long token = f->width == 2 ? buffer[2 * k] | buffer[2 * k + 1] << 8 : read_i32(buffer + 4 * k);
+                if (token < 0 || token >= d->vocab_size)
+                    die(2, "%s: token %ld at byte %ld; the vocabulary has 0 to %d", f->path, token,
+                        offset + k * f->width, d->vocab_size - 1);
+            }
+        }
+    }
+    free(buffer);
 }
 
 // Sequence number `index` of training: every window once an epoch, in an order that (seed, epoch) fixes. So the
-// position in the data is a function of the step, and a resumed run needs to remember nothing else.
-static void dataset_training_sequence(Dataset* d, uint64_t seed, long index, int* tokens, int* targets) {
+// position in the data is a function of the step, and a resumed run needs to remember nothing else. Returns as
+// dataset_read.
+static int dataset_training_sequence(Dataset* d, uint64_t seed, long index, int* tokens, int* targets) {
     uint64_t key = random_key(seed, hash_string("order"), (uint64_t)(index / d->windows), 0);
-    dataset_window(d, random_permutation(index % d->windows, d->windows, key), tokens, targets);
+    return dataset_read(d, random_permutation(index % d->windows, d->windows, key), tokens, targets);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2133,16 +2201,20 @@ static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
 // Explained in sections 9, 12 and 13.
 static void router_before_step(Model* m, const Run* run, long step);
 static void router_after_step(Model* m, const Run* run, long done);
-static void print_load(const Model* m, int each);
+static void report_load(const Model* m, int each, FILE* log, long step);
 #define LOAD_HEADER \
     "step,layer,expert,assignments,gini,min_max,max_vio,dead,entropy,top_gate,twin_cosine,twins_together,sources"
-static void log_load(FILE* log, const Model* m, long step);
 static void clear_load(Model* m);
 static const char* checkpoint_save(const Model* m, const char* out, long step);
 static void print_sample(Model* generator, const Model* trained, uint64_t seed, int tokens);
 
 static volatile sig_atomic_t stop_signal = 0;
-static void on_signal(int signal_number) { stop_signal = signal_number; }
+// The first Ctrl-C or SIGTERM ends the run after the step at hand, the second one at once: saves are whole or not at
+// all.
+static void on_signal(int signal_number) {
+    stop_signal = signal_number;
+    signal(signal_number, SIG_DFL);
+}
 
 // Opens OUT/name for appending. A run that continues at `step` first drops the rows of later steps, which it will make
 // again; a new run starts with the header.
@@ -2176,7 +2248,7 @@ static void print_duration(double s) {
 // signal.
 static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* generator, const char* out,
                  long first_step) {
-    int E = m->config.num_experts, T = run->T, terminal = isatty(2), exit_code = 0, stopping = 0;
+    int E = m->config.num_experts, T = run->T, terminal = isatty(2), exit_code = 0, stopping = 0, log_failed = 0;
     long saved = first_step, tokens_per_step = (long)run->B * T * run->accum;
     double flops = flops_per_token(&m->config, T), started = seconds();
     Batch batch = batch_create(run->B, T);
@@ -2192,12 +2264,16 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
     if (first_step >= run->steps) printf("nothing left to do: step %ld of %ld is reached\n", first_step, run->steps);
     for (long step = first_step; step < run->steps && !stopping; step++) {
         double t0 = seconds(), loss = 0, aux_loss = 0, z_loss = 0, lpr_loss = 0, lr = learning_rate(run, step);
+        const char* problem = NULL;
         router_before_step(m, run, step);
         m->counting_load = 1;
         for (int micro = 0; micro < run->accum; micro++) {
-            for (int b = 0; b < run->B; b++)
-                dataset_training_sequence(data, run->seed, (step * run->accum + micro) * run->B + b,
-                                          batch.tokens + (long)b * T, batch.targets + (long)b * T);
+            for (int b = 0; b < run->B && !problem; b++) {
+                long index = (step * run->accum + micro) * run->B + b, at = (long)b * T;
+                if (!dataset_training_sequence(data, run->seed, index, batch.tokens + at, batch.targets + at))
+                    problem = data->error;
+            }
+            if (problem) break;
             loss += model_forward(m, batch.tokens, batch.targets, run->B, T) / run->accum;
             aux_loss += m->aux_loss / run->accum;
             z_loss += m->z_loss / run->accum;
@@ -2206,13 +2282,13 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
             model_backward(m, 1.0f / run->accum);
         }
         m->counting_load = 0;
-        double norm = isfinite(loss) ? model_update(m, &run->adamw, lr, step + 1) : NAN;
+        double norm = isfinite(loss) && !problem ? model_update(m, &run->adamw, lr, step + 1) : NAN;
         if (!isfinite(norm)) {
-            fprintf(stderr, "%s%s: step %ld: the %s is not finite; ", terminal ? "\n" : "", program_name, step + 1,
-                    isfinite(loss) ? "gradient" : "loss");
-            if (out && saved > 0)
-                fprintf(stderr, "the checkpoint of step %ld in %s is intact; try a lower --lr\n", saved, out);
-            else fprintf(stderr, "nothing had been saved; try a lower --lr\n");
+            const char* advice = problem ? "" : "; try a lower --lr";
+            if (!problem) problem = isfinite(loss) ? "the gradient is not finite" : "the loss is not finite";
+            fprintf(stderr, "%s%s: step %ld: %s; ", terminal ? "\n" : "", program_name, step + 1, problem);
+            if (out && saved > 0) fprintf(stderr, "the checkpoint of step %ld in %s is intact%s\n", saved, out, advice);
+            else fprintf(stderr, "nothing had been saved%s\n", advice);
             exit_code = 1;
             break;
         }
@@ -2226,30 +2302,31 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         if (log) {
             fprintf(log, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f,%.6f\n", done, done * tokens_per_step, loss, aux_loss,
                     z_loss, lr, norm, rate, lpr_loss);
-            fflush(log);
         }
         int last = done == run->steps;
-        if (val && (last || (run->val_every > 0 && done % run->val_every == 0))) {
-            double val_loss = evaluate(m, val, run->val_batches, batch);
+        if (last || (run->val_every > 0 && done % run->val_every == 0)) {
             fprintf(stderr, "%s", terminal ? "\n" : "");
-            printf("step %ld: validation loss %.4f", done, val_loss);
-            if (val->raw) printf(" nats (%.4f bits) a byte", val_loss / M_LN2);
-            printf("\n");
-            if (E > 0) print_load(m, 0);
-            fflush(stdout);
-            if (val_log) {
-                fprintf(val_log, "%ld,%ld,%.6f\n", done, done * tokens_per_step, val_loss);
-                fflush(val_log);
-                log_load(load_log, m, done);
-                fflush(load_log);
+            if (val) {
+                double val_loss = evaluate(m, val, run->val_batches, batch);
+                printf("step %ld: validation loss %.4f", done, val_loss);
+                if (val->raw) printf(" nats (%.4f bits) a byte", val_loss / M_LN2);
+                printf("\n");
+                if (out) fprintf(val_log, "%ld,%ld,%.6f\n", done, done * tokens_per_step, val_loss);
             }
+            if (E > 0) report_load(m, 0, load_log, done);
+            fflush(stdout);
             clear_load(m);
+        }
+        if (out && (fflush(log) || fflush(val_log) || fflush(load_log)) && !log_failed) {
+            fprintf(stderr, "%s%s: warning: the logs in %s are incomplete from step %ld on: %s\n", terminal ? "\n" : "",
+                    program_name, out, done, strerror(errno));
+            log_failed = 1;
         }
         if (generator && run->sample_every > 0 && done % run->sample_every == 0 && !last) {
             fprintf(stderr, "%s", terminal ? "\n" : "");
             print_sample(generator, m, run->seed, 200);
         }
-        stopping = stop_signal != 0;            // looked at once a step: a signal that comes later stops the next one
+        stopping = stop_signal && !last;        // looked at once a step: a signal that comes later stops the next one
         if (out && (last || stopping || (run->save_every > 0 && done % run->save_every == 0))) {
             const char* error = checkpoint_save(m, out, done);
             if (error) {
@@ -2377,7 +2454,7 @@ static void sigmoid_scores(float* scores, const float* z, const float* bias, int
 // because s of a penalised expert tends to 0, but s + bias would not fall below all others.
 static void sigmoid_router_forward(float* probs, float* lse, int* experts, float* gates, const float* z,
                                    const float* bias, const float* shift, int N, int E, int K, int norm_topk) {
-#pragma omp parallel for
+    #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* z_n = z + (long)n * E;
         float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, max = z_n[0], exp_sum = 0, sum = 0,
@@ -2403,7 +2480,7 @@ static void sigmoid_router_forward(float* probs, float* lse, int* experts, float
 static void sigmoid_router_backward(float* dz, const float* dgates, const float* z, const float* probs,
                                     const float* lse, const int* experts, const float* gates, const double* f,
                                     double aux_weight, double z_weight, int N, int E, int K, int norm_topk) {
-#pragma omp parallel for
+    #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float *z_n = z + (long)n * E, *p = probs + (long)n * E, *gates_n = gates + (long)n * K;
         const float* dgates_n = dgates + (long)n * K;
@@ -2429,9 +2506,12 @@ static void sigmoid_router_backward(float* dz, const float* dgates, const float*
 
 // Once a step, from the load of the whole batch: bias_e += rate sign(mean load - load_e). counts, bias (E)
 static void update_router_bias(float* bias, const long* counts, int E, double rate) {
-    double mean = 0;
-    for (int e = 0; e < E; e++) mean += (double)counts[e] / E;
-    for (int e = 0; e < E; e++) bias[e] += (float)(counts[e] < mean ? rate : counts[e] > mean ? -rate : 0);
+    long total = 0;
+    for (int e = 0; e < E; e++) total += counts[e];
+    for (int e = 0; e < E; e++) {
+        long over = counts[e] * E - total;              // E (load - mean load), exactly: an expert at the mean stays
+        bias[e] += (float)(over < 0 ? rate : over > 0 ? -rate : 0);
+    }
 }
 
 // The balance loss's coefficient can follow each layer's imbalance (Skywork-MoE, 2406.06563, section 3.2):
@@ -2462,7 +2542,7 @@ static double adapted_aux(double coefficient, const long* counts, int E) {
 // a (N, H) = silu(LayerNorm(h)); mean, rstd (N) are kept
 static void lpr_normalise_forward(float* a, float* mean, float* rstd, const float* h, const float* weight,
                                   const float* bias, int N, int H) {
-#pragma omp parallel for
+    #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* h_n = h + (long)n * H;
         float sum = 0, square = 0;
@@ -2484,7 +2564,7 @@ static void lpr_normalise_forward(float* a, float* mean, float* rstd, const floa
 static void lpr_normalise_backward(float* dh, float* dweight, float* dbias, float* da, const float* h,
                                    const float* mean, const float* rstd, const float* weight, const float* bias, int N,
                                    int H) {
-#pragma omp parallel for
+    #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* h_n = h + (long)n * H;
         float *du = da + (long)n * H, d_mean = 0, d_along = 0;
@@ -2815,7 +2895,7 @@ static void observe_layer(Model* m, int l) {
         const int* experts = s->experts + (long)n * K;
         int distinct = 0;
         double entropy = 0, top = 0;
-        for (int e = 0; e < E; e++) entropy -= p[e] > 0 ? p[e] * logf(p[e]) : 0;
+        for (int e = 0; e < E; e++) entropy -= p[e] > 1e-30f ? p[e] * logf(p[e]) : 0;
         for (int k = 0; k < K; k++) {
             int known = 0;
             for (int j = 0; j < k && m->has_families; j++) known |= family[experts[j]] == family[experts[k]];
@@ -2869,58 +2949,70 @@ static void clear_load(Model* m) {
     memset(m->observed, 0, sizeof(Observed) * L);
 }
 
-// Figures since the last clear_load: a line for each sparse layer (each = 1), and one for all together.
-static void print_load(const Model* m, int each) {
-    const Config* c = &m->config;
-    double gini = 0, min_max = 0, max_vio = 0, entropy = 0, top = 0, sources = 0, twins = 0, similarity = 0;
-    int dead = 0, layers = count_sparse(c);
-    for (int l = 0; l < c->num_layers; l++) {
-        if (!c->sparse[l]) continue;
-        const Observed* o = &m->observed[l];
-        LoadFigures f = load_figures(m->load + (long)l * c->num_experts, c->num_experts);
-        double tokens = o->tokens > 0 ? o->tokens : 1, twin = m->has_families ? twin_similarity(m, l) : 0;
-        gini += f.gini / layers;
-        min_max += f.min_max / layers;
-        max_vio += f.max_vio / layers;
-        dead += f.dead;
-        entropy += o->entropy / tokens / layers;
-        top += o->top_gate / tokens / layers;
-        sources += o->sources / tokens / layers;
-        twins += o->twins / tokens / layers;
-        similarity += twin / layers;
-        if (!each) continue;
-        printf("layer %d: Gini %.3f, min/max %.3f, MaxVio %.2f, dead %d, entropy %.3f, top gate %.3f", l, f.gini,
-               f.min_max, f.max_vio, f.dead, o->entropy / tokens, o->top_gate / tokens);
-        if (m->has_families)
-            printf(", twins' cosine %.4f, chosen together %.3f, sources/token %.3f", twin, o->twins / tokens,
-                   o->sources / tokens);
-        printf(", load");
-        for (int e = 0; e < c->num_experts; e++) printf(" %ld", m->load[(long)l * c->num_experts + e]);
-        printf("\n");
-    }
-    printf("load: Gini %.3f, min/max %.3f, MaxVio %.2f, dead %d, entropy %.3f, top gate %.3f", gini, min_max, max_vio,
-           dead, entropy, top);
-    if (m->has_families)
-        printf(", twins' cosine %.4f, chosen together %.3f, sources/token %.3f", similarity, twins, sources);
-    printf("\n");
+// All figures of one layer since the last clear_load; the last three are 0 without families.
+typedef struct {
+    LoadFigures load;
+    double entropy, top_gate, twin_cosine, twins_together, sources;
+} LayerFigures;
+
+static LayerFigures layer_figures(const Model* m, int l) {
+    const Observed* o = &m->observed[l];
+    double tokens = o->tokens > 0 ? o->tokens : 1;
+    LayerFigures f;
+    f.load = load_figures(m->load + (long)l * m->config.num_experts, m->config.num_experts);
+    f.entropy = o->entropy / tokens;
+    f.top_gate = o->top_gate / tokens;
+    f.twin_cosine = m->has_families ? twin_similarity(m, l) : 0;
+    f.twins_together = m->has_families ? o->twins / tokens : 0;
+    f.sources = m->has_families ? o->sources / tokens : 0;
+    return f;
 }
 
-// load.csv: a row for each expert, with its layer's figures behind.
-static void log_load(FILE* log, const Model* m, long step) {
+static void print_figures(const Model* m, const char* name, const LayerFigures* f) {
+    printf("%s: Gini %.3f, min/max %.3f, MaxVio %.2f, dead %d, entropy %.3f, top gate %.3f", name, f->load.gini,
+           f->load.min_max, f->load.max_vio, f->load.dead, f->entropy, f->top_gate);
+    if (m->has_families)
+        printf(", twins' cosine %.4f, chosen together %.3f, sources/token %.3f", f->twin_cosine, f->twins_together,
+               f->sources);
+}
+
+// Prints a line of means over the sparse layers (of dead experts: the sum), with each = 1 also one for each layer, and
+// adds rows to `log` (NULL: none) as load.csv has them: a row for each expert, its layer's figures behind.
+static void report_load(const Model* m, int each, FILE* log, long step) {
     const Config* c = &m->config;
+    LayerFigures mean;
+    memset(&mean, 0, sizeof mean);
     for (int l = 0; l < c->num_layers; l++) {
         if (!c->sparse[l]) continue;
-        const Observed* o = &m->observed[l];
         const long* load = m->load + (long)l * c->num_experts;
-        LoadFigures f = load_figures(load, c->num_experts);
-        double tokens = o->tokens > 0 ? o->tokens : 1, twin = m->has_families ? twin_similarity(m, l) : 0;
-        for (int e = 0; e < c->num_experts; e++) {
-            fprintf(log, "%ld,%d,%d,%ld,%.6f,%.6f,%.6f,%d,%.6f,%.6f", step, l, e, load[e], f.gini, f.min_max, f.max_vio,
-                    f.dead, o->entropy / tokens, o->top_gate / tokens);
-            if (m->has_families) fprintf(log, ",%.6f,%.6f,%.6f\n", twin, o->twins / tokens, o->sources / tokens);
+        LayerFigures f = layer_figures(m, l);
+        double share = 1.0 / count_sparse(c);
+        mean.load.gini += share * f.load.gini;
+        mean.load.min_max += share * f.load.min_max;
+        mean.load.max_vio += share * f.load.max_vio;
+        mean.load.dead += f.load.dead;
+        mean.entropy += share * f.entropy;
+        mean.top_gate += share * f.top_gate;
+        mean.twin_cosine += share * f.twin_cosine;
+        mean.twins_together += share * f.twins_together;
+        mean.sources += share * f.sources;
+        if (each) {
+            char name[32];
+            snprintf(name, sizeof name, "layer %d", l);
+            print_figures(m, name, &f);
+            printf(", load");
+            for (int e = 0; e < c->num_experts; e++) printf(" %ld", load[e]);
+            printf("\n");
+        }
+        for (int e = 0; log && e < c->num_experts; e++) {
+            fprintf(log, "%ld,%d,%d,%ld,%.6f,%.6f,%.6f,%d,%.6f,%.6f", step, l, e, load[e], f.load.gini, f.load.min_max,
+                    f.load.max_vio, f.load.dead, f.entropy, f.top_gate);
+            if (m->has_families) fprintf(log, ",%.6f,%.6f,%.6f\n", f.twin_cosine, f.twins_together, f.sources);
             else fprintf(log, ",,,\n");
         }
     }
+    print_figures(m, "load", &mean);
+    printf("\n");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2958,9 +3050,13 @@ typedef struct Json {
     struct Json** items;            // (count); an object's are sorted by key
 } Json;
 
+// Values in a text: a tokenizer of 250,000 tokens has a million. More would only serve to fill up the memory.
+enum { JSON_MOST_VALUES = 4000000 };
+
 typedef struct {
     const char *start, *at, *end;
     Error* error;
+    long values;                    // so far
 } JsonReader;
 
 static void json_free(Json* j) {
@@ -3109,6 +3205,8 @@ static Json* json_value(JsonReader* r, int depth) {
     char c = r->at < r->end ? *r->at : 0;
     if (depth > 64) {
         json_error(r, "at most 64 levels");
+    } else if (++r->values > JSON_MOST_VALUES) {
+        json_error(r, "at most 4 million values");
     } else if (c == '{' || c == '[') {
         char close = c == '{' ? '}' : ']';
         int capacity = 0;
@@ -3182,7 +3280,7 @@ static Json* json_value(JsonReader* r, int depth) {
 
 // The value of a whole text, to be freed with json_free; NULL and an error if it is not JSON.
 static Json* json_parse(const char* text, size_t length, Error* error) {
-    JsonReader r = {text, text, text + length, error};
+    JsonReader r = {text, text, text + length, error, 0};
     Json* j = json_value(&r, 0);
     json_space(&r);
     if (j && r.at != r.end) json_error(&r, "the end");
@@ -3997,14 +4095,17 @@ static int load_tensors(const Model* m, SafeTensors* s, float* block, const char
     int num_missing = 0, num_unused = 0;
     for (int i = 0; i < m->layout.count && !error->text[0]; i++) {
         const Tensor* t = &m->layout.tensors[i];
-        char name[160], *moe;
+        char name[160], newer[160];
+        int layer, used = 0;
         long shape[2] = {t->rows, t->cols};
         snprintf(name, sizeof name, "%s%s", t->name, suffix);
         if (loaded[i] || load_tensor(s, name, tensor_is_matrix(t) ? 2 : 1, shape, block + t->offset, error)) continue;
         // Mixtral's router stands beside packed experts under its new name
-        if ((moe = strstr(name, "block_sparse_moe.gate")) != NULL)
-            memmove(moe, "mlp.gate.weight", sizeof "mlp.gate.weight");
-        if (!moe || !load_tensor(s, name, 2, shape, block + t->offset, error)) list_name(&missing, &num_missing, name);
+        if (sscanf(name, "model.layers.%d.block_sparse_moe.gate.weight%n", &layer, &used) == 1 && used && !name[used]) {
+            snprintf(newer, sizeof newer, "model.layers.%d.mlp.gate.weight", layer);
+            if (load_tensor(s, newer, 2, shape, block + t->offset, error)) continue;
+        }
+        list_name(&missing, &num_missing, name);
     }
     for (int i = 0; i < s->num_tensors && !error->text[0]; i++) {
         StoredTensor* t = &s->tensors[i];
@@ -4021,8 +4122,8 @@ static int load_tensors(const Model* m, SafeTensors* s, float* block, const char
             list_name(&unused, &num_unused, t->name);
         }
     }
-    if (num_missing) set_error(error, "%d tensors are missing: %s", num_missing, missing.data);
-    else if (num_unused) set_error(error, "%d tensors do not belong to this model: %s", num_unused, unused.data);
+    if (num_missing) set_error(error, "missing tensors (%d): %s", num_missing, missing.data);
+    else if (num_unused) set_error(error, "tensors that do not belong to this model (%d): %s", num_unused, unused.data);
     free(missing.data);
     free(unused.data);
     free(loaded);
@@ -4151,8 +4252,8 @@ static int flush_directory(const char* path, Error* error) {
     return ok;
 }
 
-// Calls are made for each file in a directory; `to` = NULL deletes it, otherwise it is renamed into the directory `to`.
-static void empty_directory(const char* from, const char* to, Error* error) {
+// Moves every file of a directory into the directory `to`, or deletes it if `to` is NULL.
+static void move_files(const char* from, const char* to, Error* error) {
     DIR* d = opendir(from);
     struct dirent* entry;
     while (d && (entry = readdir(d)) != NULL) {
@@ -4170,7 +4271,7 @@ static int finish_save(const char* out, Error* error) {
     char ready[PATH_SIZE];
     join_path(ready, out, ".ready");
     if (access(ready, F_OK)) return 1;
-    empty_directory(ready, out, error);
+    move_files(ready, out, error);
     if (error->text[0] || !flush_directory(out, error)) return 0;
     if (rmdir(ready)) return set_error(error, "%s: %s", ready, strerror(errno));
     return 1;
@@ -4231,14 +4332,14 @@ static const char* checkpoint_save(const Model* m, const char* out, long step) {
     join_path(saving, out, ".saving");
     join_path(ready, out, ".ready");
     if (mkdir(saving, 0777) && errno != EEXIST) set_error(&error, "%s: %s", saving, strerror(errno));
-    empty_directory(saving, NULL, &error);
+    move_files(saving, NULL, &error);
     if (!error.text[0] && save_files(m, saving, step, &error) && finish_save(out, &error)) {
         if (rename(saving, ready)) set_error(&error, "%s: %s", ready, strerror(errno));
         else if (flush_directory(out, &error)) finish_save(out, &error);
     }
     if (!error.text[0]) return NULL;
     Error ignored = {""};
-    empty_directory(saving, NULL, &ignored);        // give the disk its space back
+    move_files(saving, NULL, &ignored);        // give the disk its space back
     rmdir(saving);
     return error.text;
 }
@@ -4399,7 +4500,11 @@ static int sample_token(const float* logits, int V, double temperature, int top_
     int n = V;
     if (top_k > 0 || top_p < 1) {
         qsort(candidates, (size_t)V, sizeof(Candidate), compare_candidates);
-        if (top_k > 0) n = imin(n, top_k);
+        if (top_k > 0 && top_k < n) {       // top-p is then of what is left
+            n = top_k;
+            sum = 0;
+            for (int i = 0; i < n; i++) sum += candidates[i].probability;
+        }
         for (int i = 0; i < n; i++) {
             kept += candidates[i].probability;
             if (kept >= top_p * sum) n = i + 1;
@@ -4516,12 +4621,12 @@ static Option option_table[] = {
     {"resume", OPT_FLAG, USE_OTHER, &options.resume, 0, 0, "0", "", "go on with the run in --out", 0},
     {"steps", OPT_WHOLE, USE_RUN, &options.steps, 0, BIG, "1000", "N", "training steps in all", 0},
     {"batch", OPT_WHOLE, USE_RUN, &options.batch, 1, 65536, "8", "B", "sequences in a batch", 0},
-    {"seq", OPT_WHOLE, USE_RUN, &options.seq, 1, 1 << 20, "128", "T", "tokens in a sequence", 0},
+    {"seq", OPT_WHOLE, USE_RUN, &options.seq, 1, 1 << 20, "128", "T", "tokens in one (--eval: at most 1024)", 0},
     {"accum", OPT_WHOLE, USE_RUN, &options.accum, 1, 65536, "1", "A", "batches in a step", 0},
-    {"val-every", OPT_WHOLE, USE_RUN, &options.val_every, 0, BIG, "250", "N", "steps between validations", 0},
+    {"val-every", OPT_WHOLE, USE_RUN, &options.val_every, 0, BIG, "250", "N", "steps; 0: only at the end", 0},
     {"val-batches", OPT_WHOLE, USE_RUN, &options.val_batches, 0, BIG, "20", "N", "batches in one; 0: all", 0},
-    {"save-every", OPT_WHOLE, USE_RUN, &options.save_every, 0, BIG, "500", "N", "steps between checkpoints", 0},
-    {"sample-every", OPT_WHOLE, USE_RUN, &options.sample_every, 0, BIG, "0", "N", "steps between samples", 0},
+    {"save-every", OPT_WHOLE, USE_RUN, &options.save_every, 0, BIG, "500", "N", "steps; 0: only at the end", 0},
+    {"sample-every", OPT_WHOLE, USE_RUN, &options.sample_every, 0, BIG, "0", "N", "steps; 0: never", 0},
     {"seed", OPT_WHOLE, USE_RUN, &options.seed, 0, BIG, "1", "S", "of weights, data order, samples", 0},
     {"threads", OPT_WHOLE, USE_OTHER, &options.threads, 1, 4096, NULL, "N", "all cores by default", 0},
     {"precision", OPT_CHOICE, USE_OTHER, &options.precision, 0, 0, "fp32", "fp32", "of the CPU program", 0},
@@ -4545,7 +4650,7 @@ static Option option_table[] = {
     {"qk-norm", OPT_CHOICE, USE_SHAPE, &options.qk_norm, 0, 0, NULL, "none|head|row", "(the class's)", 0},
     {"norm-topk", OPT_WHOLE, USE_SHAPE, &options.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1)", 0},
 
-    {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C", "balance loss (0.01; the model's)", 0},
+    {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C", "balance (0.01 softmax; the model's)", 0},
     {"aux-form", OPT_CHOICE, USE_RUN, &options.aux_form, 0, 0, "switch", "switch|hf", "per layer, or all layers", 0},
     {"z-loss", OPT_REAL, USE_RUN, &options.z_loss, 0, 1e6, "0", "C", "keeps router logits small", 0},
     {"aux-adaptive", OPT_FLAG, USE_RUN, &options.aux_adaptive, 0, 0, "0", "", "--aux follows each layer's load", 0},
@@ -4755,7 +4860,8 @@ static long trainer_read(const char* out, Json** kept) {
     Error error = {""};
     join_path(path, out, "trainer.json");
     *kept = json_read(path, &error);
-    if (!*kept) die(2, "%s; --resume goes on with the run in --out", error.text);
+    if (access(path, F_OK)) die(2, "--out %s holds no checkpoint to go on from; leave out --resume to start", out);
+    if (!*kept) die(2, "%s", error.text);
     const Json* saved = json_get(*kept, "options");
     long step = json_whole(json_get(*kept, "step"), LONG_MAX);
     if (!saved || step < 0) die(2, "%s: no options or step; this is not the trainer.json of a run", path);
@@ -4845,9 +4951,11 @@ static void config_from_options(Config* c) {
 }
 
 static int has_tokenizer(const char* dir) {
+    static const char* signs[] = {"tokenizer.json", "tokenizer.model", "vocab.json"};
     char path[PATH_SIZE];
-    join_path(path, dir, "tokenizer.json");
-    return !access(path, F_OK);
+    int found = 0;
+    for (int i = 0; i < 3; i++) found |= !access(join_path(path, dir, signs[i]), F_OK);
+    return found;
 }
 
 // Longer sequences than the model was made for are computed all the same, but not in silence.
@@ -4880,7 +4988,9 @@ static void print_model(const Model* m) {
 // A model with the parameters of --model.
 static Model* load_model(Config* c, const char* dir, Purpose purpose, int B, int T, int positions) {
     Error error = {""};
-    Model* m = model_create(c, purpose, B, T, positions, NULL);
+    Model* m = model_plan(c, purpose, B, T, positions, NULL);
+    if (purpose != FOR_GENERATION) print_model(m);      // what is generated stands alone
+    model_allocate(m);
     if (!checkpoint_load(m, dir, &error)) die(2, "%s", error.text);
     return m;
 }
@@ -4903,14 +5013,15 @@ static int data_is_text(const Config* c) {
 static int run_eval(Config* c) {
     if (!options.model) die(2, "--eval wants --model DIR");
     if (!options.data) die(2, "--eval wants --data FILE");
+    if (!option_given("seq")) options.seq = imin(1024, c->max_position_embeddings);
     int B = (int)options.batch, T = (int)options.seq;
     Dataset* d = dataset_open(options.data, T, c->vocab_size, WHOLE, data_is_text(c));
     check_length(c, T);
     Model* m = load_model(c, options.model, FOR_SCORING, B, T, T);
     Batch batch = batch_create(B, T);
-    print_model(m);
     m->counting_load = options.load || options.trace;
-    if (options.trace && count_sparse(c) == 0) die(2, "--trace: a dense model has no experts");
+    if (m->counting_load && count_sparse(c) == 0)
+        die(2, "--%s: a dense model has no experts", options.trace ? "trace" : "load");
     if (options.trace) {
         m->trace = fopen(options.trace, "w");
         if (!m->trace) die(2, "--trace %s: %s", options.trace, strerror(errno));
@@ -4924,7 +5035,7 @@ static int run_eval(Config* c) {
     printf("loss %.6f | perplexity %.4f", loss, exp(loss));
     if (d->raw) printf(" | bits per byte %.4f", loss / M_LN2);
     printf(" | %ld tokens, %.0f tokens/s\n", d->windows * T, d->windows * T / elapsed);
-    if (options.load && count_sparse(c) > 0) print_load(m, 1);
+    if (options.load) report_load(m, 1, NULL, 0);
     free(batch.tokens);
     dataset_close(d);
     model_free(m);
@@ -4999,7 +5110,7 @@ static int run_prompt(Config* c) {
             s = *end ? end + 1 : end;
         }
     } else {
-        if (tokenizer->pieces)
+        if (has_tokenizer(options.model))
             die(2,
                 "--prompt: this model reads tokens; encode the text with dev/reference/encode.py and give "
                 "--prompt-ids");
@@ -5034,7 +5145,8 @@ static void print_sample(Model* generator, const Model* trained, uint64_t seed, 
     Tokenizer* tokenizer = tokenizer_open(generator->source, generator->config.vocab_size);
     int* ids = (int*)checked_malloc(sizeof(int) * (size_t)(tokens + 1));
     Sampling how = {options.temperature, options.top_p, (int)options.top_k, seed};
-    ids[0] = tokenizer->pieces ? 1 % generator->config.vocab_size : '\n' % generator->config.vocab_size;
+    int bos = atoi(generator->config.token_ids[0]);     // "" and null, as in byte models, give 0
+    ids[0] = tokenizer->pieces && bos < generator->config.vocab_size ? bos : '\n' % generator->config.vocab_size;
     generate(generator, tokenizer, ids, 1, tokens, &how, stdout);
     printf("\n");
     free(ids);
@@ -5056,6 +5168,10 @@ static void topk_range_from_options(Config* c, Run* run) {
 static void open_out(const char* out) {
     char path[PATH_SIZE];
     Error error = {""};
+    for (const char* end = strchr(out + 1, '/'); end && !options.resume; end = strchr(end + 1, '/')) {    // its parents
+        snprintf(path, sizeof path, "%.*s", (int)(end - out), out);
+        mkdir(path, 0777);
+    }
     if (!options.resume && mkdir(out, 0777) && errno != EEXIST) die(2, "--out %s: %s", out, strerror(errno));
     int fd = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0) die(2, "--out %s: %s", out, strerror(errno));
@@ -5086,6 +5202,13 @@ static int run_train(Config* c, long first_step) {
     if (options.val && strcmp(options.val, "none"))
         val = dataset_open(options.val, T, c->vocab_size, WHOLE, bytes_are_tokens);
     if (data->windows < 1) die(2, "%s: no window of %d tokens", options.data, T + 1);
+    if (val && val->raw != data->raw)
+        die(2, "--val %s: --data is %s, and so --val must be", options.val, data->raw ? "text" : "token shards");
+
+    if (!options.resume) {
+        dataset_check(data);
+        if (val) dataset_check(val);
+    }
 
     // what was not given and depends on more
     if (options.lr == UNSET) options.lr = options.model ? 2e-4 : 2e-3;
@@ -5117,6 +5240,11 @@ static int run_train(Config* c, long first_step) {
     run.bias_rate = options.bias_rate;
     topk_range_from_options(c, &run);
     if (c->family_penalty > 0 || options.family_penalty != UNSET || options.family_steps != UNSET) {
+        if (!options.model)
+            die(2, "--family-penalty: a new model has no families; they come with a --model from upcycle");
+        if (c->num_experts == 0 || c->router == ROUTER_LPR)
+            die(2, "--family-penalty: a model %s has no families to penalise",
+                c->num_experts ? "with the router lpr" : "without experts");
         if (options.family_penalty == UNSET) options.family_penalty = 1;
         if (options.family_steps == UNSET) options.family_steps = options.steps / 2 > 1 ? options.steps / 2 : 1;
         run.family_strength = options.family_penalty;
@@ -5124,7 +5252,9 @@ static int run_train(Config* c, long first_step) {
         c->family_penalty = family_penalty_at(run.family_strength, first_step, run.family_steps);
     }
 
-    Model *m = model_create(c, FOR_TRAINING, B, T, T, NULL), *generator = NULL;
+    Model *m = model_plan(c, FOR_TRAINING, B, T, T, NULL), *generator = NULL;
+    print_model(m);
+    model_allocate(m);
     if (demonstration || run.sample_every > 0) {
         generator = model_create(c, FOR_GENERATION, 1, T, T, m);
     }
@@ -5135,7 +5265,6 @@ static int run_train(Config* c, long first_step) {
     if (options.resume && !optimizer_load(m, options.out, &error)) die(2, "%s", error.text);
     if (generator) generator->source = m->source;
     if (options.out && !options.resume) open_out(options.out);      // not before everything else is known to be right
-    print_model(m);
     printf("data: %s, %ld tokens, %ld windows of %d\n", options.data, data->tokens, data->windows, T + 1);
     if (!options.out) printf("nothing will be saved: there is no --out\n");
     else if (!is_ordinary(c))
@@ -5154,7 +5283,7 @@ static int run_train(Config* c, long first_step) {
     if (generator) model_free(generator);
     model_free(m);
     json_free(trainer_state);
-    return code;
+    return code ? code : stop_signal == SIGTERM ? 143 : stop_signal == SIGINT ? 130 : 0;
 }
 
 int train_moe_main(int argc, char** argv) {
@@ -5165,6 +5294,8 @@ int train_moe_main(int argc, char** argv) {
     if (options.threads != UNSET) omp_set_num_threads((int)options.threads);
 #endif
     int prompting = options.prompt || options.prompt_ids, training = !options.eval && !options.dump && !prompting;
+    if ((options.eval != 0) + (options.dump != NULL) + (options.prompt != NULL) + (options.prompt_ids != NULL) > 1)
+        die(2, "--eval, --dump, --prompt and --prompt-ids: only one of them at a time");
     if (!training && !options.model)
         die(2, "--%s wants --model DIR", options.eval ? "eval" : options.dump ? "dump" : "prompt");
     if (options.resume && !options.out) die(2, "--resume wants --out DIR, the run to go on with");

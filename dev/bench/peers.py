@@ -1,0 +1,109 @@
+"""How fast train_moe.c is, compared with PyTorch: Hugging Face's Qwen3-MoE of the same sizes, the same step.
+
+    python dev/bench/peers.py [--configs default,small,...] [--rounds 3] [--seconds 5] [--threads N]
+
+For each configuration of bench.c it starts PyTorch in several ways (experts one by one, grouped_mm, each also through
+torch.compile), and measures them in turns with `build/bench`, so that both see the same machine. The fastest step
+counts, and the fastest of PyTorch's ways. A step is forward, cross-entropy, backward, clipping and AdamW (fused) on a
+fixed batch in fp32; ours adds the balance loss, theirs is spared it.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+#           L   H    NH NKV HD  I     E   K  V      B  T       as in bench.c
+CONFIGS = {
+    "default": (4, 128, 4, 2, 32, 256, 8, 2, 256, 8, 128),
+    "small": (6, 256, 8, 4, 32, 512, 8, 2, 512, 4, 256),
+    "medium": (8, 512, 8, 4, 64, 1024, 8, 2, 8192, 4, 256),
+    "large": (12, 768, 12, 4, 64, 1024, 8, 2, 32000, 2, 256),
+    "fine": (6, 384, 6, 6, 64, 192, 64, 8, 4096, 4, 256),
+}
+WAYS = ["eager", "grouped_mm", "eager+compile", "grouped_mm+compile"]
+HERE = os.path.dirname(os.path.abspath(__file__))
+BENCH = os.path.join(HERE, "..", "..", "build", "bench")
+
+
+def worker(name, way, threads):
+    """Answers each line on stdin, a number of seconds, with the time of the fastest step within them."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    L, H, NH, NKV, HD, I, E, K, V, B, T = CONFIGS[name]
+    config = Qwen3MoeConfig(
+        num_hidden_layers=L, hidden_size=H, num_attention_heads=NH, num_key_value_heads=NKV, head_dim=HD,
+        moe_intermediate_size=I, intermediate_size=I, num_experts=E, num_experts_per_tok=K, vocab_size=V,
+        norm_topk_prob=True, max_position_embeddings=T, tie_word_embeddings=False, use_cache=False)
+    model = Qwen3MoeForCausalLM(config).float().train()
+    model.set_experts_implementation(way.split("+")[0])
+    run = torch.compile(model) if "compile" in way else model
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens, targets = torch.randint(V, (B, T)), torch.randint(V, (B * T,))
+
+    def step():
+        loss = F.cross_entropy(run(input_ids=tokens).logits.view(-1, V), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(2):
+        step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        best, end, steps = float("inf"), time.perf_counter() + float(line), 0
+        while steps < 2 or time.perf_counter() < end:
+            start = time.perf_counter()
+            step()
+            best = min(best, time.perf_counter() - start)
+            steps += 1
+        print(best, flush=True)
+
+
+def ours(name, seconds, environment):
+    """Tokens/s of build/bench."""
+    out = subprocess.run([BENCH, "--config", name, "--seconds", str(seconds)], env=environment, check=True,
+                         capture_output=True, text=True).stdout
+    return float(out.splitlines()[-1].split()[1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--configs", default=",".join(CONFIGS))
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(*options.worker, options.threads)
+        return
+    environment = dict(os.environ, OMP_NUM_THREADS=str(options.threads))
+    print(f"tokens/s\n{'config':8} {'ours':>9}" + "".join(f" {way:>19}" for way in WAYS) + "   ours / best")
+    for name in options.configs.split(","):
+        tokens = CONFIGS[name][-1] * CONFIGS[name][-2]
+        mine, theirs = 0.0, {}
+        for way in options.ways.split(","):
+            command = [sys.executable, __file__, "--threads", str(options.threads), "--worker", name, way]
+            with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, text=True) as process:
+                if process.stdout.readline().strip() == "ready":  # otherwise this way does not exist here
+                    for _ in range(options.rounds):
+                        mine = max(mine, ours(name, options.seconds, environment))
+                        print(options.seconds, file=process.stdin, flush=True)
+                        theirs[way] = max(theirs.get(way, 0), tokens / float(process.stdout.readline()))
+                process.stdin.close()
+        row = "".join(f" {theirs[way]:19.0f}" if way in theirs else f" {'-':>19}" for way in WAYS)
+        ratio = mine / max(theirs.values()) if theirs else float("nan")
+        print(f"{name:8} {mine:9.0f}{row}   {ratio:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
