@@ -1,12 +1,13 @@
 /*
-test_moe.c: every check of train_moe.c. `make test` builds and runs it; it prints a line for each check, ends with
-`N passed, N failed`, and its exit code says the same. `./test_moe WORD` runs only the groups whose name contains WORD.
+test_moe.c: every check of train_moe.c and upcycle.c. `make test` builds and runs it; it prints a line for each check,
+ends with `N passed, N failed`, and its exit code says the same. `./test_moe WORD` runs only the groups whose name
+contains WORD.
 
 The program under test is included, so functions are called directly. Where a whole run of the command line is tested,
 this program starts itself with `--as-train-moe` as its first argument and then behaves as ./train_moe does.
 */
-#define TRAIN_MOE_NO_MAIN
-#include "train_moe.c"
+#define UPCYCLE_NO_MAIN
+#include "upcycle.c"          // which includes train_moe.c
 
 #include <ftw.h>
 #include <sys/resource.h>
@@ -2021,7 +2022,7 @@ static void test_load_packed(const char* dir, const char* moe, const char* suffi
     pieces_free(&p);
 }
 
-static void write_index(Pieces* p, const char* names[3]) {
+static void write_shard_index(Pieces* p, const char* names[3]) {
     Text t = {NULL, 0, 0};
     text_print(&t, "{\"metadata\": {\"total_size\": 0}, \"weight_map\": {");
     for (int i = 0; i < p->count; i++)
@@ -2040,7 +2041,7 @@ static void test_load_shards(const char* dir) {
     unlink(temp("model/model.safetensors"));
     for (int i = 0; i < p.count; i++) p.pieces[i].shard = (i * 7) % 3;
     for (int i = 0; i < 3; i++) pieces_write(&p, temp("model/%s", names[i]), i);
-    write_index(&p, names);
+    write_shard_index(&p, names);
     check_loads("three shards", made, &p);
 
     const char* bad[] = {
@@ -2048,7 +2049,7 @@ static void test_load_shards(const char* dir) {
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         char what[100];
         const char* changed[3] = {bad[i], names[1], names[2]};
-        write_index(&p, changed);
+        write_shard_index(&p, changed);
         snprintf(what, sizeof what, "weight_map with \"%s\"", bad[i]);
         check_load_refused(what, made, "not a file name in this directory");
     }
@@ -2061,7 +2062,7 @@ static void test_load_shards(const char* dir) {
     write_text(temp("model/model.safetensors.index.json"), "{");
     check_load_refused("index not JSON", made, "not JSON");
 
-    write_index(&p, names);
+    write_shard_index(&p, names);
     unlink(temp("model/%s", names[2]));
     check_load_refused("a shard is missing", made, "No such file");
     p.pieces[0].shard = 2; // in shard 0 as well
@@ -2070,11 +2071,11 @@ static void test_load_shards(const char* dir) {
     p.pieces[0].shard = 0;
     pieces_write(&p, temp("model/%s", names[2]), 2);
     p.pieces[0].shard = 1;
-    write_index(&p, names);
+    write_shard_index(&p, names);
     check_load_refused("weight_map names the wrong shard", made, "is not in");
     p.pieces[0].shard = 0;
     p.count--;
-    write_index(&p, names);
+    write_shard_index(&p, names);
     p.count++;
     check_load_refused("weight_map is too short", made, "weight_map lists");
     pieces_free(&p);
@@ -3437,6 +3438,1593 @@ static void test_command_line(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// upcycle.c. Whole runs are made by this program starting itself with --as-upcycle; their results are read back and
+// compared with statements of what they must be that do not use upcycle.c's own functions.
+
+static char up_dir[300]; // inside temp_dir
+
+// up_path("a") is the directory a among the tests' own
+static const char* up_path(const char* name) {
+    static char paths[8][PATH_SIZE];
+    static int next = 0;
+    return join_path(paths[next++ % 8], up_dir, name);
+}
+
+// Runs upcycle with these arguments; {} stands for the tests' directory. Returns the exit code; up_output is what it
+// printed.
+static char up_output[65536];
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+static int up_run(const char* before, const char* format, ...) {
+    char arguments[4096], command[16384], *at = command;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(arguments, sizeof arguments, format, args);
+    va_end(args);
+    at += sprintf(at, "%s %s --as-upcycle ", before, self_path);
+    for (const char* s = arguments; *s; s++)
+        if (s[0] == '{' && s[1] == '}') {
+            at += sprintf(at, "%s", up_dir);
+            s++;
+        } else {
+            *at++ = *s;
+        }
+    sprintf(at, " >%s/output 2>&1", up_dir);
+    int status = system(command);
+    FILE* f = fopen(up_path("output"), "r");
+    size_t n = f ? fread(up_output, 1, sizeof up_output - 1, f) : 0;
+    up_output[n] = 0;
+    if (f) fclose(f);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+// The run must succeed.
+#define UP(...)                                                                                                  \
+    do {                                                                                                         \
+        if (up_run("", __VA_ARGS__)) check(0, "upcycle failed: %s", up_output);                                  \
+    } while (0)
+
+static float* up_tensor(const char* dir, const char* name, long* count) {
+    Error error = {""};
+    SafeTensors* s = safetensors_open_model(dir, &error);
+    StoredTensor* t = s ? safetensors_find(s, name) : NULL;
+    if (!t) die(1, "%s: no tensor %s", dir, name);
+    float* out = (float*)checked_malloc(sizeof(float) * (size_t)t->count);
+    if (!safetensors_read(s, t, 0, t->count, out, &error)) die(1, "%s", error.text);
+    if (count) *count = t->count;
+    safetensors_close(s);
+    return out;
+}
+
+static float* up_moment(const char* dir, const char* name, long* count) {
+    char path[PATH_SIZE];
+    Error error = {""};
+    SafeTensors* s = safetensors_open(join_path(path, dir, "optimizer.safetensors"), &error);
+    StoredTensor* t = s ? safetensors_find(s, name) : NULL;
+    if (!t) die(1, "%s: no tensor %s", path, name);
+    float* out = (float*)checked_malloc(sizeof(float) * (size_t)t->count);
+    if (!safetensors_read(s, t, 0, t->count, out, &error)) die(1, "%s", error.text);
+    if (count) *count = t->count;
+    safetensors_close(s);
+    return out;
+}
+
+// 1 if two tensors have the same numbers, bit for bit
+static int up_same(const char* dir_a, const char* name_a, const char* dir_b, const char* name_b) {
+    long n, k;
+    float *a = up_tensor(dir_a, name_a, &n), *b = up_tensor(dir_b, name_b, &k);
+    int same = n == k && !memcmp(a, b, sizeof(float) * (size_t)n);
+    free(a);
+    free(b);
+    return same;
+}
+
+static Json* up_receipt(const char* dir) {
+    char path[PATH_SIZE];
+    Error error = {""};
+    Json* j = json_read(join_path(path, dir, "upcycle.json"), &error);
+    if (!j) die(1, "%s", error.text);
+    return j;
+}
+
+// entry i of "source" or "family" of the receipt's n-th sparse layer
+static int up_listed(const char* dir, const char* key, int n, int i) {
+    Json* j = up_receipt(dir);
+    const Json* list = json_get(json_get(j, "layers")->items[n], key);
+    int value = i < list->count ? (int)list->items[i]->number : -2;
+    json_free(j);
+    return value;
+}
+
+static int up_list_is(const char* dir, const char* key, int n, const char* expected) {
+    Json* j = up_receipt(dir);
+    const Json* list = json_get(json_get(j, "layers")->items[n], key);
+    Text t = {NULL, 0, 0};
+    for (int i = 0; i < list->count; i++) text_print(&t, "%s%s", i ? " " : "", list->items[i]->string);
+    int same = !strcmp(t.data, expected);
+    free(t.data);
+    json_free(j);
+    return same;
+}
+
+// logits of a checkpoint on random tokens, with another K if topk > 0
+static float* up_logits(const char* dir, int topk, long* count) {
+    Config c;
+    Error error = {""};
+    int B = 2, T = 12, tokens[24], targets[24];
+    if (!config_read(&c, dir, &error)) die(1, "%s", error.text);
+    if (topk > 0) c.num_experts_per_tok = topk;
+    Model* m = model_create(&c, FOR_SCORING, B, T, T, NULL);
+    if (!checkpoint_load(m, dir, &error)) die(1, "%s", error.text);
+    for (int i = 0; i < B * T; i++) tokens[i] = targets[i] = (int)(mix64((uint64_t)i) % (uint64_t)c.vocab_size);
+    model_forward(m, tokens, targets, B, T);
+    *count = (long)B * T * c.vocab_size;
+    float* out = (float*)checked_malloc(sizeof(float) * (size_t)*count);
+    memcpy(out, m->logits, sizeof(float) * (size_t)*count);
+    model_free(m);
+    return out;
+}
+
+static double up_change(const char* a, int topk, const char* b) {
+    long n, k;
+    float *x = up_logits(a, topk, &n), *y = up_logits(b, 0, &k);
+    double e = n == k ? relative_error(y, x, n) : INFINITY;
+    free(x);
+    free(y);
+    return e;
+}
+
+// every group starts with an empty directory
+static void up_begin(void) {
+    char command[PATH_SIZE];
+    snprintf(command, sizeof command, "rm -rf %s/*", up_dir);
+    if (system(command)) die(1, "%s: cannot be emptied", up_dir);
+}
+
+#define GOLDEN "dev/reference/golden/"
+#define VARIANTS "dev/reference/golden_routers/"
+
+// A checkpoint with weights of order 1 in every tensor, and moments, in the tests' directory. experts = 0: dense.
+static void up_make(const char* name, Arch arch, int layers, int hidden, int width, int experts, int topk,
+                    int norm_topk, uint64_t seed) {
+    Config c;
+    memset(&c, 0, sizeof c);
+    c.arch = arch;
+    c.num_layers = layers;
+    c.hidden_size = hidden;
+    c.num_heads = c.num_kv_heads = 2;
+    c.head_dim = hidden / 2;
+    c.intermediate_size = c.moe_intermediate_size = width;
+    c.num_experts = experts;
+    c.num_experts_per_tok = topk;
+    c.norm_topk_prob = norm_topk;
+    c.vocab_size = 256;
+    c.max_position_embeddings = 64;
+    c.rope_theta = 10000;
+    c.rms_norm_eps = 1e-6;
+    c.qk_norm = arch == OLMOE ? QK_NORM_ROW : arch == QWEN3 || arch == QWEN3_MOE ? QK_NORM_HEAD : QK_NORM_NONE;
+    for (int l = 0; l < layers; l++) c.sparse[l] = experts > 0;
+    options_reset();
+    Model* m = model_create(&c, FOR_TRAINING, 1, 4, 4, NULL);
+    for (long i = 0; i < m->layout.total; i++) {
+        m->params[i] = (float)(0.3 * random_normal(random_key(seed, 1, (uint64_t)i, 0)));
+        m->exp_avg[i] = (float)random_normal(random_key(seed, 2, (uint64_t)i, 0));
+        m->exp_avg_sq[i] = (float)random_uniform(random_key(seed, 3, (uint64_t)i, 0));
+    }
+    for (int l = 0; l < layers; l++)            // slices with means that differ from 0
+        for (long i = 0; i < (experts ? experts : 1) * 2L * hidden * width; i++)
+            m->weights.layers[l].gate_up[i] += 0.5f;
+    mkdir(up_path(name), 0777);
+    const char* error = checkpoint_save(m, up_path(name), 7);
+    if (error) die(1, "%s", error);
+    model_free(m);
+}
+
+// a token shard of n random tokens below `vocabulary`
+static void up_make_shard(const char* name, const int* tokens, int n) {
+    int32_t header[256] = {SHARD_MAGIC_16, 1, n};
+    FILE* f = fopen(up_path(name), "wb");
+    fwrite(header, sizeof header, 1, f);
+    for (int i = 0; i < n; i++) {
+        uint16_t t = (uint16_t)tokens[i];
+        fwrite(&t, 2, 1, f);
+    }
+    fclose(f);
+}
+static void up_make_random_shard(const char* name, int n, int vocabulary) {
+    int* tokens = (int*)checked_malloc(sizeof(int) * (size_t)n);
+    for (int i = 0; i < n; i++) tokens[i] = (int)(mix64((uint64_t)i + 99) % (uint64_t)vocabulary);
+    up_make_shard(name, tokens, n);
+    free(tokens);
+}
+
+// Every finite BF16 and F16 number comes back from its float; halfway between two neighbours the even one is nearest.
+static void test_up_formats(void) {
+    up_begin();
+    for (int f16 = 0; f16 < 2; f16++) {
+        int wrong = 0, wrong_round = 0;
+        for (uint32_t h = 0; h < 65536; h++) {
+            float x = f16 ? f16_to_float((uint16_t)h) : bf16_to_float((uint16_t)h);
+            uint16_t back = f16 ? float_to_f16(x) : float_to_bf16(x);
+            float again = f16 ? f16_to_float(back) : bf16_to_float(back);
+            wrong += isnan(x) ? !isnan(again) : back != h;
+            uint32_t magnitude = h & 0x7FFF, largest = f16 ? 0x7BFF : 0x7F7F;
+            if (magnitude >= largest) continue;
+            float next = f16 ? f16_to_float((uint16_t)(h + 1)) : bf16_to_float((uint16_t)(h + 1));
+            float middle = (float)(((double)x + next) / 2), up = nextafterf(middle, next), down = nextafterf(middle, x);
+            if (!f16 && magnitude == 0) continue;      // the float's own subnormals
+            uint16_t even = (uint16_t)(h & 1 ? h + 1 : h);
+            wrong_round += (f16 ? float_to_f16(middle) : float_to_bf16(middle)) != even;
+            wrong_round += (f16 ? float_to_f16(up) : float_to_bf16(up)) != h + 1;
+            wrong_round += (f16 ? float_to_f16(down) : float_to_bf16(down)) != h;
+        }
+        check(!wrong && !wrong_round, "%s: all 65536 numbers there and back, and between neighbours: %d and %d wrong",
+              f16 ? "F16" : "BF16", wrong, wrong_round);
+    }
+    check(float_to_f16(65520.0f) == 0x7C00 && float_to_f16(65519.0f) == 0x7BFF && float_to_f16(-1e30f) == 0xFC00,
+          "F16: overflow");
+    check(float_to_bf16(3.4e38f) == 0x7F80 && float_to_bf16(-INFINITY) == 0xFF80, "BF16: overflow");
+}
+
+static int up_counts_are(const int* counts, int n, const char* expected) {
+    Text t = {NULL, 0, 0};
+    for (int i = 0; i < n; i++) text_print(&t, "%s%d", i ? "," : "", counts[i]);
+    int same = !strcmp(t.data, expected);
+    if (!same) printf("       found %s, expected %s\n", t.data, expected);
+    free(t.data);
+    return same;
+}
+
+// The paper's examples, and what follows from the rules.
+static void test_up_allocation(void) {
+    up_begin();
+    double falling[8] = {8, 7, 6, 5, 4, 3, 2, 1}, mixed[4] = {1, 9, 9, 3};
+    int counts[16], source[32], copy[32];
+    allocate_greedy(counts, falling, 8, 16, 3);
+    check(up_counts_are(counts, 8, "4,4,3,1,1,1,1,1"), "greedy, m = 2, cap 3, E = 8");
+    allocate_greedy(counts, falling, 8, 24, 3);
+    check(up_counts_are(counts, 8, "4,4,4,4,4,2,1,1"), "greedy, m = 3");
+    allocate_greedy(counts, falling, 8, 8 + 24 + 4, 3);
+    check(up_counts_are(counts, 8, "7,5,4,4,4,4,4,4"), "greedy starts over when all are at their cap");
+    allocate_greedy(counts, mixed, 4, 7, 2);
+    check(up_counts_are(counts, 4, "1,3,2,1"), "greedy, equal scores: the lower index first");
+    allocate_uniform(counts, 5, 13);
+    check(up_counts_are(counts, 5, "3,3,3,2,2"), "uniform, no multiple: the rest to the lowest indices");
+    int given[3] = {3, 1, 2};
+    place_copies(source, copy, given, 3, 6);
+    check(up_counts_are(source, 6, "0,1,2,0,2,0") && up_counts_are(copy, 6, "0,0,0,1,1,2"),
+          "copies by copy number, then source");
+    double far[4] = {0, 0, 0, 1000};
+    long total[4] = {0, 0, 0, 0};
+    int within = 1;
+    for (int i = 0; i < 2000; i++) {
+        allocate_sample(counts, far, 4, 8, 3, mix64((uint64_t)i));
+        int sum = 0;
+        for (int e = 0; e < 4; e++) {
+            within &= counts[e] >= 1 && counts[e] <= 4;
+            total[e] += counts[e] - 1;
+            sum += counts[e];
+        }
+        within &= sum == 8;
+    }
+    // z-scores -.577 three times and 1.732: weights .5616 and 5.652, the chance of the best in the first draw .770
+    check(within, "sample: between 1 and cap + 1, N in all");
+    check(total[3] > 2.0 * 2000 && total[0] > 300 && total[1] > 300,
+          "sample: the best most often, others too: %ld %ld %ld %ld", total[0], total[1], total[2], total[3]);
+    double mean = (total[0] + total[1] + total[2]) / 3.0;
+    check(fabs(total[0] / mean - 1) < 0.12 && fabs(total[1] / mean - 1) < 0.12,
+          "sample: equal scores, equal chances, also beside one at its cap");
+    allocate_sample(counts, far, 4, 4 + 12, 3, 1);
+    check(up_counts_are(counts, 4, "4,4,4,4"), "sample: all at their cap");
+    double keep[5] = {3, 1, 4, 1, 5};
+    keep_best(source, keep, 5, 3);
+    check(up_counts_are(source, 3, "0,2,4"), "the best three of five, in their order");
+}
+
+// Dense to MoE, copy: the function is kept, experts are the FFN bit for bit, everything else as it was.
+static void test_up_copy(void) {
+    up_begin();
+    static const char* models[] = {"llama", "llama_tied", "mistral", "qwen3"};
+    for (int i = 0; i < 4; i++) {
+        char source[PATH_SIZE], result[PATH_SIZE];
+        snprintf(source, sizeof source, GOLDEN "%s", models[i]);
+        snprintf(result, sizeof result, "%s/copy_%s", up_dir, models[i]);
+        UP("%s {}/copy_%s --experts 5 --topk 3", source, models[i]);
+        double e = up_change(source, 0, result);
+        check(e <= 1e-6, "%s: logits change by %.1e", models[i], e);
+        check(up_same(source, "model.embed_tokens.weight", result, "model.embed_tokens.weight") &&
+                  up_same(source, "model.layers.1.self_attn.o_proj.weight", result,
+                          "model.layers.1.self_attn.o_proj.weight"),
+              "%s: other tensors are as they were", models[i]);
+    }
+    const char* r = up_path("copy_llama");
+    check(up_same(GOLDEN "llama", "model.layers.1.mlp.gate_proj.weight", r,
+                  "model.layers.1.block_sparse_moe.experts.4.w1.weight") &&
+              up_same(GOLDEN "llama", "model.layers.1.mlp.up_proj.weight", r,
+                      "model.layers.1.block_sparse_moe.experts.0.w3.weight") &&
+              up_same(GOLDEN "llama", "model.layers.0.mlp.down_proj.weight", r,
+                      "model.layers.0.block_sparse_moe.experts.2.w2.weight"),
+          "Mixtral: w1, w3, w2 are gate, up, down");
+    check(up_list_is(r, "source", 1, "0 0 0 0 0") && up_list_is(r, "family", 0, "0 0 0 0 0"), "the receipt's lineage");
+    UP(GOLDEN "qwen3 {}/mixed --experts 4 --layers every-2 --norm-topk 1");
+    double e = up_change(GOLDEN "qwen3", 0, up_path("mixed"));
+    Config c;
+    Error error = {""};
+    check(
+        config_read(&c, up_path("mixed"), &error) && !c.sparse[0] && c.sparse[1] && !c.sparse[2] && c.arch == QWEN3_MOE,
+        "every-2: layer 1 of 3 is sparse");
+    check(e <= 1e-6, "every-2: logits change by %.1e", e);
+    UP(GOLDEN "qwen3 {}/listed --experts 4 --layers 0,2-2");
+    check(config_read(&c, up_path("listed"), &error) && c.sparse[0] && !c.sparse[1] && c.sparse[2] &&
+              up_change(GOLDEN "qwen3", 0, up_path("listed")) <= 1e-6,
+          "a list of layers");
+    // router rows: mean 0, the given standard deviation, different in every layer and row
+    up_make("dense", QWEN3, 2, 64, 96, 0, 0, 0, 1);
+    for (int kind = 0; kind < 3; kind++) {
+        static const char* kinds[] = {"normal", "uniform", "zero"};
+        char name[32];
+        long n;
+        snprintf(name, sizeof name, "rows_%s", kinds[kind]);
+        UP("{}/dense {}/%s --experts 64 --router-init %s --router-std 0.1", name, kinds[kind]);
+        float* w = up_tensor(up_path(name), "model.layers.1.mlp.gate.weight", &n);
+        double sum = 0, squares = 0, fourth = 0, largest = 0;
+        for (long i = 0; i < n; i++) {
+            sum += w[i];
+            squares += (double)w[i] * w[i];
+            fourth += pow(w[i], 4);
+            largest = fmax(largest, fabs(w[i]));
+        }
+        double std = sqrt(squares / n), kurtosis = kind < 2 ? fourth / n / pow(std, 4) : 0;
+        check(n == 64 * 64 && fabs(sum / n) < 0.006 && (kind == 2 ? largest == 0 : fabs(std - 0.1) < 0.004) &&
+                  (kind == 0   ? fabs(kurtosis - 3) < 0.4
+                   : kind == 1 ? fabs(kurtosis - 1.8) < 0.1 && largest <= 0.1 * sqrt(3.0)
+                               : 1),
+              "router rows %s: std %.4f, kurtosis %.2f", kinds[kind], std, kurtosis);
+        free(w);
+    }
+    check(!up_same(up_path("rows_normal"), "model.layers.0.mlp.gate.weight", up_path("rows_normal"),
+                   "model.layers.1.mlp.gate.weight"),
+          "layers draw different rows");
+}
+
+// Which units of matrix `matrix` of two (I, H) or (H, I) tensors differ.
+static int up_changed_units(const float* a, const float* b, int H, int I, int down, char* changed) {
+    int count = 0;
+    for (int u = 0; u < I; u++) {
+        int differ = 0;
+        for (int i = 0; i < H; i++)
+            differ += down ? a[(long)i * I + u] != b[(long)i * I + u] : a[(long)u * H + i] != b[(long)u * H + i];
+        changed[u] = differ > 0;
+        count += differ > 0;
+        if (differ > 0 && differ < H) count += 10000;        // units change as a whole
+    }
+    return count;
+}
+
+static void up_statistics(const float* w, int H, int I, int down, const char* marked, double* mean, double* std) {
+    double sum = 0, squares = 0;
+    long n = 0;
+    for (int u = 0; u < I; u++)
+        for (int i = 0; i < H && marked[u]; i++, n++) sum += down ? w[(long)i * I + u] : w[(long)u * H + i];
+    *mean = sum / n;
+    for (int u = 0; u < I; u++)
+        for (int i = 0; i < H && marked[u]; i++)
+            squares += pow((down ? w[(long)i * I + u] : w[(long)u * H + i]) - *mean, 2);
+    *std = sqrt(squares / (n - 1));
+}
+
+// Drop-Upcycling: |S| = floor(r I) units, the same or different ones in the three matrices, with the statistics of what
+// they replace; everything else bit for bit. And the noises.
+static void test_up_drop(void) {
+    up_begin();
+    static const char* projections[] = {"gate_proj", "up_proj", "down_proj"};
+    int H = 64, I = 96, expected = 33;          // floor(0.35 * 96) = 33
+    up_make("dense", QWEN3, 2, H, I, 0, 0, 0, 1);
+    for (int mode = 0; mode < 4; mode++) {      // drop shared, drop per-matrix, noise, MoE drop
+        static const char* options[] = {
+            "--method drop --drop-ratio 0.35", "--method drop --drop-ratio 0.35 --drop-indices per-matrix",
+            "--method noise --noise-fraction 0.35 --noise-std 0.07", "--method drop --drop-ratio 0.35"};
+        char name[32], changed[3][2][96], source_name[96], result_name[96];
+        int right = 1, same_set = 1, experts_differ = 0;
+        double worst_mean = 0, worst_std = 0;
+        snprintf(name, sizeof name, "drop%d", mode);
+        if (mode == 3) up_make("moe", QWEN3_MOE, 2, H, I, 2, 1, 1, 4);
+        UP("{}/%s {}/%s --experts 4 %s", mode == 3 ? "moe" : "dense", name, options[mode]);
+        for (int j = 2; j < 4; j++)
+            for (int m = 0; m < 3; m++) {
+                long n;
+                if (mode == 3)
+                    snprintf(source_name, sizeof source_name, "model.layers.1.mlp.experts.%d.%s.weight", j - 2,
+                             projections[m]);
+                else snprintf(source_name, sizeof source_name, "model.layers.1.mlp.%s.weight", projections[m]);
+                snprintf(result_name, sizeof result_name, "model.layers.1.mlp.experts.%d.%s.weight", j, projections[m]);
+                float *a = up_tensor(up_path(mode == 3 ? "moe" : "dense"), source_name, &n),
+                      *b = up_tensor(up_path(name), result_name, NULL);
+                int count = up_changed_units(a, b, H, I, m == 2, changed[m][j - 2]);
+                right &= count == expected;
+                if (mode != 1) same_set &= !memcmp(changed[0][j - 2], changed[m][j - 2], (size_t)I);
+                double mean_a, std_a, mean_b, std_b;
+                if (mode == 2)
+                    for (long i = 0; i < n; i++) b[i] -= a[i];
+                up_statistics(a, H, I, m == 2, changed[m][j - 2], &mean_a, &std_a);
+                up_statistics(b, H, I, m == 2, changed[m][j - 2], &mean_b, &std_b);
+                if (mode == 2) {
+                    mean_a = 0;
+                    std_a = 0.07;
+                }
+                worst_mean = fmax(worst_mean, fabs(mean_b - mean_a) / std_a);
+                worst_std = fmax(worst_std, fabs(std_b / std_a - 1));
+                free(a);
+                free(b);
+            }
+        experts_differ = memcmp(changed[0][0], changed[0][1], (size_t)I) != 0;
+        if (mode == 1)
+            same_set =
+                memcmp(changed[0][0], changed[1][0], (size_t)I) && memcmp(changed[1][0], changed[2][0], (size_t)I);
+        check(right, "%s: floor(r I) = %d whole units change", options[mode], expected);
+        check(same_set, "%s: %s", options[mode],
+              mode == 1 ? "every matrix has its own units" : "the same units in the three matrices");
+        check(experts_differ, "%s: every expert has its own units", options[mode]);
+        // 33 * 64 draws: the mean is within 5 / sqrt(2112) of std, the std within 5 / sqrt(2 * 2112)
+        check(worst_mean < 0.11 && worst_std < 0.077, "%s: new numbers: mean %.3f std away, std %.3f", options[mode],
+              worst_mean, worst_std);
+    }
+    check(up_same(up_path("moe"), "model.layers.0.mlp.experts.1.up_proj.weight", up_path("drop3"),
+                  "model.layers.0.mlp.experts.1.up_proj.weight"),
+          "MoE drop: originals stay");
+    UP("{}/dense {}/replace --experts 2 --method noise-replace --noise-fraction 0.25 --noise-std 0.02");
+    long n, changed = 0, outside = 0;
+    float *a = up_tensor(up_path("dense"), "model.layers.0.mlp.up_proj.weight", &n),
+          *b = up_tensor(up_path("replace"), "model.layers.0.mlp.experts.1.up_proj.weight", NULL);
+    double squares = 0;
+    for (long i = 0; i < n; i++)
+        if (a[i] != b[i]) {
+            changed++;
+            squares += (double)b[i] * b[i];
+            outside += fabs(b[i]) > 0.11;
+        }
+    check(fabs((double)changed / n - 0.25) < 0.03 && fabs(sqrt(squares / changed) - 0.02) < 0.002 && !outside,
+          "noise-replace: %.3f of single weights, std %.4f", (double)changed / n, sqrt(squares / changed));
+    free(a);
+    free(b);
+    UP("{}/dense {}/zero --experts 2 --method drop --drop-ratio 0 --router-init normal");
+    check(up_change(up_path("dense"), 0, up_path("zero")) <= 1e-6, "drop 0 is copy");
+    UP("{}/dense {}/new --experts 2 --method random --noise-std 0.03");
+    a = up_tensor(up_path("new"), "model.layers.0.mlp.experts.1.down_proj.weight", &n);
+    double std = sqrt(sum_of_squares(a, n) / n);
+    check(fabs(std - 0.03) < 0.002 && up_listed(up_path("new"), "source", 0, 1) == -1, "random: std %.4f, no source",
+          std);
+    free(a);
+}
+
+// Granular: shards of consecutive units, router rows repeated in each group, down scaled; exact at K = G and K = 2 G.
+static void test_up_shards(void) {
+    up_begin();
+    int H = 64, I = 96, G = 4, width = 24;
+    up_make("dense", QWEN3, 2, H, I, 0, 0, 0, 1);
+    for (int k = 1; k <= 2; k++) {
+        char name[16];
+        snprintf(name, sizeof name, "gran%d", k);
+        UP("{}/dense {}/%s --experts 12 --method granular --granularity 4 --topk %d --router-std 1", name, k * G);
+        double e = up_change(up_path("dense"), 0, up_path(name));
+        check(e <= 1e-6, "granular exact, K = %d: logits change by %.1e", k * G, e);
+    }
+    long n;
+    float *gate = up_tensor(up_path("dense"), "model.layers.1.mlp.gate_proj.weight", NULL),
+          *down = up_tensor(up_path("dense"), "model.layers.1.mlp.down_proj.weight", NULL);
+    float *rows = up_tensor(up_path("gran1"), "model.layers.1.mlp.gate.weight", &n);
+    int right = 1, repeated = n == 12L * H;
+    for (int j = 0; j < 12; j++) {
+        char name[96];
+        snprintf(name, sizeof name, "model.layers.1.mlp.experts.%d.gate_proj.weight", j);
+        float* g = up_tensor(up_path("gran1"), name, &n);
+        right &= n == (long)width * H && !memcmp(g, gate + (long)(j % G) * width * H, sizeof(float) * (size_t)n);
+        snprintf(name, sizeof name, "model.layers.1.mlp.experts.%d.down_proj.weight", j);
+        float* d = up_tensor(up_path("gran1"), name, &n);
+        for (int i = 0; i < H; i++)
+            for (int u = 0; u < width; u++) right &= d[i * width + u] == 4 * down[i * I + j % G * width + u];
+        repeated &= !memcmp(rows + (long)j * H, rows + (long)(j / G * G) * H, sizeof(float) * (size_t)H);
+        if (j >= G) repeated &= memcmp(rows + (long)j * H, rows + (long)(j - G) * H, sizeof(float) * (size_t)H) != 0;
+        free(g);
+        free(d);
+    }
+    check(right, "granular: gate is cut, down is cut and multiplied by G");
+    check(repeated, "granular: one router row for each group");
+    free(rows);
+    UP("{}/dense {}/cube --experts 8 --method granular --granularity 4 --scale cuberoot --norm-topk 0");
+    // without renormalisation s = E G^2 / K, E groups: 2 * 16 / 4 = 8, the cube root 2
+    float *g = up_tensor(up_path("cube"), "model.layers.1.mlp.experts.6.gate_proj.weight", &n),
+          *d = up_tensor(up_path("cube"), "model.layers.1.mlp.experts.6.down_proj.weight", NULL);
+    double worst = 0;
+    for (long i = 0; i < n; i++) worst = fmax(worst, fabs(g[i] - 2 * gate[2L * width * H + i]));
+    for (int i = 0; i < H; i++)
+        for (int u = 0; u < width; u++) worst = fmax(worst, fabs(d[i * width + u] - 2 * down[i * I + 2 * width + u]));
+    check(worst < 1e-5, "granular cuberoot: each matrix times 2, largest error %.1e", worst);
+    free(g);
+    free(d);
+    UP("{}/dense {}/gzero --experts 8 --method granular --granularity 4 --norm-topk 0 --topk 8 --router-init zero");
+    check(up_change(up_path("dense"), 0, up_path("gzero")) <= 1e-6,
+          "granular, not renormalised: exact with a zero router");
+    for (int norm = 0; norm < 2; norm++) {
+        char name[16];
+        snprintf(name, sizeof name, "part%d", norm);
+        UP("{}/dense {}/%s --experts 6 --topk 6 --method partition --router-init zero --norm-topk %d", name, norm);
+        double e = up_change(up_path("dense"), 0, up_path(name));
+        check(e <= 1e-6, "partition, K = E, norm_topk %d, zero router: logits change by %.1e", norm, e);
+    }
+    // every unit is in one shard, and not just cut in order
+    int seen[96] = {0}, moved = 0;
+    for (int j = 0; j < 6; j++) {
+        char name[96];
+        snprintf(name, sizeof name, "model.layers.1.mlp.experts.%d.gate_proj.weight", j);
+        float* shard = up_tensor(up_path("part1"), name, &n);
+        for (int u = 0; u < 16; u++)
+            for (int s = 0; s < I; s++)
+                if (!memcmp(shard + u * H, gate + (long)s * H, sizeof(float) * (size_t)H)) {
+                    seen[s]++;
+                    moved += s != j * 16 + u;
+                }
+        free(shard);
+    }
+    int once = 1;
+    for (int s = 0; s < I; s++) once &= seen[s] == 1;
+    check(once && moved > 48, "partition: every unit once, %d of %d elsewhere", moved, I);
+    free(gate);
+    free(down);
+}
+
+// Branch-Train-MiX: expert i from source i, everything else the mean.
+static void test_up_sources(void) {
+    up_begin();
+    up_make("s0", LLAMA, 2, 32, 48, 0, 0, 0, 1);
+    up_make("s1", LLAMA, 2, 32, 48, 0, 0, 0, 2);
+    up_make("s2", LLAMA, 2, 32, 48, 0, 0, 0, 3);
+    UP("{}/s0 {}/btm --experts 5 --sources {}/s1,{}/s2");
+    check(up_same(up_path("s2"), "model.layers.0.mlp.up_proj.weight", up_path("btm"),
+                  "model.layers.0.block_sparse_moe.experts.2.w3.weight") &&
+              up_same(up_path("s1"), "model.layers.1.mlp.down_proj.weight", up_path("btm"),
+                      "model.layers.1.block_sparse_moe.experts.4.w2.weight") &&
+              up_same(up_path("s0"), "model.layers.1.mlp.gate_proj.weight", up_path("btm"),
+                      "model.layers.1.block_sparse_moe.experts.3.w1.weight"),
+          "expert i is the FFN of source i mod 3");
+    long n;
+    float *mean = up_tensor(up_path("btm"), "model.layers.1.self_attn.q_proj.weight", &n), *x[3];
+    static const char* names[] = {"s0", "s1", "s2"};
+    double worst = 0;
+    for (int i = 0; i < 3; i++) x[i] = up_tensor(up_path(names[i]), "model.layers.1.self_attn.q_proj.weight", NULL);
+    for (long i = 0; i < n; i++) worst = fmax(worst, fabs(mean[i] - (x[0][i] + x[1][i] + x[2][i]) / 3));
+    check(worst < 1e-7, "attention is the mean of three, largest error %.1e", worst);
+    check(up_list_is(up_path("btm"), "source", 0, "0 1 2 0 1"), "lineage names the sources");
+    free(mean);
+    for (int i = 0; i < 3; i++) free(x[i]);
+}
+
+// MoE to MoE, the paper's copy: where what is kept.
+static void test_up_twins(void) {
+    up_begin();
+    UP(GOLDEN "mixtral_top1 {}/k1 --experts 13");
+    double e = up_change(GOLDEN "mixtral_top1", 0, up_path("k1"));
+    check(e <= 1e-6, "K = 1, renormalised, 5 -> 13: logits change by %.1e", e);
+    check(up_list_is(up_path("k1"), "source", 0, "0 1 2 3 4 0 1 2 3 4 0 1 2"),
+          "originals keep their places, copies follow");
+    check(up_same(GOLDEN "mixtral_top1", "model.layers.0.block_sparse_moe.experts.1.w2.weight", up_path("k1"),
+                  "model.layers.0.block_sparse_moe.experts.11.w2.weight"),
+          "expert 11 is expert 1");
+    UP(GOLDEN "mixtral {}/m2 --experts 10");
+    e = up_change(GOLDEN "mixtral", 1, up_path("m2"));
+    check(e <= 1e-6, "K = 2 of twice the experts is K = 1 of the source: %.1e", e);
+    check(up_change(GOLDEN "mixtral", 0, up_path("m2")) > 1e-3, "and not K = 2 of it");
+    UP(GOLDEN "olmoe {}/times3 --experts 18");
+    e = up_change(GOLDEN "olmoe", 1, up_path("times3"));
+    check(e <= 1e-6, "K = 3 of three times the experts, not renormalised, is K = 1: %.1e", e);
+    UP(GOLDEN "mixtral {}/shuffled --experts 10 --method shuffle");
+    e = up_change(GOLDEN "mixtral", 1, up_path("shuffled"));
+    check(e <= 1e-6, "shuffle is a no-op on the function: %.1e", e);
+    check(!up_same(up_path("shuffled"), "model.layers.0.block_sparse_moe.experts.0.w1.weight", up_path("shuffled"),
+                   "model.layers.0.block_sparse_moe.experts.5.w1.weight"),
+          "shuffle moves units");
+    UP(GOLDEN "olmoe {}/k6 --experts 12 --topk 6");
+    e = up_change(GOLDEN "olmoe", 0, up_path("k6"));
+    check(e <= 1e-6, "twice the experts and twice K: %.1e", e);
+    UP(VARIANTS "logit_norm {}/norm2 --experts 12 --method family");
+    e = up_change(VARIANTS "logit_norm", 0, up_path("norm2"));
+    check(e <= 1e-6, "family with logit norm, all experts doubled: %.1e", e);
+    UP(VARIANTS "lpr {}/lpr2 --experts 8 --topk 4");
+    e = up_change(VARIANTS "lpr", 0, up_path("lpr2"));
+    check(e <= 1e-6, "LPR, twice the experts and twice K: %.1e", e);
+    // family routing keeps the function for every K, and for targets that are no multiple
+    static const char* models[] = {GOLDEN "mixtral",        GOLDEN "olmoe",
+                                   GOLDEN "olmoe_norm",     GOLDEN "qwen3_moe_mlp_only",
+                                   GOLDEN "qwen3_moe_top1", VARIANTS "sigmoid"};
+    for (int i = 0; i < 6; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "family%d", i);
+        UP("%s {}/%s --experts 13 --method family", models[i], name);
+        e = up_change(models[i], 0, up_path(name));
+        check(e <= 1e-6, "family, %s: logits change by %.1e", models[i], e);
+    }
+    check(up_list_is(up_path("family1"), "family", 0, "0 1 2 3 4 5 0 1 2 3 4 5 0"), "families are the sources");
+    UP("{}/m2 {}/m4 --experts 12");
+    Json* j = up_receipt(up_path("m4"));
+    const Json *parent = json_get(j, "parent"), *method = json_get(parent, "experts");
+    check(method && method->items[1]->number == 10 && json_get(j, "experts")->items[1]->number == 12,
+          "a receipt holds its source's receipt");
+    json_free(j);
+    UP(GOLDEN "mixtral {}/rnd --experts 8 --method random");
+    check(up_list_is(up_path("rnd"), "source", 0, "0 1 2 3 4 -1 -1 -1") &&
+              up_list_is(up_path("rnd"), "family", 0, "0 1 2 3 4 5 6 7"),
+          "random: new experts have no source");
+}
+
+// The singular values of a small matrix, from the eigenvalues of W^T W by cyclic Jacobi rotations.
+static void up_singular_values(const float* W, int rows, int cols, double* s) {
+    double* A = (double*)checked_malloc(sizeof(double) * (size_t)(cols * cols));
+    for (int i = 0; i < cols; i++)
+        for (int j = 0; j < cols; j++) {
+            A[i * cols + j] = 0;
+            for (int r = 0; r < rows; r++) A[i * cols + j] += (double)W[r * cols + i] * W[r * cols + j];
+        }
+    for (int sweep = 0; sweep < 60; sweep++)
+        for (int p = 0; p < cols; p++)
+            for (int q = p + 1; q < cols; q++) {
+                if (fabs(A[p * cols + q]) < 1e-300) continue;
+                double theta = 0.5 * atan2(2 * A[p * cols + q], A[q * cols + q] - A[p * cols + p]), c = cos(theta),
+                       t = sin(theta);
+                for (int i = 0; i < cols; i++) {
+                    double x = A[i * cols + p], y = A[i * cols + q];
+                    A[i * cols + p] = c * x - t * y;
+                    A[i * cols + q] = t * x + c * y;
+                }
+                for (int i = 0; i < cols; i++) {
+                    double x = A[p * cols + i], y = A[q * cols + i];
+                    A[p * cols + i] = c * x - t * y;
+                    A[q * cols + i] = t * x + c * y;
+                }
+            }
+    for (int i = 0; i < cols; i++) s[i] = sqrt(fmax(0, A[i * cols + i]));
+    for (int i = 0; i < cols; i++)
+        for (int j = i + 1; j < cols; j++)
+            if (s[j] > s[i]) {
+                double t = s[i];
+                s[i] = s[j];
+                s[j] = t;
+            }
+    free(A);
+}
+
+static void test_up_algebra(void) {
+    up_begin();
+    int shapes[3][2] = {{23, 9}, {8, 21}, {12, 12}};
+    for (int i = 0; i < 3; i++) {
+        int rows = shapes[i][0], cols = shapes[i][1], n = imin(rows, cols);
+        float W[500], back[500], T[500];
+        double expected[32], worst = 0, orthogonal = 0;
+        for (int k = 0; k < rows * cols; k++) W[k] = (float)random_normal(mix64((uint64_t)k + 7));
+        if (i == 2)
+            for (int k = 0; k < cols; k++) W[11 * cols + k] = W[10 * cols + k] = W[k];         // rank 10
+        Svd d = svd_of(W, rows, cols);
+        svd_product(back, &d, n);
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < cols; c++) T[c * rows + r] = W[r * cols + c];
+        if (rows >= cols) up_singular_values(W, rows, cols, expected);
+        else up_singular_values(T, cols, rows, expected);
+        for (int k = 0; k < n; k++) worst = fmax(worst, fabs(d.s[k] - expected[k]));
+        for (int a = 0; a < n; a++)
+            for (int b = 0; b <= a; b++)
+                orthogonal = fmax(orthogonal, fabs(dot(d.v + a * n, d.v + b * n, n) - (a == b)));
+        check(relative_error(back, W, rows * cols) < 1e-6 && worst < 1e-6 && orthogonal < 1e-9,
+              "SVD of %d x %d: product, values (%.1e), orthonormal vectors (%.1e)", rows, cols, worst, orthogonal);
+        svd_free(&d);
+    }
+    double x[4 * 6], C[25], S[25], worst = 0;
+    for (int i = 0; i < 24; i++) x[i] = random_normal(mix64((uint64_t)i));
+    memcpy(x + 12, x + 6, sizeof(double) * 6);         // nothing is left of the third
+    orthonormalise(x, 4, 6);
+    for (int a = 0; a < 4; a++)
+        for (int b = 0; b <= a; b++) worst = fmax(worst, fabs(dot(x + a * 6, x + b * 6, 6) - (a == b)));
+    check(worst < 1e-12, "orthonormal vectors, also where one depended on another: %.1e", worst);
+    for (int i = 0; i < 5; i++)
+        for (int j = 0; j < 5; j++) C[i * 5 + j] = S[i * 5 + j] = 1.0 / (i + j + 1) + (i == j);
+    int ok = cholesky(S, 5);
+    worst = 0;
+    for (int i = 0; i < 5; i++)
+        for (int j = 0; j < 5; j++) worst = fmax(worst, fabs(dot(S + i * 5, S + j * 5, 5) - C[i * 5 + j]));
+    C[0] = -1;
+    check(ok && worst < 1e-14 && !cholesky(C, 5), "Cholesky: %.1e; refuses what is not positive definite", worst);
+    // ISTA with orthonormal atoms has a closed form: soft thresholding
+    double D[2 * 3] = {1, 0, 0, 0, 1, 0}, code[2 * 2];
+    float W[3 * 2] = {3.0f, -0.2f, 0.5f, -4.0f, 9.0f, 9.0f};
+    sparse_codes(code, D, W, 2, 3, 2, 0.1);            // the largest |D W| is 4, so the penalty is 0.4
+    check(fabs(code[0] - 2.6) < 1e-6 && code[1] == 0 && fabs(code[2] - 0.1) < 1e-6 && fabs(code[3] + 3.6) < 1e-6,
+          "ISTA: soft thresholding");
+}
+
+#define EXPERT "model.layers.1.mlp.experts.%d.%s.weight"
+static float* up_expert(const char* dir, int e, const char* matrix) {
+    char name[96];
+    snprintf(name, sizeof name, EXPERT, e, matrix);
+    return up_tensor(up_path(dir), name, NULL);
+}
+
+// Each operator by what defines it; originals never change.
+static void test_up_operators(void) {
+    up_begin();
+    int H = 24, I = 40;
+    long n = H * I;
+    static const char* matrices[] = {"gate_proj", "up_proj", "down_proj"};
+    up_make("m3", QWEN3_MOE, 2, H, I, 3, 2, 1, 5);
+    static const char* methods[] = {"copy", "copy-noise", "scaled",      "interpolate", "shuffle",
+                                    "drop", "orthogonal", "svd-perturb", "svd-mix",     "sparse-code-mix"};
+    for (int k = 0; k < 10; k++) {
+        char name[32];
+        snprintf(name, sizeof name, "op_%s", methods[k]);
+        UP("{}/m3 {}/%s --experts 7 --method %s", name, methods[k]);
+        int originals = 1;
+        for (int m = 0; m < 3; m++)
+            for (int e = 0; e < 3; e++) {
+                float *a = up_expert("m3", e, matrices[m]), *b = up_expert(name, e, matrices[m]);
+                originals &= !memcmp(a, b, sizeof(float) * (size_t)n);
+                free(a);
+                free(b);
+            }
+        double worst = 0;
+        int right = 1;
+        for (int m = 0; m < 3; m++)
+            for (int j = 3; j < 7; j++) {
+                int s = j % 3;
+                float *w = up_expert("m3", s, matrices[m]), *next = up_expert("m3", (s + 1) % 3, matrices[m]),
+                      *v = up_expert(name, j, matrices[m]);
+                double mean = 0, std = 0, sum = 0, squares = 0, norm_w = sum_of_squares(w, n),
+                       norm_v = sum_of_squares(v, n), change = 0;
+                int rows = m == 2 ? H : I, cols = m == 2 ? I : H;
+                double s_w[40], s_v[40];
+                float T[960];
+                for (long i = 0; i < n; i++) {
+                    mean += w[i] / (double)n;
+                    sum += v[i] - w[i];
+                    squares += pow(v[i] - w[i], 2);
+                }
+                for (long i = 0; i < n; i++) std += pow(w[i] - mean, 2) / (double)(n - 1);
+                std = sqrt(std);
+                change = sqrt(squares / norm_w);
+                if (k >= 6 && k <= 8) {
+                    for (int r = 0; r < rows; r++)
+                        for (int c = 0; c < cols; c++) T[c * rows + r] = w[r * cols + c];
+                    if (rows >= cols) up_singular_values(w, rows, cols, s_w);
+                    else up_singular_values(T, cols, rows, s_w);
+                    for (int r = 0; r < rows; r++)
+                        for (int c = 0; c < cols; c++) T[c * rows + r] = v[r * cols + c];
+                    if (rows >= cols) up_singular_values(v, rows, cols, s_v);
+                    else up_singular_values(T, cols, rows, s_v);
+                }
+                switch (k) {
+                case 0: right &= !memcmp(v, w, sizeof(float) * (size_t)n); break;
+                case 1:
+                    worst = fmax(worst, fabs(sqrt(squares / n) / (0.01 * std) - 1));
+                    right &= worst < 0.1 && fabs(sum / n) < 0.01 * std * 0.2;
+                    break;
+                case 2:
+                    for (long i = 0; i < n; i++) worst = fmax(worst, fabs(v[i] - 0.95 * w[i]));
+                    right &= worst < 1e-6;
+                    break;
+                case 3:
+                    for (long i = 0; i < n; i++) worst = fmax(worst, fabs(v[i] - 0.5 * (w[i] + next[i])));
+                    right &= worst < 1e-6;
+                    break;
+                case 5: {
+                    char changed[40];
+                    right &= up_changed_units(w, v, H, I, m == 2, changed) == 20;
+                    break;
+                }
+                case 6:     // all singular values equal, the Frobenius norm that of w
+                    worst = fmax(worst, fabs(sqrt(norm_v / norm_w) - 1));
+                    for (int i = 1; i < H; i++) worst = fmax(worst, fabs(s_v[i] / s_v[0] - 1));
+                    right &= worst < 1e-5;
+                    break;
+                case 7: // close, but neither equal nor far: the size of S's noise is .1, of U's and V's about .05 each
+                    right &= change > 0.02 && change < 0.35;
+                    worst = fmax(worst, change);
+                    break;
+                case 8:     // 7 of 24 pairs exchanged: the rest of the energy is w's own
+                    right &= change > 0.05 && change < 1.6;
+                    worst = fmax(worst, change);
+                    break;
+                case 9: right &= change > 1e-3 && change < 1.5; worst = fmax(worst, change); break;
+                default: break;
+                }
+                free(w);
+                free(next);
+                free(v);
+            }
+        check(originals, "%s: originals are untouched", methods[k]);
+        check(right, "%s: copies are what the formula says (%.2e)", methods[k], worst);
+    }
+    // shuffle: one permutation for the three matrices
+    float *g = up_expert("m3", 1, "gate_proj"), *u = up_expert("m3", 1, "up_proj"),
+          *d = up_expert("m3", 1, "down_proj");
+    float *sg = up_expert("op_shuffle", 4, "gate_proj"), *su = up_expert("op_shuffle", 4, "up_proj"),
+          *sd = up_expert("op_shuffle", 4, "down_proj");
+    int right = 1, moved = 0;
+    for (int i = 0; i < I; i++) {
+        int from = -1;
+        for (int k = 0; k < I; k++)
+            if (!memcmp(sg + i * H, g + k * H, sizeof(float) * (size_t)H)) from = k;
+        right &= from >= 0 && !memcmp(su + i * H, u + from * H, sizeof(float) * (size_t)H);
+        for (int r = 0; r < H && from >= 0; r++) right &= sd[r * I + i] == d[r * I + from];
+        moved += from != i;
+    }
+    check(right && moved > I / 2, "shuffle: the same permutation in gate, up and down; %d of %d units moved", moved, I);
+    free(g); free(u); free(d); free(sg); free(su); free(sd);
+    // svd-mix with everything exchanged: the singular values of w on the vectors of the next expert, so V' = V_next
+    // diagonalises it
+    UP("{}/m3 {}/mix1 --experts 4 --method svd-mix --strength 1");
+    UP("{}/m3 {}/mix0 --experts 4 --method svd-mix --strength 0");
+    UP("{}/m3 {}/code0 --experts 4 --method sparse-code-mix --strength 0");
+    float *w = up_expert("m3", 0, "gate_proj"), *next = up_expert("m3", 1, "gate_proj"),
+          *all = up_expert("mix1", 3, "gate_proj"), *none = up_expert("mix0", 3, "gate_proj");
+    float* code = up_expert("code0", 3, "gate_proj");
+    double a[40], b[40], off = 0, size = 0;
+    up_singular_values(w, I, H, a);
+    up_singular_values(all, I, H, b);
+    double worst = 0;
+    for (int i = 0; i < H; i++) worst = fmax(worst, fabs(a[i] - b[i]) / a[0]);
+    // both Gram matrices have the same eigenvectors exactly if they commute
+    double G1[576], G2[576];
+    for (int i = 0; i < H; i++)
+        for (int j = 0; j < H; j++) {
+            G1[i * H + j] = G2[i * H + j] = 0;
+            for (int r = 0; r < I; r++) {
+                G1[i * H + j] += (double)next[r * H + i] * next[r * H + j];
+                G2[i * H + j] += (double)all[r * H + i] * all[r * H + j];
+            }
+        }
+    for (int i = 0; i < H; i++)
+        for (int j = 0; j < H; j++) {
+            double xy = 0, yx = 0;
+            for (int k = 0; k < H; k++) {
+                xy += G1[i * H + k] * G2[k * H + j];
+                yx += G2[i * H + k] * G1[k * H + j];
+            }
+            off = fmax(off, fabs(xy - yx));
+            size = fmax(size, fabs(xy));
+        }
+    check(worst < 1e-5 && off / size < 1e-5,
+          "svd-mix of everything: w's singular values (%.1e) on the other's vectors (%.1e)", worst, off / size);
+    check(relative_error(none, w, n) < 1e-6 && relative_error(code, w, n) < 1e-6,
+          "svd-mix and sparse-code-mix of nothing change nothing");
+    free(w); free(next); free(all); free(none); free(code);
+}
+
+static void test_up_routers(void) {
+    up_begin();
+    int E = 3, H = 24;
+    up_make("m3", QWEN3_MOE, 2, H, 40, E, 2, 1, 5);
+    static const char* routers_[] = {"copy",       "noise",       "interpolate", "scaled",     "perturb-new",
+                                     "orthogonal", "adversarial", "temperature", "svd-perturb"};
+    float* w = up_tensor(up_path("m3"), "model.layers.1.mlp.gate.weight", NULL);
+    double std = 0, mean = 0;
+    for (int i = 0; i < E * H; i++) mean += w[i] / (double)(E * H);
+    for (int i = 0; i < E * H; i++) std += pow(w[i] - mean, 2) / (E * H - 1);
+    std = sqrt(std);
+    for (int k = 0; k < 9; k++) {
+        char name[32];
+        snprintf(name, sizeof name, "router_%s", routers_[k]);
+        UP("{}/m3 {}/%s --experts 8 --router %s", name, routers_[k]);
+        float* v = up_tensor(up_path(name), "model.layers.1.mlp.gate.weight", NULL);
+        int originals = !memcmp(v, w, sizeof(float) * (size_t)(E * H)), right = 1;
+        double worst = 0, noise = 0;
+        for (int j = 3; j < 8; j++) {
+            const float *x = w + j % 3 * H, *next = w + (j + 1) % 3 * H, *y = v + j * H;
+            double xx = 0, xd = 0, dd = 0;
+            for (int c = 0; c < H; c++) {
+                double d = (double)y[c] - x[c];
+                xx += (double)x[c] * x[c];
+                xd += x[c] * d;
+                dd += d * d;
+                if (k == 0) right &= d == 0;
+                if (k == 2) worst = fmax(worst, fabs(y[c] - 0.5 * (x[c] + next[c])));
+                if (k == 3) worst = fmax(worst, fabs(y[c] - 0.95 * x[c]));
+                if (k == 7) worst = fmax(worst, fabs(y[c] - x[c] / 1.1));
+                if (k == 6) {
+                    double other = 0, away = 0, length = 0;
+                    for (int i = 0; i < H; i++) {
+                        other = (w[(j + 1) % 3 * H + i] + w[(j + 2) % 3 * H + i]) / 2.0;
+                        length += pow(x[i] - other, 2);
+                    }
+                    other = (w[(j + 1) % 3 * H + c] + w[(j + 2) % 3 * H + c]) / 2.0;
+                    away = (x[c] - other) / sqrt(length);
+                    double norm = 0;
+                    for (int i = 0; i < H; i++) norm += (double)x[i] * x[i];
+                    worst = fmax(worst, fabs(d - 0.01 * sqrt(norm) * away));
+                }
+            }
+            noise += dd;
+            if (k == 5) {       // orthogonal, a tenth of the length
+                worst = fmax(worst, fabs(xd) / xx);
+                right &= fabs(sqrt(dd / xx) - 0.1) < 1e-5;
+            }
+            if (k == 8) right &= dd > 0 && sqrt(dd / xx) < 0.5;
+        }
+        noise = sqrt(noise / (5 * H));
+        if (k == 1 || k == 4) right &= fabs(noise / (0.01 * std) - 1) < 0.2;
+        check(right && worst < 1e-6, "%s: copies' rows (%.1e)", routers_[k], worst);
+        check(originals == (k != 1), "%s: originals' rows are %s", routers_[k], k == 1 ? "perturbed too" : "untouched");
+        free(v);
+    }
+    free(w);
+    // the selection bias: U(-delta, delta) for copies; refused where there is none
+    UP(VARIANTS "sigmoid {}/bias --experts 200 --router-delta 0.5");
+    long n;
+    float *b = up_tensor(up_path("bias"), "model.layers.0.mlp.gate.e_score_correction_bias", &n),
+          *b0 = up_tensor(VARIANTS "sigmoid", "model.layers.0.mlp.gate.e_score_correction_bias", NULL);
+    double largest = 0, sum = 0, squares = 0;
+    int same = 1;
+    for (int j = 0; j < 5; j++) same &= b[j] == b0[j];
+    for (int j = 5; j < 200; j++) {
+        double d = b[j] - b0[j % 5];
+        largest = fmax(largest, fabs(d));
+        sum += d;
+        squares += d * d;
+    }
+    check(same && n == 200 && largest <= 0.5 && largest > 0.45 && fabs(sum / 195) < 0.1 &&
+              fabs(sqrt(squares / 195) - 0.5 / sqrt(3)) < 0.04,
+          "bias: U(-delta, delta) for copies alone");
+    check(up_same(VARIANTS "sigmoid", "model.layers.0.mlp.experts.3.up_proj.weight", up_path("bias"),
+                  "model.layers.0.mlp.experts.198.up_proj.weight"),
+          "bias: experts are copies");
+    free(b);
+    free(b0);
+    check(up_run("", GOLDEN "mixtral {}/none --experts 10 --router bias") == 2 && strstr(up_output, "no bias"),
+          "bias: refused without a bias");
+    UP(VARIANTS "lpr {}/lpr --experts 9 --router scaled --router-delta 0.5");
+    float *p0 = up_tensor(VARIANTS "lpr", "model.layers.0.mlp.gate.prototypes", NULL),
+          *p = up_tensor(up_path("lpr"), "model.layers.0.mlp.gate.prototypes", &n);
+    check(n == 9 * 16 && p[6 * 16 + 3] == 0.5f * p0[2 * 16 + 3] && p[2 * 16] == p0[2 * 16],
+          "LPR: a copy has a prototype of its own");
+    free(p0);
+    free(p);
+}
+
+// Scores against gradients that transformers made in fp64: the calibration data are the reference's tokens.
+static void test_up_utility(void) {
+    up_begin();
+    static const char* models[] = {GOLDEN "qwen3_moe_top1", GOLDEN "dots1"};
+    for (int i = 0; i < 2; i++) {
+        char path[PATH_SIZE];
+        Error error = {""};
+        SafeTensors* s = safetensors_open(join_path(path, models[i], "reference.safetensors"), &error);
+        StoredTensor* t = safetensors_find(s, "tokens");
+        Config c;
+        config_read(&c, models[i], &error);
+        int B = (int)t->shape[0], T = (int)t->shape[1], tokens[256], targets[256], E = c.num_experts;
+        read_at(s->fds[0], tokens, (size_t)t->bytes, t->offset);
+        StoredTensor* y = safetensors_find(s, "targets");
+        read_at(s->fds[0], targets, (size_t)y->bytes, y->offset);
+        tokens[B * T] = targets[B * T - 1];
+        up_make_shard("reference.bin", tokens, B * T + 1);
+        int layer = 0;
+        while (!c.sparse[layer]) layer++;
+        double g2[64][2], w2[64][2];
+        for (int e = 0; e < E; e++)
+            for (int m = 0; m < 3; m++) {
+                static const char* matrices[] = {"gate_proj", "up_proj", "down_proj"};
+                char name[128];
+                long n;
+                if (m == 0) g2[e][0] = g2[e][1] = w2[e][0] = w2[e][1] = 0;
+                snprintf(name, sizeof name, "grad.model.layers.%d.mlp.experts.%d.%s.weight", layer, e, matrices[m]);
+                StoredTensor* g = safetensors_find(s, name);
+                float* x = (float*)checked_malloc(sizeof(float) * (size_t)g->count);
+                safetensors_read(s, g, 0, g->count, x, &error);
+                for (long k = 0; k < g->count; k++) g2[e][m == 2] += (double)x[k] * x[k];
+                free(x);
+                x = up_tensor(models[i], name + 5, &n);
+                for (long k = 0; k < n; k++) w2[e][m == 2] += (double)x[k] * x[k];
+                free(x);
+            }
+        safetensors_close(s);
+        // one batch of B, and B batches of one: gradients are averaged before the norm is taken, so both are the same
+        static const struct {
+            const char *select, *on;
+            int batches;
+        } cases[] = {{"grad2", "all", 1},     {"grad2", "all", 2},   {"saliency", "all", 1},  {"weight", "all", 1},
+                     {"grad2", "gate-up", 1}, {"grad2", "down", 1},  {"grad2", "average", 1}, {"grad2", "product", 1},
+                     {"saliency", "max", 1},  {"saliency", "min", 1}};
+        for (int k = 0; k < 10; k++) {
+            char name[32];
+            snprintf(name, sizeof name, "util%d_%d", i, k);
+            int grad = k != 3;
+            if (grad)
+                UP("%s {}/%s --experts %d --select %s --score-on %s --calibrate {}/reference.bin --calibrate-batches "
+                   "%d --batch %d --seq %d",
+                   models[i], name, 2 * E, cases[k].select, cases[k].on, cases[k].batches, B / cases[k].batches, T);
+            else
+                UP("%s {}/%s --experts %d --select %s --score-on %s", models[i], name, 2 * E, cases[k].select,
+                   cases[k].on);
+            Json* j = up_receipt(up_path(name));
+            const Json* score = json_get(json_get(j, "layers")->items[0], "score");
+            double worst = 0;
+            for (int e = 0; e < E; e++) {
+                double a, b, expected;
+                int saliency = !strcmp(cases[k].select, "saliency"), weight = !strcmp(cases[k].select, "weight");
+                a = saliency ? sqrt(w2[e][0] * g2[e][0]) : weight ? w2[e][0] : g2[e][0];
+                b = saliency ? sqrt(w2[e][1] * g2[e][1]) : weight ? w2[e][1] : g2[e][1];
+                const char* on = cases[k].on;
+                if (!strcmp(on, "all"))
+                    expected = saliency ? sqrt((w2[e][0] + w2[e][1]) * (g2[e][0] + g2[e][1])) : a + b;
+                else
+                    expected = !strcmp(on, "gate-up")   ? a
+                               : !strcmp(on, "down")    ? b
+                               : !strcmp(on, "average") ? (a + b) / 2
+                               : !strcmp(on, "product") ? a * b
+                               : !strcmp(on, "max")     ? fmax(a, b)
+                                                        : fmin(a, b);
+                double got = score->items[e]->number;
+                worst = fmax(worst, expected == 0 ? got : fabs(got / expected - 1));
+            }
+            check(worst < 1e-4, "%s: %s on %s in %d batches, against fp64 gradients: %.1e", models[i], cases[k].select,
+                  cases[k].on, cases[k].batches, worst);
+            json_free(j);
+        }
+    }
+    up_make("m3", QWEN3_MOE, 2, 24, 40, 3, 2, 1, 5);
+    up_make_random_shard("random.bin", 2000, 256);
+    UP("{}/m3 {}/fisher --experts 6 --select fisher --calibrate {}/random.bin --calibrate-batches 2 --batch 2 --seq "
+       "16");
+    UP("{}/m3 {}/grad2 --experts 6 --select grad2 --calibrate {}/random.bin --calibrate-batches 2 --batch 2 --seq 16");
+    Json *f = up_receipt(up_path("fisher")), *g = up_receipt(up_path("grad2"));
+    double worst = 0;
+    for (int e = 0; e < 3; e++) {
+        double v2 = 0;
+        static const char* matrices[] = {"gate_proj", "up_proj", "down_proj"};
+        for (int m = 0; m < 3; m++) {
+            char name[128];
+            long n;
+            snprintf(name, sizeof name, "model.layers.1.mlp.experts.%d.%s.weight.exp_avg_sq", e, matrices[m]);
+            float* v = up_moment(up_path("m3"), name, &n);
+            v2 += sum_of_squares(v, n);
+            free(v);
+        }
+        double expected = json_get(json_get(g, "layers")->items[1], "score")->items[e]->number / (sqrt(v2) + 1e-8);
+        worst = fmax(worst, fabs(json_get(json_get(f, "layers")->items[1], "score")->items[e]->number / expected - 1));
+    }
+    check(worst < 1e-5, "fisher is grad2 over the norm of Adam's second moment: %.1e", worst);
+    json_free(f);
+    json_free(g);
+}
+
+static void test_up_optimizer(void) {
+    up_begin();
+    int H = 24, I = 40;
+    long n;
+    up_make("m3", QWEN3_MOE, 2, H, I, 3, 2, 1, 5);
+    static const char* kinds[] = {"copy", "scale", "interpolate"};
+    for (int k = 0; k < 3; k++) {
+        char name[32];
+        snprintf(name, sizeof name, "adam_%s", kinds[k]);
+        UP("{}/m3 {}/%s --experts 7 --optimizer %s", name, kinds[k]);
+        double worst = 0;
+        for (int half = 0; half < 2; half++)
+            for (int j = 0; j < 7; j++) {
+                int s = j % 3, copies = s == 0 ? 3 : 2;
+                char a[128], b[128], c[128];
+                const char* suffix = half ? "exp_avg_sq" : "exp_avg";
+                snprintf(a, sizeof a, EXPERT ".%s", j, "down_proj", suffix);
+                snprintf(b, sizeof b, EXPERT ".%s", s, "down_proj", suffix);
+                snprintf(c, sizeof c, EXPERT ".%s", (s + 1) % 3, "down_proj", suffix);
+                float *got = up_moment(up_path(name), a, &n), *from = up_moment(up_path("m3"), b, NULL),
+                      *next = up_moment(up_path("m3"), c, NULL);
+                for (long i = 0; i < n; i++) {
+                    double expected = k == 1             ? from[i] / (half ? copies * copies : copies)
+                                      : k == 2 && j >= 3 ? 0.5 * (from[i] + next[i])
+                                                         : from[i];
+                    worst = fmax(worst, fabs(got[i] - expected));
+                }
+                free(got);
+                free(from);
+                free(next);
+            }
+        float *router = up_moment(up_path(name), "model.layers.0.mlp.gate.weight.exp_avg_sq", &n),
+              *from = up_moment(up_path("m3"), "model.layers.0.mlp.gate.weight.exp_avg_sq", NULL);
+        double expected = k == 0   ? from[1 * H + 5]
+                          : k == 1 ? from[1 * H + 5] / 4
+                                   : 0.5 * (from[1 * H + 5] + from[2 * H + 5]);
+        check(worst < 1e-6 && n == 7 * H && fabs(router[4 * H + 5] - expected) < 1e-6,
+              "%s: moments of experts and router, largest error %.1e", kinds[k], worst);
+        free(router);
+        free(from);
+    }
+    // moments go where their weights go
+    UP("{}/m3 {}/adam_shuffle --experts 4 --method shuffle --optimizer copy");
+    UP("{}/m3 {}/adam_drop --experts 4 --method drop --optimizer copy");
+    float *w = up_expert("m3", 0, "up_proj"), *v = up_expert("adam_shuffle", 3, "up_proj"),
+          *x = up_expert("adam_drop", 3, "up_proj");
+    float *m = up_moment(up_path("m3"), "model.layers.1.mlp.experts.0.up_proj.weight.exp_avg", NULL);
+    float *mv = up_moment(up_path("adam_shuffle"), "model.layers.1.mlp.experts.3.up_proj.weight.exp_avg", NULL);
+    float *mx = up_moment(up_path("adam_drop"), "model.layers.1.mlp.experts.3.up_proj.weight.exp_avg", NULL);
+    int right = 1, dropped = 0;
+    for (int i = 0; i < I; i++) {
+        int from = -1;
+        for (int k = 0; k < I; k++)
+            if (!memcmp(v + i * H, w + k * H, sizeof(float) * (size_t)H)) from = k;
+        right &= from >= 0 && !memcmp(mv + i * H, m + from * H, sizeof(float) * (size_t)H);
+        int fresh = x[i * H] != w[i * H];
+        dropped += fresh;
+        for (int c = 0; c < H; c++) right &= mx[i * H + c] == (fresh ? 0 : m[i * H + c]);
+    }
+    check(right && dropped == I / 2, "moments are permuted with their units, and 0 where a weight is new");
+    free(w); free(v); free(x); free(m); free(mv); free(mx);
+    check(access(join_path(up_output, up_path("adam_copy"), "trainer.json"), F_OK) == 0, "trainer.json goes with them");
+    UP("{}/m3 {}/adam_reset --experts 7");
+    check(access(join_path(up_output, up_path("adam_reset"), "optimizer.safetensors"), F_OK) != 0 &&
+              access(join_path(up_output, up_path("adam_reset"), "trainer.json"), F_OK) != 0,
+          "reset: neither moments nor trainer.json");
+    Config c;
+    Error error = {""};
+    config_read(&c, up_path("adam_copy"), &error);
+    Model* model = model_create(&c, FOR_TRAINING, 1, 4, 4, NULL);
+    check(up_run("", "{}/m3 {}/adam_family --experts 6 --method family --optimizer copy") == 0 &&
+              strstr(up_output, "--family-steps"),
+          "family and moments: the receipt says from where the penalty counts");
+    check(checkpoint_load(model, up_path("adam_copy"), &error) && optimizer_load(model, up_path("adam_copy"), &error),
+          "train_moe reads them: %s", error.text);
+    model_free(model);
+}
+
+static void test_up_pruning(void) {
+    up_begin();
+    int E = 5, H = 24, I = 40, L = 2;
+    up_make("big", QWEN3_MOE, L, H, I, E, 2, 1, 6);
+    up_make("before", QWEN3_MOE, L, H, I, E, 2, 1, 7);
+    up_make_random_shard("random.bin", 3000, 256);
+    UP("{}/big {}/norms --experts 3 --select router-norm --reference {}/before");
+    for (int l = 0; l < L; l++) {
+        char name[64], expected[32] = "";
+        snprintf(name, sizeof name, "model.layers.%d.mlp.gate.weight", l);
+        float *now = up_tensor(up_path("big"), name, NULL), *then = up_tensor(up_path("before"), name, NULL);
+        double change[5];
+        for (int e = 0; e < E; e++)
+            change[e] = sqrt(sum_of_squares(now + e * H, H)) - sqrt(sum_of_squares(then + e * H, H));
+        for (int e = 0; e < E; e++) {
+            int better = 0;
+            for (int k = 0; k < E; k++) better += change[k] > change[e];
+            if (better < 3) sprintf(expected + strlen(expected), "%s%d", *expected ? " " : "", e);
+        }
+        check(up_list_is(up_path("norms"), "source", l, expected), "router-norm keeps %s in layer %d", expected, l);
+        free(now);
+        free(then);
+    }
+    int second = up_listed(up_path("norms"), "source", 1, 1);
+    char name[96];
+    snprintf(name, sizeof name, EXPERT, second, "up_proj");
+    check(up_same(up_path("big"), name, up_path("norms"), "model.layers.1.mlp.experts.1.up_proj.weight"),
+          "experts that stay are untouched");
+    float *rows = up_tensor(up_path("norms"), "model.layers.1.mlp.gate.weight", NULL),
+          *all = up_tensor(up_path("big"), "model.layers.1.mlp.gate.weight", NULL);
+    check(!memcmp(rows + H, all + second * H, sizeof(float) * (size_t)H), "and take their router rows along");
+    free(rows);
+    free(all);
+    // load and the norms of MoE-Pruner, counted here from a training model, which keeps every layer's activations
+    UP("{}/big {}/load --experts 2 --select load --calibrate {}/random.bin --calibrate-batches 3 --batch 2 --seq 16");
+    UP("{}/big {}/pruned --experts 5 --prune-weights 0.3 --calibrate {}/random.bin --calibrate-batches 3 --batch 2 "
+       "--seq 16");
+    Config c;
+    Error error = {""};
+    config_read(&c, up_path("big"), &error);
+    Model* m = model_create(&c, FOR_TRAINING, 1, 16, 16, NULL);
+    checkpoint_load(m, up_path("big"), &error);
+    Dataset* d = dataset_open(up_path("random.bin"), 16, 256, TRAIN_PART, 1);
+    double load[5] = {0}, in[5][24] = {{0}}, hidden[5][40] = {{0}};
+    for (int sequence = 0; sequence < 6; sequence++) {
+        int tokens[16], targets[16];
+        dataset_training_sequence(d, 1, sequence, tokens, targets);
+        model_forward(m, tokens, targets, 1, 16);
+        LayerActivations* s = &m->layers[1];
+        for (int t = 0; t < 16; t++)
+            for (int k = 0; k < 2; k++) {
+                int e = s->experts[t * 2 + k];
+                double gate = s->gates[t * 2 + k];
+                load[e]++;
+                for (int i = 0; i < H; i++) in[e][i] += pow(gate * s->ffn_in[t * H + i], 2);
+                for (int i = 0; i < I; i++) {       // the hidden row anew, from the weights
+                    const float *wg = m->weights.layers[1].gate_up + (long)e * 2 * I * H + (long)i * H,
+                                *wu = wg + (long)I * H;
+                    double a = 0, b = 0;
+                    for (int q = 0; q < H; q++) {
+                        a += (double)wg[q] * s->ffn_in[t * H + q];
+                        b += (double)wu[q] * s->ffn_in[t * H + q];
+                    }
+                    hidden[e][i] += pow(gate * a / (1 + exp(-a)) * b, 2);
+                }
+            }
+    }
+    char expected[32] = "";
+    for (int e = 0; e < E; e++) {
+        int better = 0;
+        for (int k = 0; k < E; k++) better += load[k] > load[e] || (load[k] == load[e] && k < e);
+        if (better < 2) sprintf(expected + strlen(expected), "%s%d", *expected ? " " : "", e);
+    }
+    check(up_list_is(up_path("load"), "source", 1, expected), "load keeps %s", expected);
+    int right = 1, zeros = 1;
+    for (int e = 0; e < E; e++)
+        for (int which = 0; which < 2; which++) {
+            int wide = which ? I : H, high = which ? H : I;
+            float *w = up_expert("big", e, which ? "down_proj" : "gate_proj"),
+                  *v = up_expert("pruned", e, which ? "down_proj" : "gate_proj");
+            for (int r = 0; r < high; r++) {
+                int gone = 0;
+                double most_gone = 0, least_kept = 1e300;
+                for (int k = 0; k < wide; k++) {
+                    double norm = load[e] == 0 ? 1 : sqrt(which ? hidden[e][k] : in[e][k]),
+                           score = fabs(w[r * wide + k]) * norm;
+                    if (v[r * wide + k] == 0) {
+                        gone++;
+                        most_gone = fmax(most_gone, score);
+                    } else {
+                        least_kept = fmin(least_kept, score);
+                        right &= v[r * wide + k] == w[r * wide + k];
+                    }
+                }
+                zeros &= gone == (int)floor(0.3 * wide + 1e-9);
+                right &= most_gone <= least_kept * (1 + 1e-5);
+            }
+            free(w);
+            free(v);
+        }
+    check(zeros && right, "MoE-Pruner: 30 %% of each row, those with the smallest |w| ||x gate||");
+    dataset_close(d);
+    model_free(m);
+}
+
+static void test_up_cluster(void) {
+    up_begin();
+    // tokens in three directions, with noise and lengths of their own
+    enum { DIMENSION = 8, TOKENS = 300 };
+    static float x[TOKENS * DIMENSION];
+    float centroids[3 * DIMENSION];
+    int cluster[TOKENS], same = 1;
+    for (int t = 0; t < TOKENS; t++)
+        for (int i = 0; i < DIMENSION; i++)
+            x[t * DIMENSION + i] =
+                (float)((1 + t % 7) *
+                        ((i == t % 3) + 0.05 * random_normal(random_key(1, (uint64_t)t, (uint64_t)i, 0))));
+    // start 4 is one in which the three first tokens lie in three directions; others may find a local optimum, as
+    // k-means does
+    int found = 0;
+    for (uint64_t key = 0; key < 20 && !found; key++) {
+        spherical_k_means(centroids, cluster, x, TOKENS, DIMENSION, 3, key);
+        same = cluster[0] != cluster[1] && cluster[1] != cluster[2] && cluster[0] != cluster[2];
+        for (int t = 0; t < TOKENS; t++) same &= cluster[t] == cluster[t % 3];
+        found = same;
+    }
+    double length = 0;
+    for (int i = 0; i < DIMENSION; i++) length += (double)centroids[i] * centroids[i];
+    check(found && fabs(length - 1) < 1e-5 && centroids[cluster[1] * DIMENSION + 1] > 0.99,
+          "spherical k-means finds three directions");
+    // truncation: with unit covariance it is the plain truncated SVD; with another it minimises ||(W - W') S||
+    float W[12 * 8], V[12 * 8];
+    double S[64] = {0}, s[8], error = 0, expected = 0;
+    for (int i = 0; i < 96; i++) V[i] = W[i] = (float)random_normal(mix64((uint64_t)i));
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j <= i; j++) S[i * 8 + j] = i == j ? 1 + 0.2 * i : 0.1 * (i - j);
+    float WS[12 * 8];
+    for (int r = 0; r < 12; r++)
+        for (int j = 0; j < 8; j++) {
+            double sum = 0;
+            for (int i = 0; i < 8; i++) sum += W[r * 8 + i] * S[i * 8 + j];
+            WS[r * 8 + j] = (float)sum;
+        }
+    up_singular_values(WS, 12, 8, s);
+    double all = 0, kept = 0;
+    for (int i = 0; i < 8; i++) all += s[i] * s[i];
+    int rank = 0;
+    while (kept < 0.8 * all) {
+        kept += s[rank] * s[rank];
+        rank++;
+    }
+    long got = truncate_whitened(V, 12, 8, S, 0.8);
+    for (int r = 0; r < 12; r++)
+        for (int j = 0; j < 8; j++) {
+            double sum = 0;
+            for (int i = 0; i < 8; i++) sum += ((double)W[r * 8 + i] - V[r * 8 + i]) * S[i * 8 + j];
+            error += sum * sum;
+        }
+    for (int i = rank; i < 8; i++) expected += s[i] * s[i];
+    check(got == rank && fabs(error / expected - 1) < 1e-4,
+          "truncation keeps %d of 8 singular values and loses just the others: %.6f of %.6f", rank, error, expected);
+    up_make("dense", QWEN3, 2, 32, 48, 0, 0, 0, 1);
+    up_make_random_shard("random.bin", 3000, 256);
+    UP("{}/dense {}/full --experts 4 --topk 2 --method cluster --energy 1 --calibrate {}/random.bin "
+       "--calibrate-batches 3 --batch 2 --seq 32");
+    double e = up_change(up_path("dense"), 0, up_path("full"));
+    check(e < 1e-3, "all of the energy: the FFN itself, logits change by %.1e", e);
+    long n;
+    float* rows = up_tensor(up_path("full"), "model.layers.1.mlp.gate.weight", &n);
+    double worst = 0;
+    for (int i = 0; i < 4; i++) worst = fmax(worst, fabs(sqrt(sum_of_squares(rows + i * 32, 32)) - 1));
+    check(n == 128 && worst < 1e-5, "router rows are unit centroids: %.1e", worst);
+    free(rows);
+}
+
+// Files: shards, formats, packed and sharded sources, threads; bits.
+static void test_up_files(void) {
+    up_begin();
+    static const char* tensors[] = {"model.embed_tokens.weight", "model.layers.0.block_sparse_moe.gate.weight",
+                                    "model.layers.1.block_sparse_moe.experts.6.w2.weight", "model.norm.weight",
+                                    "lm_head.weight"};
+    UP(GOLDEN "mixtral {}/one --experts 7");
+    UP(GOLDEN "mixtral {}/many --experts 7 --shard-size 9K");
+    UP("{}/many {}/again --experts 7");
+    UP(GOLDEN "mixtral {}/half --experts 7 --dtype bf16");
+    UP("{}/half {}/half2 --experts 7 --method copy --shard-size 5000");
+    UP("{}/half2 {}/float --experts 7 --dtype f32");
+    int same = 1, rounded = 1;
+    for (int i = 0; i < 5; i++) {
+        same &= up_same(up_path("one"), tensors[i], up_path("many"), tensors[i]) &&
+                up_same(up_path("one"), tensors[i], up_path("again"), tensors[i]);
+        same &= up_same(up_path("half"), tensors[i], up_path("half2"), tensors[i]) &&
+                up_same(up_path("half"), tensors[i], up_path("float"), tensors[i]);
+        long n;
+        float *a = up_tensor(up_path("one"), tensors[i], &n), *b = up_tensor(up_path("half"), tensors[i], NULL);
+        for (long k = 0; k < n; k++) rounded &= fabs(a[k] - b[k]) <= fabs(a[k]) / 256;
+        free(a);
+        free(b);
+    }
+    check(same, "one file or many, in and out: the same bits");
+    check(rounded, "BF16 is the nearest");
+    struct stat st;
+    char path[PATH_SIZE], command[PATH_SIZE];
+    int files = 0, within = 1;
+    DIR* d = opendir(up_path("many"));
+    struct dirent* entry;
+    while ((entry = readdir(d)) != NULL) {
+        Error error = {""};
+        long bytes = 0;
+        if (!strstr(entry->d_name, ".safetensors") || strstr(entry->d_name, "index")) continue;
+        SafeTensors* s = safetensors_open(join_path(path, up_path("many"), entry->d_name), &error);
+        for (int i = 0; s && i < s->num_tensors; i++) bytes += s->tensors[i].bytes;
+        within &= s && (bytes <= 9000 || s->num_tensors == 1);
+        files++;
+        safetensors_close(s);
+    }
+    closedir(d);
+    check(files > 3 && within, "%d shards of at most 9000 bytes of data", files);
+    for (int i = 0; i < 2; i++) {
+        static const char* methods[] = {"--method drop", "--method svd-perturb"};
+        UP(GOLDEN "mixtral {}/t1_%d --experts 7 %s --threads 1", i, methods[i]);
+        UP(GOLDEN "mixtral {}/t2_%d --experts 7 %s --threads 3 --shard-size 9K", i, methods[i]);
+        char a[32], b[32];
+        snprintf(a, sizeof a, "t1_%d", i);
+        snprintf(b, sizeof b, "t2_%d", i);
+        int equal = 1;
+        for (int k = 0; k < 5; k++) equal &= up_same(up_path(a), tensors[k], up_path(b), tensors[k]);
+        check(equal, "%s: the same bits with 1 and 3 threads, in one file and many", methods[i]);
+    }
+    UP(GOLDEN "mixtral {}/seed2 --experts 7 --method drop --seed 2");
+    check(!up_same(up_path("seed2"), tensors[2], up_path("t1_0"), tensors[2]), "another seed draws other numbers");
+    // packed experts, as newer files have them, under Mixtral's new names
+    {
+        Error error = {""};
+        Config c;
+        config_read(&c, GOLDEN "mixtral", &error);
+        Model* m = model_create(&c, FOR_SCORING, 1, 4, 4, NULL);
+        checkpoint_load(m, GOLDEN "mixtral", &error);
+        int E = c.num_experts, count = 0;
+        long H = c.hidden_size, I = c.moe_intermediate_size;
+        OutTensor* out = (OutTensor*)checked_malloc(sizeof(OutTensor) * (size_t)(m->layout.count + 2 * c.num_layers));
+        char(*names)[128] = (char(*)[128])checked_malloc(128 * (size_t)(m->layout.count + 2 * c.num_layers));
+        for (int i = 0; i < m->layout.count; i++) {
+            const Tensor* t = &m->layout.tensors[i];
+            if (strstr(t->name, ".experts.")) continue;
+            char* moe;
+            snprintf(names[count], 128, "%s", t->name);
+            if ((moe = strstr(names[count], "block_sparse_moe")) != NULL) strcpy(moe, "mlp.gate.weight");
+            OutTensor o = {
+                names[count], "F32", tensor_is_matrix(t) ? 2 : 1, {t->rows, t->cols, 0}, m->params + t->offset};
+            out[count++] = o;
+        }
+        for (int l = 0; l < c.num_layers; l++)
+            for (int down = 0; down < 2; down++) {
+                snprintf(names[count], 128, "model.layers.%d.mlp.experts.%s", l, down ? "down_proj" : "gate_up_proj");
+                OutTensor o = {names[count],
+                               "F32",
+                               3,
+                               {E, down ? H : 2 * I, down ? I : H},
+                               down ? m->weights.layers[l].down : m->weights.layers[l].gate_up};
+                out[count++] = o;
+            }
+        mkdir(up_path("packed"), 0777);
+        check(safetensors_write(up_path("packed/model.safetensors"), out, count, &error), "a packed source");
+        snprintf(command, sizeof command, "cp " GOLDEN "mixtral/config.json %s/packed", up_dir);
+        check(system(command) == 0, "and its configuration");
+        free(out);
+        free(names);
+        model_free(m);
+        UP("{}/packed {}/unpacked --experts 7");
+        int equal = 1;
+        for (int k = 0; k < 5; k++) equal &= up_same(up_path("one"), tensors[k], up_path("unpacked"), tensors[k]);
+        equal &= up_same(up_path("one"), "model.layers.1.block_sparse_moe.experts.3.w3.weight", up_path("unpacked"),
+                         "model.layers.1.block_sparse_moe.experts.3.w3.weight");
+        check(equal, "packed experts: the same result");
+    }
+    // files of the tokenizer travel
+    snprintf(command, sizeof command,
+             "cp -r " GOLDEN
+             "mixtral %s/tok && rm %s/tok/reference.safetensors && echo '{}' > %s/tok/tokenizer_config.json",
+             up_dir, up_dir, up_dir);
+    check(system(command) == 0, "a source with a tokenizer");
+    UP("{}/tok {}/tok2 --experts 7");
+    check(!stat(up_path("tok2/tokenizer_config.json"), &st) && st.st_size == 3, "its files travel");
+}
+
+static int up_exists(const char* name) { return !access(up_path(name), F_OK); }
+
+// The destination is whole or absent.
+static void test_up_safety(void) {
+    up_begin();
+    up_make("m3", QWEN3_MOE, 2, 24, 40, 3, 2, 1, 5);
+    UP("{}/m3 {}/here --experts 6");
+    check(up_run("", "{}/m3 {}/here --experts 9") == 2 && strstr(up_output, "exists"), "an existing DST is refused");
+    UP("{}/m3 {}/here --experts 9 --force");
+    Config c;
+    Error error = {""};
+    check(config_read(&c, up_path("here"), &error) && c.num_experts == 9 && !up_exists("here.saving") &&
+              !up_exists("here.old"),
+          "--force replaces it");
+    check(up_run("", "{}/m3 {}/m3 --experts 6 --force") == 2 && up_run("", "{}/m3 {}/m3/inside --experts 6") == 2 &&
+              up_run("", "{}/m3 {} --experts 6 --force") == 2,
+          "DST in, at or around SRC is refused");
+    mkdir(up_path("left.saving"), 0777);
+    FILE* f = fopen(up_path("left.saving/model.safetensors"), "w");
+    fclose(f);
+    UP("{}/m3 {}/left --experts 6");
+    check(up_exists("left/config.json") && !up_exists("left.saving"), "what a killed run left is removed");
+    check(up_run("ulimit -f 20;", "{}/m3 {}/disk_full --experts 12") == 1 && !up_exists("disk_full") &&
+              !up_exists("disk_full.saving"),
+          "a full disk: exit 1, nothing left: %.80s", up_output);
+    // killed while it writes: 300 MB, so that there is time
+    up_make("large", QWEN3, 1, 512, 2048, 0, 0, 0, 1);
+    char command[PATH_SIZE * 3];
+    int clean = 1, killed = 0;
+    for (int i = 0; i < 5; i++) {
+        static const int signals[] = {SIGKILL, SIGTERM, SIGKILL, SIGINT, SIGKILL};
+        fflush(stdout);
+        pid_t pid = fork();
+        if (pid == 0) {
+            if (!freopen("/dev/null", "w", stdout) || !freopen("/dev/null", "w", stderr)) _exit(9);
+            execl(self_path, self_path, "--as-upcycle", up_path("large"), up_path("killed"), "--experts", "24",
+                  "--method", "noise", (char*)NULL);
+            _exit(9);
+        }
+        usleep(60000 + 50000 * (useconds_t)i);
+        kill(pid, signals[i]);
+        int status;
+        waitpid(pid, &status, 0);
+        if (signals[i] == SIGTERM)
+            clean &= WIFEXITED(status) && WEXITSTATUS(status) == 143 && !up_exists("killed.saving");
+        else if (signals[i] == SIGINT)
+            clean &= WIFEXITED(status) && WEXITSTATUS(status) == 130 && !up_exists("killed.saving");
+        else killed += WIFSIGNALED(status) && up_exists("killed.saving");
+        clean &= !up_exists("killed");
+    }
+    check(clean && killed > 0, "killed five times: never a DST; SIGINT and SIGTERM tidy up, exit 130 and 143");
+    UP("{}/large {}/killed --experts 2");
+    check(up_exists("killed/model.safetensors") && !up_exists("killed.saving"), "the next run works");
+    snprintf(command, sizeof command,
+             "cd %s && sha256sum m3/* > sums && %s --as-upcycle m3 m3x --experts 9 --method drop >/dev/null && "
+             "sha256sum -c --quiet sums",
+             up_dir, self_path);
+    check(system(command) == 0, "the source's files are untouched");
+    UP("{}/m3 {}/dry --experts 6 --dry-run");
+    check(!up_exists("dry") && !up_exists("dry.saving") && strstr(up_output, "memory"), "--dry-run writes nothing");
+}
+
+// One line, exit 2, nothing left behind.
+static void test_up_refusals(void) {
+    up_begin();
+    up_make("m3", QWEN3_MOE, 2, 24, 40, 3, 2, 1, 5);
+    up_make_random_shard("short.bin", 200, 256);
+    static const struct { const char *arguments, *says;
+    } cases[] = {{GOLDEN "llama {}/x", "--experts"},
+                 {GOLDEN "llama --experts 4", "SRC DST"},
+                 {"{}/nowhere {}/x --experts 4", "config.json"},
+                 {GOLDEN "llama {}/x --experts 4 --topk 5", "only 4 experts"},
+                 {GOLDEN "llama {}/x --experts 4 --layers every-2", "Qwen3"},
+                 {GOLDEN "llama {}/x --experts 4 --norm-topk 0", "always renormalises"},
+                 {GOLDEN "llama {}/x --experts 4 --arch qwen3", "mixtral fits"},
+                 {GOLDEN "qwen3 {}/x --experts 4 --layers 3", "0 to 2"},
+                 {GOLDEN "qwen3 {}/x --experts 4 --layers 1,", "after the last comma"},
+                 {GOLDEN "qwen3 {}/x --experts 4 --method granular", "--granularity"},
+                 {GOLDEN "qwen3 {}/x --experts 8 --method granular --granularity 4", "no multiple"},
+                 {GOLDEN "qwen3 {}/x --experts 4 --method granular --granularity 3", "no multiple"},
+                 {GOLDEN "qwen3 {}/x --experts 6 --method granular --granularity 3 --topk 4", "torn"},
+                 {GOLDEN "qwen3 {}/x --experts 4 --method partition", "no multiple"},
+                 {GOLDEN "qwen3 {}/x --experts 4 --method family", "is dense"},
+                 {GOLDEN "qwen3 {}/x --experts 4 --select grad2", "is dense"},
+                 {"{}/m3 {}/x --experts 6 --method granular", "fitting are"},
+                 {"{}/m3 {}/x --experts 6 --layers all", "is a mixture"},
+                 {"{}/m3 {}/x --experts 2", "--select router-norm"},
+                 {"{}/m3 {}/x --experts 6 --select load", "keep"},
+                 {"{}/m3 {}/x --experts 2 --select router-norm", "--reference"},
+                 {"{}/m3 {}/x --experts 2 --select weight --method drop", "fewer"},
+                 {"{}/m3 {}/x --experts 6 --select grad2", "--calibrate"},
+                 {"{}/m3 {}/x --experts 6 --select grad2 --calibrate {}/short.bin --seq 64", "too short"},
+                 {"{}/m3 {}/x --experts 6 --calibrate {}/short.bin", "nothing asked"},
+                 {"{}/m3 {}/x --experts 6 --check {}/none.bin", "none.bin"},
+                 {"{}/m3 {}/x --experts 6 --router bias", "no bias"},
+                 {"{}/m3 {}/x --experts 6 --method family --router noise", "exactly"},
+                 {"{}/m3 {}/x --experts 6 --method family --topk 4", "one member"},
+                 {"{}/m3 {}/x --experts 6 --drop-ratio 0.3", "belongs to --method drop"},
+                 {"{}/m3 {}/x --experts 6 --method drop --drop-ratio 1.5", "from 0 to 1"},
+                 {"{}/m3 {}/x --experts 6 --methd copy", "unknown"},
+                 {"{}/m3 {}/x --experts 6 --shard-size 5X", "5G"},
+                 {"{}/m3 {}/x --experts 6 --prune-weights 0.5", "--calibrate"},
+                 {"{}/m3 {}/absent/x --experts 6", "parent"},
+                 {GOLDEN "mixtral {}/x --experts 10 --optimizer copy", "optimizer.safetensors"},
+                 {GOLDEN "llama {}/x --experts 2 --sources " GOLDEN "qwen3", "class and sizes"},
+                 {GOLDEN "llama {}/x --experts 1 --sources " GOLDEN "llama", "each needs an expert"},
+                 {"{}/m3 {}/x --experts 6 --cap 2", "score"},
+                 {"{}/m3 {}/x --experts 6 --strength 2", "belongs to"},
+                 {"{}/m3 {}/x --experts six", "whole number"}};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        int code = up_run("", "%s", cases[i].arguments), lines = 0;
+        for (const char* s = up_output; *s; s++) lines += *s == '\n';
+        check(code == 2 && lines == 1 && strstr(up_output, cases[i].says) && !up_exists("x") && !up_exists("x.saving"),
+              "%s: %d, %.200s", cases[i].arguments, code, up_output);
+    }
+}
+
+// What the receipt says of the function must agree with what --check finds.
+static void test_up_receipt(void) {
+    up_begin();
+    up_make_random_shard("few.bin", 600, 29);
+    static const struct { const char *arguments, *function, *warning; double least, most; } cases[] = {
+        {GOLDEN "llama {}/r%d --experts 4", "kept exactly", "no language-model gradient", 0, 1e-6},
+        {GOLDEN "qwen3 {}/r%d --experts 4 --norm-topk 0", "not kept", "shrinks by about N / K = 2", 1e-2, 2},
+        {GOLDEN "qwen3 {}/r%d --experts 4 --topk 1", "kept exactly", "never learns", 0, 1e-6},
+        {GOLDEN "qwen3 {}/r%d --experts 6 --method granular --granularity 3", "kept exactly", NULL, 0, 1e-6},
+        {GOLDEN "qwen3 {}/r%d --experts 4 --method drop", "not kept", NULL, 1e-3, 2},
+        {GOLDEN "mixtral {}/r%d --experts 10", "that of SRC with 1 expert per token", "1 distinct source", 1e-4, 2},
+        {GOLDEN "olmoe {}/r%d --experts 12", "not kept", "each shrinks by about 2", 1e-4, 2},
+        {GOLDEN "mixtral {}/r%d --experts 10 --method family", "kept exactly", NULL, 0, 1e-6},
+        {GOLDEN "mixtral_top1 {}/r%d --experts 10", "kept exactly", "copies get no token", 0, 1e-6},
+        {GOLDEN "mixtral {}/r%d --experts 3 --select weight", "not kept: 2 of 5 experts are gone", NULL, 1e-4, 2},
+        {GOLDEN "mixtral {}/r%d --experts 5", "kept exactly", NULL, 0, 1e-6},
+        {GOLDEN "mixtral {}/r%d --experts 8 --method scaled", "not kept", "1 distinct source", 1e-4, 2}};
+    for (int i = 0; i < 12; i++) {
+        char arguments[256], name[16];
+        snprintf(name, sizeof name, "r%d", i);
+        snprintf(arguments, sizeof arguments, "%.*s{}/%s%s --check {}/few.bin --seq 12 --batch 3",
+                 (int)(strstr(cases[i].arguments, "{}") - cases[i].arguments), cases[i].arguments, name,
+                 strstr(cases[i].arguments, "%d") + 2);
+        UP("%s", arguments);
+        Json* j = up_receipt(up_path(name));
+        const Json *function = json_get(j, "function"), *warnings = json_get(j, "warnings"),
+                   *proof = json_get(j, "check");
+        int warned = cases[i].warning == NULL;
+        for (int k = 0; k < warnings->count; k++)
+            warned |= cases[i].warning && strstr(warnings->items[k]->string, cases[i].warning);
+        double change = json_get(proof, "logits")->number, before = json_get(proof, "loss")->items[0]->number;
+        check(!strncmp(function->string, cases[i].function, strlen(cases[i].function)) && warned &&
+                  change >= cases[i].least && change <= cases[i].most && before > 1,
+              "%s: %s (%.1e), %d warnings", cases[i].arguments, function->string, change, warnings->count);
+        json_free(j);
+    }
+    Json* j = up_receipt(up_path("r5"));
+    check(fabs(json_get(json_get(j, "check"), "distinct_sources")->number - 1) < 1e-9,
+          "copy x 2, K = 2: every token reaches 1 distinct source");
+    json_free(j);
+    j = up_receipt(up_path("r7"));
+    check(fabs(json_get(json_get(j, "check"), "distinct_sources")->number - 2) < 1e-9,
+          "family x 2, K = 2: every token reaches 2");
+    json_free(j);
+    check(up_run("", "--inspect {}/r5 --data {}/few.bin --seq 12") == 0 && strstr(up_output, "5 of 45 pairs equal") &&
+              strstr(up_output, "within families 1.0000") && strstr(up_output, "copy, 5 -> 10 experts") &&
+              strstr(up_output, "Gini"),
+          "--inspect finds the twins, the lineage and the load");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 
 static const struct {
     const char* name;
@@ -3450,7 +5038,24 @@ static const struct {
     {"checkpoints", test_checkpoints}, {"data", test_data},
     {"sampling", test_sampling},       {"command line", test_command_line},
     {"determinism", test_determinism}, {"disk full", test_disk_full},
-};
+    {"upcycle formats", test_up_formats},
+    {"upcycle allocation", test_up_allocation},
+    {"upcycle algebra", test_up_algebra},
+    {"upcycle copy", test_up_copy},
+    {"upcycle drop", test_up_drop},
+    {"upcycle shards", test_up_shards},
+    {"upcycle sources", test_up_sources},
+    {"upcycle twins", test_up_twins},
+    {"upcycle operators", test_up_operators},
+    {"upcycle routers", test_up_routers},
+    {"upcycle utility", test_up_utility},
+    {"upcycle optimizer", test_up_optimizer},
+    {"upcycle pruning", test_up_pruning},
+    {"upcycle cluster", test_up_cluster},
+    {"upcycle files", test_up_files},
+    {"upcycle safety", test_up_safety},
+    {"upcycle refusals", test_up_refusals},
+    {"upcycle receipt", test_up_receipt}};
 
 // What threads keep for products is theirs until they end, which is when a test asks for fewer threads.
 #if defined(__SANITIZE_ADDRESS__)
@@ -3463,12 +5068,18 @@ int main(int argc, char** argv) {
         argv[1] = argv[0];
         return train_moe_main(argc - 1, argv + 1);
     }
+    if (argc > 1 && !strcmp(argv[1], "--as-upcycle")) {
+        argv[1] = argv[0];
+        return upcycle_main(argc - 1, argv + 1);
+    }
     if (!realpath("/proc/self/exe", self_path) && !realpath(argv[0], self_path))
         die(1, "%s: %s", argv[0], strerror(errno));
     const char* directory = getenv("TMPDIR");
     snprintf(temp_dir, sizeof temp_dir, "%.150s/test_moe.XXXXXX",
              directory && !strchr(directory, ' ') ? directory : "/tmp");
     if (!mkdtemp(temp_dir)) die(1, "%s: %s", temp_dir, strerror(errno));
+    snprintf(up_dir, sizeof up_dir, "%.280s/upcycle", temp_dir);
+    if (mkdir(up_dir, 0777)) die(1, "%s: %s", up_dir, strerror(errno));
     atexit(remove_temp_dir);
     default_threads = thread_count();
     for (size_t i = 0; i < sizeof groups / sizeof groups[0]; i++) {

@@ -1,0 +1,29 @@
+#!/bin/sh
+# Upcycles the small golden models, opens the results with transformers and compares logits, losses, chosen experts and
+# every gradient with a dump of train_moe: one result for each class that upcycle writes.
+#     sh dev/upcycle/check_with_transformers.sh            in the repository, after `make`
+set -e
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+golden=dev/reference/golden
+python3 - "$work/data.bin" <<'PYTHON'
+import random, struct, sys
+random.seed(1)
+tokens = [random.randrange(29) for _ in range(200)]
+open(sys.argv[1], "wb").write(struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + struct.pack("<200H", *tokens))
+PYTHON
+try() { # class, then the arguments of upcycle without DST
+    class=$1
+    shift
+    rm -rf "$work/result"
+    ./upcycle "$1" "$work/result" $(shift; echo "$@") >"$work/log" || { cat "$work/log"; exit 1; }
+    ./train_moe --model "$work/result" --data "$work/data.bin" --batch 2 --seq 16 --aux 0 --dump "$work/dump.safetensors" >/dev/null
+    echo "$@"
+    (cd dev/reference && python3 check_checkpoint.py "$work/result" "$work/dump.safetensors" --class "$class")
+}
+try MixtralForCausalLM $golden/llama --experts 4 --method drop
+try MixtralForCausalLM $golden/llama_tied --experts 3 --method noise
+try Qwen3MoeForCausalLM $golden/qwen3 --experts 4 --layers every-2 --method drop --norm-topk 0
+try Qwen3MoeForCausalLM $golden/qwen3 --experts 6 --method granular --granularity 3
+try OlmoeForCausalLM $golden/olmoe --experts 13 --method drop --router perturb-new --shard-size 20K
+try Dots1ForCausalLM $golden/dots1 --experts 12 --method drop
