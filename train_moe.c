@@ -694,8 +694,9 @@ static float max_of(const float* x, long n) {
 }
 
 // out (N, H) = table[tokens]       table (V, H), tokens (N)
+// (Here and below, one row, as in generation, is not worth waking the other threads for.)
 static void embedding_forward(float* out, const int* tokens, const float* table, int N, int H) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) memcpy(out + (long)n * H, table + (long)tokens[n] * H, sizeof(float) * H);
 }
 
@@ -719,7 +720,7 @@ static void embedding_backward(float* dtable, const float* dout, const int* toke
 // rstd (N, groups) is kept for the backward pass.
 static void rmsnorm_forward(float* out, long ld_out, float* rstd, const float* x, long ld_x, const float* weight, int N,
                             int groups, int size, float eps) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++)
         for (int g = 0; g < groups; g++) {
             const float* x_ng = x + n * ld_x + (long)g * size;
@@ -786,7 +787,7 @@ static void rope_table(float* cosines, float* sines, int positions, int HD, doub
 static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, const float* cosines,
                  const float* sines, int direction) {
     int half = HD / 2;
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         const float *cos_t = cosines + (long)(start + n % T) * half, *sin_t = sines + (long)(start + n % T) * half;
         for (int h = 0; h < heads; h++) {
@@ -905,7 +906,7 @@ static void attention_backward(float* dq, float* dk, float* dv, const float* dou
 // SwiGLU (Shazeer 2020):  act = silu(gate) * up,  silu(g) = g sigmoid(g).  gate_up (rows, 2, I): gate, then up; act
 // (rows, I)
 static void swiglu_forward(float* act, const float* gate_up, int rows, int I) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (rows > 8)
     for (int r = 0; r < rows; r++) {
         const float *gate = gate_up + (long)r * 2 * I, *up = gate + I;
         float* act_r = act + (long)r * I;
@@ -963,7 +964,7 @@ static void choose_topk(int* chosen, const float* scores, int E, int K) {
 // index first), gates (N, K)
 static void softmax_router_forward(float* probs, float* lse, int* experts, float* gates, const float* logits, int N,
                                    int E, int K, int norm_topk) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         const float* z = logits + (long)n * E;
         float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, max = z[0], sum = 0;
@@ -1014,7 +1015,7 @@ static void group_by_expert(int* offsets, int* assignment, int* row_of, const in
 
 // out row r (rows, H) = x (N, H) at the token that row r serves
 static void gather_rows(float* out, const float* x, const int* assignment, int rows, int K, int H) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (rows > 8)
     for (int r = 0; r < rows; r++) memcpy(out + (long)r * H, x + (long)(assignment[r] / K) * H, sizeof(float) * H);
 }
 
@@ -1022,7 +1023,7 @@ static void gather_rows(float* out, const float* x, const int* assignment, int r
 // residual = NULL: zero. The same function is the backward of gather_rows. out, residual (N, H), y (rows, H)
 static void combine_rows(float* out, const float* residual, const float* y, const float* gates, const int* row_of,
                          int N, int K, int H) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         float* out_n = out + (long)n * H;
         for (int i = 0; i < H; i++) out_n[i] = residual ? residual[(long)n * H + i] : 0;
@@ -1640,7 +1641,7 @@ static void attention_layer_forward(Model* m, int l) {
     rmsnorm_forward(s->attn_in, H, s->attn_rstd, s->x, H, w->attn_norm, N, 1, H, eps);
     matmul_forward(s->qkv, s->attn_in, w->qkv, N, H, (int)QKV);
     if (c->qk_norm == QK_NORM_NONE) {
-        #pragma omp parallel for
+        #pragma omp parallel for if (N > 1)
         for (int n = 0; n < N; n++) memcpy(s->rotated + n * QK, s->qkv + n * QKV, sizeof(float) * QK);
     } else {        // per head: NH vectors of HD; per row: one of NH HD
         rmsnorm_forward(s->rotated, QK, s->q_rstd, s->qkv, QKV, w->q_norm, N, row ? 1 : NH, row ? NH * HD : HD, eps);
@@ -1658,7 +1659,7 @@ static void attention_layer_forward(Model* m, int l) {
     attention_forward(s->attn, s->lse, s->rotated, QK, kv.k, kv.ld_k, kv.v, kv.ld_v, m->batch, T, past + T, NH, NKV, HD,
                       m->scratch.attention);
     matmul_forward(s->x_mid, s->attn, w->attn_out, N, NH * HD, H);
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++)
         for (int i = 0; i < H; i++) s->x_mid[(long)n * H + i] += s->x[(long)n * H + i];
 }
