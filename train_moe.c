@@ -1358,6 +1358,7 @@ typedef struct {
     // router variants
     int* family;                // (L, E)       the family of each expert: the copies of one expert share it
     int has_families;           // 1: some experts do
+    long family_start;          // the step in which the copies were made, for trainer.json
     long* step_load;            // (L, E)       assignments of this optimizer step
     double* aux_coefficients;   // (L)
     uint64_t noise_seed;        // of LPR's noise,
@@ -2154,7 +2155,7 @@ typedef struct {
     double bias_rate;                   // of the sigmoid router's bias
     int topk_low, topk_high;            // each layer draws its K in every step; 0: the model's K
     double family_strength;             // penalty of families, and over how many steps it goes
-    long family_steps;
+    long family_steps, family_start;    // from the step in which the copies were made
 } Run;
 
 // The learning rate of step 0, 1, ..: a linear rise over `warmup` steps, then
@@ -2854,7 +2855,8 @@ static void router_after_step(Model* m, const Run* run, long done) {
         m->topk[l] = layer_topk(c, l);
     }
     memset(m->step_load, 0, sizeof(long) * (size_t)c->num_layers * (size_t)c->num_experts);
-    if (run->family_steps > 0) c->family_penalty = family_penalty_at(run->family_strength, done, run->family_steps);
+    if (run->family_steps > 0)
+        c->family_penalty = family_penalty_at(run->family_strength, done - run->family_start, run->family_steps);
 }
 
 // What users of mixtures of experts look at.
@@ -4814,7 +4816,8 @@ static void options_parse(int argc, char** argv) {
 // trainer.json: the options of the run, the step it has reached, and the load counted since the last validation.
 static void trainer_to_json(Text* t, const Model* m, long step) {
     const Config* c = &m->config;
-    text_print(t, "{\n  \"version\": \"%s\",\n  \"step\": %ld,\n  \"options\": {", VERSION, step);
+    text_print(t, "{\n  \"version\": \"%s\",\n  \"step\": %ld,\n  \"family_start\": %ld,\n  \"options\": {", VERSION,
+               step, m->family_start);
     for (int i = 0, listed = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];
         int is_text = o->type == OPT_TEXT || o->type == OPT_CHOICE;
@@ -5247,10 +5250,14 @@ static int run_train(Config* c, long first_step) {
             die(2, "--family-penalty: a model %s has no families to penalise",
                 c->num_experts ? "with the router lpr" : "without experts");
         if (options.family_penalty == UNSET) options.family_penalty = 1;
-        if (options.family_steps == UNSET) options.family_steps = options.steps / 2 > 1 ? options.steps / 2 : 1;
+        // a run whose moments upcycle carried over goes on at its source's step, and the penalty starts there
+        long start = json_whole(json_get(trainer_state, "family_start"), first_step), half;
+        run.family_start = start > 0 ? start : 0;
+        half = (options.steps - run.family_start) / 2;
+        if (options.family_steps == UNSET) options.family_steps = half > 1 ? half : 1;
         run.family_strength = options.family_penalty;
         run.family_steps = options.family_steps;
-        c->family_penalty = family_penalty_at(run.family_strength, first_step, run.family_steps);
+        c->family_penalty = family_penalty_at(run.family_strength, first_step - run.family_start, run.family_steps);
     }
 
     Model *m = model_plan(c, FOR_TRAINING, B, T, T, NULL), *generator = NULL;
@@ -5260,6 +5267,7 @@ static int run_train(Config* c, long first_step) {
         generator = model_create(c, FOR_GENERATION, 1, T, T, m);
     }
     m->balance = balance_from_options(c);
+    m->family_start = run.family_start;
     for (int l = 0; l < c->num_layers; l++) m->aux_coefficients[l] = m->balance.aux;
     if (!options.model) model_init(m, run.seed);
     else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);

@@ -2081,7 +2081,8 @@ static void text_json_value(Text* t, const Json* j) {
 }
 
 // With moments carried over, the run goes on where it was: ./train_moe --resume --out DST continues the step count, the
-// schedule and the bias correction. Only what was counted since the last validation starts again.
+// schedule and the bias correction. Only what was counted since the last validation starts again, and the penalty of
+// families, if there are new ones.
 static void write_trainer(const Plan* p, const char* dir) {
     char path[PATH_SIZE];
     Error error = {""};
@@ -2098,6 +2099,8 @@ static void write_trainer(const Plan* p, const char* dir) {
         // what was counted since the last validation was counted of other experts
         if (!strcmp(j->items[i]->key, "load") || !strcmp(j->items[i]->key, "observed"))
             text_print(&t, "[]");
+        else if (!strcmp(j->items[i]->key, "family_start") && p->method == FAMILY)
+            text_print(&t, "%ld", json_whole(json_get(j, "step"), LONG_MAX));
         else
             text_json_value(&t, j->items[i]);
     }
@@ -2778,11 +2781,6 @@ static void find_properties(const Plan* p, Findings* f) {
         snprintf(f->function + n, sizeof f->function - n,
                  " (permuted units change the order of additions, nothing else)");
     }
-    if (p->method == FAMILY && p->carry != MOMENTS_RESET)
-        warn(f,
-             "--resume goes on at SRC's step t, where the family penalty is strength (S / t - 1) and no longer "
-             "infinite; "
-             "choose --family-steps S beyond it, or --optimizer reset and --model for a new run from t = 0");
     if (N <= p->E) return;
     int twins = p->method == COPY || p->method == SHUFFLE;
     if (uses(p->method, "random")) return;
