@@ -4881,6 +4881,12 @@ static void test_up_safety(void) {
     mkdir(up_path("left.saving"), 0777);
     FILE* f = fopen(up_path("left.saving/model.safetensors"), "w");
     fclose(f);
+    check(up_run("", "{}/m3 {}/left --experts 6") == 2 && strstr(up_output, "not made by upcycle") &&
+              up_exists("left.saving/model.safetensors"),
+          "a directory of somebody else's is left alone");
+    f = fopen(up_path("left.saving/" SAVING_MARKER), "w");
+    fclose(f);
+    check(up_run("", "{}/left.saving {}/left --experts 6") == 2, "a source is never taken for what a killed run left");
     UP("{}/m3 {}/left --experts 6");
     check(up_exists("left/config.json") && !up_exists("left.saving"), "what a killed run left is removed");
     check(up_run("ulimit -f 20;", "{}/m3 {}/disk_full --experts 12") == 1 && !up_exists("disk_full") &&

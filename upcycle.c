@@ -1433,16 +1433,16 @@ static Maker expert_maker(Plan* p, int l, int j, int matrix, long rows, long col
         k.fresh = draw_units(k.num_units, ask.drop_ratio, stream_key(p, "drop", l, j, mask_matrix));
         if (half < 0) slice_statistics(&k.from, k.fresh, k.by_column, &k.mean, &k.std);
     }
+    if (touched && p->method == NOISE_REPLACE) { // OLMoE's: half of the single weights become N(0, 0.02)
+        k.replace = ask.noise_fraction;
+        k.std = half < 0 ? ask.noise_std : 0; // the same weights' moments become 0
+    }
     if (half < 0 && touched) {
         double mean, std;
         switch (p->method) {
             case NOISE: // Drop-Upcycling's baseline: N(0, 0.02) is added to half of the units
                 k.noisy = draw_units(k.num_units, ask.noise_fraction, stream_key(p, "noise", l, j, mask_matrix));
                 k.noise = ask.noise_std;
-                break;
-            case NOISE_REPLACE: // OLMoE's: half of the single weights become N(0, 0.02)
-                k.replace = ask.noise_fraction;
-                k.std = ask.noise_std;
                 break;
             case COPY_NOISE: // w + 0.01 std(w) N(0, 1)
                 slice_statistics(&k.from, NULL, 0, &mean, &std);
@@ -2150,9 +2150,28 @@ static void copy_travelling_files(const char* from, const char* to) {
     }
 }
 
+// 1 if one of two directories is the other or holds it; both are as realpath gives them
+static int paths_overlap(const char* a, const char* b) {
+    size_t n = strlen(a), k = strlen(b), shorter = n < k ? n : k;
+    return !strncmp(a, b, shorter) && (n == k || a[shorter] == '/' || b[shorter] == '/');
+}
+
+static int belongs_to_checkpoint(const char* name) {
+    static const char* endings[] = {".safetensors", ".json", ".csv", ".lock"};
+    size_t n = strlen(name);
+    int known = 0;
+    for (int i = 0; i < 4; i++) {
+        size_t k = strlen(endings[i]);
+        known |= n > k && !strcmp(name + n - k, endings[i]);
+    }
+    for (int i = 0; travelling_files[i]; i++) known |= !strcmp(name, travelling_files[i]);
+    return known;
+}
+
 // DST without slashes at its end; it must not exist, or hold a checkpoint and --force be given. The source is never
 // touched.
 static void check_destination(const char* dst, char* clean, Source** sources, int num_sources) {
+    char saving[PATH_SIZE], real_saving[PATH_SIZE] = "";
     char parent[PATH_SIZE], real_parent[PATH_SIZE], real[PATH_SIZE], path[PATH_SIZE];
     size_t n = strlen(dst);
     struct stat st;
@@ -2168,12 +2187,20 @@ static void check_destination(const char* dst, char* clean, Source** sources, in
     join_path(path, strcmp(real_parent, "/") ? real_parent : "", base);
     int exists = !lstat(clean, &st);
     if (exists && !realpath(clean, path)) die(2, "%s: %s", dst, strerror(errno));
-    for (int i = 0; i < num_sources; i++) {
-        if (!realpath(sources[i]->dir, real)) die(2, "%s: %s", sources[i]->dir, strerror(errno));
-        size_t a = strlen(path), b = strlen(real), shorter = a < b ? a : b;
-        if (!strncmp(path, real, shorter) && (path[shorter] == '/' || real[shorter] == '/' || a == b))
-            die(2, "%s: DST must lie outside of the source %s, which is never changed", dst, sources[i]->dir);
+    // DST is written in DST.saving, which may be left from a run that was killed, but must be nothing else
+    snprintf(saving, sizeof saving, "%.4000s.saving", clean);
+    int stale = !lstat(saving, &st);
+    if (stale && (!S_ISDIR(st.st_mode) || !realpath(saving, real_saving)))
+        die(2, "%s is in the way and is not a directory; remove it, or choose another DST", saving);
+    for (int i = 0; i < num_sources + (ask.reference != NULL); i++) {
+        const char* source = i < num_sources ? sources[i]->dir : ask.reference;
+        if (!realpath(source, real)) die(2, "%s: %s", source, strerror(errno));
+        if (paths_overlap(path, real))
+            die(2, "%s: DST must lie outside of the source %s, which is never changed", dst, source);
+        if (stale && paths_overlap(real_saving, real))
+            die(2, "%s is the source %s, but DST is written there first; choose another DST", saving, source);
     }
+    if (exists) exists = !lstat(clean, &st);
     if (!exists) return;
     if (!ask.force) die(2, "%s exists; choose another DST, or --force replaces it", dst);
     if (!S_ISDIR(st.st_mode)) die(2, "%s is not a directory; --force replaces checkpoints only", dst);
@@ -2185,6 +2212,9 @@ static void check_destination(const char* dst, char* clean, Source** sources, in
         join_path(path, clean, entry->d_name);
         if (!lstat(path, &st) && S_ISDIR(st.st_mode))
             die(2, "%s holds the directory %s; --force replaces plain checkpoints only", dst, entry->d_name);
+        if (!belongs_to_checkpoint(entry->d_name))
+            die(2, "%s holds %s, which is no part of a checkpoint; --force replaces checkpoints only", dst,
+                entry->d_name);
         files++;
         config |= !strcmp(entry->d_name, "config.json");
     }
@@ -2192,17 +2222,23 @@ static void check_destination(const char* dst, char* clean, Source** sources, in
     if (files && !config) die(2, "%s holds no config.json; --force replaces checkpoints only", dst);
 }
 
+#define SAVING_MARKER ".upcycle"
 static void begin_saving(const char* dst) {
-    char path[PATH_SIZE];
+    char path[PATH_SIZE], marker[PATH_SIZE];
     Error error = {""};
     static int registered = 0;
     snprintf(path, sizeof path, "%.4000s.saving", dst);
-    if (mkdir(path, 0777) && errno != EEXIST) die(2, "%s: %s", path, strerror(errno));
-    saving_lock = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int made = !mkdir(path, 0777);
+    if (!made && errno != EEXIST) die(2, "%s: %s", path, strerror(errno));
+    // a marker tells what a killed run has left from a directory that somebody else has made (an empty one harms nobody)
+    join_path(marker, path, SAVING_MARKER);
+    if (!made && access(marker, F_OK) && (rmdir(path) || mkdir(path, 0777)))
+        die(2, "%s is in the way and was not made by upcycle; remove it, or choose another DST", path);
+    saving_lock = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
     if (saving_lock < 0) die(1, "%s: %s", path, strerror(errno));
     if (flock(saving_lock, LOCK_EX | LOCK_NB)) die(2, "%s: another run is writing there", path);
-    move_files(path, NULL, &error); // of a run that was killed
-    if (error.text[0]) die(1, "%s", error.text);
+    move_files(path, NULL, &error);
+    if (error.text[0] || !write_file(marker, "", 0, &error)) die(1, "%s", error.text);
     strcpy(saving_path, path);
     if (!registered) atexit(remove_saving);
     registered = 1;
@@ -2238,6 +2274,8 @@ static void finish_saving(const char* dst) {
     char parent[PATH_SIZE];
     const char* slash = strrchr(dst, '/');
     snprintf(parent, sizeof parent, "%.*s", slash == dst ? 1 : slash ? (int)(slash - dst) : 1, slash ? dst : ".");
+    char marker[PATH_SIZE];
+    unlink(join_path(marker, saving_path, SAVING_MARKER));
     if (!flush_directory(saving_path, &error)) die(1, "%s", error.text);
     heed_signals();
     int replace = !access(dst, F_OK) && ask.force;
@@ -2439,7 +2477,8 @@ static Dtype output_dtype(const Plan* p, const Role* r, const char* name) {
     if (r->kind == ROUTER_ROWS) return source_ffn(s, r->layer, 0, GATE)->stored->dtype;
     if (r->kind == FFN_MATRIX && p->config.sparse[r->layer]) {
         int e = plan_source(p, r->layer, r->expert);
-        return source_ffn(s, r->layer, p->dense || e < 0 ? 0 : e, r->matrix)->stored->dtype;
+        const Source* made_from = p->dense && e >= 0 ? p->sources[e] : s;
+        return source_ffn(made_from, r->layer, p->dense || e < 0 ? 0 : e, r->matrix)->stored->dtype;
     }
     const View* v = source_find(s, name);
     return v ? v->stored->dtype : DTYPE_F32;
@@ -2557,6 +2596,8 @@ static Plan* plan_create(const char* src) {
         die(2, "--router %s: --method family keeps the function exactly, which needs --router copy", ask.router);
     if (ask.router && shrinks) die(2, "--router is for copies, and DST has fewer experts than SRC");
     if (asked("router-delta") && p->router == ROUTER_COPY) die(2, "--router-delta: --router copy has no strength");
+    if (asked("router-delta") && p->router == ROUTER_TEMPERATURE && ask.router_delta == 0)
+        die(2, "--router-delta 0: --router temperature divides by it; expected a positive number");
 
     // AdamW's moments
     p->carry = (Moments)choice_index("reset|copy|scale|interpolate", ask.optimizer);
@@ -2666,7 +2707,7 @@ static int most_copies(const Plan* p, int* equal) {
 static void find_properties(const Plan* p, Findings* f) {
     const Config *from = &p->sources[0]->config, *to = &p->config;
     int K = to->num_experts_per_tok, N = p->N, norm = to->norm_topk_prob, equal, m = most_copies(p, &equal);
-    int sigmoid = from->router == ROUTER_SIGMOID,
+    int sigmoid = from->router == ROUTER_SIGMOID, raw = sigmoid && !norm,
         converted = strcmp(ask.dtype, "keep") != 0 && strcmp(ask.dtype, "f32") != 0;
     const char* rounding = converted ? ", up to rounding to bf16" : "";
     // the mean of all logits, and the mean of all prototypes, are those of SRC only if every expert has as many copies
@@ -2759,15 +2800,20 @@ static void find_properties(const Plan* p, Findings* f) {
         FUNCTION("not kept: routing changes (--router %s)", ask.router);
     else if (K == 1 && sigmoid && from->num_experts_per_tok == 1 && p->router == ROUTER_BIAS)
         FUNCTION(
-            "kept%s but for tokens whose best scores are closer than twice the bias' delta: K = 1, and the one gate is "
-            "1",
-            rounding);
+            "kept%s but for tokens whose best scores are closer than twice the bias' delta: K = 1, and the one gate "
+            "%s",
+            rounding, raw ? "does not change" : "is 1");
     else if (K == 1 && (norm || sigmoid) && from->num_experts_per_tok == 1)
-        FUNCTION("kept exactly%s: K = 1, and the one gate is 1", rounding);
-    else if (K == 1)
+        FUNCTION("kept exactly%s: K = 1, and the one gate %s", rounding, raw ? "does not change" : "is 1");
+    else if (K == 1 && from->num_experts_per_tok == 1)
         FUNCTION("kept up to the gate: the same expert is chosen, but its gate shrinks");
+    else if (K == 1)
+        FUNCTION("not kept: 1 expert per token instead of %d", from->num_experts_per_tok);
     else if (p->router == ROUTER_BIAS)
         FUNCTION("not kept: with K = %d a token gets copies of one expert instead of different experts", K);
+    else if (raw && equal && K % m == 0)
+        FUNCTION("not kept: sigmoid gates are not renormalised, so %d copies add up to %d times an expert's output", m,
+                 m);
     else if (equal && K == m * from->num_experts_per_tok)
         FUNCTION("kept exactly%s: the top %d are %d copies of each of SRC's %d", rounding, K, m,
                  from->num_experts_per_tok);
@@ -2797,6 +2843,14 @@ static void find_properties(const Plan* p, Findings* f) {
         warn(f,
              "gates are not renormalised: each shrinks by about %d, the number of copies%s; --method family avoids it",
              m, K == 1 ? ", and with K = 1 the output does too" : "");
+    if (twins && norm && K >= 2 && K <= m && equal && (p->router == ROUTER_COPY || p->router == ROUTER_BIAS))
+        warn(f,
+             "all %d experts of a token are copies of one, so the router gets no language-model gradient at step 0; "
+             "only balancing moves it; --method family avoids it",
+             K);
+    if (norm && K == 1)
+        warn(f, "K = 1 with renormalised gates: every gate is 1, so the router never learns from the loss; --topk 2 "
+                "avoids it");
     if (twins && K >= 2 && (p->router == ROUTER_COPY || p->router == ROUTER_BIAS))
         warn(f,
              "twins that are chosen together with equal gates get equal gradients and never separate in a "
