@@ -2,6 +2,7 @@
 # make run     trains, upcycles and trains on: the whole story on this project's own source files, in a few minutes
 # make test    runs every check
 # make bench   how fast training is
+# make references   makes what the tests compare with anew, with PyTorch and transformers, and compares
 
 CC     ?= cc
 ARCH   ?= -march=native
@@ -64,7 +65,11 @@ build/bench: dev/bench/bench.c dev/bench/timed.h train_moe.c build/embedded.h
 bench: build/bench
 	build/bench $(BENCH)
 
+references:
+	python3 dev/reference/make_references.py --check
+	python3 dev/reference/make_router_references.py --check
+
 clean:
 	rm -rf build train_moe upcycle test_moe
 
-.PHONY: all run test bench clean
+.PHONY: all run test bench references clean
