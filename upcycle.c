@@ -2719,6 +2719,11 @@ static void find_properties(const Plan* p, Findings* f) {
         int exact = norm && p->num_sources == 1 &&
                     ((p->method == COPY) || (p->method == GRANULAR && !strcmp(ask.scale, "exact")) ||
                      (p->method == DROP && ask.drop_ratio == 0));
+        // down times a number that is no power of two has more digits than BF16 and F16 hold
+        int l = 0, scaled = p->method == GRANULAR && (ask.granularity & (ask.granularity - 1));
+        while (!to->sparse[l]) l++;
+        if (scaled && !strcmp(ask.dtype, "keep") && source_ffn(p->sources[0], l, 0, DOWN)->stored->dtype != DTYPE_F32)
+            rounding = ", up to rounding of down";
         if (exact && p->method == GRANULAR)
             FUNCTION("kept exactly%s: gates sum to 1, and down is scaled by %ld for the %ld shards of a group",
                      rounding, ask.granularity, ask.granularity);
