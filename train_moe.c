@@ -782,8 +782,8 @@ static void rope_table(float* cosines, float* sines, int positions, int HD, doub
 
 // Rotary positions (Su et al. 2021), in place, on `heads` heads of each of N = B T rows that are ld floats apart.
 // Element i of a head's first half and element i of its second half are a point in the plane (Hugging Face's
-// rotate_half), turned by position * theta^(-2 i / HD). The gradient of a rotation is the rotation back: direction =
-// -1.
+// rotate_half), turned by position * theta^(-2 i / HD). The gradient of a rotation is the rotation back,
+// direction = -1.
 static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, const float* cosines,
                  const float* sines, int direction) {
     int half = HD / 2;
@@ -803,9 +803,8 @@ static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, 
 
 // Attention works on blocks of this many queries: their scores against all keys stay in the cache between the products.
 #define QUERY_BLOCK 64
-static long score_stride(int T) {
-    return (T + 15) / 16 * 16 + 16;
-} // a power of two would map all rows to one cache set
+// rows of scores are this far apart: a power of two would map all of them to one cache set
+static long score_stride(int T) { return (T + 15) / 16 * 16 + 16; }
 // floats that attention needs for T keys: two blocks of scores for each thread
 static long attention_scratch_size(int T) { return (long)thread_count() * 2 * QUERY_BLOCK * score_stride(T); }
 
@@ -903,8 +902,8 @@ static void attention_backward(float* dq, float* dk, float* dv, const float* dou
         }
 }
 
-// SwiGLU (Shazeer 2020):  act = silu(gate) * up,  silu(g) = g sigmoid(g).  gate_up (rows, 2, I): gate, then up; act
-// (rows, I)
+// SwiGLU (Shazeer 2020):  act = silu(gate) * up,  silu(g) = g sigmoid(g)
+// gate_up (rows, 2, I): gate, then up; act (rows, I)
 static void swiglu_forward(float* act, const float* gate_up, int rows, int I) {
     #pragma omp parallel for if (rows > 8)
     for (int r = 0; r < rows; r++) {
@@ -2649,8 +2648,9 @@ static void lpr_scores_backward(float* dencoded, float* dprototypes, const float
 }
 
 // The diversity of M vectors of D numbers, row_step floats apart, and (if dx is not NULL) weight times its gradient
-// added to dx. With n = x / |x| and G = Xn^T Xn:  Div = (sum of G^2 - M) / M^2, and as |n| = 1 the gradient 4 (G n - n)
-// / M^2 loses its part along n:  dx = weight 4 / M^2 (G n - (n G n) n) / |x|.   gram (D, D)
+// added to dx. With n = x / |x| and G = Xn^T Xn (gram, (D, D)):
+//     Div = (sum of G^2 - M) / M^2        dx += weight 4 / M^2 (G n - (n G n) n) / |x|
+// The gradient by n is 4 (G n - n) / M^2; as |n| = 1, its part along n is lost.
 static double lpr_diversity(float* dx, double* gram, const float* x, long row_step, int M, int D, double weight) {
     double sum = 0;
     memset(gram, 0, sizeof(double) * (size_t)D * (size_t)D);
@@ -4326,8 +4326,8 @@ static int save_files(const Model* m, const char* dir, long step, Error* error) 
 
 // Saves model, optimizer and options of a run, as a whole or not at all: everything is written and flushed in
 // OUT/.saving; renaming that to OUT/.ready is the moment from which the new checkpoint counts; then its files are moved
-// in. Returns NULL, or why it failed; then the last checkpoint is untouched. (The small texts it needs are the one
-// memory that is allocated during training.)
+// in. Returns NULL, or why it failed; then the last checkpoint is untouched. (Names and texts
+// are allocated while it runs.)
 static const char* checkpoint_save(const Model* m, const char* out, long step) {
     static Error error;
     char saving[PATH_SIZE], ready[PATH_SIZE];

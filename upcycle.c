@@ -2230,7 +2230,7 @@ static void begin_saving(const char* dst) {
     snprintf(path, sizeof path, "%.4000s.saving", dst);
     int made = !mkdir(path, 0777);
     if (!made && errno != EEXIST) die(2, "%s: %s", path, strerror(errno));
-    // a marker tells what a killed run has left from a directory that somebody else has made (an empty one harms nobody)
+    // a marker tells what a killed run has left from a directory that somebody else has made (an empty one is no harm)
     join_path(marker, path, SAVING_MARKER);
     if (!made && access(marker, F_OK) && (rmdir(path) || mkdir(path, 0777)))
         die(2, "%s is in the way and was not made by upcycle; remove it, or choose another DST", path);
