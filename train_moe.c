@@ -2106,8 +2106,8 @@ static void dataset_window(Dataset* d, long w, int* tokens, int* targets) {
 // Reads all shards once before a new run starts: a token that the vocabulary does not have is better found now than in
 // the middle of the night. (A text's bytes are all in its vocabulary.)
 static void dataset_check(Dataset* d) {
-    enum { MOST = 65536 };
-    unsigned char* buffer = (unsigned char*)checked_malloc(MOST * 4);
+    enum { MOST = 16384 };
+    unsigned char buffer[MOST * 4];
     for (int i = 0; i < d->num_files && !d->raw; i++) {
         const DataFile* f = &d->files[i];
         for (long first = 0; first < f->count; first += MOST) {
@@ -2122,7 +2122,6 @@ static void dataset_check(Dataset* d) {
             }
         }
     }
-    free(buffer);
 }
 
 // Sequence number `index` of training: every window once an epoch, in an order that (seed, epoch) fixes. So the

@@ -644,6 +644,7 @@ static void keep_best(int* source, const double* score, int E, int n) {
     }
     for (int e = 0, j = 0; e < E; e++)
         if (kept[e]) source[j++] = e;
+    free(kept);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
