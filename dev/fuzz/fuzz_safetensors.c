@@ -11,9 +11,10 @@ static Model* model = NULL;
 
 // a model of a few dozen numbers: a seed in the corpus (see run.sh) is a checkpoint of it
 static Model* tiny_model(void) {
-    static const char* text = "{\"model_type\": \"qwen3_moe\", \"vocab_size\": 5, \"hidden_size\": 2, \"num_hidden_layers\": 1, "
-                              "\"num_attention_heads\": 1, \"num_key_value_heads\": 1, \"head_dim\": 2, \"num_experts\": 2, "
-                              "\"num_experts_per_tok\": 1, \"moe_intermediate_size\": 3, \"tie_word_embeddings\": true}";
+    static const char* text =
+        "{\"model_type\": \"qwen3_moe\", \"vocab_size\": 5, \"hidden_size\": 2, \"num_hidden_layers\": 1, "
+        "\"num_attention_heads\": 1, \"num_key_value_heads\": 1, \"head_dim\": 2, \"num_experts\": 2, "
+        "\"num_experts_per_tok\": 1, \"moe_intermediate_size\": 3, \"tie_word_embeddings\": true}";
     Error error = {""};
     Config c;
     Json* j = json_parse(text, strlen(text), &error);
