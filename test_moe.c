@@ -3394,6 +3394,73 @@ static void test_dump(void) {
     model_free(m);
 }
 
+// --trace and --load against forward passes of one window at a time, with another K than the model's
+static void test_trace(void) {
+    enum { T = 24, K = 3 };
+    int code = run_program("--model %s --data %s --eval --seq %d --batch 3 --topk %d --load --trace %s", temp("trained"),
+                           temp("corpus.txt"), T, K, temp("trace.csv"));
+    Config config;
+    Error error = {""};
+    if (!config_read(&config, temp("trained"), &error)) die(1, "%s", error.text);
+    config.num_experts_per_tok = K;
+    Model* m = model_create(&config, FOR_SCORING, 1, T, T, NULL);
+    if (!checkpoint_load(m, temp("trained"), &error)) die(1, "%s", error.text);
+    const Config* c = &config;
+    Dataset* d = dataset_open(temp("corpus.txt"), T, c->vocab_size, WHOLE, 1);
+    FILE* f = fopen(temp("trace.csv"), "r");
+    char line[512] = "";
+    int *experts = (int*)checked_malloc(sizeof(int) * (size_t)(c->num_layers * T * K)), same = 1, tokens[T], targets[T];
+    float* gates = (float*)checked_malloc(sizeof(float) * (size_t)(c->num_layers * T * K));
+    long rows = 0, load[64] = {0};
+    check(code == 0 && f && fgets(line, sizeof line, f) &&
+              !strcmp(line, "window,position,token,layer,expert_1,expert_2,expert_3,gate_1,gate_2,gate_3\n"),
+          "--trace: the header %.40s ...", line);
+    // rows come batch by batch, in a batch layer by layer; a layer's activations are overwritten by the next one's, so
+    // each layer is scored by a model that ends with it
+    for (long window = 0; f && window < 6; window++) {
+        for (int l = 0; l < c->num_layers; l++) {
+            m->config.num_layers = l + 1;
+            dataset_window(d, window, tokens, targets);
+            model_forward(m, tokens, targets, 1, T);
+            memcpy(experts + (long)l * T * K, m->layers[l].experts, sizeof(int) * T * K);
+            memcpy(gates + (long)l * T * K, m->layers[l].gates, sizeof(float) * T * K);
+        }
+        rewind(f);
+        long w, position, token, layer, e[K], found = 0;
+        double g[K];
+        while (fgets(line, sizeof line, f))
+            if (sscanf(line, "%ld,%ld,%ld,%ld,%ld,%ld,%ld,%lf,%lf,%lf", &w, &position, &token, &layer, &e[0], &e[1],
+                       &e[2], &g[0], &g[1], &g[2]) == 10 &&
+                w == window) {
+                const int* chosen = experts + (layer * T + position) * K;
+                same &= token == tokens[position];
+                for (int k = 0; k < K; k++)
+                    same &= e[k] == chosen[k] && fabs(g[k] - gates[(layer * T + position) * K + k]) < 1e-5;
+                found++;
+            }
+        same &= found == (long)T * c->num_layers;
+        rows += found;
+    }
+    check(same && rows == 6L * T * c->num_layers, "--trace: tokens, experts and gates of %ld rows", rows);
+    // the load that --load prints for layer 0 is the number of times each expert stands in the trace
+    if (f) rewind(f);
+    while (f && fgets(line, sizeof line, f)) {
+        long layer, e[K];
+        if (sscanf(line, "%*d,%*d,%*d,%ld,%ld,%ld,%ld", &layer, &e[0], &e[1], &e[2]) == 4 && layer == 0)
+            for (int k = 0; k < K; k++) load[e[k]]++;
+    }
+    Text expected = {NULL, 0, 0};
+    text_print(&expected, ", load");
+    for (int e = 0; e < c->num_experts; e++) text_print(&expected, " %ld", load[e]);
+    check(strstr(ran.out, expected.data) != NULL, "--load prints what the trace counts:%s", expected.data);
+    free(expected.data);
+    if (f) fclose(f);
+    free(experts);
+    free(gates);
+    dataset_close(d);
+    model_free(m);
+}
+
 static void test_command_line(void) {
     write_corpus(temp("corpus.txt"), 20000);
     check(train_run("trained", "--steps 4 --save-every 2") == 0, "a model to work with");
@@ -3419,6 +3486,7 @@ static void test_command_line(void) {
     test_help();
     test_bad_commands();
     test_eval();
+    test_trace();
     test_dump();
     test_not_finite();
     int code =

@@ -1,9 +1,10 @@
 /*
 train_moe.c: a complete mixture-of-experts GPT in one C file.
 
-It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen3 and Qwen3-MoE models on a CPU in fp32, reads and
-writes their Hugging Face directories, and needs a C compiler and nothing else. Every forward pass is followed by its
-backward pass, written by hand. Read it from top to bottom; what comes later than it is met is marked with its section:
+It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen3, Qwen3-MoE and Dots1 models on a CPU in fp32,
+reads and writes their Hugging Face directories, and needs a C compiler and nothing else. Every forward pass is followed
+by its backward pass, written by hand. Read it from top to bottom; where something of a later section is met, the
+section is named:
 
      1  Configuration        what a model is: a dozen numbers
      2  Random numbers       counter-based, so that results do not depend on the number of threads
@@ -31,7 +32,7 @@ Dimension letters, the same everywhere:
 Arrays are row-major and written with the outermost dimension first: (N, H) is N rows of H floats. `dx` is the gradient
 of the loss with respect to `x`. Functions write their first arguments and read the others.
 
-The file is also a library: test_moe.c and others define TRAIN_MOE_NO_MAIN and include it. It is written in the common
+The file is also a library: upcycle.c and test_moe.c define TRAIN_MOE_NO_MAIN and include it. It is written in the common
 subset of C11 (with gcc's vector types) and C++17, because the CUDA compiler reads it as C++.
 */
 #ifndef TRAIN_MOE_C

@@ -54,7 +54,7 @@ MUTATIONS = [
     ("dz[(long)n * E + e] += p[e] * (dp[e] - mean);", "dz[(long)n * E + e] += p[e] * dp[e];"),
     ("rstd[n] * (du[i] * weight[i] - d_mean - xhat * d_along);", "rstd[n] * (du[i] * weight[i] - xhat * d_along);"),
     ("shift[(long)n * E + e] = best ? 0 : penalty;", "shift[(long)n * E + e] = best ? penalty : 0;"),
-    ("(float)(counts[e] < mean ? rate : counts[e] > mean ? -rate : 0);", "(float)(counts[e] > mean ? rate : counts[e] < mean ? -rate : 0);"),
+    ("(float)(over < 0 ? rate : over > 0 ? -rate : 0);", "(float)(over > 0 ? rate : over < 0 ? -rate : 0);"),
 ]
 
 
