@@ -3397,8 +3397,8 @@ static void test_dump(void) {
 // --trace and --load against forward passes of one window at a time, with another K than the model's
 static void test_trace(void) {
     enum { T = 24, K = 3 };
-    int code = run_program("--model %s --data %s --eval --seq %d --batch 3 --topk %d --load --trace %s", temp("trained"),
-                           temp("corpus.txt"), T, K, temp("trace.csv"));
+    int code = run_program("--model %s --data %s --eval --seq %d --batch 3 --topk %d --load --trace %s",
+                           temp("trained"), temp("corpus.txt"), T, K, temp("trace.csv"));
     Config config;
     Error error = {""};
     if (!config_read(&config, temp("trained"), &error)) die(1, "%s", error.text);

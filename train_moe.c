@@ -32,8 +32,8 @@ Dimension letters, the same everywhere:
 Arrays are row-major and written with the outermost dimension first: (N, H) is N rows of H floats. `dx` is the gradient
 of the loss with respect to `x`. Functions write their first arguments and read the others.
 
-The file is also a library: upcycle.c and test_moe.c define TRAIN_MOE_NO_MAIN and include it. It is written in the common
-subset of C11 (with gcc's vector types) and C++17, because the CUDA compiler reads it as C++.
+The file is also a library: upcycle.c and test_moe.c define TRAIN_MOE_NO_MAIN and include it. It is written in the
+common subset of C11 (with gcc's vector types) and C++17, because the CUDA compiler reads it as C++.
 */
 #ifndef TRAIN_MOE_C
 #define TRAIN_MOE_C
