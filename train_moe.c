@@ -67,6 +67,13 @@ common subset of C11 (with gcc's vector types) and C++17, because the CUDA compi
 
 #define VERSION "0.1"
 
+// The CUDA compiler reads this file as part of train_moe.cu, whose kernels draw the same random numbers.
+#ifdef __CUDACC__
+#define ALSO_ON_GPU __host__ __device__
+#else
+#define ALSO_ON_GPU
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Small helpers
 
@@ -203,22 +210,22 @@ static int count_sparse(const Config* c) {
 // the same seed gives the same numbers in any order, on any number of threads, and after a resume.
 
 // splitmix64's output function (Steele, Lea, Flood 2014): a bijection of 64 bits in which every input bit matters.
-static uint64_t mix64(uint64_t z) {
+ALSO_ON_GPU static uint64_t mix64(uint64_t z) {
     z += 0x9E3779B97F4A7C15ull;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
     return z ^ (z >> 31);
 }
 
-static uint64_t random_key(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+ALSO_ON_GPU static uint64_t random_key(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
     return mix64(mix64(mix64(mix64(a) ^ b) ^ c) ^ d);
 }
 
 // uniform in (0, 1), from the upper 24 bits
-static double random_uniform(uint64_t key) { return ((double)(key >> 40) + 0.5) / 16777216.0; }
+ALSO_ON_GPU static double random_uniform(uint64_t key) { return ((double)(key >> 40) + 0.5) / 16777216.0; }
 
 // N(0, 1) by Box and Muller
-static double random_normal(uint64_t key) {
+ALSO_ON_GPU static double random_normal(uint64_t key) {
     double u1 = random_uniform(key), u2 = random_uniform(mix64(key));
     return sqrt(-2.0 * log(u1)) * cos(2.0 * M_PI * u2);
 }
@@ -1318,6 +1325,13 @@ typedef struct {
     int adaptive;               // 1: each layer has a coefficient of its own, Model.aux_coefficients
 } Balance;
 
+// The parts of the objective, summed over forward passes: cross-entropy, and the balance loss and the z-loss without
+// their coefficients, LPR's losses with them.
+typedef struct {
+    double loss, aux, z, lpr;
+    long passes;
+} Losses;
+
 // Sums over tokens of what routing looks like in one layer, gathered while Model.counting_load is 1.
 typedef struct {
     double tokens, entropy, top_gate;           // entropy of probs in nats; the largest gate
@@ -1326,6 +1340,29 @@ typedef struct {
 enum { OBSERVED_NUMBERS = sizeof(Observed) / sizeof(double) };
 
 typedef struct {
+    double beta1, beta2, eps, weight_decay, clip;       // clip = 0: no clipping
+} AdamW;
+
+typedef struct Model Model;
+
+// What the rest of the file does with a model. This file's functions do it on the CPU, train_moe.cu's on a GPU, where
+// parameters, moments, gradients and results lie in memory of the GPU's own. There the host's copies, which saving,
+// loading and reporting work on, are brought up to date by `send` and `read_back`; here these have nothing to do.
+enum { PARAMETERS = 1, MOMENTS = 2, GRADIENTS = 4, LOGITS = 8, ROUTING = 16, LOSSES = 32, ROUTER_BIASES = 64 };
+typedef struct {
+    void (*plan)(Model* m);             // counts the memory: Model.bytes and its parts
+    void (*allocate)(Model* m);         // takes it
+    void (*release)(Model* m);          // and gives it back
+    // model_forward, model_backward and model_update below; but losses are to be had from take_losses
+    void (*forward)(Model* m, const int* tokens, const int* targets, int B, int T);
+    void (*backward)(Model* m, float scale);
+    double (*update)(Model* m, const AdamW* o, double lr, long step);
+    void (*send)(Model* m, int what);       // PARAMETERS, MOMENTS, ROUTER_BIASES; always: the families
+    void (*read_back)(Model* m, int what);  // any of the above; ROUTING: experts, gates; LOSSES: Model.sums, load
+} Backend;
+
+struct Model {
+    const Backend* backend;
     Config config;
     Purpose purpose;
     int B, T;                   // the largest batch; a shorter one may be given
@@ -1366,11 +1403,13 @@ typedef struct {
     double lpr_loss;            // of the last forward pass, with its weight
     double *all_counts, *all_probs;     // (E)  assignments and sums of probs over all sparse layers, for AUX_HF
     double loss, aux_loss, z_loss; // of the last forward pass: cross-entropy alone; the other two without coefficients
+    Losses sums;                // of the forward passes since take_losses
     size_t bytes_params, bytes_optimizer, bytes_activations, bytes;
     void* memory;
     const char* source;         // the directory that the parameters were read from, or NULL
-    int shares_params;          // the parameters are another model's
-} Model;
+    const Model* owner;         // NULL, or the model whose parameters these are
+    void* device;               // what the backend of a GPU keeps
+};
 
 // One allocation serves everything. The walk over what is needed is made twice: with base = NULL to count the bytes,
 // then with the memory to hand it out.
@@ -1428,22 +1467,39 @@ static void layer_activations_take(Arena* a, LayerActivations* s, const Config* 
 #define NORM_BLOCK 65536        // floats in a partial sum of the gradient's norm,
 #define NORM_LANES 64           // which is itself made of this many sums side by side
 
-static void model_take(Model* m, Arena* a) {
+// What a model has on the host whichever backend computes it.
+static void take_state(Model* m, Arena* a) {
     const Config* c = &m->config;
-    long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads, V = c->vocab_size;
-    long N = (long)m->B * m->T, E = c->num_experts > 0 ? c->num_experts : 1, K = 1, RI = 0, R = 0;
-    int training = m->purpose == FOR_TRAINING;
+    long N = (long)m->B * m->T, E = c->num_experts > 0 ? c->num_experts : 1;
     size_t start = a->used;
-    if (!m->shares_params) m->params = take_floats(a, m->layout.total);
+    if (!m->owner) m->params = take_floats(a, m->layout.total);
     m->bytes_params = a->used - start;
     start = a->used;
-    if (training) {
+    if (m->purpose == FOR_TRAINING) {
         m->grads = take_floats(a, m->layout.total);
         m->exp_avg = take_floats(a, m->layout.total);
         m->exp_avg_sq = take_floats(a, m->layout.total);
     }
     m->bytes_optimizer = a->used - start;
-    start = a->used;
+    m->logits = take_floats(a, (m->purpose == FOR_GENERATION ? 1 : N) * c->vocab_size);
+    m->cosines = take_floats(a, (long)m->positions * (c->head_dim / 2));
+    m->sines = take_floats(a, (long)m->positions * (c->head_dim / 2));
+    m->tokens = (int*)take(a, sizeof(int) * N);
+    m->targets = (int*)take(a, sizeof(int) * N);
+    m->load = (long*)take(a, sizeof(long) * c->num_layers * E);
+    m->step_load = (long*)take(a, sizeof(long) * c->num_layers * E);
+    m->observed = (Observed*)take(a, sizeof(Observed) * c->num_layers);
+    m->topk = (int*)take(a, sizeof(int) * c->num_layers);
+    m->aux_coefficients = (double*)take(a, sizeof(double) * c->num_layers);
+    m->family = (int*)take(a, sizeof(int) * c->num_layers * E);
+}
+
+// What the CPU's functions write and read besides.
+static void take_activations(Model* m, Arena* a) {
+    const Config* c = &m->config;
+    long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads;
+    long N = (long)m->B * m->T, E = c->num_experts > 0 ? c->num_experts : 1, K = 1, RI = 0, R = 0;
+    int training = m->purpose == FOR_TRAINING;
     size_t layers_start = a->used, layers_end = a->used;
     for (int l = 0; l < c->num_layers; l++) {
         if (!training) a->used = layers_start;      // layers write over each other
@@ -1485,29 +1541,60 @@ static void model_take(Model* m, Arena* a) {
     m->final_in = training ? take_floats(a, N * H) : m->layers[0].x;
     m->final_out = take_floats(a, N * H);
     m->final_rstd = take_floats(a, N);
-    m->logits = take_floats(a, (m->purpose == FOR_GENERATION ? 1 : N) * V);
     m->losses = take_floats(a, N);
     m->losses_lse = take_floats(a, N);
-    m->cosines = take_floats(a, (long)m->positions * (HD / 2));
-    m->sines = take_floats(a, (long)m->positions * (HD / 2));
     if (m->purpose == FOR_GENERATION) {
         m->cache_k = take_floats(a, (long)c->num_layers * m->positions * NKV * HD);
         m->cache_v = take_floats(a, (long)c->num_layers * m->positions * NKV * HD);
     }
-    m->tokens = (int*)take(a, sizeof(int) * N);
-    m->targets = (int*)take(a, sizeof(int) * N);
     m->ones = take_floats(a, N);
     m->identity = (int*)take(a, sizeof(int) * N);
-    m->load = (long*)take(a, sizeof(long) * c->num_layers * E);
-    m->step_load = (long*)take(a, sizeof(long) * c->num_layers * E);
-    m->observed = (Observed*)take(a, sizeof(Observed) * c->num_layers);
-    m->topk = (int*)take(a, sizeof(int) * c->num_layers);
-    m->aux_coefficients = (double*)take(a, sizeof(double) * c->num_layers);
-    m->family = (int*)take(a, sizeof(int) * c->num_layers * E);
     m->all_counts = (double*)take(a, sizeof(double) * E);
     m->all_probs = (double*)take(a, sizeof(double) * E);
-    m->bytes_activations = a->used - start;
 }
+
+static void model_take(Model* m, Arena* a) {
+    take_state(m, a);
+    take_activations(m, a);
+    m->bytes = a->used;
+    m->bytes_activations = m->bytes - m->bytes_params - m->bytes_optimizer;
+}
+
+// Counts what model_take will take.
+static void cpu_plan(Model* m) {
+    Arena arena = {NULL, 0};
+    model_take(m, &arena);
+}
+
+static void cpu_allocate(Model* m) {
+    Arena arena = {NULL, 0};
+    if (posix_memalign(&m->memory, 1 << 21, m->bytes))
+        die(1, "out of memory: this model and batch need %.1f MB; try a smaller --batch or --seq", m->bytes / 1e6);
+#ifdef MADV_HUGEPAGE
+    madvise(m->memory, m->bytes, MADV_HUGEPAGE);        // pages of 2 MB: 4 % of a step of a model of 100 M parameters
+#endif
+    memset(m->memory, 0, m->bytes);
+    arena.base = (char*)m->memory;
+    model_take(m, &arena);
+    for (int n = 0; n < m->B * m->T; n++) {
+        m->ones[n] = 1;
+        m->identity[n] = n;
+    }
+}
+
+static void cpu_release(Model* m) { free(m->memory); }
+
+static double model_forward(Model* m, const int* tokens, const int* targets, int B, int T);
+static void model_backward(Model* m, float scale);
+static double model_update(Model* m, const AdamW* o, double lr, long step);
+static void cpu_forward(Model* m, const int* tokens, const int* targets, int B, int T) {
+    model_forward(m, tokens, targets, B, T);
+}
+static void cpu_copy(Model* m, int what) { (void)m, (void)what; }       // there are no copies
+
+static const Backend cpu_backend = {cpu_plan,       cpu_allocate, cpu_release, cpu_forward,
+                                    model_backward, model_update, cpu_copy,    cpu_copy};
+static const Backend* default_backend = &cpu_backend;       // of new models
 
 // A model for batches of up to B sequences of T tokens, whose memory is counted (Model.bytes) but not yet allocated.
 // For generation T is the largest number of tokens in one forward pass and `positions` the cache's capacity; otherwise
@@ -1521,38 +1608,24 @@ static Model* model_plan(const Config* c, Purpose purpose, int B, int T, int pos
     m->B = B;
     m->T = T;
     m->positions = positions;
-    m->shares_params = owner != NULL;
+    m->owner = owner;
     m->params = owner ? owner->params : NULL;
     m->layout = layout_create(c);
     m->layers = (LayerActivations*)checked_malloc(sizeof(LayerActivations) * c->num_layers);
     memset(m->layers, 0, sizeof(LayerActivations) * c->num_layers);
-    Arena arena = {NULL, 0};
-    model_take(m, &arena);
-    m->bytes = arena.used;
+    m->backend = default_backend;
+    m->backend->plan(m);
     return m;
 }
 
 // Gives a planned model its memory.
 static void model_allocate(Model* m) {
     const Config* c = &m->config;
-    Arena arena = {NULL, 0};
-    if (posix_memalign(&m->memory, 1 << 21, m->bytes))
-        die(1, "out of memory: this model and batch need %.1f MB; try a smaller --batch or --seq", m->bytes / 1e6);
-#ifdef MADV_HUGEPAGE
-    madvise(m->memory, m->bytes, MADV_HUGEPAGE);        // pages of 2 MB: 4 % of a step of a model of 100 M parameters
-#endif
-    memset(m->memory, 0, m->bytes);
-    arena.base = (char*)m->memory;
-    arena.used = 0;
-    model_take(m, &arena);
+    m->backend->allocate(m);
     weights_point(&m->weights, c, &m->layout, m->params);
     if (m->grads) weights_point(&m->dweights, c, &m->layout, m->grads);
     rope_table(m->cosines, m->sines, m->positions, c->head_dim, c->rope_theta);
     for (int l = 0; l < c->num_layers; l++) m->topk[l] = layer_topk(c, l);
-    for (int n = 0; n < m->B * m->T; n++) {
-        m->ones[n] = 1;
-        m->identity[n] = n;
-    }
 }
 
 static Model* model_create(const Config* c, Purpose purpose, int B, int T, int positions, const Model* owner) {
@@ -1566,7 +1639,7 @@ static void model_free(Model* m) {
     free(m->dweights.layers);
     free(m->layout.tensors);
     free(m->layers);
-    free(m->memory);
+    m->backend->release(m);
     free(m);
 }
 
@@ -1835,7 +1908,13 @@ static double model_forward(Model* m, const int* tokens, const int* targets, int
     memcpy(m->targets, targets, sizeof(int) * N);
     cross_entropy_forward(m->losses, m->losses_lse, m->logits, m->targets, N, V);
     for (int n = 0; n < N; n++) m->loss += m->losses[n];
-    return m->loss /= N;
+    m->loss /= N;
+    m->sums.loss += m->loss;
+    m->sums.aux += m->aux_loss;
+    m->sums.z += m->z_loss;
+    m->sums.lpr += m->lpr_loss;
+    m->sums.passes++;
+    return m->loss;
 }
 
 // Adds to the gradients that of  scale * (loss + aux * aux_loss + z * z_loss + lpr_loss)  of the last forward pass,
@@ -1878,10 +1957,6 @@ static double gradient_norm(Model* m) {
     return sqrt(sum);
 }
 
-typedef struct {
-    double beta1, beta2, eps, weight_decay, clip;       // clip = 0: no clipping
-} AdamW;
-
 // One AdamW step (Loshchilov and Hutter 2019) on n parameters, with g the gradient times `clip_scale`:
 //     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
 //     w -= lr (m / correction1) / (sqrt(v / correction2) + eps) + lr decay w           correction_i = 1 - beta_i^step
@@ -1914,6 +1989,18 @@ static double model_update(Model* m, const AdamW* o, double lr, long step) {
     adamw(m->params + matrices, m->grads + matrices, m->exp_avg + matrices, m->exp_avg_sq + matrices, vectors,
           (float)scale, (float)lr, 0, (float)o->beta1, (float)o->beta2, (float)o->eps, correction1, correction2);
     return norm;
+}
+
+// The means over the forward passes (with targets) since the last call.
+static Losses take_losses(Model* m) {
+    m->backend->read_back(m, LOSSES);
+    Losses mean = m->sums;
+    mean.loss /= (double)mean.passes;
+    mean.aux /= (double)mean.passes;
+    mean.z /= (double)mean.passes;
+    mean.lpr /= (double)mean.passes;
+    memset(&m->sums, 0, sizeof m->sums);
+    return mean;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2194,7 +2281,8 @@ static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
         for (int b = 0; b < B; b++)
             dataset_window(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T);
         m->trace_window = w;
-        sum += model_forward(m, batch.tokens, batch.targets, B, d->T) * B;
+        m->backend->forward(m, batch.tokens, batch.targets, B, d->T);
+        sum += take_losses(m).loss * B;
     }
     return sum / (double)windows;
 }
@@ -2264,8 +2352,9 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
     signal(SIGTERM, on_signal);
     if (first_step >= run->steps) printf("nothing left to do: step %ld of %ld is reached\n", first_step, run->steps);
     for (long step = first_step; step < run->steps && !stopping; step++) {
-        double t0 = seconds(), loss = 0, aux_loss = 0, z_loss = 0, lpr_loss = 0, lr = learning_rate(run, step);
+        double t0 = seconds(), lr = learning_rate(run, step), norm = NAN;
         const char* problem = NULL;
+        Losses mean = {NAN, 0, 0, 0, 0};
         router_before_step(m, run, step);
         m->counting_load = 1;
         for (int micro = 0; micro < run->accum; micro++) {
@@ -2275,18 +2364,18 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
                     problem = data->error;
             }
             if (problem) break;
-            loss += model_forward(m, batch.tokens, batch.targets, run->B, T) / run->accum;
-            aux_loss += m->aux_loss / run->accum;
-            z_loss += m->z_loss / run->accum;
-            lpr_loss += m->lpr_loss / run->accum;
+            m->backend->forward(m, batch.tokens, batch.targets, run->B, T);
             m->noise_step++;
-            model_backward(m, 1.0f / run->accum);
+            m->backend->backward(m, 1.0f / run->accum);
         }
         m->counting_load = 0;
-        double norm = isfinite(loss) && !problem ? model_update(m, &run->adamw, lr, step + 1) : NAN;
+        if (!problem) {             // (an infinite loss has no finite gradient, and then nothing is updated)
+            norm = m->backend->update(m, &run->adamw, lr, step + 1);
+            mean = take_losses(m);
+        }
         if (!isfinite(norm)) {
             const char* advice = problem ? "" : "; try a lower --lr";
-            if (!problem) problem = isfinite(loss) ? "the gradient is not finite" : "the loss is not finite";
+            if (!problem) problem = isfinite(mean.loss) ? "the gradient is not finite" : "the loss is not finite";
             fprintf(stderr, "%s%s: step %ld: %s; ", terminal ? "\n" : "", program_name, step + 1, problem);
             if (out && saved > 0) fprintf(stderr, "the checkpoint of step %ld in %s is intact%s\n", saved, out, advice);
             else fprintf(stderr, "nothing had been saved%s\n", advice);
@@ -2297,12 +2386,12 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         double elapsed = seconds() - t0, rate = tokens_per_step / elapsed;
         long done = step + 1;
         fprintf(stderr, "%sstep %ld/%ld | loss %.4f | lr %.2e | norm %.2f | %.0f tokens/s | %.1f GFLOP/s | ",
-                terminal ? "\r" : "", done, run->steps, loss, lr, norm, rate, rate * flops * 1e-9);
+                terminal ? "\r" : "", done, run->steps, mean.loss, lr, norm, rate, rate * flops * 1e-9);
         print_duration((seconds() - started) / (done - first_step) * (run->steps - done));
         fprintf(stderr, terminal ? "\033[K" : "\n");
         if (log) {
-            fprintf(log, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f,%.6f\n", done, done * tokens_per_step, loss, aux_loss,
-                    z_loss, lr, norm, rate, lpr_loss);
+            fprintf(log, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f,%.6f\n", done, done * tokens_per_step, mean.loss,
+                    mean.aux, mean.z, lr, norm, rate, mean.lpr);
         }
         int last = done == run->steps;
         if (last || (run->val_every > 0 && done % run->val_every == 0)) {
@@ -2314,6 +2403,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
                 printf("\n");
                 if (out) fprintf(val_log, "%ld,%ld,%.6f\n", done, done * tokens_per_step, val_loss);
             }
+            if (m->has_families) m->backend->read_back(m, PARAMETERS);         // their similarity is reported
             if (E > 0) report_load(m, 0, load_log, done);
             fflush(stdout);
             clear_load(m);
@@ -2329,6 +2419,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         }
         stopping = stop_signal && !last;        // looked at once a step: a signal that comes later stops the next one
         if (out && (last || stopping || (run->save_every > 0 && done % run->save_every == 0))) {
+            m->backend->read_back(m, PARAMETERS | MOMENTS);
             const char* error = checkpoint_save(m, out, done);
             if (error) {
                 fprintf(stderr, "%s%s: step %ld could not be saved: %s; ", terminal ? "\n" : "", program_name, done,
@@ -2678,7 +2769,7 @@ static double lpr_diversity(float* dx, double* gram, const float* x, long row_st
 }
 
 // The noise of Align: N(0, 1) for token n and dimension d of a layer, a hash of what it is for.
-static float lpr_noise(uint64_t layer_key, long n, int d, int D) {
+ALSO_ON_GPU static float lpr_noise(uint64_t layer_key, long n, int d, int D) {
     return (float)random_normal(mix64(layer_key ^ (uint64_t)(n * D + d)));
 }
 
@@ -2854,6 +2945,7 @@ static void router_after_step(Model* m, const Run* run, long done) {
             m->aux_coefficients[l] = adapted_aux(m->aux_coefficients[l], counts, c->num_experts);
         m->topk[l] = layer_topk(c, l);
     }
+    if (c->router == ROUTER_SIGMOID) m->backend->send(m, ROUTER_BIASES);
     memset(m->step_load, 0, sizeof(long) * (size_t)c->num_layers * (size_t)c->num_experts);
     if (run->family_steps > 0)
         c->family_penalty = family_penalty_at(run->family_strength, done - run->family_start, run->family_steps);
@@ -2887,6 +2979,18 @@ static LoadFigures load_figures(const long* load, int E) {
     return f;
 }
 
+// Lists each token's experts and gates in Model.trace.
+static void trace_layer(const Model* m, int l) {
+    const LayerActivations* s = &m->layers[l];
+    int K = m->topk[l];
+    for (long n = 0; n < (long)m->batch * m->length; n++) {
+        fprintf(m->trace, "%ld,%ld,%d,%d", m->trace_window + n / m->length, n % m->length, m->tokens[n], l);
+        for (int k = 0; k < K; k++) fprintf(m->trace, ",%d", s->experts[n * K + k]);
+        for (int k = 0; k < K; k++) fprintf(m->trace, ",%.6f", s->gates[n * K + k]);
+        fprintf(m->trace, "\n");
+    }
+}
+
 // Adds a forward pass to layer l's Observed and writes its trace.
 static void observe_layer(Model* m, int l) {
     LayerActivations* s = &m->layers[l];
@@ -2909,14 +3013,9 @@ static void observe_layer(Model* m, int l) {
         o->top_gate += top;
         o->sources += distinct;
         o->twins += distinct < K;
-        if (m->trace) {
-            fprintf(m->trace, "%ld,%d,%d,%d", m->trace_window + n / m->length, n % m->length, m->tokens[n], l);
-            for (int k = 0; k < K; k++) fprintf(m->trace, ",%d", experts[k]);
-            for (int k = 0; k < K; k++) fprintf(m->trace, ",%.6f", gates[k]);
-            fprintf(m->trace, "\n");
-        }
     }
     o->tokens += N;
+    if (m->trace) trace_layer(m, l);
 }
 
 // Mean cosine between the weights (gate, up and down as one vector) of experts of the same family in layer l.
@@ -4538,9 +4637,10 @@ static void generator_feed(Model* g, const int* history, int fed, int count) {
             fed -= keep;
         }
         int n = imin(imin(count - fed, g->T), g->positions - g->cached);
-        model_forward(g, history + fed, NULL, 1, n);
+        g->backend->forward(g, history + fed, NULL, 1, n);
         fed += n;
     }
+    g->backend->read_back(g, LOGITS);
 }
 
 // Continues the prompt (ids: room for prompt + tokens) by up to `tokens` tokens and prints all of it. Returns the
@@ -4615,6 +4715,11 @@ typedef struct {
     int given;
 } Option;
 
+#ifndef PRECISIONS      // train_moe.cu has more
+#define PRECISIONS "fp32"
+#define DEFAULT_PRECISION "fp32"
+#endif
+
 #define BIG 1e15
 static Option option_table[] = {
     {"data", OPT_TEXT, USE_RUN, &options.data, 0, 0, NULL, "F,..", "text or shards; names, patterns", 0},
@@ -4632,7 +4737,7 @@ static Option option_table[] = {
     {"sample-every", OPT_WHOLE, USE_RUN, &options.sample_every, 0, BIG, "0", "N", "steps; 0: never", 0},
     {"seed", OPT_WHOLE, USE_RUN, &options.seed, 0, BIG, "1", "S", "of weights, data order, samples", 0},
     {"threads", OPT_WHOLE, USE_OTHER, &options.threads, 1, 4096, NULL, "N", "all cores by default", 0},
-    {"precision", OPT_CHOICE, USE_OTHER, &options.precision, 0, 0, "fp32", "fp32", "of the CPU program", 0},
+    {"precision", OPT_CHOICE, USE_OTHER, &options.precision, 0, 0, DEFAULT_PRECISION, PRECISIONS, "of products", 0},
 
     {"arch", OPT_CHOICE, USE_SHAPE, &options.arch, 0, 0, "qwen3", "qwen3|mixtral|olmoe", "class",
      0},
@@ -4996,6 +5101,7 @@ static Model* load_model(Config* c, const char* dir, Purpose purpose, int B, int
     if (purpose != FOR_GENERATION) print_model(m);      // what is generated stands alone
     model_allocate(m);
     if (!checkpoint_load(m, dir, &error)) die(2, "%s", error.text);
+    m->backend->send(m, PARAMETERS);
     return m;
 }
 
@@ -5056,13 +5162,16 @@ static int run_dump(Config* c) {
     Batch batch = batch_create(B, T);
     for (int b = 0; b < B; b++) dataset_window(d, b, batch.tokens + (long)b * T, batch.targets + (long)b * T);
     m->balance = balance_from_options(c);
-    model_forward(m, batch.tokens, batch.targets, B, T);
+    m->backend->forward(m, batch.tokens, batch.targets, B, T);
+    m->backend->read_back(m, LOGITS | ROUTING);
     float* logits = (float*)checked_malloc(sizeof(float) * (size_t)B * T * V);      // the backward pass overwrites them
     memcpy(logits, m->logits, sizeof(float) * (size_t)B * T * V);
-    model_backward(m, 1);
+    m->backend->backward(m, 1);
+    m->backend->read_back(m, GRADIENTS);
+    Losses losses = take_losses(m);
     OutTensor* out = (OutTensor*)checked_malloc(sizeof(OutTensor) * (size_t)(5 + c->num_layers + m->layout.count));
     char(*names)[128] = (char(*)[128])checked_malloc(sizeof(*names) * (size_t)(c->num_layers + m->layout.count));
-    float loss = (float)m->loss, aux_loss = (float)m->aux_loss;
+    float loss = (float)losses.loss, aux_loss = (float)losses.aux;
     OutTensor first[] = {{"tokens", "I32", 2, {B, T, 0}, batch.tokens}, {"targets", "I32", 2, {B, T, 0}, batch.targets},
                          {"logits", "F32", 3, {B, T, V}, logits}, {"loss", "F32", 1, {1, 0, 0}, &loss},
                          {"aux_loss", "F32", 1, {1, 0, 0}, &aux_loss}};
@@ -5088,7 +5197,7 @@ static int run_dump(Config* c) {
         unlink(temporary);
         die(1, "%s", error.text[0] ? error.text : strerror(errno));
     }
-    printf("loss %.6f, aux loss %.6f; %d tensors in %s\n", m->loss, m->aux_loss, count, options.dump);
+    printf("loss %.6f, aux loss %.6f; %d tensors in %s\n", losses.loss, losses.aux, count, options.dump);
     free(logits);
     free(out);
     free(names);
@@ -5146,6 +5255,7 @@ static void print_sample(Model* generator, const Model* trained, uint64_t seed, 
     generator->config.family_penalty = trained->config.family_penalty;
     memcpy(generator->family, trained->family,
            sizeof(int) * (size_t)trained->config.num_layers * (size_t)trained->config.num_experts);
+    generator->backend->send(generator, 0);
     Tokenizer* tokenizer = tokenizer_open(generator->source, generator->config.vocab_size);
     int* ids = (int*)checked_malloc(sizeof(int) * (size_t)(tokens + 1));
     Sampling how = {options.temperature, options.top_p, (int)options.top_k, seed};
@@ -5272,6 +5382,7 @@ static int run_train(Config* c, long first_step) {
     if (!options.model) model_init(m, run.seed);
     else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);
     if (options.resume && !optimizer_load(m, options.out, &error)) die(2, "%s", error.text);
+    m->backend->send(m, PARAMETERS | (options.resume ? MOMENTS : 0));
     if (generator) generator->source = m->source;
     if (options.out && !options.resume) open_out(options.out);      // not before everything else is known to be right
     printf("data: %s, %ld tokens, %ld windows of %d\n", options.data, data->tokens, data->windows, T + 1);
