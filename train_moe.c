@@ -5406,10 +5406,10 @@ static int run_train(Config* c, long first_step) {
     return code ? code : stop_signal == SIGTERM ? 143 : stop_signal == SIGINT ? 130 : 0;
 }
 
-int train_moe_main(int argc, char** argv) {
+// Does what the options say, with default_backend; returns the exit code.
+static int run_command(void) {
     Config config;
     Error error = {""};
-    options_parse(argc, argv);
 #ifdef _OPENMP
     if (options.threads != UNSET) omp_set_num_threads((int)options.threads);
 #endif
@@ -5453,6 +5453,11 @@ int train_moe_main(int argc, char** argv) {
            : options.dump ? run_dump(&config)
            : prompting    ? run_prompt(&config)
                           : run_train(&config, first_step);
+}
+
+int train_moe_main(int argc, char** argv) {
+    options_parse(argc, argv);
+    return run_command();
 }
 
 #ifndef TRAIN_MOE_NO_MAIN

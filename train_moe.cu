@@ -1,0 +1,4080 @@
+/*
+train_moe.cu: the mixture-of-experts GPT of train_moe.c on an NVIDIA GPU.
+
+It is the same program with the same options, data, checkpoints and training loop, which it takes from train_moe.c; here
+are only the kernels and the code that starts them. Products and activations are bf16 (--precision bf16, the default) or
+float (fp32); master weights, moments, gradients of weights, norms, the router, softmax and all sums are float or wider.
+Dense products are cuBLAS's, everything else is here:
+
+     1  Small things         errors, numbers in memory, sums over warps and blocks
+     2  Instructions         asynchronous copies and tensor cores, for which C++ has no words
+     3  Experts' products    grouped matrix products whose sizes only the GPU knows
+     4  Attention            causal, grouped-query, in tiles, forward and backward
+     5  Layers               norms and residual sums, rotary positions, the loss, the embedding, AdamW
+     6  Routing              top-K, grouping tokens by expert, balance losses
+     7  Router variants      sigmoid, logit norm, families of copies, Latent Prototype Routing
+     8  The model            memory, forward, backward, update
+     9  The command line     train_moe.c's
+
+There are no atomic additions: every sum has one order, and the same command gives the same bytes. The host does not wait
+for the GPU within a step: how many tokens an expert got stays on the device.
+
+Dimension letters are those of train_moe.c. A kernel takes pointers and sizes and nothing else; the function that starts
+it, whose name begins with gpu_, stands below it and says what it computes. Each can be copied out with sections 1 and 2.
+
+Figures of every kernel, and the same products and attention as a lesson in steps, are in dev/cuda.
+*/
+#ifndef TRAIN_MOE_CU
+#define TRAIN_MOE_CU
+
+#ifndef TRAIN_MOE_NO_MAIN
+#define TRAIN_MOE_NO_MAIN       // this file has one
+#define TRAIN_MOE_CU_MAIN
+#endif
+#define PRECISIONS "bf16|fp32"
+#define DEFAULT_PRECISION "bf16"
+#include "train_moe.c"
+
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <type_traits>
+
+// common.cuh: what every fragment may use. (This becomes sections 1 and 2 of train_moe.cu.)
+
+typedef __nv_bfloat16 bf16;
+
+// Ends the program with one line if a call of the CUDA runtime failed; after a launch: CHECK(cudaGetLastError()).
+#define CHECK(call) gpu_check((call), #call, __FILE__, __LINE__)
+static void gpu_check(cudaError_t status, const char* call, const char* file, int line) {
+    if (status == cudaSuccess) return;
+    die(1, "%s:%d: %s: %s", file, line, call, cudaGetErrorString(status));
+}
+
+// The same for cuBLAS.
+#define CHECK_CUBLAS(call) gpu_check_cublas((call), #call, __FILE__, __LINE__)
+static void gpu_check_cublas(cublasStatus_t status, const char* call, const char* file, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    die(1, "%s:%d: %s: %s", file, line, call, cublasGetStatusString(status));
+}
+
+__host__ __device__ static inline int ceil_div(long a, long b) { return (int)((a + b - 1) / b); }
+
+// Numbers in memory are float or bf16; arithmetic is in float.
+__device__ static inline float to_float(float x) { return x; }
+__device__ static inline float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ static inline void store(float* p, float x) { *p = x; }
+__device__ static inline void store(bf16* p, float x) { *p = __float2bfloat16(x); }
+
+// Sum and maximum over the 32 lanes of a warp; every lane gets the result, and the order of additions is fixed.
+__device__ static inline float warp_sum(float x) {
+    for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+    return x;
+}
+__device__ static inline float warp_max(float x) {
+    for (int o = 16; o; o >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, o));
+    return x;
+}
+// Sum over a block of up to 1024 threads, a multiple of 32; every thread gets it. `shared` has room for 32 floats and
+// may be used again right away.
+__device__ static inline float block_sum(float x, float* shared) {
+    int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) shared[warp] = x;
+    __syncthreads();
+    float sum = 0;
+    for (int w = 0; w < warps; w++) sum += shared[w];
+    __syncthreads();
+    return sum;
+}
+
+// Instructions that C++ has no words for. The stand-in (a CPU playing GPU) brings functions of the same names.
+#ifdef __CUDACC__
+__device__ static inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+// 16 bytes from global to shared memory while the program goes on; zeros if !wanted
+__device__ static inline void cp_async_16(void* to, const void* from, bool wanted) {
+    int bytes = wanted ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));
+}
+__device__ static inline void cp_async_commit() { asm volatile("cp.async.commit_group;"); }
+template <int N> __device__ static inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
+// four 8 x 8 matrices of 16-bit numbers from shared memory into a warp's registers, lane l giving the address of row
+// l % 8 of matrix l / 8
+template <bool TRANSPOSED> __device__ static inline void ldmatrix_x4(unsigned r[4], const void* p) {
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(shared_address(p)));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(shared_address(p)));
+}
+// d (16 x 8) += a (16 x 16) b (16 x 8), spread over a warp
+__device__ static inline void mma_m16n8k16_bf16(float d[4], const unsigned a[4], const unsigned b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+// gemm.cuh: the experts' matrix products for float and bf16, and a small fp32 product for routers.
+
+// ---------------------------------------------------------------------------------------------------------------------
+// to common: Hopper's matrix instructions. They exist only in code made for sm_90a, and only devices of compute
+// capability 9.0 run that: wgmma_compiled tells what this pass of the compiler makes, gpu_has_wgmma() what will run.
+
+#ifdef __CUDACC__
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool wgmma_compiled = true;
+// What ordinary stores and cp.async wrote to shared memory is seen by the matrix unit only after this fence.
+__device__ static inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// orders registers written by other instructions before the wgmma that follow
+__device__ static inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ static inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// until at most N groups are unfinished
+template <int N> __device__ static inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Nothing at run time: keeps the compiler from moving uses of these registers past this place.
+template <int N> __device__ static inline void wgmma_hold(float* d) {
+    #pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+// d (64 x N, over the 128 threads of a warpgroup) += a (64 x 16) b (16 x N), both in shared memory, told by
+// descriptors. A_ACROSS, B_ACROSS: 0 if k is the operand's contiguous dimension there, 1 if it is the other one.
+#define TEN(t) "%" t "0,%" t "1,%" t "2,%" t "3,%" t "4,%" t "5,%" t "6,%" t "7,%" t "8,%" t "9,"
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D32(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12), D4(i + 16), D4(i + 20), D4(i + 24), D4(i + 28)
+template <int N, int A_ACROSS, int B_ACROSS>
+__device__ static inline void wgmma_bf16(float* d, uint64_t a, uint64_t b) {
+    static_assert(N == 128 || N == 256, "");
+    if constexpr (N == 128)
+        asm volatile("{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                     TEN("") TEN("1") TEN("2") TEN("3") TEN("4") TEN("5") "%60,%61,%62,%63},"
+                     "%64, %65, add, 1, 1, %66, %67; }"
+                     : D32(0), D32(32)
+                     : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));
+    else
+        asm volatile("{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+                     TEN("") TEN("1") TEN("2") TEN("3") TEN("4") TEN("5") TEN("6") TEN("7") TEN("8") TEN("9") TEN("10")
+                     TEN("11") "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, add, 1, 1, %130, %131; }"
+                     : D32(0), D32(32), D32(64), D32(96)
+                     : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));
+}
+#undef TEN
+#undef D4
+#undef D32
+#else
+constexpr bool wgmma_compiled = false;
+__device__ static inline void fence_async_proxy() {}
+__device__ static inline void wgmma_fence() {}
+__device__ static inline void wgmma_commit() {}
+template <int N> __device__ static inline void wgmma_wait() {}
+template <int N> __device__ static inline void wgmma_hold(float*) {}
+template <int N, int A_ACROSS, int B_ACROSS> __device__ static inline void wgmma_bf16(float*, uint64_t, uint64_t) {}
+#endif
+// Never run: its greatest block tells whether the image that the driver chose for this device was made for sm_90a.
+__global__ static void __launch_bounds__(wgmma_compiled ? 64 : 32) wgmma_mark_kernel() {}
+static bool gpu_has_wgmma(void) {
+    static int has = -1;
+    if (has < 0) {
+        int device, major, minor;
+        cudaFuncAttributes mark;
+        CHECK(cudaGetDevice(&device));
+        CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+        CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+        CHECK(cudaFuncGetAttributes(&mark, wgmma_mark_kernel));
+        has = major == 9 && minor == 0 && mark.maxThreadsPerBlock == 64;
+    }
+    return has;
+}
+#else // the stand-in
+constexpr bool wgmma_compiled = true;
+static inline unsigned shared_address(const void* p) { return smem_u32(p); }
+template <int N> static inline void wgmma_hold(float*) {}
+static bool gpu_has_wgmma(void) { return getenv("CPUCUDA_WGMMA") && atoi(getenv("CPUCUDA_WGMMA")); }
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A small fp32 product, for routers.
+
+// One step of a product by 256 threads: sum (4 x 4 a thread) += a (16 x TM)^T b (16 x TN), both in shared memory with
+// rows of TM + 4 and TN + 4 floats. Every element is one chain of fmaf in the order of k.
+template <int TM, int TN> __device__ static inline void fma_tile(float sum[4][4], const float* a, const float* b) {
+    static_assert(TM * TN == 4096, "256 threads of 4 x 4");
+    a += threadIdx.x / (TN / 4) * 4;
+    b += threadIdx.x % (TN / 4) * 4;
+    #pragma unroll
+    for (int k = 0; k < 16; k++) {
+        float4 u = *(const float4*)(a + k * (TM + 4)), v = *(const float4*)(b + k * (TN + 4));
+        float left[4] = {u.x, u.y, u.z, u.w}, right[4] = {v.x, v.y, v.z, v.w};
+        #pragma unroll
+        for (int i = 0; i < 4; i++)
+            #pragma unroll
+            for (int j = 0; j < 4; j++) sum[i][j] = fmaf(left[i], right[j], sum[i][j]);
+    }
+}
+
+// to[k][i] = from[i*step + k*k_step], 16 values of k by SIZE of i, zeros outside of `count` and `depth`. Neighbouring
+// threads take neighbouring addresses, whichever of the steps is 1.
+template <int SIZE, class T>
+__device__ static inline void load_fp32_tile(float* to, const T* from, long step, long k_step, int count, int depth) {
+    for (int n = threadIdx.x; n < 16 * SIZE; n += 256) {
+        int i = k_step == 1 ? n / 16 : n % SIZE, k = k_step == 1 ? n % 16 : n / SIZE;
+        to[k * (SIZE + 4) + i] = i < count && k < depth ? to_float(from[i * step + k * k_step]) : 0.0f;
+    }
+}
+
+// Block (x, s) computes tile x of TM x TN elements over k = s*k_part .. (s+1)*k_part-1, to out + s*M*N.
+template <int TM, int TN, class TA, class TB>
+__global__ void __launch_bounds__(256)
+matmul_fp32_kernel(float* out, const TA* a, long a_row, long a_col, const TB* b, long b_row, long b_col, int M, int N,
+                   int K, int k_part, int add) {
+    __shared__ __align__(16) float a_tile[16 * (TM + 4)], b_tile[16 * (TN + 4)];
+    int across = ceil_div(N, TN), m0 = blockIdx.x / across * TM, n0 = blockIdx.x % across * TN;
+    int k_end = min(K, (int)(blockIdx.y + 1) * k_part);
+    float sum[4][4] = {};
+    for (int k = blockIdx.y * k_part; k < k_end; k += 16) {
+        load_fp32_tile<TM>(a_tile, a + m0 * a_row + k * a_col, a_row, a_col, M - m0, k_end - k);
+        load_fp32_tile<TN>(b_tile, b + n0 * b_col + k * b_row, b_col, b_row, N - n0, k_end - k);
+        __syncthreads();
+        fma_tile<TM, TN>(sum, a_tile, b_tile);
+        __syncthreads();
+    }
+    out += (long)blockIdx.y * M * N;
+    #pragma unroll
+    for (int i = 0; i < 4; i++)
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int m = m0 + threadIdx.x / (TN / 4) * 4 + i, n = n0 + threadIdx.x % (TN / 4) * 4 + j;
+            if (m < M && n < N) out[(long)m * N + n] = add ? out[(long)m * N + n] + sum[i][j] : sum[i][j];
+        }
+}
+
+// out (count) (+)= the sum over s of parts (splits, count), in the order of s
+static __global__ void add_parts_kernel(float* out, const float* parts, long count, int splits, int add) {
+    long i = blockIdx.x * (long)blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    float sum = 0;
+    for (int s = 0; s < splits; s++) sum += parts[s * count + i];
+    out[i] = add ? out[i] + sum : sum;
+}
+
+template <int TM, int TN, class TA, class TB>
+static void launch_matmul_fp32(float* out, const TA* a, long a_row, long a_col, const TB* b, long b_row, long b_col,
+                               int M, int N, int K, int add, float* parts, long parts_floats) {
+    long tiles = (long)ceil_div(M, TM) * ceil_div(N, TN), splits = 512 / tiles;
+    splits = min(splits, min((long)K / 512, parts_floats / ((long)M * N)));
+    int k_part = splits > 1 ? ceil_div(ceil_div(K, splits), 16) * 16 : K;
+    splits = splits > 1 ? ceil_div(K, k_part) : 1;
+    matmul_fp32_kernel<TM, TN, TA, TB><<<dim3((unsigned)tiles, (unsigned)splits), 256>>>(
+        splits > 1 ? parts : out, a, a_row, a_col, b, b_row, b_col, M, N, K, k_part, splits > 1 ? 0 : add);
+    CHECK(cudaGetLastError());
+    if (splits > 1) {
+        add_parts_kernel<<<ceil_div((long)M * N, 256), 256>>>(out, parts, (long)M * N, (int)splits, add);
+        CHECK(cudaGetLastError());
+    }
+}
+
+// out (M, N) (+)= sum over k of a(m,k) b(k,n),  a(m,k) = a[m*a_row + k*a_col],  b(k,n) = b[k*b_row + n*b_col]
+//
+// fp32 arithmetic on float or bf16 operands; add = 0 overwrites. Every element is one chain of fmaf over k = 0, 1, ...:
+// its bits depend on its row of a and its column of b only, so equal experts get equal logits, wherever they stand.
+// For few elements and a long sum (a router's dW is (E, H), summed over all tokens) the k are split, if `parts` has
+// room (parts_floats, 0 for never): each part is such a chain, and a second kernel adds the parts in order. The split
+// depends on the shape and on parts_floats alone, not on the device. Tiles are 64 x 64, or narrow where M or N is small
+// (8 experts): most of a square tile would be empty.
+template <class TA, class TB>
+static void gpu_matmul_fp32(float* out, const TA* a, long a_row, long a_col, const TB* b, long b_row, long b_col, int M,
+                            int N, int K, int add, float* parts, long parts_floats) {
+    auto launch = N <= 16   ? launch_matmul_fp32<256, 16, TA, TB>
+                  : M <= 16 ? launch_matmul_fp32<16, 256, TA, TB>
+                            : launch_matmul_fp32<64, 64, TA, TB>;
+    launch(out, a, a_row, a_col, b, b_row, b_col, M, N, K, add, parts, parts_floats);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The experts' products
+//
+// Rows are grouped by expert, unpadded: rows offsets[e] .. offsets[e+1]-1 of the R = N K belong to expert e, and row r
+// serves assignment n K + k = assignment[r] (NULL: n = r, as in a dense layer). Nobody on the host knows the offsets,
+// so a launch covers the most tiles that there can be, R / 128 + E, and the list `tiles` (max_tiles), {expert, first
+// row}, made on the device together with the offsets, tells each block what to do; expert -1 means nothing. The last
+// tile of an expert may stick out over its rows: zeros are loaded for what is missing and nothing is stored.
+//
+// There are three kinds of product, named by their formulas; left and right are always row-major matrices:
+//     X_WT   y (rows, OC)   = x (rows, C) W_e (OC, C)^T        k runs along the rows of both
+//     DY_W   dx (rows, C)   = dy (rows, OC) W_e (OC, C)        k runs along the rows of dy, and across those of W
+//     DYT_X  dW_e (OC, C)   = dy (rows, OC)^T x (rows, C)      k are the rows of expert e: across both
+// Rows of x and dy are gathered inside the loads: token assignment[r] / K is read where row r is wanted, so that no
+// gathered copy is ever written (SonicMoE, arXiv 2512.14080).
+//
+// All kernels end alike. A block leaves its tile of fp32 sums in shared memory, and then every thread takes four
+// neighbouring columns of a row through an epilogue: the same code for all kinds of tiles, neighbouring threads at
+// neighbouring addresses. SwiGLU and its derivative are done there, where the sums are still exact.
+
+enum { X_WT, DY_W, DYT_X };
+
+constexpr int GROUP_ROWS = 128; // rows in an entry of `tiles`
+
+// A row-major matrix (rows, width). Row r is stored row assignment[r] / K if there is an assignment.
+template <class T> struct Operand {
+    const T* data;
+    int width;
+    const int* assignment;
+    int K, vector; // vector: rows start at multiples of 16 bytes
+};
+
+template <class T> static Operand<T> operand(const T* data, int width, const int* assignment, int K) {
+    return {data, width, assignment, K, (uintptr_t)data % 16 == 0 && width * sizeof(T) % 16 == 0};
+}
+
+// What a block does: rows m0 .. m_end-1 and columns n0 .. of the result of expert e, over k .. k_end-1.
+struct Job { int expert, m0, m_end, n0, k, k_end; };
+
+// Blocks start in the order of their numbers. Those that run at the same time should share what they read, through the
+// L2 cache: eight tiles that lie below each other come first, then the eight beside them, and so on, so that about
+// 130 running blocks make a piece about as high as it is wide; along one row they would read nearly all of W. Below
+// each other are mostly rows of one expert. In DYT_X experts come one after the other, for the same reason.
+template <int PRODUCT, int BM>
+__device__ static inline bool find_job(Job* job, const int* offsets, const int2* tiles, int down, int across, int width,
+                                       int tile_columns) {
+    int group = blockIdx.x / (8 * across) * 8, height = min(8, down - group), b = blockIdx.x % (8 * across);
+    int i = group + b % height, parts = GROUP_ROWS / BM;
+    job->n0 = b / height * tile_columns;
+    if (PRODUCT == DYT_X) {
+        *job = {(int)blockIdx.y, i * BM, width, job->n0, offsets[blockIdx.y], offsets[blockIdx.y + 1]};
+        return true;
+    }
+    int2 tile = tiles[i / parts];
+    if (tile.x < 0) return false;
+    *job = {tile.x, tile.y + i % parts * BM, offsets[tile.x + 1], job->n0, 0, width};
+    return job->m0 < job->m_end;
+}
+
+// Four neighbouring numbers, of which the first `count` exist; in one access if `vector`.
+template <class T> struct alignas(4 * sizeof(T)) Four { T x[4]; };
+template <class T> __device__ static inline void load4(float v[4], const T* p, int count, bool vector) {
+    Four<T> four;
+    if (vector && count >= 4) four = *(const Four<T>*)p;
+    #pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = count <= j ? 0.0f : to_float(vector ? four.x[j] : p[j]);
+}
+template <class T> __device__ static inline void store4(T* p, const float v[4], int count, bool vector) {
+    Four<T> four;
+    #pragma unroll
+    for (int j = 0; j < 4; j++) store(&four.x[j], v[j]);
+    if (vector && count >= 4) *(Four<T>*)p = four;
+    #pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (!vector && j < count) p[j] = four.x[j];
+}
+// May rows of `width` numbers of T at p be accessed by fours? Then all fours are whole or entirely outside.
+template <class T> static bool by_fours(const T* p, int width) {
+    return (uintptr_t)p % (4 * sizeof(T)) == 0 && width % 4 == 0;
+}
+
+// Epilogues: called by all threads, with four sums of row `row` from column `column` on; `real`: the row exists.
+
+// y (rows, width) = the sums
+template <class T> struct StoreEpilogue {
+    static constexpr bool PAIRS = false;
+    T* y;
+    int width, vector;
+    template <int WIDTH>
+    __device__ void apply(const float* sums, int, int row, bool real, int column) const {
+        store4(y + (long)row * width + column, sums, real ? width - column : 0, vector);
+    }
+};
+
+// dW_e (OC, C) (+)= the sums
+struct WeightEpilogue {
+    static constexpr bool PAIRS = false;
+    float* dW;
+    int OC, C, add, vector;
+    template <int WIDTH>
+    __device__ void apply(const float* sums, int expert, int row, bool real, int column) const {
+        float* p = dW + ((long)expert * OC + row) * C + column;
+        int count = real ? C - column : 0;
+        float v[4] = {};
+        if (add) load4(v, p, count, vector);
+        for (int j = 0; j < 4; j++) v[j] += sums[j];
+        store4(p, v, count, vector);
+    }
+};
+
+// gate_up (R, 2, I) = the sums, act (R, I) = silu(gate) up. PAIRS: the left half of a tile are columns of gate, the
+// right half, WIDTH further on, the same columns of up.
+template <class T> struct SwigluEpilogue {
+    static constexpr bool PAIRS = true;
+    T *gate_up, *act;
+    int I, vector;
+    template <int WIDTH>
+    __device__ void apply(const float* gate, int, int row, bool real, int column) const {
+        const float* up = gate + WIDTH;
+        int count = real ? I - column : 0;
+        float a[4];
+        for (int j = 0; j < 4; j++) a[j] = gate[j] / (1.0f + expf(-gate[j])) * up[j];
+        store4(act + (long)row * I + column, a, count, vector);
+        if (gate_up) {
+            store4(gate_up + (long)row * 2 * I + column, gate, count, vector);
+            store4(gate_up + (long)row * 2 * I + I + column, up, count, vector);
+        }
+    }
+};
+
+// The sums are dact; for each row and column
+//     g' = gate dact u silu'(g),  u' = gate dact silu(g)  take the place of g and u,   silu'(g) = s (1 + g (1 - s))
+//     gated_act = gate silu(g) u,    dgate_parts = the sum of dact silu(g) u over PART columns, added up by shuffles
+template <class T> struct SwigluBackwardEpilogue {
+    static constexpr bool PAIRS = false;
+    static constexpr int PART = sizeof(T) == 4 ? 64 : 128;  // columns of a tile, and four for each lane of a warp
+    T *gate_up, *gated_act;
+    float* dgate_parts;
+    const float* gates;
+    const int* assignment;
+    int I, vector;
+    template <int WIDTH>
+    __device__ void apply(const float* dact, int, int row, bool real, int column) const {
+        static_assert(WIDTH % PART == 0, "");
+        int count = real ? I - column : 0;
+        T *g_at = gate_up + (long)row * 2 * I + column, *u_at = g_at + I;
+        float g[4], u[4], a[4], dgate = 0, gate = real && gates ? gates[assignment ? assignment[row] : row] : 1;
+        load4(g, g_at, count, vector);
+        load4(u, u_at, count, vector);
+        for (int j = 0; j < 4; j++) {
+            float s = 1.0f / (1.0f + expf(-g[j])), silu = g[j] * s, d = dact[j], u_j = u[j];
+            dgate += d * silu * u_j;
+            a[j] = gate * silu * u_j;
+            g[j] = gate * d * u_j * s * (1.0f + g[j] * (1.0f - s));
+            u[j] = gate * d * silu;
+        }
+        store4(gated_act + (long)row * I + column, a, count, vector);
+        store4(g_at, g, count, vector);
+        store4(u_at, u, count, vector);
+        if (!dgate_parts) return;
+        for (int o = PART / 8; o; o >>= 1) dgate += __shfl_xor_sync(0xffffffffu, dgate, o);
+        if (column % PART == 0 && count > 0) dgate_parts[(long)row * ceil_div(I, PART) + column / PART] = dgate;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// float: 64 x 64 tiles, 4 x 4 sums a thread, 16 values of k at a time
+
+// One operand's 64 lines of 16 values of k, or 16 lines of 64 values, as to[k][i]. line(l) is the row that line l of
+// the tile lies in, < 0 for zeros; `column` the first column.
+template <bool ALONG_K, class Line>
+__device__ static inline void load_expert_tile(float* to, const Operand<float>& from, int column, Line line) {
+    #pragma unroll
+    for (int n = threadIdx.x; n < 16 * 64; n += 256) {
+        int l = ALONG_K ? n / 16 : n / 64, c = ALONG_K ? n % 16 : n % 64, r = line(l);
+        if (r >= 0 && from.assignment) r = from.assignment[r] / from.K;
+        to[ALONG_K ? c * 68 + l : l * 68 + c] =
+            r >= 0 && column + c < from.width ? from.data[(long)r * from.width + column + c] : 0.0f;
+    }
+}
+
+// One tile of a product; W_e is right.data + e * weight_stride, `columns` the number of columns of the result (of gate
+// if there are pairs). Sums are chains of fmaf in the order of k from 0, as in train_moe.c: an element's bits depend on
+// its two rows only.
+template <int PRODUCT, class Epilogue>
+__global__ void __launch_bounds__(256)
+experts_fp32_kernel(Operand<float> left, Operand<float> right, long weight_stride, const int* offsets,
+                    const int2* tiles, int down, int across, int columns, Epilogue epilogue) {
+    constexpr int WIDTH = Epilogue::PAIRS ? 32 : 64;
+    __shared__ __align__(16) float a[16 * 68], b[16 * 68], sums[64 * 68];
+    Job job;
+    if (!find_job<PRODUCT, 64>(&job, offsets, tiles, down, across, left.width, WIDTH)) return;
+    if (PRODUCT != DYT_X) right.data += job.expert * weight_stride;
+    float sum[4][4] = {};
+    for (int k = job.k; k < job.k_end; k += 16) {
+        auto across_k = [&](int l) { return k + l < job.k_end ? k + l : -1; };
+        if (PRODUCT == DYT_X) load_expert_tile<false>(a, left, job.m0, across_k);
+        else load_expert_tile<true>(a, left, k, [&](int l) { return job.m0 + l < job.m_end ? job.m0 + l : -1; });
+        if (PRODUCT != X_WT) load_expert_tile<false>(b, right, job.n0, across_k);
+        else load_expert_tile<true>(b, right, k, [&](int l) {
+            int n = job.n0 + l % WIDTH;
+            return n < columns ? l / WIDTH * columns + n : -1;
+        });
+        __syncthreads();
+        fma_tile<64, 64>(sum, a, b);
+        __syncthreads();
+    }
+    for (int i = 0; i < 4; i++)
+        *(float4*)(sums + (threadIdx.x / 16 * 4 + i) * 68 + threadIdx.x % 16 * 4) =
+            make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+    __syncthreads();
+    for (int i = threadIdx.x; i < 64 * WIDTH / 4; i += 256) {
+        int row = i / (WIDTH / 4), column = i % (WIDTH / 4) * 4;
+        epilogue.template apply<WIDTH>(sums + row * 68 + column, job.expert, job.m0 + row, job.m0 + row < job.m_end,
+                                       job.n0 + column);
+    }
+}
+
+template <int PRODUCT, class Epilogue>
+static void launch_experts(Operand<float> left, Operand<float> right, const int* offsets, const int2* tiles,
+                           int max_tiles, int E, int columns, Epilogue epilogue) {
+    long weight_stride = (long)(Epilogue::PAIRS ? 2 : 1) * columns * left.width;
+    int down = PRODUCT == DYT_X ? ceil_div(left.width, 64) : max_tiles * (GROUP_ROWS / 64);
+    int across = ceil_div(columns, Epilogue::PAIRS ? 32 : 64);
+    experts_fp32_kernel<PRODUCT, Epilogue><<<dim3(down * across, E), 256>>>(left, right, weight_stride, offsets, tiles,
+                                                                            down, across, columns, epilogue);
+    CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// bf16: tensor cores
+//
+// A block of 256 threads computes 128 rows by BN columns, 64 values of k at a time, from tiles in shared memory. While
+// one stage (a tile of each operand) is multiplied, cp.async fills the next ones.
+//     mma.sync (sm_80 and later): each warp multiplies 64 x 32 from registers. 2 stages, so that two blocks fit into an
+//         SM (A100) and one multiplies while the other waits or stores.
+//     wgmma (sm_90a): four warps multiply 64 x BN straight from shared memory, asynchronously. At Hopper's speed the
+//     way
+//         from L2 is the limit: 128 x 256 tiles load 3/4 of the bytes per product that 128 x 128 tiles do.
+
+constexpr int BK = 64;
+
+// One operand's tile in shared memory: SIZE rows or columns of the result by BK values of k, in lines as in memory.
+// ALONG_K: SIZE lines of BK numbers, k contiguous ("K-major"); otherwise BK lines of SIZE numbers ("MN-major").
+// Lines are cut into pieces of 128 bytes, and pieces with the same columns lie below each other. Of the eight 16-byte
+// chunks of a piece, chunk c is stored at place c ^ (line % 8): then neither eight chunks along a line nor eight below
+// each other share a memory bank. That is also wgmma's 128-byte swizzle, if the tile starts at a multiple of 1024.
+template <int SIZE, bool ALONG_K> struct Tile {
+    static constexpr int LINES = ALONG_K ? SIZE : BK, CHUNKS = (ALONG_K ? BK : SIZE) / 8;
+    static constexpr int STEP = 256 / CHUNKS, COUNT = LINES / STEP; // a thread loads COUNT chunks, STEP lines apart
+
+    static __device__ bf16* at(bf16* tile, int line, int chunk) {
+        return tile + (chunk / 8 * LINES + line) * 64 + ((chunk ^ line) & 7) * 8;
+    }
+    // Fills the tile from the rows `row` (< 0: zeros) of the operand, from column `column` on.
+    static __device__ void load(bf16* tile, const Operand<bf16>& from, const int row[COUNT], int column) {
+        int line = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        column += chunk * 8;
+        auto source = [&](int r) {
+            return from.data + (long)(!ALONG_K && from.assignment ? r / from.K : r) * from.width + column;
+        };
+        if (from.vector) {
+            #pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                bool real = row[i] >= 0 && column < from.width;
+                cp_async_16(at(tile, line + i * STEP, chunk), real ? source(row[i]) : from.data, real);
+            }
+        } else {
+            #pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                bf16* to = at(tile, line + i * STEP, chunk);
+                #pragma unroll 1
+                for (int j = 0; j < 8; j++)
+                    to[j] = row[i] >= 0 && column + j < from.width ? source(row[i])[j] : __float2bfloat16(0.0f);
+            }
+        }
+    }
+    // 16 x 16 numbers as mma.sync wants them, of a left or right operand
+    static __device__ void fragment(unsigned r[4], bf16* tile, int i0, int k0, bool left) {
+        int lane = threadIdx.x % 32, low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
+        int i = i0 + (ALONG_K ? low : 0) + (left ? middle : high) * 8;
+        int k = k0 + (ALONG_K ? 0 : low) + (left ? high : middle) * 8;
+        if (ALONG_K) ldmatrix_x4<false>(r, at(tile, i, k / 8));
+        else ldmatrix_x4<true>(r, at(tile, k, i / 8));
+    }
+    // wgmma's descriptor of rows (or columns) i0 .. by k0 .. k0+15 (PTX ISA, "Matrix descriptor"): the address, the
+    // distance from one piece of a line to the next (not used along k, where 16 values are within a piece), the
+    // distance from eight lines to the next eight, and the 128-byte swizzle, each distance in units of 16 bytes.
+    static __device__ uint64_t descriptor(bf16* tile, int i0, int k0) {
+        uint64_t address = shared_address(ALONG_K ? tile + i0 * 64 + k0 : tile + i0 / 64 * LINES * 64 + k0 * 64);
+        return address / 16 | (uint64_t)(ALONG_K ? 1 : LINES * 128 / 16) << 16 | (uint64_t)(1024 / 16) << 32 |
+               1ull << 62;
+    }
+};
+
+template <bool WGMMA, int BN> struct Bf16Shape {
+    static constexpr int STAGES = !WGMMA ? 2 : BN == 128 ? 3 : 4, STAGE = (128 + BN) * BK; // numbers of a stage
+    static constexpr int SUMS = BN + 8; // floats in a row of the sums: with 8 more, stores meet no bank conflicts
+    static constexpr int SHARED = STAGES * STAGE * 2 > 128 * SUMS * 4 ? STAGES * STAGE * 2 : 128 * SUMS * 4;
+};
+
+// Arguments as in experts_fp32_kernel.
+template <int PRODUCT, bool WGMMA, int BN, class Epilogue>
+__global__ void __launch_bounds__(256, BN == 128 ? 2 : 1)
+experts_bf16_kernel(Operand<bf16> left, Operand<bf16> right, long weight_stride, const int* offsets, const int2* tiles,
+                    int down, int across, int columns, Epilogue epilogue) {
+    if constexpr (WGMMA && !wgmma_compiled) {
+        __trap();
+    } else {
+        extern __shared__ __align__(1024) char shared[];
+        using Shape = Bf16Shape<WGMMA, BN>;
+        using Left = Tile<128, PRODUCT != DYT_X>;
+        using Right = Tile<BN, PRODUCT == X_WT>;
+        constexpr int WIDTH = Epilogue::PAIRS ? BN / 2 : BN, STAGES = Shape::STAGES;
+        Job job;
+        if (!find_job<PRODUCT, 128>(&job, offsets, tiles, down, across, left.width, WIDTH)) return;
+        if (PRODUCT != DYT_X) right.data += job.expert * weight_stride;
+
+        // The rows that this thread's chunks come from. Along k they stay; across k they are fetched for the next
+        // stage when one has been loaded, so that reading `assignment` is not waited for. (And so divided by K later.)
+        int left_row[Left::COUNT], right_row[Right::COUNT];
+        auto fetch_rows = [&](int k, bool first) {
+            #pragma unroll
+            for (int i = 0; i < Left::COUNT; i++) {
+                int line = threadIdx.x / Left::CHUNKS + i * Left::STEP;
+                if (PRODUCT == DYT_X) {
+                    int r = k + line;
+                    left_row[i] = r >= job.k_end ? -1 : left.assignment ? left.assignment[r] : r;
+                } else if (first) {
+                    int r = job.m0 + line;
+                    left_row[i] = r >= job.m_end ? -1 : left.assignment ? left.assignment[r] / left.K : r;
+                }
+            }
+            #pragma unroll
+            for (int i = 0; i < Right::COUNT; i++) {
+                int line = threadIdx.x / Right::CHUNKS + i * Right::STEP;
+                if (PRODUCT != X_WT) {
+                    int r = k + line;
+                    right_row[i] = r >= job.k_end ? -1 : right.assignment ? right.assignment[r] : r;
+                } else if (first) {
+                    int n = job.n0 + line % WIDTH;
+                    right_row[i] = n >= columns ? -1 : line / WIDTH * columns + n;
+                }
+            }
+        };
+        auto load_stage = [&](int step) {
+            bf16* stage = (bf16*)shared + step % STAGES * Shape::STAGE;
+            int k = job.k + step * BK;
+            if (k < job.k_end) {
+                Left::load(stage, left, left_row, PRODUCT == DYT_X ? job.m0 : k);
+                Right::load(stage + 128 * BK, right, right_row, PRODUCT == X_WT ? k : job.n0);
+                fetch_rows(k + BK, false);
+            }
+            cp_async_commit();
+        };
+
+        // mma.sync: a warp's 64 x 32 are 4 x 4 fragments of 16 x 8; wgmma: a warpgroup's 64 x BN, of which each warp
+        // holds 16 rows, 1 x BN/8 fragments
+        constexpr int FM = WGMMA ? 1 : 4, FN = WGMMA ? BN / 8 : 4;
+        static_assert(WGMMA || BN == 128, "");
+        int warp = threadIdx.x / 32, m = WGMMA ? warp * 16 : warp / 4 * 64, n = WGMMA ? 0 : warp % 4 * 32;
+        float sum[FM][FN][4] = {};
+        wgmma_hold<FM * FN * 4>(&sum[0][0][0]);
+
+        // With wgmma, the product of the step before may still be reading its stage when the next is loaded.
+        constexpr int AHEAD = WGMMA ? STAGES - 2 : STAGES - 1;
+        int steps = ceil_div(job.k_end - job.k, BK);
+        fetch_rows(job.k, true);
+        for (int step = 0; step < AHEAD; step++) load_stage(step);
+        for (int step = 0; step < steps; step++) {
+            bf16 *a = (bf16*)shared + step % STAGES * Shape::STAGE, *b = a + 128 * BK;
+            cp_async_wait<AHEAD - 1>();
+            if (WGMMA) fence_async_proxy();
+            __syncthreads();    // this step's stage has arrived for all threads; that of step + AHEAD is free
+            if (WGMMA) {
+                wgmma_fence();
+                #pragma unroll
+                for (int k = 0; k < BK; k += 16)
+                    wgmma_bf16<BN, PRODUCT == DYT_X, PRODUCT != X_WT>(
+                        &sum[0][0][0], Left::descriptor(a, warp / 4 * 64, k), Right::descriptor(b, 0, k));
+                wgmma_commit();
+                load_stage(step + AHEAD);
+                wgmma_wait<1>();
+            } else {
+                load_stage(step + AHEAD);
+                #pragma unroll 2 // all four would take more registers than two blocks in an SM have
+                for (int k = 0; k < BK; k += 16) {
+                    unsigned fa[FM][4], fb[FN / 2][4];
+                    #pragma unroll
+                    for (int i = 0; i < FM; i++) Left::fragment(fa[i], a, m + i * 16, k, true);
+                    #pragma unroll
+                    for (int j = 0; j < FN / 2; j++) Right::fragment(fb[j], b, n + j * 16, k, false);
+                    #pragma unroll
+                    for (int i = 0; i < FM; i++)
+                        #pragma unroll
+                        for (int j = 0; j < FN; j++) mma_m16n8k16_bf16(sum[i][j], fa[i], &fb[j / 2][j % 2 * 2]);
+                }
+            }
+        }
+        wgmma_wait<0>();
+        wgmma_hold<FM * FN * 4>(&sum[0][0][0]);
+        __syncthreads();        // all products are done: the stages' memory is free for the sums
+
+        float* sums = (float*)shared;
+        int lane = threadIdx.x % 32;    // holds two neighbouring columns of two rows of each fragment
+        #pragma unroll
+        for (int i = 0; i < FM; i++)
+            #pragma unroll
+            for (int j = 0; j < FN; j++)
+                #pragma unroll
+                for (int h = 0; h < 2; h++)
+                    *(float2*)(sums + (m + i * 16 + h * 8 + lane / 4) * Shape::SUMS + n + j * 8 + lane % 4 * 2) =
+                        make_float2(sum[i][j][2 * h], sum[i][j][2 * h + 1]);
+        __syncthreads();
+        #pragma unroll 2
+        for (int i = threadIdx.x; i < 128 * WIDTH / 4; i += 256) {
+            int row = i / (WIDTH / 4), column = i % (WIDTH / 4) * 4;
+            epilogue.template apply<WIDTH>(sums + row * Shape::SUMS + column, job.expert, job.m0 + row,
+                                           job.m0 + row < job.m_end, job.n0 + column);
+        }
+    }
+}
+
+template <int PRODUCT, bool WGMMA, int BN, class Epilogue>
+static void launch_experts_bf16(Operand<bf16> left, Operand<bf16> right, const int* offsets, const int2* tiles,
+                                int max_tiles, int E, int columns, Epilogue epilogue) {
+    auto kernel = experts_bf16_kernel<PRODUCT, WGMMA, BN, Epilogue>;
+    constexpr int shared = Bf16Shape<WGMMA, BN>::SHARED;
+    static bool ready = false;
+    if (!ready) CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    ready = true;
+    long weight_stride = (long)(Epilogue::PAIRS ? 2 : 1) * columns * left.width;
+    int down = PRODUCT == DYT_X ? ceil_div(left.width, 128) : max_tiles;
+    int across = ceil_div(columns, Epilogue::PAIRS ? BN / 2 : BN);
+    kernel<<<dim3(down * across, E), 256, shared>>>(left, right, weight_stride, offsets, tiles, down, across, columns,
+                                                    epilogue);
+    CHECK(cudaGetLastError());
+}
+
+template <int PRODUCT, class Epilogue>
+static void launch_experts(Operand<bf16> left, Operand<bf16> right, const int* offsets, const int2* tiles,
+                           int max_tiles, int E, int columns, Epilogue epilogue) {
+    // 256 columns at a time, unless more than an eighth of the work would be on columns that do not exist
+    int narrow = ceil_div((Epilogue::PAIRS ? 2L : 1L) * columns, 128);
+    auto launch = !gpu_has_wgmma()                   ? launch_experts_bf16<PRODUCT, false, 128, Epilogue>
+                  : narrow % 2 == 0 || narrow >= 8 ? launch_experts_bf16<PRODUCT, true, 256, Epilogue>
+                                                     : launch_experts_bf16<PRODUCT, true, 128, Epilogue>;
+    launch(left, right, offsets, tiles, max_tiles, E, columns, epilogue);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The functions to call. T is float or bf16; offsets (E + 1), tiles (max_tiles) and assignment (R) as above.
+
+// gate_up (R, 2, I) = x W_e^T,  act (R, I) = silu(gate) up;  x (N, H) gathered by token, W (E, 2, I, H). gate_up may be
+// NULL where no backward pass follows. act is computed from unrounded sums.
+template <class T>
+static void gpu_experts_up(T* gate_up, T* act, const T* x, const int* assignment, int K, const T* W, const int* offsets,
+                           const int2* tiles, int max_tiles, int H, int I) {
+    int vector = by_fours(act, I) && by_fours(gate_up, I);
+    launch_experts<X_WT>(operand(x, H, assignment, K), operand<T>(W, H, NULL, 1), offsets, tiles, max_tiles, 1, I,
+                         SwigluEpilogue<T>{gate_up, act, I, vector});
+}
+
+// y (R, H) = act (R, I) W_e^T,  W (E, H, I)
+template <class T>
+static void gpu_experts_down(T* y, const T* act, const T* W, const int* offsets, const int2* tiles, int max_tiles,
+                             int I, int H) {
+    launch_experts<X_WT>(operand<T>(act, I, NULL, 1), operand<T>(W, I, NULL, 1), offsets, tiles, max_tiles, 1, H,
+                         StoreEpilogue<T>{y, H, by_fours(y, H)});
+}
+
+// Columns that dgate_parts has for experts of width I.
+template <class T> static int gpu_dgate_parts(int I) { return ceil_div(I, SwigluBackwardEpilogue<T>::PART); }
+
+// The gradient of gate_r down(silu(g) u), back to g and u. dy (N, H), the gradient of the layer's output, is gathered
+// by token; dact = dy W_e is never stored, W (E, H, I). In place of gate_up (R, 2, I) comes its gradient; gated_act
+// (R, I) = gate silu(g) u; dgate_parts (R, gpu_dgate_parts<T>(I)) is to be added up by gpu_gate_gradients. gates (N, K)
+// at assignment[r]; NULL: all are 1, and then dgate_parts may be NULL.
+template <class T>
+static void gpu_experts_down_backward(T* gate_up, T* gated_act, float* dgate_parts, const T* dy, const int* assignment,
+                                      int K, const float* gates, const T* W, const int* offsets, const int2* tiles,
+                                      int max_tiles, int I, int H) {
+    int vector = by_fours(gate_up, I) && by_fours(gated_act, I);
+    launch_experts<DY_W>(operand(dy, H, assignment, K), operand<T>(W, I, NULL, 1), offsets, tiles, max_tiles, 1, I,
+                         SwigluBackwardEpilogue<T>{gate_up, gated_act, dgate_parts, gates, assignment, I, vector});
+}
+
+// dgates[assignment[r]] = the sum of parts (R, P) over P, in order
+static __global__ void gate_gradients_kernel(float* dgates, const float* parts, const int* assignment, int R, int P) {
+    int r = blockIdx.x * blockDim.x + threadIdx.x;
+    if (r >= R) return;
+    float sum = 0;
+    for (int p = 0; p < P; p++) sum += parts[(long)r * P + p];
+    dgates[assignment ? assignment[r] : r] = sum;
+}
+static void gpu_gate_gradients(float* dgates, const float* parts, const int* assignment, int R, int P) {
+    gate_gradients_kernel<<<ceil_div(R, 256), 256>>>(dgates, parts, assignment, R, P);
+    CHECK(cudaGetLastError());
+}
+
+// drows (R, H) = dgate_up (R, 2 I) W_e,  W (E, 2, I, H)
+template <class T>
+static void gpu_experts_input_backward(T* drows, const T* dgate_up, const T* W, const int* offsets, const int2* tiles,
+                                       int max_tiles, int H, int I) {
+    launch_experts<DY_W>(operand<T>(dgate_up, 2 * I, NULL, 1), operand<T>(W, H, NULL, 1), offsets, tiles, max_tiles, 1,
+                         H, StoreEpilogue<T>{drows, H, by_fours(drows, H)});
+}
+
+// dW_e (OC, C) (+)= sum over the rows r of expert e of dy_r^T x_r, in fp32; add = 0 overwrites (with zeros for experts
+// without rows). Each operand is (R, OC) or (R, C) by rows if its assignment is NULL, else (N, OC) or (N, C) by tokens.
+template <class T>
+static void gpu_experts_weight_backward(float* dW, const T* dy, const int* dy_assignment, const T* x,
+                                        const int* x_assignment, int K, const int* offsets, int E, int OC, int C,
+                                        int add) {
+    launch_experts<DYT_X>(operand(dy, OC, dy_assignment, K), operand(x, C, x_assignment, K), offsets, NULL, 0, E, C,
+                          WeightEpilogue{dW, OC, C, add, by_fours(dW, C)});
+}
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention: causal, grouped-query
+//
+//     out_i = sum over j <= i of p_ij v_j,  p_ij = exp(q_i k_j / sqrt(HD)) / sum over j <= i,  lse_i = log of that sum
+//
+// and, with dp_ij = dout_i v_j and D_i = sum over j of p_ij dp_ij = dout_i out_i,
+//
+//     ds_ij = p_ij (dp_ij - D_i) / sqrt(HD)
+//     dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
+//
+// The T x T matrices never reach memory (FlashAttention-2, Dao 2023, arXiv 2307.08691). Forward (its Algorithm 1): a
+// block of threads owns a block of queries and walks over the keys a tile at a time, carrying for each query the
+// largest score m, the sum of exp(score - m) and the sum of exp(score - m) v; when a tile brings a larger m, both sums
+// are multiplied by exp(old m - new m) first. Backward (Algorithm 2): p is made again from the scores and lse.
+//
+// Algorithm 2 makes dk, dv and dq in one pass over the tiles, and adds to dq with atomics: its order of additions
+// changes from run to run. Here one kernel owns a block of keys and sums dk and dv over the queries, another owns a
+// block of queries and sums dq over the keys, each in one fixed order. The price is that scores and dp are computed
+// twice: 7 products of tiles instead of 5.
+//
+// All three kernels have the same shape: a warp owns some rows (queries; in the dk and dv kernel, keys), the block
+// walks over tiles of the other side, and per tile there are products "rows by tile" (scores, dp) and then sums
+// "weights times tile" (out, dq, dk, dv), whose weights a warp already holds in its registers.
+
+// the largest head size of these kernels; a smaller one is rounded up to 32, 64, 96 or 128 with zeros
+constexpr int gpu_attention_max_head_dim() { return 128; }
+
+// D (B, NH, T): D_i = dout_i . out_i; dout, out (B T, NH HD). One warp for each token and head.
+template <class T>
+__global__ void attention_dot_kernel(float* D, const T* dout, const T* out, int B, int length, int NH, int HD) {
+    long i = ((long)blockIdx.x * blockDim.x + threadIdx.x) / 32, n = i / NH, h = i % NH;
+    if (n >= (long)B * length) return;
+    float sum = 0;
+    for (int d = threadIdx.x % 32; d < HD; d += 32) sum += to_float(dout[i * HD + d]) * to_float(out[i * HD + d]);
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) D[(n / length * NH + h) * length + n % length] = sum;
+}
+
+// -- float: 32 rows in a block, 4 in each of its 8 warps, against tiles of 32 lines
+
+constexpr int ATT_TILE = 32, ATT_ROWS = 4, ATT_THREADS = 256;
+// Lines lie D + 4 floats apart: when 32 lanes each read 4 floats of their own line, the 8 lanes that are served
+// together hit different banks, and 4 floats stay aligned to 16 bytes.
+template <int D> __host__ __device__ constexpr int attention_tile_floats() { return ATT_TILE * (D + 4); }
+
+// tile[j][d] = from[j ld + d] for j < lines and d < HD, zero elsewhere
+template <int D>
+__device__ inline void attention_load(float* tile, const float* from, long ld, int lines, int HD) {
+    for (int i = threadIdx.x; i < ATT_TILE * D; i += ATT_THREADS) {
+        int j = i / D, d = i % D;
+        tile[j * (D + 4) + d] = j < lines && d < HD ? from[j * ld + d] : 0.0f;
+    }
+}
+
+// s[r] = rows[r] . tile[lane]: each lane has a line of the tile for itself, and all share the rows
+template <int D> __device__ inline void attention_dots(float s[ATT_ROWS], const float* rows, const float* tile) {
+    #pragma unroll
+    for (int r = 0; r < ATT_ROWS; r++) s[r] = 0;
+    #pragma unroll 4
+    for (int d = 0; d < D; d += 4) {
+        float4 t = *(const float4*)(tile + threadIdx.x % 32 * (D + 4) + d);
+        #pragma unroll
+        for (int r = 0; r < ATT_ROWS; r++) {
+            float4 a = *(const float4*)(rows + r * (D + 4) + d);
+            s[r] += a.x * t.x + a.y * t.y + a.z * t.z + a.w * t.w;
+        }
+    }
+}
+
+// sum[r][c] += sum over the tile's lines j of w_rj tile[j][lane + 32 c], where lane j holds w_rj: now the lanes have a
+// column each
+template <int D>
+__device__ inline void attention_sums(float sum[ATT_ROWS][D / 32], const float w[ATT_ROWS], const float* tile) {
+    #pragma unroll 4
+    for (int j = 0; j < ATT_TILE; j++)
+        #pragma unroll
+        #pragma unroll
+        for (int r = 0; r < ATT_ROWS; r++) {
+            float w_rj = __shfl_sync(0xffffffffu, w[r], j);
+            #pragma unroll
+            for (int c = 0; c < D / 32; c++) sum[r][c] += w_rj * tile[j * (D + 4) + threadIdx.x % 32 + 32 * c];
+        }
+}
+
+// to[lane + 32 c] = factor sum[c]
+template <int D> __device__ inline void attention_store(float* to, const float sum[D / 32], float factor, int HD) {
+    #pragma unroll
+    for (int c = 0; c < D / 32; c++) {
+        int d = threadIdx.x % 32 + 32 * c;
+        if (d < HD) to[d] = factor * sum[c];
+    }
+}
+
+// Grid (NH, blocks of 32 queries, B). Queries late in the sequence have most keys to see, so their blocks come first:
+// the short ones then fill the gaps at the end.
+template <int D>
+__global__ void __launch_bounds__(ATT_THREADS, 2)
+attention_forward_kernel(float* out, float* lse, const float* q, long ld_q, const float* k, long ld_k, const float* v,
+                         long ld_v, int Tq, int Tk, int NH, int NKV, int HD) {
+    extern __shared__ __align__(16) float att_shared[];
+    float *q_tile = att_shared, *k_tile = q_tile + attention_tile_floats<D>();
+    float* v_tile = k_tile + attention_tile_floats<D>();
+    int h = blockIdx.x, b = blockIdx.z, first = (gridDim.y - 1 - blockIdx.y) * ATT_TILE, past = Tk - Tq;
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * ATT_ROWS, kv_head = h / (NH / NKV);
+    int keys = min(Tk, past + first + ATT_TILE);    // what the last query of the block sees
+    float scale = 1.0f / sqrtf((float)HD), max_score[ATT_ROWS], total[ATT_ROWS], sum[ATT_ROWS][D / 32] = {};
+    #pragma unroll
+    for (int r = 0; r < ATT_ROWS; r++) max_score[r] = -INFINITY, total[r] = 0;
+    attention_load<D>(q_tile, q + ((long)b * Tq + first) * ld_q + (long)h * HD, ld_q, Tq - first, HD);
+    for (int j0 = 0; j0 < keys; j0 += ATT_TILE) {
+        __syncthreads();    // the last tile has been used by everyone
+        attention_load<D>(k_tile, k + ((long)b * Tk + j0) * ld_k + (long)kv_head * HD, ld_k, Tk - j0, HD);
+        attention_load<D>(v_tile, v + ((long)b * Tk + j0) * ld_v + (long)kv_head * HD, ld_v, Tk - j0, HD);
+        __syncthreads();
+        float p[ATT_ROWS];
+        attention_dots<D>(p, q_tile + row * (D + 4), k_tile);
+        #pragma unroll
+        for (int r = 0; r < ATT_ROWS; r++) {
+            // Every query sees key 0, so the maximum is a number from the first tile on. The mask also hides the zeros
+            // after the last key from every query that exists.
+            if (j0 + lane > past + first + row + r) p[r] = -INFINITY;
+            float m = fmaxf(max_score[r], warp_max(p[r])), shrink = expf(scale * (max_score[r] - m));
+            p[r] = expf(scale * (p[r] - m));
+            total[r] = total[r] * shrink + warp_sum(p[r]);
+            max_score[r] = m;
+            #pragma unroll
+            for (int c = 0; c < D / 32; c++) sum[r][c] *= shrink;
+        }
+        attention_sums<D>(sum, p, v_tile);
+    }
+    #pragma unroll
+    for (int r = 0; r < ATT_ROWS; r++) {
+        int i = first + row + r;
+        if (i >= Tq) continue;
+        attention_store<D>(out + (((long)b * Tq + i) * NH + h) * HD, sum[r], 1.0f / total[r], HD);
+        if (lane == 0) lse[((long)b * NH + h) * Tq + i] = scale * max_score[r] + logf(total[r]);
+    }
+}
+
+// Grid (NH, blocks of 32 queries, B), longest first.
+template <int D>
+__global__ void __launch_bounds__(ATT_THREADS, 2)
+attention_backward_q_kernel(float* dq, const float* dout, const float* lse, const float* dots, const float* q,
+                            long ld_q, const float* k, long ld_k, const float* v, long ld_v, long ld_dq, int T, int NH,
+                            int NKV, int HD) {
+    extern __shared__ __align__(16) float att_shared[];
+    float *q_tile = att_shared, *dout_tile = q_tile + attention_tile_floats<D>();
+    float *k_tile = dout_tile + attention_tile_floats<D>(), *v_tile = k_tile + attention_tile_floats<D>();
+    int h = blockIdx.x, b = blockIdx.z, first = (gridDim.y - 1 - blockIdx.y) * ATT_TILE;
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * ATT_ROWS, kv_head = h / (NH / NKV);
+    float scale = 1.0f / sqrtf((float)HD), lse_r[ATT_ROWS], dot_r[ATT_ROWS], sum[ATT_ROWS][D / 32] = {};
+    #pragma unroll
+    for (int r = 0; r < ATT_ROWS; r++) {
+        int i = min(first + row + r, T - 1);
+        lse_r[r] = lse[((long)b * NH + h) * T + i];
+        dot_r[r] = dots[((long)b * NH + h) * T + i];
+    }
+    attention_load<D>(q_tile, q + ((long)b * T + first) * ld_q + (long)h * HD, ld_q, T - first, HD);
+    attention_load<D>(dout_tile, dout + (((long)b * T + first) * NH + h) * HD, (long)NH * HD, T - first, HD);
+    for (int j0 = 0; j0 <= first; j0 += ATT_TILE) {
+        __syncthreads();
+        attention_load<D>(k_tile, k + ((long)b * T + j0) * ld_k + (long)kv_head * HD, ld_k, T - j0, HD);
+        attention_load<D>(v_tile, v + ((long)b * T + j0) * ld_v + (long)kv_head * HD, ld_v, T - j0, HD);
+        __syncthreads();
+        float s[ATT_ROWS], dp[ATT_ROWS];
+        attention_dots<D>(s, q_tile + row * (D + 4), k_tile);
+        attention_dots<D>(dp, dout_tile + row * (D + 4), v_tile);
+        #pragma unroll
+        for (int r = 0; r < ATT_ROWS; r++) {
+            bool seen = j0 + lane <= first + row + r;
+            s[r] = seen ? expf(scale * s[r] - lse_r[r]) * (dp[r] - dot_r[r]) : 0.0f;
+        }
+        attention_sums<D>(sum, s, k_tile);
+    }
+    #pragma unroll
+    for (int r = 0; r < ATT_ROWS; r++)
+        if (first + row + r < T)
+            attention_store<D>(dq + ((long)b * T + first + row + r) * ld_dq + (long)h * HD, sum[r], scale, HD);
+}
+
+// Grid (NKV, blocks of 32 keys, B): early keys are seen by most queries, and come first. The queries are those of all
+// query heads that share this key and value head.
+template <int D>
+__global__ void __launch_bounds__(ATT_THREADS, 2)
+attention_backward_kv_kernel(float* dk, float* dv, const float* dout, const float* lse, const float* dots,
+                             const float* q, long ld_q, const float* k, long ld_k, const float* v, long ld_v,
+                             long ld_dk, long ld_dv, int T, int NH, int NKV, int HD) {
+    extern __shared__ __align__(16) float att_shared[];
+    float *k_tile = att_shared, *v_tile = k_tile + attention_tile_floats<D>();
+    float *q_tile = v_tile + attention_tile_floats<D>(), *dout_tile = q_tile + attention_tile_floats<D>();
+    int kv_head = blockIdx.x, first = blockIdx.y * ATT_TILE, b = blockIdx.z, group = NH / NKV;
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * ATT_ROWS;
+    float scale = 1.0f / sqrtf((float)HD), dk_sum[ATT_ROWS][D / 32] = {}, dv_sum[ATT_ROWS][D / 32] = {};
+    attention_load<D>(k_tile, k + ((long)b * T + first) * ld_k + (long)kv_head * HD, ld_k, T - first, HD);
+    attention_load<D>(v_tile, v + ((long)b * T + first) * ld_v + (long)kv_head * HD, ld_v, T - first, HD);
+    for (int h = kv_head * group; h < (kv_head + 1) * group; h++)
+        for (int i0 = first; i0 < T; i0 += ATT_TILE) {
+            __syncthreads();
+            attention_load<D>(q_tile, q + ((long)b * T + i0) * ld_q + (long)h * HD, ld_q, T - i0, HD);
+            attention_load<D>(dout_tile, dout + (((long)b * T + i0) * NH + h) * HD, (long)NH * HD, T - i0, HD);
+            __syncthreads();
+            int i = i0 + lane;
+            float lse_i = i < T ? lse[((long)b * NH + h) * T + i] : 0;
+            float dot_i = i < T ? dots[((long)b * NH + h) * T + i] : 0;
+            float p[ATT_ROWS], ds[ATT_ROWS];
+            attention_dots<D>(p, k_tile + row * (D + 4), q_tile);
+            attention_dots<D>(ds, v_tile + row * (D + 4), dout_tile);
+            #pragma unroll
+            for (int r = 0; r < ATT_ROWS; r++) {
+                p[r] = first + row + r <= i && i < T ? expf(scale * p[r] - lse_i) : 0.0f;
+                ds[r] = p[r] * (ds[r] - dot_i);
+            }
+            attention_sums<D>(dv_sum, p, dout_tile);
+            attention_sums<D>(dk_sum, ds, q_tile);
+        }
+    #pragma unroll
+    for (int r = 0; r < ATT_ROWS; r++)
+        if (first + row + r < T) {
+            long t = (long)b * T + first + row + r;
+            attention_store<D>(dk + t * ld_dk + (long)kv_head * HD, dk_sum[r], scale, HD);
+            attention_store<D>(dv + t * ld_dv + (long)kv_head * HD, dv_sum[r], 1, HD);
+        }
+}
+
+// -- bf16: tensor cores
+//
+// A block owns 128 rows, each warp 16 M of them: M = 2 where the registers allow. The tiles of the other side are read
+// from shared memory by every warp, 512 bytes in 4 clocks, and with M = 1 such a piece feeds 2 products that together
+// take the tensor cores 4 clocks of an A100 and 2 to 3 of an H100: memory is the limit. M = 2 feeds 4.
+//
+// How mma.m16n8k16 spreads its matrices over a warp (PTX ISA, "Matrix Fragments for mma.m16n8k16"), lane = 4 g + t:
+//     result, 16 x 8:    d[0], d[1] = row g, columns 2t, 2t + 1;  d[2], d[3] = row g + 8
+//     left, 16 x 16:     a[0] = row g, columns 2t, 2t + 1;  a[1] = row g + 8;  a[2], a[3] = the same 8 columns further
+//     right, 16 x 8:     b[0] = rows 2t, 2t + 1 of column g;  b[1] = rows 2t + 8, 2t + 9
+// Two results side by side have the layout of a left operand: scores turn into weights where they are, and weights
+// never pass through shared memory. (The dk and dv kernel needs p and ds transposed; it computes them transposed, with
+// keys as the rows.)
+
+constexpr int ATT_BLOCK = 128;      // rows of a block
+
+// 2^x within 2 units in the last place, 0 for -infinity: one instruction, where exp2f guards tiny results as well
+#ifdef __CUDACC__
+__device__ static inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
+static inline float exp2_fast(float x) { return exp2f(x); }
+#endif
+
+__device__ static inline unsigned pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(unsigned*)&pair;
+}
+
+// A tile has lines of D numbers, in chunks of 8 (16 bytes). Chunks trade places within their line, so that the 8
+// chunks that ldmatrix reads at a time, from 8 successive lines, lie in different banks: with lines of 128 bytes, or a
+// multiple, by line % 8; with 64 or 192 bytes, where every second line starts half-way, by line / 2 % 4.
+template <int D> __device__ inline bf16* attention_chunk(bf16* tile, int line, int chunk) {
+    return tile + line * D + (chunk ^ (D % 64 == 0 ? line & 7 : line >> 1 & 3)) * 8;
+}
+
+// May 16 bytes be read (8 numbers) or 4 written (2 numbers) at a time, for every head of every row?
+__device__ inline bool attention_aligned(const void* p, long ld, int HD, int numbers) {
+    return ((uintptr_t)p % (2 * numbers) | ld % numbers | HD % numbers) == 0;
+}
+
+// tile[l][d] = from[l ld + d] for l < lines and d < HD, zero elsewhere. With `wide`, the copies are under way when this
+// returns, in the caller's open group of asynchronous copies. A thread keeps to one chunk of every STEP-th line.
+template <int D, int LINES, int THREADS>
+__device__ inline void attention_load(bf16* tile, const bf16* from, long ld, int lines, int HD, bool wide) {
+    constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
+    int chunk = threadIdx.x % CHUNKS, d = chunk * 8;
+    if (threadIdx.x >= STEP * CHUNKS) return;
+    #pragma unroll 1
+    for (int line = threadIdx.x / CHUNKS; line < LINES; line += STEP) {
+        bf16* to = attention_chunk<D>(tile, line, chunk);
+        bool wanted = line < lines && d < HD;
+        const bf16* at = wanted ? from + line * ld + d : from;
+        if (wide) cp_async_16(to, at, wanted);
+        else {
+            #pragma unroll 1
+            for (int i = 0; i < 8; i++) to[i] = wanted && d + i < HD ? at[i] : __float2bfloat16(0.0f);
+        }
+    }
+}
+
+// A 16 x 16 piece of a tile as four 8 x 8 matrices: DOWN, the second lies below the first (a left operand, or with
+// TRANSPOSED a right operand whose rows are lines); else beside it (a right operand whose columns are lines). Written
+// so that one number, `mine`, holds all that depends on the lane: the rest are constants.
+template <int D, bool DOWN, bool TRANSPOSED>
+__device__ inline void attention_fragment(unsigned r[4], bf16* tile, int line, int column) {
+    constexpr int SPAN = D % 64 == 0 ? 64 : 32;         // chunks trade places within so many numbers
+    int lane = threadIdx.x % 32, second = lane / 8 % 2, third = lane / 16;
+    int mine = (int)(attention_chunk<D>(tile, lane % 8 + (DOWN ? second : third) * 8, DOWN ? third : second) - tile);
+    ldmatrix_x4<TRANSPOSED>(r, tile + line * D + column / SPAN * SPAN + (mine ^ column % SPAN));
+}
+
+// s (16 M x N) = rows `row` and on of one tile (16 M x D) times the lines of another (N x D), transposed
+template <int D, int M, int N>
+__device__ inline void attention_dots(float s[M][N / 8][4], bf16* rows, int row, bf16* tile) {
+    #pragma unroll
+    for (int i = 0; i < M * (N / 8) * 4; i++) s[i / (N / 2)][i / 4 % (N / 8)][i % 4] = 0;
+    #pragma unroll
+    for (int d = 0; d < D; d += 16) {
+        unsigned a[M][4], b[4];
+        #pragma unroll
+        for (int m = 0; m < M; m++) attention_fragment<D, true, false>(a[m], rows, row + 16 * m, d);
+        #pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            attention_fragment<D, false, false>(b, tile, n, d);
+            #pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_m16n8k16_bf16(s[m][n / 8], a[m], b);
+                mma_m16n8k16_bf16(s[m][n / 8 + 1], a[m], b + 2);
+            }
+        }
+    }
+}
+
+// sum (16 M x D) += w (16 M x N), rounded to bf16, times the lines of a tile (N x D)
+template <int D, int M, int N>
+__device__ inline void attention_sums(float sum[M][D / 8][4], const float w[M][N / 8][4], bf16* tile) {
+    #pragma unroll
+    for (int n = 0; n < N; n += 16) {
+        unsigned a[M][4], b[4];
+        #pragma unroll
+        for (int m = 0; m < M; m++)
+            #pragma unroll
+            for (int j = 0; j < 4; j++) a[m][j] = pack_bf16(w[m][n / 8 + j / 2][j % 2 * 2], w[m][n / 8 + j / 2][j % 2 * 2 + 1]);
+        #pragma unroll
+        for (int d = 0; d < D; d += 16) {
+            attention_fragment<D, true, true>(b, tile, n, d);
+            #pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma_m16n8k16_bf16(sum[m][d / 8], a[m], b);
+                mma_m16n8k16_bf16(sum[m][d / 8 + 1], a[m], b + 2);
+            }
+        }
+    }
+}
+
+// to[r ld + d] = factor sum[r][d] for the 8 rows (r = lane / 4) of half `half` of a fragment, as far as r < rows
+template <int D>
+__device__ inline void attention_store(bf16* to, long ld, const float sum[D / 8][4], int half, float factor, int rows,
+                                       int HD, bool pairs) {
+    int r = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    if (r >= rows) return;
+    #pragma unroll
+    for (int j = 0; j < D / 8; j++) {
+        int d = 8 * j + 2 * t;
+        float x = factor * sum[j][2 * half], y = factor * sum[j][2 * half + 1];
+        bf16* at = to + r * ld + d;
+        if (pairs) {
+            if (d < HD) *(unsigned*)at = pack_bf16(x, y);
+        } else {
+            if (d < HD) store(at, x);
+            if (d + 1 < HD) store(at + 1, y);
+        }
+    }
+}
+
+// Grid (NH, blocks of 128 queries, B): the longest blocks come first, and those of one sequence, which read the same
+// keys and values, together. A block holds one tile of keys and one of values; each is loaded while the product with
+// the other runs, so that one buffer of each does and two blocks fit on a multiprocessor.
+template <int D, int M, int N>
+__global__ void __launch_bounds__(ATT_BLOCK / M * 2, M)
+attention_forward_mma_kernel(bf16* out, float* lse, const bf16* q, long ld_q, const bf16* k, long ld_k, const bf16* v,
+                             long ld_v, int Tq, int Tk, int NH, int NKV, int HD) {
+    constexpr int THREADS = ATT_BLOCK / M * 2;
+    extern __shared__ __align__(128) bf16 att_tiles[];
+    bf16 *q_tile = att_tiles, *k_tile = q_tile + ATT_BLOCK * D, *v_tile = k_tile + N * D;
+    int h = blockIdx.x, b = blockIdx.z, first = (gridDim.y - 1 - blockIdx.y) * ATT_BLOCK, past = Tk - Tq;
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M, kv_head = h / (NH / NKV);
+    int keys = min(Tk, past + first + ATT_BLOCK);       // what the block's last query sees
+    bool wide = attention_aligned(q, ld_q, HD, 8) && attention_aligned(k, ld_k, HD, 8) && attention_aligned(v, ld_v, HD, 8);
+    const bf16 *k_head = k + (long)b * Tk * ld_k + (long)kv_head * HD, *v_head = v + (long)b * Tk * ld_v + (long)kv_head * HD;
+    // exp(x / sqrt(HD)) = 2^(x factor): the maxima are kept in these units
+    float factor = 1.44269504f / sqrtf((float)HD), sum[M][D / 8][4] = {}, max_score[M][2], total[M][2] = {};
+    #pragma unroll
+    for (int m = 0; m < M; m++) max_score[m][0] = max_score[m][1] = -INFINITY;
+
+    attention_load<D, ATT_BLOCK, THREADS>(q_tile, q + ((long)b * Tq + first) * ld_q + (long)h * HD, ld_q, Tq - first, HD, wide);
+    attention_load<D, N, THREADS>(k_tile, k_head, ld_k, Tk, HD, wide);
+    cp_async_commit();
+    for (int j0 = 0; j0 < keys; j0 += N) {
+        cp_async_wait<0>();
+        __syncthreads();            // the keys have arrived, and everyone is done with the last values
+        attention_load<D, N, THREADS>(v_tile, v_head + j0 * ld_v, ld_v, Tk - j0, HD, wide);
+        cp_async_commit();
+        // a warp has nothing to do if its queries do not exist, or all keys of the tile lie after its last query
+        int query = past + first + row;
+        bool busy = first + row < Tq && j0 <= query + 16 * M - 1;
+        float s[M][N / 8][4];
+        if (busy) attention_dots<D, M, N>(s, q_tile, row, k_tile);
+        cp_async_wait<0>();
+        __syncthreads();            // the values have arrived, and everyone is done with the keys
+        if (j0 + N < keys) attention_load<D, N, THREADS>(k_tile, k_head + (j0 + N) * ld_k, ld_k, Tk - j0 - N, HD, wide);
+        cp_async_commit();
+        if (!busy) continue;
+        // Every query sees key 0, so the maximum is a number from the first tile on. The mask also hides the zeros
+        // after the last key from every query that exists.
+        if (j0 + N - 1 > query) {
+            #pragma unroll
+            for (int i = 0; i < M * (N / 8) * 4; i++) {
+                int m = i / (N / 2), n = i / 4 % (N / 8), e = i % 4;
+                if (j0 + 8 * n + lane % 4 * 2 + e % 2 > query + 16 * m + lane / 4 + e / 2 * 8) s[m][n][e] = -INFINITY;
+            }
+        }
+        #pragma unroll
+        for (int m = 0; m < M; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {      // a row's scores are spread over 4 lanes
+                float max = -INFINITY, p_sum = 0;
+                #pragma unroll
+                for (int n = 0; n < N / 8; n++) max = fmaxf(max, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
+                max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
+                max = fmaxf(max_score[m][half], max * factor);
+                float shrink = exp2_fast(max_score[m][half] - max);
+                max_score[m][half] = max;
+                #pragma unroll
+                for (int n = 0; n < N / 8; n++)
+                    #pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; e++) p_sum += s[m][n][e] = exp2_fast(s[m][n][e] * factor - max);
+                total[m][half] = total[m][half] * shrink + p_sum;      // this lane's share, until the end
+                #pragma unroll
+                for (int d = 0; d < D / 8; d++) sum[m][d][2 * half] *= shrink, sum[m][d][2 * half + 1] *= shrink;
+            }
+        attention_sums<D, M, N>(sum, s, v_tile);
+    }
+    bool pairs = attention_aligned(out, 2, HD, 2);
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int i = first + row + 16 * m + 8 * half;
+            float all = total[m][half];
+            all += __shfl_xor_sync(0xffffffffu, all, 1);
+            all += __shfl_xor_sync(0xffffffffu, all, 2);
+            attention_store<D>(out + (((long)b * Tq + i) * NH + h) * HD, (long)NH * HD, sum[m], half, 1.0f / all, Tq - i,
+                               HD, pairs);
+            if (i + lane / 4 < Tq && lane % 4 == 0)
+                lse[((long)b * NH + h) * Tq + i + lane / 4] = 0.69314718f * (max_score[m][half] + log2f(all));
+        }
+}
+
+// Grid (NH, blocks of 128 queries, B), as forward. Keys are used before and after values here, so both have two buffers:
+// the next tile is on its way during all three products.
+template <int D, int M, int N>
+__global__ void __launch_bounds__(ATT_BLOCK / M * 2, M)
+attention_backward_q_mma_kernel(bf16* dq, const bf16* dout, const float* lse, const float* dots, const bf16* q, long ld_q,
+                                const bf16* k, long ld_k, const bf16* v, long ld_v, long ld_dq, int T, int NH, int NKV,
+                                int HD) {
+    constexpr int THREADS = ATT_BLOCK / M * 2;
+    extern __shared__ __align__(128) bf16 att_tiles[];
+    bf16 *q_tile = att_tiles, *dout_tile = q_tile + ATT_BLOCK * D, *kv_tiles = dout_tile + ATT_BLOCK * D;
+    int h = blockIdx.x, b = blockIdx.z, first = (gridDim.y - 1 - blockIdx.y) * ATT_BLOCK;
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M, query = first + row, kv_head = h / (NH / NKV);
+    int keys = min(T, first + ATT_BLOCK);
+    long ld_dout = (long)NH * HD, tokens = (long)b * T;
+    bool wide = attention_aligned(q, ld_q, HD, 8) && attention_aligned(k, ld_k, HD, 8) &&
+                attention_aligned(v, ld_v, HD, 8) && attention_aligned(dout, ld_dout, HD, 8);
+    float factor = 1.44269504f / sqrtf((float)HD), sum[M][D / 8][4] = {};
+    float* stats = (float*)(kv_tiles + 4 * N * D);      // lse of each row, in powers of 2, and its D
+    for (int r = threadIdx.x; r < ATT_BLOCK; r += THREADS) {
+        long i = ((long)b * NH + h) * T + min(first + r, T - 1);
+        stats[r] = 1.44269504f * lse[i];
+        stats[ATT_BLOCK + r] = dots[i];
+    }
+    auto load = [&](int j0) {
+        bf16* k_tile = kv_tiles + j0 / N % 2 * 2 * N * D;
+        attention_load<D, N, THREADS>(k_tile, k + (tokens + j0) * ld_k + (long)kv_head * HD, ld_k, T - j0, HD, wide);
+        attention_load<D, N, THREADS>(k_tile + N * D, v + (tokens + j0) * ld_v + (long)kv_head * HD, ld_v, T - j0, HD, wide);
+        cp_async_commit();
+    };
+    attention_load<D, ATT_BLOCK, THREADS>(q_tile, q + (tokens + first) * ld_q + (long)h * HD, ld_q, T - first, HD, wide);
+    attention_load<D, ATT_BLOCK, THREADS>(dout_tile, dout + (tokens + first) * ld_dout + (long)h * HD, ld_dout, T - first, HD, wide);
+    load(0);
+    for (int j0 = 0; j0 < keys; j0 += N) {
+        cp_async_wait<0>();
+        __syncthreads();            // this tile has arrived, and everyone is done with the one before
+        if (j0 + N < keys) load(j0 + N);
+        if (query >= T || j0 > query + 16 * M - 1) continue;
+        bf16 *k_tile = kv_tiles + j0 / N % 2 * 2 * N * D, *v_tile = k_tile + N * D;
+        float s[M][N / 8][4], dp[M][N / 8][4];
+        attention_dots<D, M, N>(s, q_tile, row, k_tile);
+        attention_dots<D, M, N>(dp, dout_tile, row, v_tile);
+        bool mask = j0 + N - 1 > query;
+        #pragma unroll
+        for (int i = 0; i < M * (N / 8) * 4; i++) {
+            int m = i / (N / 2), n = i / 4 % (N / 8), e = i % 4, r = row + 16 * m + e / 2 * 8 + lane / 4;
+            float p = exp2_fast(s[m][n][e] * factor - stats[r]);
+            if (mask && j0 + 8 * n + lane % 4 * 2 + e % 2 > first + r) p = 0;
+            s[m][n][e] = p * (dp[m][n][e] - stats[ATT_BLOCK + r]);      // ds sqrt(HD)
+        }
+        attention_sums<D, M, N>(sum, s, k_tile);
+    }
+    bool pairs = attention_aligned(dq, ld_dq, HD, 2);
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int i = query + 16 * m + 8 * half;
+            attention_store<D>(dq + (tokens + i) * ld_dq + (long)h * HD, ld_dq, sum[m], half, 1.0f / sqrtf((float)HD), T - i,
+                               HD, pairs);
+        }
+}
+
+// Grid (NKV, blocks of 128 keys, B): early keys are seen by most queries, and come first. Rows are keys, columns are
+// queries: those of all query heads that share this key and value head, one head after the other.
+template <int D, int M, int N>
+__global__ void __launch_bounds__(ATT_BLOCK / M * 2, M)
+attention_backward_kv_mma_kernel(bf16* dk, bf16* dv, const bf16* dout, const float* lse, const float* dots, const bf16* q,
+                                 long ld_q, const bf16* k, long ld_k, const bf16* v, long ld_v, long ld_dk, long ld_dv,
+                                 int T, int NH, int NKV, int HD) {
+    constexpr int THREADS = ATT_BLOCK / M * 2;
+    extern __shared__ __align__(128) bf16 att_tiles[];
+    bf16 *k_tile = att_tiles, *v_tile = k_tile + ATT_BLOCK * D, *q_tiles = v_tile + ATT_BLOCK * D;
+    float* columns = (float*)(q_tiles + 4 * N * D);     // twice: lse of N queries, in powers of 2, and their D
+    int kv_head = blockIdx.x, first = blockIdx.y * ATT_BLOCK, b = blockIdx.z;
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M, key = first + row;
+    int tiles = ceil_div(T - first, N), steps = NH / NKV * tiles;
+    long ld_dout = (long)NH * HD, tokens = (long)b * T;
+    bool wide = attention_aligned(q, ld_q, HD, 8) && attention_aligned(k, ld_k, HD, 8) &&
+                attention_aligned(v, ld_v, HD, 8) && attention_aligned(dout, ld_dout, HD, 8);
+    float factor = 1.44269504f / sqrtf((float)HD), dk_sum[M][D / 8][4] = {}, dv_sum[M][D / 8][4] = {};
+    auto load = [&](int step) {
+        int h = kv_head * (NH / NKV) + step / tiles, i0 = first + step % tiles * N;
+        bf16* q_tile = q_tiles + step % 2 * 2 * N * D;
+        attention_load<D, N, THREADS>(q_tile, q + (tokens + i0) * ld_q + (long)h * HD, ld_q, T - i0, HD, wide);
+        attention_load<D, N, THREADS>(q_tile + N * D, dout + (tokens + i0) * ld_dout + (long)h * HD, ld_dout, T - i0, HD, wide);
+        cp_async_commit();
+    };
+    // The first 2 N threads fetch one number each, lse or D; a step ahead, too. A query that does not exist has p = 0.
+    auto fetch = [&](int step) {
+        int h = kv_head * (NH / NKV) + step / tiles, i = first + step % tiles * N + threadIdx.x % N;
+        const float* from = (threadIdx.x < N ? lse : dots) + ((long)b * NH + h) * T + i;
+        return i < T ? *from * (threadIdx.x < N ? 1.44269504f : 1.0f) : threadIdx.x < N ? INFINITY : 0.0f;
+    };
+    attention_load<D, ATT_BLOCK, THREADS>(k_tile, k + (tokens + first) * ld_k + (long)kv_head * HD, ld_k, T - first, HD, wide);
+    attention_load<D, ATT_BLOCK, THREADS>(v_tile, v + (tokens + first) * ld_v + (long)kv_head * HD, ld_v, T - first, HD, wide);
+    load(0);
+    if (threadIdx.x < 2 * N) columns[threadIdx.x] = fetch(0);
+    for (int step = 0; step < steps; step++) {
+        cp_async_wait<0>();
+        __syncthreads();            // this tile has arrived, and everyone is done with the one before
+        bool more = step + 1 < steps, fetches = more && threadIdx.x < 2 * N;
+        if (more) load(step + 1);
+        float fetched = fetches ? fetch(step + 1) : 0;
+        int i0 = first + step % tiles * N;
+        if (key < T && i0 + N - 1 >= key) {
+            bf16 *q_tile = q_tiles + step % 2 * 2 * N * D, *dout_tile = q_tile + N * D;
+            const float *lse_c = columns + step % 2 * 2 * N, *dot_c = lse_c + N;
+            float p[M][N / 8][4], ds[M][N / 8][4];
+            attention_dots<D, M, N>(p, k_tile, row, q_tile);
+            attention_dots<D, M, N>(ds, v_tile, row, dout_tile);
+            bool mask = i0 < key + 16 * M - 1;
+            #pragma unroll
+            for (int i = 0; i < M * (N / 8) * 4; i++) {
+                int m = i / (N / 2), n = i / 4 % (N / 8), e = i % 4, c = 8 * n + lane % 4 * 2 + e % 2;
+                float x = exp2_fast(p[m][n][e] * factor - lse_c[c]);
+                if (mask && i0 + c < key + 16 * m + lane / 4 + e / 2 * 8) x = 0;
+                p[m][n][e] = x;
+                ds[m][n][e] = x * (ds[m][n][e] - dot_c[c]);         // ds sqrt(HD)
+            }
+            attention_sums<D, M, N>(dv_sum, p, dout_tile);
+            attention_sums<D, M, N>(dk_sum, ds, q_tile);
+        }
+        if (fetches) columns[(step + 1) % 2 * 2 * N + threadIdx.x] = fetched;
+    }
+    bool pairs = attention_aligned(dk, ld_dk, HD, 2) && attention_aligned(dv, ld_dv, HD, 2);
+    #pragma unroll
+    for (int m = 0; m < M; m++)
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int i = key + 16 * m + 8 * half;
+            attention_store<D>(dk + (tokens + i) * ld_dk + (long)kv_head * HD, ld_dk, dk_sum[m], half,
+                               1.0f / sqrtf((float)HD), T - i, HD, pairs);
+            attention_store<D>(dv + (tokens + i) * ld_dv + (long)kv_head * HD, ld_dv, dv_sum[m], half, 1, T - i, HD, pairs);
+        }
+}
+
+// More than 48 KB of shared memory must be asked for.
+template <class Kernel> static void attention_shared(Kernel kernel, size_t bytes) {
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
+template <int D>
+static void attention_forward_launch(float* out, float* lse, const float* q, long ld_q, const float* k, long ld_k,
+                                     const float* v, long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD) {
+    size_t bytes = 3 * attention_tile_floats<D>() * sizeof(float);
+    attention_shared(attention_forward_kernel<D>, bytes);
+    attention_forward_kernel<D><<<dim3(NH, ceil_div(Tq, ATT_TILE), B), ATT_THREADS, bytes>>>(
+        out, lse, q, ld_q, k, ld_k, v, ld_v, Tq, Tk, NH, NKV, HD);
+    CHECK(cudaGetLastError());
+}
+template <int D>
+static void attention_backward_launch(float* dq, float* dk, float* dv, const float* dots, const float* dout,
+                                      const float* lse, const float* q, long ld_q, const float* k, long ld_k,
+                                      const float* v, long ld_v, long ld_dqk, long ld_dv, int B, int T, int NH, int NKV,
+                                      int HD) {
+    size_t bytes = 4 * attention_tile_floats<D>() * sizeof(float);
+    int blocks = ceil_div(T, ATT_TILE);
+    attention_shared(attention_backward_kv_kernel<D>, bytes);
+    attention_shared(attention_backward_q_kernel<D>, bytes);
+    attention_backward_kv_kernel<D><<<dim3(NKV, blocks, B), ATT_THREADS, bytes>>>(
+        dk, dv, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, ld_dv, T, NH, NKV, HD);
+    CHECK(cudaGetLastError());
+    attention_backward_q_kernel<D><<<dim3(NH, blocks, B), ATT_THREADS, bytes>>>(
+        dq, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, T, NH, NKV, HD);
+    CHECK(cudaGetLastError());
+}
+
+template <int D>
+static void attention_forward_launch(bf16* out, float* lse, const bf16* q, long ld_q, const bf16* k, long ld_k,
+                                     const bf16* v, long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD) {
+    constexpr int M = 2, N = D <= 96 ? 64 : 48;
+    auto kernel = attention_forward_mma_kernel<D, M, N>;
+    size_t bytes = (ATT_BLOCK + 2 * N) * D * sizeof(bf16);
+    attention_shared(kernel, bytes);
+    kernel<<<dim3(NH, ceil_div(Tq, ATT_BLOCK), B), ATT_BLOCK / M * 2, bytes>>>(out, lse, q, ld_q, k, ld_k, v, ld_v, Tq, Tk,
+                                                                              NH, NKV, HD);
+    CHECK(cudaGetLastError());
+}
+template <int D>
+static void attention_backward_launch(bf16* dq, bf16* dk, bf16* dv, const float* dots, const bf16* dout, const float* lse,
+                                      const bf16* q, long ld_q, const bf16* k, long ld_k, const bf16* v, long ld_v,
+                                      long ld_dqk, long ld_dv, int B, int T, int NH, int NKV, int HD) {
+    // dk and dv of 32 keys each fill the registers of a warp if the head is larger than 64
+    constexpr int M = 2, M_KV = D <= 64 ? 2 : 1, N = 32;
+    auto kv_kernel = attention_backward_kv_mma_kernel<D, M_KV, N>;
+    auto q_kernel = attention_backward_q_mma_kernel<D, M, N>;
+    size_t bytes = (2 * ATT_BLOCK + 4 * N) * D * sizeof(bf16), kv_bytes = bytes + 4 * N * sizeof(float);
+    size_t q_bytes = bytes + 2 * ATT_BLOCK * sizeof(float);
+    int blocks = ceil_div(T, ATT_BLOCK);
+    attention_shared(kv_kernel, kv_bytes);
+    attention_shared(q_kernel, q_bytes);
+    kv_kernel<<<dim3(NKV, blocks, B), ATT_BLOCK / M_KV * 2, kv_bytes>>>(
+        dk, dv, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, ld_dv, T, NH, NKV, HD);
+    CHECK(cudaGetLastError());
+    q_kernel<<<dim3(NH, blocks, B), ATT_BLOCK / M * 2, q_bytes>>>(dq, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, T,
+                                                               NH, NKV, HD);
+    CHECK(cudaGetLastError());
+}
+
+// Calls `launch` with the head size rounded up, as a number that the compiler knows.
+template <class Launch> static void attention_sized(int HD, Launch launch) {
+    if (HD <= 32) launch(std::integral_constant<int, 32>());
+    else if (HD <= 64) launch(std::integral_constant<int, 64>());
+    else if (HD <= 96) launch(std::integral_constant<int, 96>());
+    else if (HD <= gpu_attention_max_head_dim()) launch(std::integral_constant<int, gpu_attention_max_head_dim()>());
+    else {
+        fprintf(stderr, "attention: head size %d, the largest is %d\n", HD, gpu_attention_max_head_dim());
+        exit(1);
+    }
+}
+
+// Attention of Tq queries, which are the last Tq of Tk positions, in B sequences (Tq < Tk when generating with a cache
+// of keys and values). T is float or bf16; all sizes and strides are free, HD up to gpu_attention_max_head_dim().
+//     out (B Tq, NH HD); lse (B, NH, Tq), of the scaled scores
+//     row n of q at q + n ld_q; position t of sequence b of k and v at k + (b Tk + t) ld_k, v + (b Tk + t) ld_v; in
+//     each, the heads one after the other. Query head h uses key and value head h / (NH / NKV).
+// A query's result has the same bits whatever Tq is: tiles of keys start at key 0 in every call, and keys that a query
+// may not see add exact zeros.
+template <class T>
+static void gpu_attention_forward(T* out, float* lse, const T* q, long ld_q, const T* k, long ld_k, const T* v,
+                                  long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD) {
+    attention_sized(HD, [=](auto size) {
+        attention_forward_launch<decltype(size)::value>(out, lse, q, ld_q, k, ld_k, v, ld_v, B, Tq, Tk, NH, NKV, HD);
+    });
+}
+
+// The gradients of q, k, v, which are overwritten: rows of dq and dk lie ld_dqk apart, rows of dv ld_dv. Tq = Tk = T.
+// dout, out (B T, NH HD); lse, and D as scratch, (B, NH, T).
+template <class T>
+static void gpu_attention_backward(T* dq, T* dk, T* dv, float* D, const T* dout, const T* out, const float* lse,
+                                   const T* q, long ld_q, const T* k, long ld_k, const T* v, long ld_v, long ld_dqk,
+                                   long ld_dv, int B, int length, int NH, int NKV, int HD) {
+    attention_dot_kernel<<<ceil_div((long)B * length * NH, 8), 256>>>(D, dout, out, B, length, NH, HD);
+    CHECK(cudaGetLastError());
+    attention_sized(HD, [=](auto size) {
+        attention_backward_launch<decltype(size)::value>(dq, dk, dv, D, dout, lse, q, ld_q, k, ld_k, v, ld_v, ld_dqk, ld_dv,
+                                                         B, length, NH, NKV, HD);
+    });
+}
+// layers.cuh: everything that is bound by memory: norms, residual sums, rotary positions, the loss, the embedding's
+// gradient, AdamW. None of it does more than a few operations per number, so each kernel is judged by the bytes that
+// it moves, and neighbouring steps share one pass: the sum over a token's experts, the residual and the next norm are
+// one kernel.
+
+// ---------------------------------------------------------------------------------------------------------------------
+// to common
+
+// W neighbouring numbers as floats, from and to memory. Either W = 1, or W numbers fill accesses of 16 bytes, the
+// widest that a thread can make, and p is a multiple of 16.
+template <int W, class T> __device__ static inline void load_vector(float* x, const T* p) {
+    if constexpr (W == 1) {
+        x[0] = to_float(p[0]);
+    } else {
+        const int each = 16 / sizeof(T);
+        #pragma unroll
+        for (int i = 0; i < W; i += each) {
+            uint4 bits = *(const uint4*)(p + i);
+            T numbers[each];
+            memcpy(numbers, &bits, 16);
+            #pragma unroll
+            for (int j = 0; j < each; j++) x[i + j] = to_float(numbers[j]);
+        }
+    }
+}
+
+template <int W, class T> __device__ static inline void store_vector(T* p, const float* x) {
+    if constexpr (W == 1) {
+        store(p, x[0]);
+    } else {
+        const int each = 16 / sizeof(T);
+        #pragma unroll
+        for (int i = 0; i < W; i += each) {
+            uint4 bits;
+            T numbers[each];
+            #pragma unroll
+            for (int j = 0; j < each; j++) store(&numbers[j], x[i + j]);
+            memcpy(&bits, numbers, 16);
+            *(uint4*)(p + i) = bits;
+        }
+    }
+}
+
+// x as it will be read back after having been stored as a T
+template <class T> __device__ static inline float rounded(float x) {
+    T y;
+    store(&y, x);
+    return to_float(y);
+}
+
+// Sum over a block in doubles, in a fixed order; thread 0 gets it. The block has up to 1024 threads, a multiple of 32.
+__device__ static inline double block_sum_double(double x) {
+    __shared__ double shared[32];
+    for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+    if (threadIdx.x == 0)
+        for (int w = 0; w < (int)blockDim.x / 32; w++) x += shared[w];
+    return x;
+}
+
+// 1: all pointers are multiples of 16 (NULL is)
+static inline int aligned_16() { return 1; }
+template <class P, class... Q> static inline int aligned_16(P p, Q... others) {
+    return (uintptr_t)p % 16 == 0 && aligned_16(others...);
+}
+
+// A kernel may use more than 48 KB of dynamic shared memory only after this call.
+template <class... A> static void allow_shared(void (*kernel)(A...), size_t bytes) {
+    if (bytes > 48 * 1024)
+        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Norms and residual sums
+//
+// A block works on one row at a time, thread i on vectors i, i + threads, ... of it, the same ones in every pass, so
+// that what a thread left in shared memory needs no barrier to be read again by it. One 16-byte vector of each operand
+// a thread is the aim: an SM of an A100 or H100 needs about 40 KB of loads under way to saturate the memory, which
+// 1024 threads with 3 loads of 16 bytes pass. Rows beyond ROW_THREADS vectors are walked in a loop: larger blocks would
+// be few on an SM and wait for each other at the barriers together.
+enum { ROW_THREADS = 256 };
+
+static int row_threads(long vectors) { return vectors < ROW_THREADS ? ceil_div(vectors, 32) * 32 : ROW_THREADS; }
+
+// Gradients of norm weights are sums over all rows. A fixed number of blocks makes as many partial sums, each of rows
+// p, p + P, p + 2 P, ..., which gpu_add_parts adds up. P depends on N alone, so that every card adds in the same order.
+// There are up to 1024 blocks, 8 for each of an H100's 132 SMs; each has at least 16 rows (but for the last few), so
+// that its part is little beside what it reads.
+static int gpu_norm_parts(int N) { return N > 16 * 1024 ? 1024 : ceil_div(N, 16); }
+
+// x (W) += sum over k of gates_nk y[row_of_nk], in the order of k; gates NULL: ones; row_of NULL: y's row n, K = 1.
+// The loads of U rows are under way together; U divides K, so that no load stands behind a condition.
+template <class T, int W, int U>
+__device__ static inline void add_rows(float* x, const T* y, const float* gates, const int* row_of, long n, int K,
+                                       int H) {
+    #pragma unroll 1
+    for (long a = n * K; a < (n + 1) * K; a += U) {
+        long rows[U];
+        float gate[U], y_k[U][W];
+        #pragma unroll
+        for (int k = 0; k < U; k++) {
+            rows[k] = row_of ? row_of[a + k] : n;
+            gate[k] = gates ? gates[a + k] : 1.0f;
+        }
+        #pragma unroll
+        for (int k = 0; k < U; k++) load_vector<W>(y_k[k], y + rows[k] * H);
+        #pragma unroll
+        for (int k = 0; k < U; k++)
+            for (int j = 0; j < W; j++) x[j] += gate[k] * y_k[k][j];
+    }
+}
+
+// One block per row n of
+//     sum_n = residual_n + sum over k of gates_nk y[row_of_nk]
+//     normed_n = weight * sum_n / sqrt(mean(sum_n^2) + eps)
+// See gpu_combine_rmsnorm. W: numbers in a vector; U: rows of y loaded together; shared memory: a row of T.
+template <class T, int W, int U>
+__global__ void __launch_bounds__(ROW_THREADS)
+combine_rmsnorm_kernel(T* __restrict__ sum, T* __restrict__ normed, float* __restrict__ rstd,
+                       const T* __restrict__ residual, const T* __restrict__ y, const float* __restrict__ gates,
+                       const int* __restrict__ row_of, int K, const float* __restrict__ weight, int H, float eps) {
+    extern __shared__ uint4 combine_shared[];
+    __shared__ float partial[32];
+    T* row = (T*)combine_shared;
+    long n = blockIdx.x;
+    float squares = 0;
+    for (int i = threadIdx.x * W; i < H; i += blockDim.x * W) {
+        float x[W] = {0};
+        if (residual) load_vector<W>(x, residual + n * H + i);
+        add_rows<T, W, U>(x, y + i, gates, row_of, n, K, H);
+        store_vector<W>(sum + n * H + i, x);
+        if (!normed) continue;
+        store_vector<W>(row + i, x);
+        for (int j = 0; j < W; j++) squares += rounded<T>(x[j]) * rounded<T>(x[j]);
+    }
+    if (!normed) return;
+    float r = 1.0f / sqrtf(block_sum(squares, partial) / H + eps);
+    for (int i = threadIdx.x * W; i < H; i += blockDim.x * W) {
+        float x[W], w[W];
+        load_vector<W>(x, row + i);
+        load_vector<W>(w, weight + i);
+        for (int j = 0; j < W; j++) x[j] *= w[j] * r;
+        store_vector<W>(normed + n * H + i, x);
+    }
+    if (threadIdx.x == 0) rstd[n] = r;
+}
+
+// The sum of the rows that belong to a token, the residual stream, and RMSNorm (Zhang and Sennrich 2019) of the result:
+//     sum_n = residual_n + sum over k of gates_nk y[row_of_nk]      in the order of k
+//     normed_n = weight * sum_n * rstd_n,  rstd_n = 1 / sqrt(mean(sum_n^2) + eps)
+// sum, normed, residual (N, H); y (rows, H); rstd (N); weight (H); gates, row_of (N, K)
+// residual NULL: zeros. gates NULL: ones. row_of NULL: y's row n, with K = 1. normed NULL: only the sum is made, and
+// rstd and weight are not touched. It serves as
+//     experts' combine + next norm       residual = x_mid, y = the experts' rows
+//     attention's residual + next norm   residual = x, y = attention's projection, row_of NULL
+//     embedding lookup + first norm      y = the table (V, H), row_of = tokens, residual NULL
+// The norm is that of `sum` as stored, because that is what the backward pass will see. Outputs overlap nothing.
+template <class T>
+static void gpu_combine_rmsnorm(T* sum, T* normed, float* rstd, const T* residual, const T* y, const float* gates,
+                                const int* row_of, int K, const float* weight, int N, int H, float eps) {
+    if (N == 0) return;
+    const int W = 16 / sizeof(T);
+    int wide = H % W == 0 && aligned_16(sum, normed, residual, y, weight);
+    auto combine_rmsnorm = !wide        ? combine_rmsnorm_kernel<T, 1, 1>
+                           : K % 4 == 0 ? combine_rmsnorm_kernel<T, W, 4>
+                           : K % 2 == 0 ? combine_rmsnorm_kernel<T, W, 2>
+                                        : combine_rmsnorm_kernel<T, W, 1>;
+    size_t shared = normed ? sizeof(T) * H : 0;
+    allow_shared(combine_rmsnorm, shared);
+    combine_rmsnorm<<<N, row_threads(wide ? H / W : H), shared>>>(sum, normed, rstd, residual, y, gates, row_of, K,
+                                                                  weight, H, eps);
+    CHECK(cudaGetLastError());
+}
+
+// Block p of P works on rows p, p + P, ... See gpu_combine_rmsnorm_backward. Two rows of floats lie in shared memory:
+// this block's part of dweight, and what is known of dx before the row's mean is. x is read twice, from L1 the
+// second time.
+template <class T, int W, int U>
+__global__ void __launch_bounds__(ROW_THREADS, 4)
+combine_rmsnorm_backward_kernel(T* __restrict__ dx, int add, float* __restrict__ dweight_parts,
+                                const T* __restrict__ y, const float* __restrict__ extra,
+                                const int* __restrict__ row_of, int K, const T* __restrict__ x,
+                                const float* __restrict__ rstd, const float* __restrict__ weight, int N, int H) {
+    extern __shared__ uint4 norm_backward_shared[];
+    __shared__ float partial[32];
+    float *dweight = (float*)norm_backward_shared, *direct = dweight + H;
+    int first = threadIdx.x * W, step = blockDim.x * W;
+    for (int i = first; i < H; i += step)
+        for (int j = 0; j < W; j++) dweight[i + j] = 0;
+    for (long n = blockIdx.x; n < N; n += gridDim.x) {
+        float r = rstd[n], mean = 0;
+        for (int i = first; i < H; i += step) {
+            float d[W] = {0}, a[W] = {0}, b[W], x_i[W];
+            load_vector<W>(x_i, x + n * H + i);         // first of all, so that all loads are under way together
+            if (add) load_vector<W>(a, dx + n * H + i);
+            if (extra) load_vector<W>(d, extra + n * H + i);
+            add_rows<T, W, U>(d, y + i, NULL, row_of, n, K, H);
+            load_vector<W>(b, dweight + i);
+            for (int j = 0; j < W; j++) b[j] += d[j] * x_i[j] * r;
+            store_vector<W>(dweight + i, b);
+            load_vector<W>(b, weight + i);
+            for (int j = 0; j < W; j++) {
+                d[j] *= b[j];
+                mean += d[j] * x_i[j];
+                d[j] = a[j] + d[j] * r;
+            }
+            store_vector<W>(direct + i, d);
+        }
+        mean = block_sum(mean, partial) / H * (r * r * r);
+        for (int i = first; i < H; i += step) {
+            float d[W], a[W];
+            load_vector<W>(d, direct + i);
+            load_vector<W>(a, x + n * H + i);
+            for (int j = 0; j < W; j++) d[j] -= a[j] * mean;
+            store_vector<W>(dx + n * H + i, d);
+        }
+    }
+    for (int i = first; i < H; i += step) {
+        float d[W];
+        load_vector<W>(d, dweight + i);
+        store_vector<W>(dweight_parts + (long)blockIdx.x * H + i, d);
+    }
+}
+
+// Backward of RMSNorm, whose output's gradient is still in K rows a token (the gradient of a gather) and a part of
+// its own, from the router:
+//     d_n = extra_n + sum over k of y[row_of_nk]            in the order of k
+//     dx_n (+)= rstd_n d_n weight - x_n rstd_n^3 mean(d_n weight x_n)
+//     dweight_parts_p = sum over n = p, p + P, ... of d_n x_n rstd_n        P = gpu_norm_parts(N)
+// dx, x, extra (N, H); y (rows, H); row_of (N, K); rstd (N); weight (H); dweight_parts (P, H), for gpu_add_parts.
+// add = 1 adds to dx: the gradient that flows past the norm on the residual stream. extra NULL: zeros. row_of NULL: y's
+// row n, with K = 1. dx overlaps nothing.
+template <class T>
+static void gpu_combine_rmsnorm_backward(T* dx, int add, float* dweight_parts, const T* y, const float* extra,
+                                         const int* row_of, int K, const T* x, const float* rstd, const float* weight,
+                                         int N, int H) {
+    if (N == 0) return;
+    const int W = 16 / sizeof(T);
+    int wide = H % W == 0 && aligned_16(dx, dweight_parts, y, extra, x, weight);
+    auto combine_rmsnorm_backward = !wide        ? combine_rmsnorm_backward_kernel<T, 1, 1>
+                                    : K % 4 == 0 ? combine_rmsnorm_backward_kernel<T, W, 4>
+                                    : K % 2 == 0 ? combine_rmsnorm_backward_kernel<T, W, 2>
+                                                 : combine_rmsnorm_backward_kernel<T, W, 1>;
+    size_t shared = sizeof(float) * 2 * H;
+    allow_shared(combine_rmsnorm_backward, shared);
+    combine_rmsnorm_backward<<<gpu_norm_parts(N), row_threads(wide ? H / W : H), shared>>>(
+        dx, add, dweight_parts, y, extra, row_of, K, x, rstd, weight, N, H);
+    CHECK(cudaGetLastError());
+}
+
+// A block adds 32 columns: warp w the rows w, w + 32, ..., then the first warp the 32 warps' sums.
+static __global__ void __launch_bounds__(1024)
+add_parts_kernel(float* __restrict__ dweight, const float* __restrict__ parts, int P, long size, int add) {
+    __shared__ float sums[32][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    long i = blockIdx.x * 32L + lane;
+    float sum = 0;
+    if (i < size) {
+        #pragma unroll 8
+        for (int p = warp; p < P; p += 32) sum += parts[p * size + i];
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || i >= size) return;
+    for (int w = 1; w < 32; w++) sum += sums[w][lane];
+    dweight[i] = add ? dweight[i] + sum : sum;
+}
+
+// dweight (size) (+)= sum over p of parts (P, size), in a fixed order
+static void gpu_add_parts(float* dweight, const float* parts, int P, long size, int add) {
+    if (size == 0) return;
+    add_parts_kernel<<<ceil_div(size, 32), 1024>>>(dweight, parts, P, size, add);
+    CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Norm of queries and keys, and rotary positions
+
+enum { NORM_NONE, NORM_HEAD, NORM_ROW };       // the `mode` of both functions, with the values of train_moe.c's QKNorm
+
+// A head is worked on by `lanes` neighbouring threads (a power of two, at most a warp), each with vectors of the
+// head's first half and their partners in the second. Sum over those threads; each gets it.
+__device__ static inline float head_sum(float x, int lanes) {
+    for (int o = lanes / 2; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+    return x;
+}
+static int head_lanes(int vectors) {
+    int lanes = 1;
+    while (lanes < vectors && lanes < 32) lanes *= 2;
+    return lanes;
+}
+
+// One block per token; see gpu_qk_norm_rope. The second time that a number is read it comes from L1.
+template <class T, int W>
+__global__ void __launch_bounds__(ROW_THREADS)
+qk_norm_rope_kernel(T* __restrict__ rotated, float* __restrict__ q_rstd, float* __restrict__ k_rstd,
+                    const T* __restrict__ qkv, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
+                    int mode, const float* __restrict__ cosines, const float* __restrict__ sines, int length, int start,
+                    int NH, int NKV, int HD, float eps, int lanes) {
+    __shared__ float partial[32];
+    int heads = NH + NKV, half = HD / 2, step = lanes * W;
+    int first = threadIdx.x % lanes * W, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
+    long n = blockIdx.x, position = start + (int)blockIdx.x % length;
+    const T* x = qkv + n * (heads + NKV) * HD;
+    float q_r = 1, k_r = 1;
+    if (mode == NORM_ROW) {
+        float squares[2] = {0, 0};
+        for (int h = group; h < heads; h += groups)
+            for (int i = first; i < HD; i += step) {
+                float a[W], sum = 0;
+                load_vector<W>(a, x + (long)h * HD + i);
+                for (int j = 0; j < W; j++) sum += a[j] * a[j];
+                squares[0] += h < NH ? sum : 0;
+                squares[1] += h < NH ? 0 : sum;
+            }
+        q_r = 1.0f / sqrtf(block_sum(squares[0], partial) / (NH * HD) + eps);
+        k_r = 1.0f / sqrtf(block_sum(squares[1], partial) / (NKV * HD) + eps);
+        if (threadIdx.x == 0) {
+            q_rstd[n] = q_r;
+            k_rstd[n] = k_r;
+        }
+    }
+    for (int h = group; h - group < heads; h += groups) {       // all threads go round equally often: head_sum
+        int is_q = h < NH, size = h < heads ? half : 0;         // and those beyond the last head idle
+        float r = is_q ? q_r : k_r;
+        const T* x_h = x + (long)h * HD;
+        if (mode == NORM_HEAD) {
+            float sum = 0;
+            for (int i = first; i < size; i += step) {
+                float a[W], b[W];
+                load_vector<W>(a, x_h + i);
+                load_vector<W>(b, x_h + half + i);
+                for (int j = 0; j < W; j++) sum += a[j] * a[j] + b[j] * b[j];
+            }
+            r = 1.0f / sqrtf(head_sum(sum, lanes) / HD + eps);
+            if (size > 0 && first == 0) (is_q ? q_rstd + n * NH : k_rstd + n * NKV - NH)[h] = r;
+        }
+        const float* weight = (is_q ? q_norm : k_norm) + (mode == NORM_ROW ? (long)(is_q ? h : h - NH) * HD : 0);
+        for (int i = first; i < size; i += step) {
+            float a[W], b[W], c[W], s[W];
+            load_vector<W>(a, x_h + i);
+            load_vector<W>(b, x_h + half + i);
+            if (mode != NORM_NONE) {
+                load_vector<W>(c, weight + i);
+                load_vector<W>(s, weight + half + i);
+                for (int j = 0; j < W; j++) {
+                    a[j] *= c[j] * r;
+                    b[j] *= s[j] * r;
+                }
+            }
+            load_vector<W>(c, cosines + position * half + i);
+            load_vector<W>(s, sines + position * half + i);
+            for (int j = 0; j < W; j++) {
+                float a_j = a[j];
+                a[j] = a_j * c[j] - b[j] * s[j];
+                b[j] = b[j] * c[j] + a_j * s[j];
+            }
+            T* out = rotated + (n * heads + h) * HD + i;
+            store_vector<W>(out, a);
+            store_vector<W>(out + half, b);
+        }
+    }
+}
+
+// Queries and keys, normalised (mode NORM_HEAD: each head by itself, NORM_ROW: all heads of a token as one vector) and
+// turned by their positions (Su et al. 2021): elements i of a head's two halves are a point in the plane,
+//     (a, b) -> (a cos - b sin, b cos + a sin)        with cos and sin of position * theta^(-2 i / HD)
+// rotated (N, (NH + NKV) HD): queries, keys; qkv (N, (NH + 2 NKV) HD): queries, keys, values; q_norm, k_norm (HD), for
+// NORM_ROW (NH HD) and (NKV HD), for NORM_NONE NULL. q_rstd, k_rstd for the backward pass: (N, NH) and (N, NKV), for
+// NORM_ROW (N), for NORM_NONE NULL. cosines, sines (positions, HD / 2); row n's position is start + n % length.
+template <class T>
+static void gpu_qk_norm_rope(T* rotated, float* q_rstd, float* k_rstd, const T* qkv, const float* q_norm,
+                             const float* k_norm, int mode, const float* cosines, const float* sines, int N, int length,
+                             int start, int NH, int NKV, int HD, float eps) {
+    if (N == 0) return;
+    const int W = 16 / sizeof(T);
+    int wide = HD / 2 % W == 0 && aligned_16(rotated, qkv, q_norm, k_norm, cosines, sines);
+    int lanes = head_lanes(wide ? HD / 2 / W : HD / 2);
+    auto qk_norm_rope = wide ? qk_norm_rope_kernel<T, W> : qk_norm_rope_kernel<T, 1>;
+    qk_norm_rope<<<N, row_threads((long)(NH + NKV) * lanes)>>>(rotated, q_rstd, k_rstd, qkv, q_norm, k_norm, mode,
+                                                               cosines, sines, length, start, NH, NKV, HD, eps, lanes);
+    CHECK(cudaGetLastError());
+}
+
+// The gradients of the halves' W numbers before the rotation: the point is turned back.
+template <class T, int W>
+__device__ static inline void load_unrotated(float* a, float* b, const T* drotated, int half, const float* cosines,
+                                             const float* sines) {
+    float c[W], s[W];
+    load_vector<W>(a, drotated);
+    load_vector<W>(b, drotated + half);
+    load_vector<W>(c, cosines);
+    load_vector<W>(s, sines);
+    for (int j = 0; j < W; j++) {
+        float a_j = a[j];
+        a[j] = a_j * c[j] + b[j] * s[j];
+        b[j] = b[j] * c[j] - a_j * s[j];
+    }
+}
+
+// Sum over W numbers of gradient * weight * x: what the mean in RMSNorm's gradient is made of.
+template <class T, int W>
+__device__ static inline float norm_product(const float* d, const float* weight, const T* x) {
+    float w[W], x_i[W], sum = 0;
+    load_vector<W>(w, weight);
+    load_vector<W>(x_i, x);
+    for (int j = 0; j < W; j++) sum += d[j] * w[j] * x_i[j];
+    return sum;
+}
+
+// RMSNorm's gradient for W numbers: dx = r (d weight - x mean), and d x r is added to `sums`.
+template <class T, int W>
+__device__ static inline void norm_gradient(T* dx, float* sums, const float* d, const float* weight, const T* x,
+                                            float r, float mean) {
+    float w[W], x_i[W], total[W];
+    load_vector<W>(w, weight);
+    load_vector<W>(x_i, x);
+    load_vector<W>(total, sums);
+    for (int j = 0; j < W; j++) {
+        total[j] += d[j] * x_i[j] * r;
+        w[j] = r * (d[j] * w[j] - x_i[j] * mean);
+    }
+    store_vector<W>(sums, total);
+    store_vector<W>(dx, w);
+}
+
+// Block p of P works on tokens p, p + P, ...; see gpu_qk_norm_rope_backward. Shared memory holds the sums for the
+// norms' weights, for each head its own, so that each has one thread that adds to it; heads are added at the end.
+template <class T, int W>
+__global__ void __launch_bounds__(ROW_THREADS)
+qk_norm_rope_backward_kernel(T* __restrict__ dqkv, float* __restrict__ dq_norm_parts, float* __restrict__ dk_norm_parts,
+                             const T* __restrict__ drotated, const T* __restrict__ qkv,
+                             const float* __restrict__ q_rstd, const float* __restrict__ k_rstd,
+                             const float* __restrict__ q_norm, const float* __restrict__ k_norm, int mode,
+                             const float* __restrict__ cosines, const float* __restrict__ sines, int N, int length,
+                             int NH, int NKV, int HD, int lanes) {
+    extern __shared__ uint4 qk_shared[];
+    __shared__ float partial[32];
+    float* sums = (float*)qk_shared;
+    int heads = NH + NKV, half = HD / 2, step = lanes * W, row = mode == NORM_ROW;
+    int first = threadIdx.x % lanes * W, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
+    if (mode != NORM_NONE)
+        for (int i = threadIdx.x; i < heads * HD; i += blockDim.x) sums[i] = 0;
+    __syncthreads();
+    for (long n = blockIdx.x; n < N; n += gridDim.x) {
+        const T *dout = drotated + n * heads * HD, *x = qkv + n * (heads + NKV) * HD;
+        T* dx = dqkv + n * (heads + NKV) * HD;
+        long position = (int)n % length;
+        const float *cos_n = cosines + position * half, *sin_n = sines + position * half;
+        float q_mean = 0, k_mean = 0;
+        if (row) {
+            for (int h = group; h < heads; h += groups)
+                for (int i = first; i < half; i += step) {
+                    float a[W], b[W];
+                    const float* weight = h < NH ? q_norm + (long)h * HD : k_norm + (long)(h - NH) * HD;
+                    long at = (long)h * HD + i;
+                    load_unrotated<T, W>(a, b, dout + at, half, cos_n + i, sin_n + i);
+                    float sum = norm_product<T, W>(a, weight + i, x + at) +
+                                norm_product<T, W>(b, weight + half + i, x + at + half);
+                    q_mean += h < NH ? sum : 0;
+                    k_mean += h < NH ? 0 : sum;
+                }
+            q_mean = block_sum(q_mean, partial) / (NH * HD) * (q_rstd[n] * q_rstd[n]);
+            k_mean = block_sum(k_mean, partial) / (NKV * HD) * (k_rstd[n] * k_rstd[n]);
+        }
+        for (int h = group; h - group < heads; h += groups) {       // all threads go round equally often: head_sum
+            int is_q = h < NH, size = h < heads ? half : 0;
+            const float* weight = (is_q ? q_norm : k_norm) + (row ? (long)(is_q ? h : h - NH) * HD : 0);
+            float r = 1, mean = is_q ? q_mean : k_mean;
+            if (row) r = is_q ? q_rstd[n] : k_rstd[n];
+            if (mode == NORM_HEAD) {
+                float sum = 0;
+                if (size > 0) r = is_q ? q_rstd[n * NH + h] : k_rstd[n * NKV + h - NH];
+                for (int i = first; i < size; i += step) {
+                    float a[W], b[W];
+                    long at = (long)h * HD + i;
+                    load_unrotated<T, W>(a, b, dout + at, half, cos_n + i, sin_n + i);
+                    sum += norm_product<T, W>(a, weight + i, x + at) +
+                           norm_product<T, W>(b, weight + half + i, x + at + half);
+                }
+                mean = head_sum(sum, lanes) / HD * (r * r);
+            }
+            for (int i = first; i < size; i += step) {
+                float a[W], b[W];
+                long at = (long)h * HD + i;
+                load_unrotated<T, W>(a, b, dout + at, half, cos_n + i, sin_n + i);
+                if (mode == NORM_NONE) {
+                    store_vector<W>(dx + at, a);
+                    store_vector<W>(dx + at + half, b);
+                } else {
+                    norm_gradient<T, W>(dx + at, sums + at, a, weight + i, x + at, r, mean);
+                    norm_gradient<T, W>(dx + at + half, sums + at + half, b, weight + half + i, x + at + half, r, mean);
+                }
+            }
+        }
+    }
+    if (mode == NORM_NONE) return;
+    __syncthreads();
+    int q_size = row ? NH * HD : HD, k_size = row ? NKV * HD : HD;
+    for (int i = threadIdx.x; i < q_size + k_size; i += blockDim.x) {
+        int is_q = i < q_size, column = is_q ? i : i - q_size;
+        float sum = 0;
+        for (int h = 0; h < (row ? 1 : is_q ? NH : NKV); h++) sum += sums[((is_q ? 0 : NH) + h) * HD + column];
+        (is_q ? dq_norm_parts + (long)blockIdx.x * q_size : dk_norm_parts + (long)blockIdx.x * k_size)[column] = sum;
+    }
+}
+
+// Backward of gpu_qk_norm_rope, for training (start = 0): the gradients of queries and keys are turned back and go
+// through the norm. dqkv (N, (NH + 2 NKV) HD): queries' and keys' columns are written, values' are left alone.
+// drotated (N, (NH + NKV) HD). dq_norm_parts, dk_norm_parts: P = gpu_norm_parts(N) partial sums, (P, HD) both, for
+// NORM_ROW (P, NH HD) and (P, NKV HD), for NORM_NONE NULL; gpu_add_parts comes next. The others as there.
+template <class T>
+static void gpu_qk_norm_rope_backward(T* dqkv, float* dq_norm_parts, float* dk_norm_parts, const T* drotated,
+                                      const T* qkv, const float* q_rstd, const float* k_rstd, const float* q_norm,
+                                      const float* k_norm, int mode, const float* cosines, const float* sines, int N,
+                                      int length, int NH, int NKV, int HD) {
+    if (N == 0) return;
+    const int W = 16 / sizeof(T);
+    int wide = HD / 2 % W == 0 && aligned_16(dqkv, drotated, qkv, q_norm, k_norm, cosines, sines);
+    int lanes = head_lanes(wide ? HD / 2 / W : HD / 2);
+    auto qk_norm_rope_backward = wide ? qk_norm_rope_backward_kernel<T, W> : qk_norm_rope_backward_kernel<T, 1>;
+    size_t shared = mode == NORM_NONE ? 0 : sizeof(float) * (NH + NKV) * HD;
+    allow_shared(qk_norm_rope_backward, shared);
+    qk_norm_rope_backward<<<gpu_norm_parts(N), row_threads((long)(NH + NKV) * lanes), shared>>>(
+        dqkv, dq_norm_parts, dk_norm_parts, drotated, qkv, q_rstd, k_rstd, q_norm, k_norm, mode, cosines, sines, N,
+        length, NH, NKV, HD, lanes);
+    CHECK(cudaGetLastError());
+}
+
+// Appends N tokens to one layer's cache of keys and values: rows past .. past + N - 1 of cache_k and cache_v
+// (positions, NKV HD) from rotated (N, (NH + NKV) HD) and qkv (N, (NH + 2 NKV) HD).
+template <class T>
+__global__ void copy_cache_kernel(T* __restrict__ cache_k, T* __restrict__ cache_v, const T* __restrict__ rotated,
+                                  const T* __restrict__ qkv, int N, int past, int NH, int NKV, int HD) {
+    long width = (long)NKV * HD, i = blockIdx.x * (long)blockDim.x + threadIdx.x;
+    if (i >= N * width) return;
+    long n = i / width, column = i % width;
+    cache_k[past * width + i] = rotated[n * (NH + NKV) * HD + NH * HD + column];
+    cache_v[past * width + i] = qkv[n * (NH + 2 * NKV) * HD + (NH + NKV) * HD + column];
+}
+template <class T>
+static void gpu_copy_cache(T* cache_k, T* cache_v, const T* rotated, const T* qkv, int N, int past, int NH, int NKV,
+                           int HD) {
+    if (N == 0) return;
+    copy_cache_kernel<<<ceil_div((long)N * NKV * HD, 256), 256>>>(cache_k, cache_v, rotated, qkv, N, past, NH, NKV, HD);
+    CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The loss
+
+// The two loops of the classifier see a row of V numbers as: up to W - 1 numbers before the first multiple of 16
+// bytes, whole vectors, and up to W - 1 numbers behind. With V odd each row begins elsewhere.
+enum { CLASSIFIER_THREADS = 1024 };
+
+// Adds e^x for W numbers to a running sum that is kept relative to the running maximum (online softmax, Milakov and
+// Gimelshein 2018): sum_i e^(x_i) = sum e^max.
+template <int W> __device__ static inline void add_exponentials(float* max, float* sum, const float* x) {
+    float new_max = *max;
+    for (int j = 0; j < W; j++) new_max = fmaxf(new_max, x[j]);
+    *sum *= __expf(*max - new_max);
+    for (int j = 0; j < W; j++) *sum += __expf(x[j] - new_max);
+    *max = new_max;
+}
+
+// One block per token; see gpu_classifier. The second loop runs backwards: what was read last is still in the cache.
+// Blocks are as large as can be, so that few rows are worked on at a time: two of V = 50304 bf16 numbers are 200 KB,
+// near what the L1 of an SM holds.
+template <class T>
+__global__ void __launch_bounds__(CLASSIFIER_THREADS, 2)
+classifier_kernel(float* __restrict__ losses, T* __restrict__ logits, const int* __restrict__ targets, int V,
+                  float scale, int write_gradient) {
+    const int W = 16 / sizeof(T);
+    __shared__ float partial[32], maxima[32];
+    long n = blockIdx.x;
+    T* row = logits + n * V;
+    int target = targets[n];
+    float target_logit = to_float(row[target]);            // before the row is written, which barriers are between
+    int before = (int)((16 - (uintptr_t)row % 16) % 16 / sizeof(T));
+    if (before > V) before = V;
+    int vectors = (V - before) / W, behind = V - before - vectors * W;
+    int single = threadIdx.x < before ? threadIdx.x : vectors * W + threadIdx.x;    // the number outside of vectors
+    bool has_single = threadIdx.x < before + behind;                                // that this thread sees to
+    float max = -INFINITY, sum = 0, x[W];
+    if (has_single) {
+        x[0] = to_float(row[single]);
+        add_exponentials<1>(&max, &sum, x);
+    }
+    for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+        load_vector<W>(x, row + before + i * W);
+        add_exponentials<W>(&max, &sum, x);
+    }
+    float row_max = warp_max(max);
+    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = row_max;
+    __syncthreads();
+    for (int w = 0; w < (int)blockDim.x / 32; w++) row_max = fmaxf(row_max, maxima[w]);
+    sum = block_sum(max == row_max ? sum : sum * __expf(max - row_max), partial);
+    if (threadIdx.x == 0) losses[n] = row_max + logf(sum) - target_logit;
+    if (!write_gradient) return;
+    float norm = scale / sum;
+    for (int i = threadIdx.x + (vectors - 1) / (int)blockDim.x * blockDim.x; i >= 0; i -= blockDim.x) {
+        if (i >= vectors) continue;
+        int v = before + i * W;
+        load_vector<W>(x, row + v);
+        for (int j = 0; j < W; j++) x[j] = norm * __expf(x[j] - row_max) - (v + j == target ? scale : 0);
+        store_vector<W>(row + v, x);
+    }
+    if (has_single)
+        store(row + single, norm * __expf(to_float(row[single]) - row_max) - (single == target ? scale : 0));
+}
+
+// The loss of each token, and the logits turned into their gradient in place, so that no probabilities are stored:
+//     losses_n = log sum_v exp(logits_nv) - logits_n,target
+//     logits_nv = scale (exp(logits_nv) / sum_v exp(logits_nv) - [v = target])          if write_gradient
+// losses (N), logits (N, V), targets (N). __expf errs by |x| 2^-24 more than expf, on terms that are e^x of the sum.
+template <class T>
+static void gpu_classifier(float* losses, T* logits, const int* targets, int N, int V, float scale,
+                           int write_gradient) {
+    if (N == 0) return;
+    int threads = ceil_div(ceil_div(V, 16 / sizeof(T)), 32) * 32;
+    if (threads > CLASSIFIER_THREADS) threads = CLASSIFIER_THREADS;
+    classifier_kernel<<<N, threads>>>(losses, logits, targets, V, scale, write_gradient);
+    CHECK(cudaGetLastError());
+}
+
+// One block: 1024 sums of every 1024th loss, then their sum.
+static __global__ void __launch_bounds__(1024)
+add_losses_kernel(double* total, const float* __restrict__ losses, int N, double weight) {
+    double sum = 0;
+    for (int n = threadIdx.x; n < N; n += 1024) sum += losses[n];
+    sum = block_sum_double(sum);
+    if (threadIdx.x == 0) *total += weight * sum;
+}
+
+// total (1) += weight * sum of losses (N)
+static void gpu_add_losses(double* total, const float* losses, int N, double weight) {
+    add_losses_kernel<<<1, 1024>>>(total, losses, N, weight);
+    CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The embedding's gradient
+
+// Which positions hold which token, by a counting sort on the host. tokens (N), all in 0 .. V-1; the *num_unique
+// different ones go to `unique`, ascending, and the positions of unique[u], ascending, to positions[starts[u]] ..
+// positions[starts[u+1]-1]. unique and positions have room for N numbers, starts for N + 1, counts_scratch for V.
+static void group_tokens(int* unique, int* starts, int* positions, int* num_unique, const int* tokens, int N,
+                         int* counts_scratch, int V) {
+    int* next = counts_scratch;         // first how often a token occurs, then where its next position goes
+    int u = 0, start = 0;
+    memset(next, 0, sizeof(int) * V);
+    for (int n = 0; n < N; n++) next[tokens[n]]++;
+    for (int v = 0; v < V; v++) {
+        int count = next[v];
+        if (count == 0) continue;
+        unique[u] = v;
+        starts[u++] = next[v] = start;
+        start += count;
+    }
+    starts[u] = N;
+    *num_unique = u;
+    for (int n = 0; n < N; n++) positions[next[tokens[n]]++] = n;
+}
+
+// Block (u, c) adds for one token 32 W columns. Its warps share the token's positions, so that one that makes up a
+// tenth of a text does not hold up the rest; the warps' sums are added in order.
+enum { EMBEDDING_WARPS = 8 };
+
+template <class T, int W>
+__global__ void __launch_bounds__(32 * EMBEDDING_WARPS)
+embedding_backward_kernel(float* __restrict__ dtable, const T* __restrict__ dx, const int* __restrict__ unique,
+                          const int* __restrict__ starts, const int* __restrict__ positions, int H) {
+    __shared__ __align__(16) float sums[EMBEDDING_WARPS][32 * W];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, end = starts[blockIdx.x + 1];
+    int first = blockIdx.y * 32 * W, column = first + lane * W;
+    float sum[W] = {0}, d[W];
+    if (column < H) {
+        #pragma unroll 4
+        for (int p = starts[blockIdx.x] + warp; p < end; p += EMBEDDING_WARPS) {
+            load_vector<W>(d, dx + (long)positions[p] * H + column);
+            for (int j = 0; j < W; j++) sum[j] += d[j];
+        }
+    }
+    store_vector<W>(&sums[warp][lane * W], sum);
+    __syncthreads();
+    if (threadIdx.x >= 32 * W || first + (int)threadIdx.x >= H) return;
+    float total = 0;
+    for (int w = 0; w < EMBEDDING_WARPS; w++) total += sums[w][threadIdx.x];
+    dtable[(long)unique[blockIdx.x] * H + first + threadIdx.x] += total;
+}
+
+// dtable[unique_u] += sum of dx's rows at the positions of that token: each row of the table has one block to add to
+// it. dtable (V, H), dx (N, H); unique, starts and positions from group_tokens, on the device.
+template <class T>
+static void gpu_embedding_backward(float* dtable, const T* dx, const int* unique, const int* starts,
+                                   const int* positions, int num_unique, int H) {
+    if (num_unique == 0) return;
+    const int W = 16 / sizeof(T);
+    int wide = H % W == 0 && aligned_16(dx);
+    auto embedding_backward = wide ? embedding_backward_kernel<T, W> : embedding_backward_kernel<T, 1>;
+    dim3 grid(num_unique, ceil_div(H, wide ? 32 * W : 32));
+    embedding_backward<<<grid, 32 * EMBEDDING_WARPS>>>(dtable, dx, unique, starts, positions, H);
+    CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The update
+
+// Partial sums of the gradient's norm. With 256 threads each, 8 blocks fill an SM: an H100 holds all of them at once.
+enum { GRADIENT_NORM_PARTS = 1024 };
+
+// parts_p = sum of squares of the numbers that block p takes: vectors i, i + threads, ... are those of the i-th of all
+// threads. The squares of a vector are added as floats, the rest in doubles.
+template <int W>
+__global__ void __launch_bounds__(256) square_sums_kernel(double* __restrict__ parts, const float* __restrict__ x,
+                                                          long n) {
+    long thread = blockIdx.x * 256L + threadIdx.x, threads = GRADIENT_NORM_PARTS * 256L;
+    double sum = 0;
+    #pragma unroll 4
+    for (long i = thread; i < n / W; i += threads) {
+        float a[W], squares = 0;
+        load_vector<W>(a, x + i * W);
+        for (int j = 0; j < W; j++) squares += a[j] * a[j];
+        sum += squares;
+    }
+    long i = n / W * W + thread;                    // less than a vector is left
+    if (i < n) sum += x[i] * x[i];
+    sum = block_sum_double(sum);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+
+static __global__ void __launch_bounds__(256) root_of_sum_kernel(float* norm, const double* __restrict__ parts) {
+    double sum = 0;
+    for (int p = threadIdx.x; p < GRADIENT_NORM_PARTS; p += 256) sum += parts[p];
+    sum = block_sum_double(sum);
+    if (threadIdx.x == 0) *norm = (float)sqrt(sum);
+}
+
+// norm (1) = 2-norm of grads (n); parts (GRADIENT_NORM_PARTS) is scratch
+static void gpu_gradient_norm(float* norm, double* parts, const float* grads, long n) {
+    auto square_sums = aligned_16(grads) ? square_sums_kernel<4> : square_sums_kernel<1>;
+    square_sums<<<GRADIENT_NORM_PARTS, 256>>>(parts, grads, n);
+    root_of_sum_kernel<<<1, 256>>>(norm, parts);
+    CHECK(cudaGetLastError());
+}
+
+// AdamW for W neighbouring numbers
+template <class T, int W>
+__device__ static inline void adamw_vector(T* copy, float* w, const float* grad, float* m, float* v, float clip_scale,
+                                           float rate, float keep, float beta1, float beta2, float eps, float root) {
+    float w_i[W], g_i[W], m_i[W], v_i[W];
+    load_vector<W>(w_i, w);
+    load_vector<W>(g_i, grad);
+    load_vector<W>(m_i, m);
+    load_vector<W>(v_i, v);
+    for (int j = 0; j < W; j++) {
+        float g = g_i[j] * clip_scale;
+        m_i[j] = beta1 * m_i[j] + (1.0f - beta1) * g;
+        v_i[j] = beta2 * v_i[j] + (1.0f - beta2) * g * g;
+        w_i[j] = keep * w_i[j] - rate * m_i[j] / (sqrtf(v_i[j]) * root + eps);
+    }
+    store_vector<W>(w, w_i);
+    store_vector<W>(m, m_i);
+    store_vector<W>(v, v_i);
+    if (copy) store_vector<W>(copy, w_i);
+}
+
+// A thread updates W numbers, the last one what is left; see gpu_adamw.
+template <class T, int W>
+__global__ void __launch_bounds__(256)
+adamw_kernel(T* __restrict__ copy, float* __restrict__ w, const float* __restrict__ grad, float* __restrict__ m,
+             float* __restrict__ v, long n, const float* __restrict__ norm, float clip, float rate, float keep,
+             float beta1, float beta2, float eps, float root) {
+    float norm_now = *norm, clip_scale = 1;
+    if (!isfinite(norm_now)) return;
+    if (clip > 0 && norm_now + 1e-6f > clip) clip_scale = clip / (norm_now + 1e-6f);
+    long i = (blockIdx.x * 256L + threadIdx.x) * W;
+    if (i + W <= n)
+        adamw_vector<T, W>(copy ? copy + i : NULL, w + i, grad + i, m + i, v + i, clip_scale, rate, keep, beta1, beta2,
+                           eps, root);
+    else
+        for (; i < n; i++)
+            adamw_vector<T, 1>(copy ? copy + i : NULL, w + i, grad + i, m + i, v + i, clip_scale, rate, keep, beta1,
+                               beta2, eps, root);
+}
+
+// One AdamW step (Loshchilov and Hutter 2019) on n parameters, with g the gradient, scaled so that the norm of all
+// gradients, *norm, does not exceed `clip` (0: any norm will do), as PyTorch's clip_grad_norm_:
+//     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
+//     w -= lr (m / correction1) / (sqrt(v / correction2) + eps) + lr decay w           correction_i = 1 - beta_i^step
+// copy (n) = w in the type of the products, NULL where that is float. If *norm is not finite, nothing changes.
+template <class T>
+static void gpu_adamw(T* copy, float* w, const float* grad, float* m, float* v, long n, const float* norm, float clip,
+                      float lr, float decay, float beta1, float beta2, float eps, float correction1,
+                      float correction2) {
+    if (n == 0) return;
+    const int W = 16 / sizeof(T);
+    int wide = aligned_16(copy, w, grad, m, v);
+    auto adamw = wide ? adamw_kernel<T, W> : adamw_kernel<T, 1>;
+    adamw<<<ceil_div(n, wide ? 256 * W : 256), 256>>>(copy, w, grad, m, v, n, norm, clip, lr / correction1,
+                                                      1.0f - lr * decay, beta1, beta2, eps, 1.0f / sqrtf(correction2));
+    CHECK(cudaGetLastError());
+}
+
+template <class T, int W>
+__global__ void __launch_bounds__(256) convert_kernel(T* __restrict__ out, const float* __restrict__ in, long n) {
+    long i = (blockIdx.x * 256L + threadIdx.x) * W;
+    if (i + W <= n) {
+        float x[W];
+        load_vector<W>(x, in + i);
+        store_vector<W>(out + i, x);
+    } else {
+        for (; i < n; i++) store(out + i, in[i]);
+    }
+}
+
+// out (n) = in (n), in the type of the products
+template <class T> static void gpu_convert(T* out, const float* in, long n) {
+    if (n == 0) return;
+    const int W = 16 / sizeof(T);
+    int wide = aligned_16(out, in);
+    auto convert = wide ? convert_kernel<T, W> : convert_kernel<T, 1>;
+    convert<<<ceil_div(n, wide ? 256 * W : 256), 256>>>(out, in, n);
+    CHECK(cudaGetLastError());
+}
+// routing.cuh: everything between the router's logits and the experts' products.
+
+// to common: the sums of common.cuh for doubles
+__device__ static inline double warp_sum(double x) {
+    for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+    return x;
+}
+__device__ static inline double block_sum(double x, double* shared) {
+    int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) shared[warp] = x;
+    __syncthreads();
+    double sum = 0;
+    for (int w = 0; w < warps; w++) sum += shared[w];
+    __syncthreads();
+    return sum;
+}
+
+#ifndef TRAIN_MOE_C // the random numbers of train_moe.c, section 2, and lpr_noise of its section 9
+__host__ __device__ static inline uint64_t mix64(uint64_t z) {
+    z += 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+__host__ __device__ static inline uint64_t random_key(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+    return mix64(mix64(mix64(mix64(a) ^ b) ^ c) ^ d);
+}
+__host__ __device__ static inline double random_uniform(uint64_t key) {
+    return ((double)(key >> 40) + 0.5) / 16777216.0;
+}
+__host__ __device__ static inline double random_normal(uint64_t key) {
+    double u1 = random_uniform(key), u2 = random_uniform(mix64(key));
+    return sqrt(-2.0 * log(u1)) * cos(2.0 * M_PI * u2);
+}
+__host__ __device__ static inline float lpr_noise(uint64_t layer_key, long n, int d, int D) {
+    return (float)random_normal(mix64(layer_key ^ (uint64_t)(n * D + d)));
+}
+#define LPR_EPS 1e-5f
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Routing
+//
+// Most kernels here give each token a warp, whose lane i takes the numbers i, i + 32, i + 64 ... of the token's row and
+// adds them up in that order: what a token gets depends on its own row alone, not on the batch. A row is read several
+// times rather than kept in registers, so that any E will do; after the first time it comes from the first-level cache.
+
+enum { TOKENS_A_BLOCK = 8, ROUTER_THREADS = 32 * TOKENS_A_BLOCK };     // for these kernels, a warp a row
+
+__device__ static inline long warp_row() { return (long)blockIdx.x * TOKENS_A_BLOCK + threadIdx.x / 32; }
+
+// The next of the K largest of E scores after `last`, the score of expert `last_e`: the largest of those that are
+// smaller, or equal with a higher index; of equals the lowest index. To begin with: last = first_score(scores),
+// last_e = -1. A warp's lanes call it together, and all get the result. As choose_topk of train_moe.c, also in this: if
+// nothing is left, which happens only among NaN, the result is 0.
+__device__ static int next_best(const float* scores, int E, float last, int last_e) {
+    float best = -INFINITY;
+    int best_e = INT_MAX;
+    for (int e = threadIdx.x % 32; e < E; e += 32) {
+        float score = scores[e];
+        bool left = score < last || (score == last && e > last_e);
+        if (left && (score > best || (score == best && e < best_e))) best = score, best_e = e;
+    }
+    for (int o = 16; o; o >>= 1) {
+        float score = __shfl_xor_sync(0xffffffffu, best, o);
+        int e = __shfl_xor_sync(0xffffffffu, best_e, o);
+        if (score > best || (score == best && e < best_e)) best = score, best_e = e;
+    }
+    return best_e < E ? best_e : 0;
+}
+// what is above all scores; NaN if the first score is NaN, after which choose_topk finds nothing
+__device__ static inline float first_score(const float* scores) {
+    return scores[0] == scores[0] ? INFINITY : scores[0];
+}
+
+// softmax_router_forward of train_moe.c:
+//     probs (N, E) = softmax(z)      lse (N) = log of its denominator      experts (N, K) best first (of equals the
+//     lowest index first)            gates (N, K) = probs of the experts, divided by their sum if norm_topk
+// z (N, E)
+__global__ static void softmax_router_kernel(float* probs, float* lse, int* experts, float* gates, const float* z,
+                                             int N, int E, int K, int norm_topk) {
+    long n = warp_row();
+    int lane = threadIdx.x % 32;
+    if (n >= N) return;
+    z += n * E, probs += n * E, experts += n * K, gates += n * K;
+    float max = -INFINITY, sum = 0, gate_sum = 0;
+    for (int e = lane; e < E; e += 32) max = fmaxf(max, z[e]);
+    max = warp_max(max);
+    for (int e = lane; e < E; e += 32) sum += expf(z[e] - max);
+    sum = warp_sum(sum);
+    for (int e = lane; e < E; e += 32) probs[e] = expf(z[e] - max) / sum;
+    if (lane == 0) lse[n] = max + logf(sum);
+    float last = first_score(z);
+    for (int k = 0, e = -1; k < K; k++) {
+        e = next_best(z, E, last, e);
+        last = z[e];
+        float gate = expf(last - max) / sum;
+        gate_sum += gate;
+        if (lane == 0) experts[k] = e, gates[k] = gate;
+    }
+    __syncwarp();
+    for (int k = lane; k < K && norm_topk; k += 32) gates[k] /= gate_sum;
+}
+
+static void gpu_softmax_router(float* probs, float* lse, int* experts, float* gates, const float* z, int N, int E,
+                               int K, int norm_topk) {
+    softmax_router_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(probs, lse, experts, gates, z, N, E, K,
+                                                                        norm_topk);
+    CHECK(cudaGetLastError());
+}
+
+// softmax_router_backward and balance_backward of train_moe.c in one: dz (N, E) from dgates (N, K), the gradient with
+// respect to the gates as they were used, and from the balance losses. With S a token's experts:
+//     renormalised:  dz_e = gate_e (dgate_e - sum over S of gate_j dgate_j)  for e in S, 0 for the others
+//     otherwise:     dz_e = p_e (dgate_e [e in S] - sum over S of p_j dgate_j)  for all e
+//     balance:       dz_e += p_e (aux_weight (f_e - sum_j f_j p_j) + z_weight lse)
+// probs (N, E), experts, gates (N, K), lse (N), f (E) by gpu_balance_weights
+__global__ static void softmax_router_backward_kernel(float* dz, const float* dgates, const float* probs,
+                                                      const int* experts, const float* gates, const float* lse,
+                                                      const double* f, double aux_weight, double z_weight, int N,
+                                                      int E, int K, int norm_topk) {
+    long n = warp_row();
+    int lane = threadIdx.x % 32;
+    if (n >= N) return;
+    dz += n * E, probs += n * E, experts += n * K, gates += n * K, dgates += n * K;
+    float mean = 0;
+    double f_mean = 0;
+    for (int k = lane; k < K; k += 32) mean += gates[k] * dgates[k];
+    for (int e = lane; e < E; e += 32) f_mean += f[e] * probs[e];
+    mean = warp_sum(mean);
+    f_mean = warp_sum(f_mean);
+    for (int e = lane; e < E; e += 32) {
+        float p = probs[e];
+        dz[e] = (norm_topk ? 0 : -p * mean) + (float)(p * (aux_weight * (f[e] - f_mean) + z_weight * lse[n]));
+    }
+    __syncwarp();
+    for (int k = lane; k < K; k += 32) dz[experts[k]] += gates[k] * (norm_topk ? dgates[k] - mean : dgates[k]);
+}
+
+static void gpu_softmax_router_backward(float* dz, const float* dgates, const float* probs, const int* experts,
+                                        const float* gates, const float* lse, const double* f, double aux_weight,
+                                        double z_weight, int N, int E, int K, int norm_topk) {
+    softmax_router_backward_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(
+        dz, dgates, probs, experts, gates, lse, f, aux_weight, z_weight, N, E, K, norm_topk);
+    CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Grouping by expert: a stable counting sort of the N K assignments in four small kernels, without atomics.
+//     1. a block for each chunk of 256 assignments counts every expert's share of the chunk
+//     2. 32 experts a block: sums over the chunks before each chunk
+//     3. one block: sums over the experts before each expert; the tiles of the grouped products
+//     4. row = the expert's first row + its assignments in earlier chunks + those before in this chunk
+
+enum { GROUP_CHUNK = 256 };
+
+static int gpu_group_chunks(int N, int K) { return ceil_div((long)N * K, GROUP_CHUNK); }
+
+// chunk_counts (chunks, E): how often each expert occurs in each chunk; rank (N K): how often an assignment's expert
+// occurs in its chunk before it. Each thread compares its assignment with the whole chunk; the last of each expert
+// then knows, and alone writes, the expert's count.
+__global__ static void group_count_kernel(int* chunk_counts, int* rank, const int* experts, long assignments, int E) {
+    __shared__ int4 chunk[GROUP_CHUNK / 4];
+    int i = threadIdx.x, before = 0, all = 0;
+    long a = (long)blockIdx.x * GROUP_CHUNK + i;
+    int e = a < assignments ? experts[a] : -1, *counts = chunk_counts + (long)blockIdx.x * E;
+    ((int*)chunk)[i] = e;
+    for (int j = i; j < E; j += GROUP_CHUNK) counts[j] = 0;
+    __syncthreads();
+    for (int j = 0; j < GROUP_CHUNK; j += 4) {
+        int4 four = chunk[j / 4];
+        int same[4] = {four.x == e, four.y == e, four.z == e, four.w == e};
+        for (int k = 0; k < 4; k++) {
+            all += same[k];
+            before += j + k < i ? same[k] : 0;
+        }
+    }
+    if (a >= assignments) return;
+    rank[a] = before;
+    if (before + 1 == all) counts[e] = all;
+}
+
+// In place: chunk_counts (chunks, E) become sums over the chunks before; offsets[e + 1] = sum over all. 32 x 32 threads
+// to 32 experts: each sums a 32nd of the chunks of one expert.
+__global__ static void group_scan_chunks_kernel(int* offsets, int* chunk_counts, int chunks, int E) {
+    __shared__ int sums[32][32];
+    int e = blockIdx.x * 32 + threadIdx.x, y = threadIdx.y, per_thread = ceil_div(chunks, 32);
+    int first = min(y * per_thread, chunks), end = min(first + per_thread, chunks), sum = 0, before = 0;
+    for (int c = first; c < end && e < E; c++) sum += chunk_counts[(long)c * E + e];
+    sums[y][threadIdx.x] = sum;
+    __syncthreads();
+    if (e >= E) return;
+    for (int i = 0; i < y; i++) before += sums[i][threadIdx.x];
+    if (y == 31) offsets[e + 1] = before + sum;
+    for (int c = first; c < end; c++) {
+        int count = chunk_counts[(long)c * E + e];
+        chunk_counts[(long)c * E + e] = before;
+        before += count;
+    }
+}
+
+// the sum of x over the threads up to this one, by 1024 threads; shared has room for 32 ints
+__device__ static int block_prefix(int x, int* shared) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int o = 1; o < 32; o *= 2) {
+        int other = __shfl_up_sync(0xffffffffu, x, o);
+        if (lane >= o) x += other;
+    }
+    if (lane == 31) shared[warp] = x;
+    __syncthreads();
+    for (int w = 0; w < warp; w++) x += shared[w];
+    __syncthreads();
+    return x;
+}
+
+// One block of 1024 threads. In place: offsets[e + 1], expert e's count, becomes the sum of the counts up to e. tiles
+// (max_tiles): for each expert in order {expert, first row} of every 128 of its rows, then {-1, 0}. rows >= 0 means a
+// dense layer: one expert with that count.
+__global__ static void group_tiles_kernel(int* offsets, int2* tiles, int max_tiles, int E, int rows) {
+    __shared__ int shared[32], ends[1024], tile_ends[1024];
+    int done = 0, tiles_done = 0;               // rows and tiles of earlier rounds
+    if (threadIdx.x == 0) offsets[0] = 0;
+    for (int round = 0; round < E; round += 1024) {
+        int e = round + threadIdx.x, count = e >= E ? 0 : rows >= 0 ? rows : offsets[e + 1];
+        int end = done + block_prefix(count, shared);
+        int tile_end = tiles_done + block_prefix(ceil_div(count, GROUP_ROWS), shared);
+        if (e < E) offsets[e + 1] = end;
+        ends[threadIdx.x] = end;
+        tile_ends[threadIdx.x] = tile_end;
+        __syncthreads();
+        for (int i = threadIdx.x / 32; i < 1024 && round + i < E; i += 32) {    // a warp lists an expert's tiles
+            int first = i ? tile_ends[i - 1] : tiles_done, row = i ? ends[i - 1] : done;
+            for (int t = first + threadIdx.x % 32; t < tile_ends[i]; t += 32)
+                tiles[t] = make_int2(round + i, row + (t - first) * GROUP_ROWS);
+        }
+        done = ends[1023];
+        tiles_done = tile_ends[1023];
+        __syncthreads();
+    }
+    for (int t = tiles_done + threadIdx.x; t < max_tiles; t += 1024) tiles[t] = make_int2(-1, 0);
+}
+
+__global__ static void group_place_kernel(int* assignment, int* row_of, const int* offsets, const int* chunk_counts,
+                                          const int* experts, long assignments, int E) {
+    long a = (long)blockIdx.x * GROUP_CHUNK + threadIdx.x;
+    if (a >= assignments) return;
+    int e = experts[a], row = offsets[e] + chunk_counts[(long)blockIdx.x * E + e] + row_of[a];
+    row_of[a] = row;
+    assignment[row] = (int)a;
+}
+
+// group_by_expert of train_moe.c, and the list of tiles by which the grouped products are launched: sorts the N K
+// assignments by expert; within an expert their order stays.
+// offsets (E + 1): expert e's rows are offsets[e] .. offsets[e+1]-1
+// tiles (max_tiles), max_tiles >= N K / 128 + E: up to 128 rows of one expert each: {expert, first row}; then {-1, 0}
+// assignment (N K): row r serves assignment n K + k, the k-th expert of token n;  row_of (N, K): the inverse
+// chunk_counts: scratch (gpu_group_chunks(N, K), E);  experts (N, K)
+static void gpu_group_by_expert(int* offsets, int2* tiles, int max_tiles, int* assignment, int* row_of,
+                                int* chunk_counts, const int* experts, int N, int K, int E) {
+    int chunks = gpu_group_chunks(N, K);
+    long assignments = (long)N * K;
+    group_count_kernel<<<chunks, GROUP_CHUNK>>>(chunk_counts, row_of, experts, assignments, E);
+    group_scan_chunks_kernel<<<ceil_div(E, 32), dim3(32, 32)>>>(offsets, chunk_counts, chunks, E);
+    group_tiles_kernel<<<1, 1024>>>(offsets, tiles, max_tiles, E, -1);
+    group_place_kernel<<<chunks, GROUP_CHUNK>>>(assignment, row_of, offsets, chunk_counts, experts, assignments, E);
+    CHECK(cudaGetLastError());
+}
+
+// The same for a dense layer, one expert with all N rows in their order: offsets (2) = {0, N}; max_tiles >= N / 128 + 1
+static void gpu_dense_group(int* offsets, int2* tiles, int max_tiles, int N) {
+    group_tiles_kernel<<<1, 1024>>>(offsets, tiles, max_tiles, 1, N);
+    CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sums over tokens are made in two stages of fixed order: SLICES blocks sum a slice of the tokens each, then the
+// slices are added up.
+
+enum { SLICES = 32 };
+static long gpu_balance_parts(long E) { return SLICES * (E + 4); }     // doubles of scratch for what follows
+
+// The sum over this block's slice (blockIdx.y) of the N rows of value(n), which 32 x 32 threads make for 32 columns:
+// thread (x, y) takes every 32nd row of column x, and thread (x, 0) gets the column's sum.
+template <class F> __device__ static double slice_sum(F value, int N) {
+    __shared__ double sums[32][32];
+    int x = threadIdx.x, y = threadIdx.y;
+    long rows = ceil_div(N, SLICES), first = blockIdx.y * rows, end = first + rows < N ? first + rows : N;
+    double sum = 0;
+    for (long n = first + y; n < end; n += 32) sum += value(n);
+    sums[y][x] = sum;
+    __syncthreads();
+    for (int i = 1; i < 32 && y == 0; i++) sum += sums[i][x];
+    return sum;
+}
+
+// parts (SLICES, E + 1): the slices' sums of each column of probs (N, E), and of lse (N) squared
+__global__ static void balance_slices_kernel(double* parts, const float* probs, const float* lse, int N, int E) {
+    int e = blockIdx.x * 32 + threadIdx.x;
+    double sum = slice_sum([=](long n) {
+        return e < E ? (double)probs[n * E + e] : e == E ? (double)lse[n] * lse[n] : 0;
+    }, N);
+    if (threadIdx.y == 0 && e <= E) parts[(long)blockIdx.y * (E + 1) + e] = sum;
+}
+
+__global__ static void balance_finish_kernel(double* losses, double* all_counts, double* all_probs, long long* load,
+                                             long long* step_load, const double* parts, const int* offsets,
+                                             int per_layer, int N, int K, int E) {
+    __shared__ double shared[32];
+    double aux = 0;
+    for (int e = threadIdx.x; e <= E; e += blockDim.x) {
+        double sum = 0;
+        for (int s = 0; s < SLICES; s++) sum += parts[(long)s * (E + 1) + e];
+        if (e == E) {                           // one thread alone
+            losses[1] += sum / N;
+            continue;
+        }
+        int count = offsets[e + 1] - offsets[e];
+        if (load) {
+            load[e] += count;
+            step_load[e] += count;
+        }
+        all_counts[e] += count;
+        all_probs[e] += sum;
+        aux += E * (count / ((double)N * K)) * (sum / N);
+    }
+    aux = block_sum(aux, shared);
+    if (per_layer && threadIdx.x == 0) losses[0] += aux;
+}
+
+// balance_layer_forward of train_moe.c, after the grouping of one layer: counts the load and adds the layer's share to
+// the balance losses.
+// losses {aux_loss, z_loss} += {E sum_e f_e P_e if per_layer (AUX_SWITCH), mean over tokens of lse^2}
+// all_counts, all_probs (E) += the layer's assignments, its sums of probs over tokens
+// load, step_load (E) += its assignments, or both NULL: not counted
+// parts: scratch, gpu_balance_parts(E) doubles;  probs (N, E), lse (N), offsets (E + 1)
+static void gpu_balance_forward(double* losses, double* all_counts, double* all_probs, long long* load,
+                                long long* step_load, double* parts, const float* probs, const float* lse,
+                                const int* offsets, int per_layer, int N, int K, int E) {
+    balance_slices_kernel<<<dim3(ceil_div(E + 1, 32), SLICES), dim3(32, 32)>>>(parts, probs, lse, N, E);
+    balance_finish_kernel<<<1, 1024>>>(losses, all_counts, all_probs, load, step_load, parts, offsets, per_layer, N, K,
+                                       E);
+    CHECK(cudaGetLastError());
+}
+
+__global__ static void aux_hf_kernel(double* aux, const double* all_counts, const double* all_probs, int E,
+                                     double tokens_seen) {
+    __shared__ double shared[32];
+    double sum = 0;
+    for (int e = threadIdx.x; e < E; e += blockDim.x)
+        sum += E * (all_counts[e] / tokens_seen) * (all_probs[e] / tokens_seen);
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) *aux += sum;
+}
+
+// The balance loss of AUX_HF, once after the last layer: aux += E sum_e (counts_e / tokens) (probs_e / tokens), with
+// the sums over all layers, all_counts and all_probs (E), and tokens_seen = N times the number of sparse layers.
+static void gpu_aux_hf(double* aux, const double* all_counts, const double* all_probs, int E, double tokens_seen) {
+    aux_hf_kernel<<<1, 1024>>>(aux, all_counts, all_probs, E, tokens_seen);
+    CHECK(cudaGetLastError());
+}
+
+__global__ static void balance_weights_kernel(double* f, const int* offsets, const double* all_counts, int per_layer,
+                                              double N, int K, int E, double tokens_seen) {
+    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    if (e < E) f[e] = per_layer ? (offsets[e + 1] - offsets[e]) / (N * K) : all_counts[e] / tokens_seen;
+}
+
+// f (E) of the balance loss, for the backward pass: the layer's counts / (N K) if per_layer (AUX_SWITCH), else
+// all_counts / tokens_seen. offsets (E + 1), all_counts (E)
+static void gpu_balance_weights(double* f, const int* offsets, const double* all_counts, int per_layer, double N, int K,
+                                int E, double tokens_seen) {
+    balance_weights_kernel<<<ceil_div(E, 256), 256>>>(f, offsets, all_counts, per_layer, N, K, E, tokens_seen);
+    CHECK(cudaGetLastError());
+}
+
+// A slice's share of Observed for each of its blocks: parts (SLICES, 4) = sums over its tokens of the entropy, the
+// largest gate, the distinct families chosen, and whether there were fewer of them than K.
+__global__ static void observe_slices_kernel(double* parts, const float* probs, const float* gates, const int* experts,
+                                             const int* family, int N, int E, int K) {
+    __shared__ double shared[32];
+    int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    long rows = ceil_div(N, SLICES), first = blockIdx.x * rows, end = first + rows < N ? first + rows : N;
+    double entropy = 0, tops = 0, sources = 0, twins = 0;       // of this warp's tokens; the last three in lane 0 alone
+    for (long n = first + threadIdx.x / 32; n < end; n += warps) {
+        const float *p = probs + n * E, *gates_n = gates + n * K;
+        const int* experts_n = experts + n * K;
+        float top = 0, distinct = 0;
+        for (int e = lane; e < E; e += 32) entropy -= p[e] > 1e-30f ? p[e] * logf(p[e]) : 0;
+        for (int k = lane; k < K; k += 32) {
+            bool known = false;
+            for (int j = 0; j < k && family; j++) known |= family[experts_n[j]] == family[experts_n[k]];
+            distinct += !known;
+            top = fmaxf(top, gates_n[k]);
+        }
+        top = warp_max(top);
+        distinct = warp_sum(distinct);
+        if (lane == 0) {
+            tops += top;
+            sources += distinct;
+            twins += distinct < K;
+        }
+    }
+    entropy = block_sum(entropy, shared);
+    tops = block_sum(tops, shared);
+    sources = block_sum(sources, shared);
+    twins = block_sum(twins, shared);
+    if (threadIdx.x == 0) {
+        double* part = parts + blockIdx.x * 4;
+        part[0] = entropy, part[1] = tops, part[2] = sources, part[3] = twins;
+    }
+}
+
+__global__ static void observe_finish_kernel(double* observed, const double* parts, int N) {
+    int i = threadIdx.x;                        // one of the 5 numbers
+    double sum = i == 0 ? N : 0;
+    for (int s = 0; s < SLICES && i > 0; s++) sum += parts[s * 4 + i - 1];
+    observed[i] += sum;
+}
+
+// observe_layer of train_moe.c without its trace: adds a forward pass to a layer's Observed, five doubles {tokens,
+// entropy, top_gate, sources, twins}. parts: scratch, gpu_balance_parts(E) doubles;  probs (N, E), gates, experts
+// (N, K);  family (E): each expert's family, or NULL: every expert is a family of its own
+static void gpu_observe(double* observed, double* parts, const float* probs, const float* gates, const int* experts,
+                        const int* family, int N, int E, int K) {
+    observe_slices_kernel<<<SLICES, 1024>>>(parts, probs, gates, experts, family, N, E, K);
+    observe_finish_kernel<<<1, 5>>>(observed, parts, N);
+    CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Router variants: see section 9 of train_moe.c, where the formulas have their sources.
+
+__device__ static inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// a row's mean and (population) variance, by a warp
+__device__ static void row_moments(double* mean, double* variance, const float* z, int E) {
+    double sum = 0, square = 0;
+    for (int e = threadIdx.x % 32; e < E; e += 32) sum += z[e];
+    *mean = warp_sum(sum) / E;
+    for (int e = threadIdx.x % 32; e < E; e += 32) square += (z[e] - *mean) * (z[e] - *mean);
+    *variance = warp_sum(square) / E;
+}
+
+__global__ static void logit_norm_kernel(float* out, const float* z, int N, int E, float lambda) {
+    long n = warp_row();
+    if (n >= N) return;
+    double mean, variance;
+    row_moments(&mean, &variance, z + n * E, E);
+    for (int e = threadIdx.x % 32; e < E; e += 32)
+        out[n * E + e] = (float)(lambda * (z[n * E + e] - mean) / (sqrt(variance) + 1e-6));
+}
+
+// out (N, E) = lambda (z - mean) / (std + 1e-6), with each token's mean and standard deviation over the experts
+static void gpu_logit_norm(float* out, const float* z, int N, int E, float lambda) {
+    logit_norm_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(out, z, N, E, lambda);
+    CHECK(cudaGetLastError());
+}
+
+__global__ static void logit_norm_backward_kernel(float* dz, const float* z, int N, int E, float lambda) {
+    long n = warp_row();
+    int lane = threadIdx.x % 32;
+    if (n >= N) return;
+    dz += n * E, z += n * E;
+    double mean, variance, along = 0, dmean = 0;
+    row_moments(&mean, &variance, z, E);
+    for (int e = lane; e < E; e += 32) along += dz[e] * (z[e] - mean);
+    along = warp_sum(along);
+    double std = sqrt(variance), r = std + 1e-6;
+    for (int e = lane; e < E; e += 32) {
+        double through_std = std > 0 ? (z[e] - mean) * along / (E * std * r) : 0;
+        dz[e] = (float)(lambda / r * (dz[e] - through_std));
+        dmean += dz[e];
+    }
+    dmean = warp_sum(dmean) / E;
+    for (int e = lane; e < E; e += 32) dz[e] -= (float)dmean;
+}
+
+// In place: dz (N, E), the gradient of gpu_logit_norm's result, becomes that of z (N, E). With c = z - mean and
+// r = std + 1e-6:  dc_e = lambda / r (dz_e - c_e sum_j(dz_j c_j) / (E std r)),  dz_e = dc_e - mean(dc)
+static void gpu_logit_norm_backward(float* dz, const float* z, int N, int E, float lambda) {
+    logit_norm_backward_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(dz, z, N, E, lambda);
+    CHECK(cudaGetLastError());
+}
+
+__global__ static void penalise_families_kernel(float* z, float* shift, const float* scores, const int* family,
+                                                float penalty, int layer, int N, int T, int start, int E) {
+    long n = warp_row();
+    int lane = threadIdx.x % 32;
+    if (n >= N) return;
+    z += n * E, shift += n * E;
+    scores = scores ? scores + n * E : z;
+    for (int e = lane; e < E; e += 32) {
+        int beaten = 0, tied = 0, before = 0;           // is a member better; members that equal e; those ahead of e
+        for (int j = 0; j < E; j++) {
+            if (family[j] != family[e]) continue;
+            beaten |= scores[j] > scores[e];
+            tied += scores[j] == scores[e];
+            before += scores[j] == scores[e] && j < e;
+        }
+        int winner = 0;                         // of those that tie; without a tie there is no need for the hash
+        if (tied > 1) {
+            uint64_t hash = random_key(0x46414D, (uint64_t)layer, (uint64_t)(start + n % T), (uint64_t)family[e]);
+            winner = (int)((hash >> 32) % (uint64_t)tied);
+        }
+        shift[e] = !beaten && before == winner ? 0 : penalty;
+    }
+    __syncwarp();                               // z may be the scores
+    for (int e = lane; e < E; e += 32) z[e] -= shift[e];
+}
+
+// penalise_families of train_moe.c: in place, z (N, E) -= shift (N, E), which is 0 for the best member of each family
+// (by scores (N, E), NULL: by z itself) and `penalty` for its other members; equal members are told apart by a
+// hash of (layer, position, family). family (E). Row n is at position start + n % T of its sequence.
+static void gpu_penalise_families(float* z, float* shift, const float* scores, const int* family, float penalty,
+                                  int layer, int N, int T, int start, int E) {
+    penalise_families_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(z, shift, scores, family, penalty, layer, N,
+                                                                           T, start, E);
+    CHECK(cudaGetLastError());
+}
+
+__global__ static void sigmoid_scores_kernel(float* scores, const float* z, const float* bias, int N, int E) {
+    long n = warp_row();
+    for (int e = threadIdx.x % 32; n < N && e < E; e += 32) scores[n * E + e] = sigmoid(z[n * E + e]) + bias[e];
+}
+
+// scores (N, E) = sigmoid(z) + bias, by which experts are chosen; bias (E)
+static void gpu_sigmoid_scores(float* scores, const float* z, const float* bias, int N, int E) {
+    sigmoid_scores_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(scores, z, bias, N, E);
+    CHECK(cudaGetLastError());
+}
+
+__global__ static void sigmoid_router_kernel(float* probs, float* lse, int* experts, float* gates, const float* z,
+                                             const float* bias, const float* shift, int N, int E, int K,
+                                             int norm_topk) {
+    long n = warp_row();
+    int lane = threadIdx.x % 32;
+    if (n >= N) return;
+    z += n * E, probs += n * E, experts += n * K, gates += n * K;
+    float max = -INFINITY, exp_sum = 0, sum = 0, gate_sum = 0;
+    for (int e = lane; e < E; e += 32) {
+        max = fmaxf(max, z[e]);
+        probs[e] = sigmoid(z[e]) + bias[e] - (shift ? shift[n * E + e] : 0);    // for now the scores
+    }
+    max = warp_max(max);
+    for (int e = lane; e < E; e += 32) {
+        exp_sum += expf(z[e] - max);
+        sum += sigmoid(z[e]);
+    }
+    exp_sum = warp_sum(exp_sum);
+    sum = warp_sum(sum);
+    if (lane == 0) lse[n] = max + logf(exp_sum);
+    __syncwarp();
+    float last = first_score(probs);
+    for (int k = 0, e = -1; k < K; k++) {
+        e = next_best(probs, E, last, e);
+        last = probs[e];
+        float gate = sigmoid(z[e]);
+        gate_sum += gate;
+        if (lane == 0) experts[k] = e, gates[k] = gate;
+    }
+    __syncwarp();
+    for (int k = lane; k < K && norm_topk; k += 32) gates[k] /= gate_sum;
+    for (int e = lane; e < E; e += 32) probs[e] = sigmoid(z[e]) / sum;
+}
+
+// sigmoid_router_forward of train_moe.c: with s = sigmoid(z),
+//     experts (N, K): the K largest s + bias - shift, best first (of equals the lowest index first)
+//     gates (N, K) = s of the experts, divided by their sum if norm_topk      probs (N, E) = s / sum of s
+//     lse (N) = logsumexp(z)
+// z (N, E), bias (E), shift (N, E) by gpu_penalise_families or NULL
+static void gpu_sigmoid_router(float* probs, float* lse, int* experts, float* gates, const float* z, const float* bias,
+                               const float* shift, int N, int E, int K, int norm_topk) {
+    sigmoid_router_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(probs, lse, experts, gates, z, bias, shift, N,
+                                                                        E, K, norm_topk);
+    CHECK(cudaGetLastError());
+}
+
+__global__ static void sigmoid_router_backward_kernel(float* dz, const float* dgates, const float* z,
+                                                      const float* probs, const float* lse, const int* experts,
+                                                      const float* gates, const double* f, double aux_weight,
+                                                      double z_weight, int N, int E, int K, int norm_topk) {
+    long n = warp_row();
+    int lane = threadIdx.x % 32;
+    if (n >= N) return;
+    dz += n * E, z += n * E, probs += n * E, experts += n * K, gates += n * K, dgates += n * K;
+    float sum = 0, chosen_sum = 0, mean = 0;
+    double f_mean = 0;
+    for (int e = lane; e < E; e += 32) {
+        sum += sigmoid(z[e]);
+        f_mean += f[e] * probs[e];
+    }
+    for (int k = lane; k < K; k += 32) {
+        chosen_sum += sigmoid(z[experts[k]]);
+        mean += gates[k] * dgates[k];
+    }
+    sum = warp_sum(sum), f_mean = warp_sum(f_mean), chosen_sum = warp_sum(chosen_sum), mean = warp_sum(mean);
+    for (int e = lane; e < E; e += 32) dz[e] = (float)(aux_weight * (f[e] - f_mean)) / sum;     // for now ds
+    __syncwarp();
+    for (int k = lane; k < K; k += 32) dz[experts[k]] += norm_topk ? (dgates[k] - mean) / chosen_sum : dgates[k];
+    __syncwarp();
+    for (int e = lane; e < E; e += 32) {
+        float s = sigmoid(z[e]);
+        dz[e] = dz[e] * s * (1.0f - s) + (float)z_weight * lse[n] * expf(z[e] - lse[n]);
+    }
+}
+
+// sigmoid_router_backward of train_moe.c: dz (N, E) from dgates (N, K) and the balance losses:
+//     renormalised: ds_e = (dgate_e - sum over S of gate_j dgate_j) / sum over S of s;    otherwise ds_e = dgate_e
+//     balance:      ds_e += aux_weight (f_e - sum_j f_j p_j) / sum of s,  p = s / sum of s
+//     dz_e = ds_e s_e (1 - s_e) + z_weight lse exp(z_e - lse)
+// z, probs (N, E), lse (N), experts, gates (N, K), f (E)
+static void gpu_sigmoid_router_backward(float* dz, const float* dgates, const float* z, const float* probs,
+                                        const float* lse, const int* experts, const float* gates, const double* f,
+                                        double aux_weight, double z_weight, int N, int E, int K, int norm_topk) {
+    sigmoid_router_backward_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(
+        dz, dgates, z, probs, lse, experts, gates, f, aux_weight, z_weight, N, E, K, norm_topk);
+    CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Latent Prototype Routing (Yang 2025, 2506.21328), formulas in section 9 of train_moe.c. Here all is done with unit
+// vectors, which turns the two gradients that need care into one: with n = mu / |mu| and q = prototype / |prototype|
+//     scores = n q^T        diversity of M vectors x = (|G|^2 - M) / M^2,  G = X^T X  (D, D),  x = n or q
+// and the gradient dx by a unit vector x = v / |v| goes on as dv = (dx - (x dx) x) / |v|. With dz the scores' gradient,
+//     dn = dz q + 4 weight / N^2 G n             dq = dz^T n + 4 weight / E^2 G q
+// (the gradient of |G|^2 - M is 4 (G x - x), but what lies along x is lost anyway.)
+
+// One layer's parameters, or their gradients.
+typedef struct {
+    float *norm_weight, *norm_bias;         // (H)
+    float *encoder, *encoder_bias;          // (2 D, H), (2 D)
+    float* prototypes;                      // (E, D)
+    float *readout, *readout_bias;          // (H, D), (H)
+} LprWeights;
+
+typedef struct {
+    int N, H, E, K, D;
+    LprWeights w, d;                        // parameters; their gradients (unused without a backward pass)
+    double weight, diversity, kl, align;    // of the losses: weight (diversity .. + kl .. + align ..)
+    int align_mean;                         // 1: Align's targets are means over tokens, 0: sums
+    // kept from the forward pass for the backward pass
+    float *z, *lse, *probs, *gates;         // scores (N, E), (N), (N, E), (N, K)
+    int* experts;                           // (N, K)
+    float* encoded;                         // (N, 2 D)     mu and logvar
+    float* read_out;                        // (N, D)
+    float* targets;                         // (E, D)
+    float* grams;                           // (2, D, D)    of mu, of the prototypes
+    // used up within a call
+    float* scratch;                         // gpu_lpr_scratch(N, H, E, D) floats, 16-byte aligned
+    float* parts;                           // for gpu_matmul_fp32
+    long parts_floats;
+} LprLayer;
+
+typedef struct {
+    double* sums;                           // (SLICES, max(H, 2 D))
+    float* wide;                            // (N, H)       a; the read-out's part of the experts' input; da
+    float *mean, *rstd, *kl;                // (N)
+    float *units, *prototype_units;         // (N, D), (E, D)       n and q
+    float *by_expert, *dz;                  // (N, E)       rho, dprobs; dz
+    float *latent, *dencoded;               // (N, D), (N, 2 D)     mu + noise, dread_out, dn; the encoder's gradient
+    float* dunits;                          // (E, D)       dq
+} LprScratch;
+
+// hands out the scratch; returns its size in floats
+static long lpr_scratch_walk(LprScratch* s, float* base, long N, long H, long E, long D) {
+    float** pointers[] = {(float**)&s->sums, &s->wide, &s->mean, &s->rstd, &s->kl, &s->units, &s->prototype_units,
+                          &s->by_expert, &s->dz, &s->latent, &s->dencoded, &s->dunits};
+    long sizes[] = {2 * SLICES * (H > 2 * D ? H : 2 * D), N * H, N, N, N, N * D, E * D, N * E, N * E, N * D, N * 2 * D,
+                    E * D};
+    long used = 0;
+    for (int i = 0; i < 12; i++) {
+        *pointers[i] = base ? base + used : NULL;
+        used += (sizes[i] + 3) / 4 * 4;
+    }
+    return used;
+}
+static long gpu_lpr_scratch(long N, long H, long E, long D) {
+    LprScratch s;
+    return lpr_scratch_walk(&s, NULL, N, H, E, D);
+}
+
+// a (N, H) = silu(LayerNorm(h)); mean, rstd (N)
+template <class T>
+__global__ static void lpr_normalise_kernel(float* a, float* mean, float* rstd, const T* h, const float* weight,
+                                            const float* bias, int N, int H) {
+    long n = warp_row();
+    int lane = threadIdx.x % 32;
+    if (n >= N) return;
+    h += n * H, a += n * H;
+    float sum = 0, square = 0;
+    for (int i = lane; i < H; i += 32) sum += to_float(h[i]);
+    float m = warp_sum(sum) / H;
+    for (int i = lane; i < H; i += 32) square += (to_float(h[i]) - m) * (to_float(h[i]) - m);
+    float r = 1.0f / sqrtf(warp_sum(square) / H + LPR_EPS);
+    for (int i = lane; i < H; i += 32) {
+        float u = (to_float(h[i]) - m) * r * weight[i] + bias[i];
+        a[i] = u * sigmoid(u);
+    }
+    if (lane == 0) mean[n] = m, rstd[n] = r;
+}
+
+// In place da (N, H), the gradient of a, becomes that of u, the LayerNorm's output; dh (N, H) = dinput + that of h, and
+// may be dinput.
+//     silu'(u) = s (1 + u (1 - s))      dh = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)),  dxhat = du weight
+template <class T, class TD>
+__global__ static void lpr_normalise_backward_kernel(float* dh, const TD* dinput, float* da, const T* h,
+                                                     const float* mean, const float* rstd, const float* weight,
+                                                     const float* bias, int N, int H) {
+    long n = warp_row();
+    int lane = threadIdx.x % 32;
+    if (n >= N) return;
+    h += n * H, da += n * H;
+    float m = mean[n], r = rstd[n], d_mean = 0, d_along = 0;
+    for (int i = lane; i < H; i += 32) {
+        float xhat = (to_float(h[i]) - m) * r, u = xhat * weight[i] + bias[i], s = sigmoid(u);
+        float du = da[i] * s * (1.0f + u * (1.0f - s));
+        da[i] = du;
+        d_mean += du * weight[i];
+        d_along += du * weight[i] * xhat;
+    }
+    d_mean = warp_sum(d_mean) / H;
+    d_along = warp_sum(d_along) / H;
+    for (int i = lane; i < H; i += 32) {
+        float xhat = (to_float(h[i]) - m) * r;
+        dh[n * H + i] = to_float(dinput[n * H + i]) + r * (da[i] * weight[i] - d_mean - xhat * d_along);
+    }
+}
+
+// parts (SLICES, C): the slices' sums of the columns of x (N, C); with h (N, C): of x xhat, xhat = (h - mean) rstd
+template <class T, class TX>
+__global__ static void column_slices_kernel(double* parts, const TX* x, const T* h, const float* mean,
+                                            const float* rstd, int N, int C) {
+    int c = blockIdx.x * 32 + threadIdx.x;
+    double sum = slice_sum([=](long n) {
+        if (c >= C) return 0.0;
+        return (double)(to_float(x[n * C + c]) * (h ? (to_float(h[n * C + c]) - mean[n]) * rstd[n] : 1));
+    }, N);
+    if (threadIdx.y == 0 && c < C) parts[(long)blockIdx.y * C + c] = sum;
+}
+// out (C) = the sums of the parts, or += them
+__global__ static void column_finish_kernel(float* out, const double* parts, int C, int add) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= C) return;
+    double sum = 0;
+    for (int s = 0; s < SLICES; s++) sum += parts[(long)s * C + c];
+    out[c] = (float)(add ? out[c] + sum : sum);
+}
+// the gradient of a bias or of a LayerNorm's weight; parts: scratch (SLICES, C)
+template <class T, class TX>
+static void gpu_column_sums(float* out, double* parts, const TX* x, const T* h, const float* mean, const float* rstd,
+                            int N, int C, int add) {
+    column_slices_kernel<<<dim3(ceil_div(C, 32), SLICES), dim3(32, 32)>>>(parts, x, h, mean, rstd, N, C);
+    column_finish_kernel<<<ceil_div(C, 256), 256>>>(out, parts, C, add);
+}
+
+// units (M, D) = x / |x| for M vectors x of D numbers, `step` floats apart. With a bias (C), the rows are first
+// completed: x (M, C) += bias.
+__global__ static void lpr_units_kernel(float* units, float* x, int step, const float* bias, int C, int M, int D) {
+    long m = warp_row();
+    int lane = threadIdx.x % 32;
+    if (m >= M) return;
+    x += m * step;
+    for (int i = lane; i < C && bias; i += 32) x[i] += bias[i];
+    float square = 0;                           // of numbers that this lane has just written itself
+    for (int d = lane; d < D; d += 32) square += x[d] * x[d];
+    float length = sqrtf(warp_sum(square));
+    for (int d = lane; d < D; d += 32) units[m * D + d] = x[d] / length;
+}
+
+// Through the units: dx (M of D numbers, step floats apart) = (or +=) (du - (u du) u) / |x|, du = dunits + factor G u.
+// dunits (M, D) is used up; gram (D, D), symmetric; x as dx; units (M, D).
+__global__ static void lpr_units_backward_kernel(float* dx, float* dunits, const float* gram, const float* units,
+                                                 const float* x, int step, float factor, int add, int M, int D) {
+    long m = warp_row();
+    int lane = threadIdx.x % 32;
+    if (m >= M) return;
+    dx += m * step, x += m * step, dunits += m * D, units += m * D;
+    float square = 0, along = 0;
+    for (int d = lane; d < D; d += 32) {
+        float sum = 0;
+        for (int k = 0; k < D; k++) sum += gram[(long)k * D + d] * units[k];
+        float du = dunits[d] + factor * sum;
+        dunits[d] = du;
+        along += units[d] * du;
+        square += x[d] * x[d];
+    }
+    along = warp_sum(along);
+    float length = sqrtf(warp_sum(square));
+    for (int d = lane; d < D; d += 32) dx[d] = (add ? dx[d] : 0) + (dunits[d] - along * units[d]) / length;
+}
+
+// input (N, H) = h + wide + bias
+template <class T>
+__global__ static void lpr_input_kernel(T* input, const T* h, const float* wide, const float* bias, int N, int H) {
+    long n = warp_row();
+    for (int i = threadIdx.x % 32; n < N && i < H; i += 32)
+        store(&input[n * H + i], to_float(h[n * H + i]) + wide[n * H + i] + bias[i]);
+}
+
+// rho (N, E) = softmax over all experts of the scores z of the chosen ones and 0 for the others (divided by N for
+// targets that are means), latent (N, D) = mu + exp(logvar / 2) noise, kl (N) = -1/2 sum(1 + logvar - mu^2 -
+// exp(logvar)). Doubles, as the noise is made of them. encoded (N, 2 D), z (N, E), experts (N, K)
+__global__ static void lpr_noise_kernel(float* rho, float* latent, float* kl, const float* encoded, const float* z,
+                                        const int* experts, uint64_t layer_key, int mean, int N, int E, int K, int D) {
+    long n = warp_row();
+    int lane = threadIdx.x % 32;
+    if (n >= N) return;
+    z += n * E, rho += n * E, experts += n * K, encoded += n * 2 * D;
+    double sum = 0, kl_sum = 0, shares = mean ? N : 1;
+    for (int k = lane; k < K; k += 32) sum += exp((double)z[experts[k]]);
+    sum = (warp_sum(sum) + E - K) * shares;     // exp(0) for each expert that was not chosen
+    for (int e = lane; e < E; e += 32) rho[e] = (float)(1 / sum);
+    __syncwarp();
+    for (int k = lane; k < K; k += 32) rho[experts[k]] = (float)(exp((double)z[experts[k]]) / sum);
+    for (int d = lane; d < D; d += 32) {
+        double mu = encoded[d], logvar = encoded[D + d], var = exp(logvar);
+        latent[n * D + d] = (float)(mu + sqrt(var) * lpr_noise(layer_key, n, d, D));
+        kl_sum -= 0.5 * (1 + logvar - mu * mu - var);
+    }
+    kl_sum = warp_sum(kl_sum);
+    if (lane == 0) kl[n] = (float)kl_sum;
+}
+
+// loss += weight (diversity (Div(mu) + Div(prototypes)) + kl_weight mean(kl) + align mean |prototypes - targets|), one
+// block of 1024 threads. grams (2, D, D), kl (N), prototypes, targets (E, D)
+__global__ static void lpr_loss_kernel(double* loss, const float* grams, const float* kl, const float* prototypes,
+                                       const float* targets, double weight, double diversity, double kl_weight,
+                                       double align, int N, int E, int D) {
+    __shared__ double shared[32];
+    double sums[4] = {0, 0, 0, 0};
+    for (long i = threadIdx.x; i < (long)D * D; i += 1024) {
+        sums[0] += (double)grams[i] * grams[i];
+        sums[1] += (double)grams[(long)D * D + i] * grams[(long)D * D + i];
+    }
+    for (int n = threadIdx.x; n < N; n += 1024) sums[2] += kl[n];
+    for (long i = threadIdx.x; i < (long)E * D; i += 1024) sums[3] += fabs((double)prototypes[i] - targets[i]);
+    for (int i = 0; i < 4; i++) sums[i] = block_sum(sums[i], shared);
+    double spread = (sums[0] - N) / ((double)N * N) + (sums[1] - E) / ((double)E * E);
+    if (threadIdx.x == 0)
+        *loss += weight * (diversity * spread + kl_weight * sums[2] / N + align * sums[3] / ((double)E * D));
+}
+
+// dz (N, E) += p (dprobs - sum_j p_j dprobs_j)
+__global__ static void lpr_probs_backward_kernel(float* dz, const float* dprobs, const float* probs, int N, int E) {
+    long n = warp_row();
+    int lane = threadIdx.x % 32;
+    if (n >= N) return;
+    dz += n * E, dprobs += n * E, probs += n * E;
+    float mean = 0;
+    for (int e = lane; e < E; e += 32) mean += probs[e] * dprobs[e];
+    mean = warp_sum(mean);
+    for (int e = lane; e < E; e += 32) dz[e] += probs[e] * (dprobs[e] - mean);
+}
+
+// KL's gradient, weight mu and -weight / 2 (1 - exp(logvar)): dencoded (N, 2 D): added to the first half of each row,
+// the second half is overwritten. encoded (N, 2 D)
+__global__ static void lpr_kl_backward_kernel(float* dencoded, const float* encoded, double weight, int N, int D) {
+    long n = warp_row();
+    if (n >= N) return;
+    dencoded += n * 2 * D, encoded += n * 2 * D;
+    for (int d = threadIdx.x % 32; d < D; d += 32) {
+        dencoded[d] += (float)(weight * encoded[d]);
+        dencoded[D + d] = (float)(weight * -0.5 * (1 - exp((double)encoded[D + d])));
+    }
+}
+
+// dprototypes (n) += weight sign(prototypes - targets)
+__global__ static void lpr_align_backward_kernel(float* dprototypes, const float* prototypes, const float* targets,
+                                                 float weight, long n) {
+    long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float above = prototypes[i] - targets[i];
+    dprototypes[i] += weight * (float)((above > 0) - (above < 0));
+}
+
+// From h (N, H), a layer's ffn_in, to everything that is kept (see LprLayer) and to input (N, H), the experts' input.
+// In training (loss not NULL) the layer's losses are added to *loss, a double on the device, and their targets are
+// kept; layer_key = random_key(noise_seed, 0x4C5052, noise_step, layer) names its noise. Only sums over tokens are
+// split into `parts`: what a token gets does not depend on its batch.
+template <class T>
+static void gpu_lpr_forward(T* input, double* loss, const T* h, uint64_t layer_key, const LprLayer* r) {
+    int N = r->N, H = r->H, E = r->E, K = r->K, D = r->D, blocks = ceil_div(N, TOKENS_A_BLOCK);
+    float* parts = r->parts;
+    long room = r->parts_floats;
+    LprScratch s;
+    lpr_scratch_walk(&s, r->scratch, N, H, E, D);
+    lpr_normalise_kernel<<<blocks, ROUTER_THREADS>>>(s.wide, s.mean, s.rstd, h, r->w.norm_weight, r->w.norm_bias, N, H);
+    gpu_matmul_fp32(r->encoded, s.wide, H, 1, r->w.encoder, 1, H, N, 2 * D, H, 0, NULL, 0);
+    lpr_units_kernel<<<blocks, ROUTER_THREADS>>>(s.units, r->encoded, 2 * D, r->w.encoder_bias, 2 * D, N, D);
+    lpr_units_kernel<<<ceil_div(E, TOKENS_A_BLOCK), ROUTER_THREADS>>>(s.prototype_units, r->w.prototypes, D, NULL, 0, E,
+                                                                   D);
+    gpu_matmul_fp32(r->z, s.units, D, 1, s.prototype_units, 1, D, N, E, D, 0, NULL, 0);
+    gpu_softmax_router(r->probs, r->lse, r->experts, r->gates, r->z, N, E, K, 1);
+    gpu_matmul_fp32(r->read_out, r->probs, E, 1, r->w.prototypes, D, 1, N, D, E, 0, NULL, 0);
+    gpu_matmul_fp32(s.wide, r->read_out, D, 1, r->w.readout, 1, D, N, H, D, 0, NULL, 0);
+    lpr_input_kernel<<<blocks, ROUTER_THREADS>>>(input, h, s.wide, r->w.readout_bias, N, H);
+    if (loss) {
+        gpu_matmul_fp32(r->grams, s.units, 1, D, s.units, D, 1, D, D, N, 0, parts, room);
+        gpu_matmul_fp32(r->grams + (long)D * D, s.prototype_units, 1, D, s.prototype_units, D, 1, D, D, E, 0, parts,
+                        room);
+        lpr_noise_kernel<<<blocks, ROUTER_THREADS>>>(s.by_expert, s.latent, s.kl, r->encoded, r->z, r->experts,
+                                                     layer_key, r->align_mean, N, E, K, D);
+        gpu_matmul_fp32(r->targets, s.by_expert, 1, E, s.latent, D, 1, E, D, N, 0, parts, room);
+        lpr_loss_kernel<<<1, 1024>>>(loss, r->grams, s.kl, r->w.prototypes, r->targets, r->weight, r->diversity, r->kl,
+                                     r->align, N, E, D);
+    }
+    CHECK(cudaGetLastError());
+}
+
+// The backward pass of gpu_lpr_forward, of its losses times `scale`, and of the balance losses (f, aux_weight, z_weight
+// as in gpu_softmax_router_backward). dgates (N, K); dinput (N, H): the gradient of the experts' input. dh (N, H) = the
+// gradient of h, dinput included; it may be dinput if that is float. The parameters' gradients r->d are overwritten, or
+// with add = 1 added to. a, its moments and the unit vectors are made once more, which is cheaper than keeping (N, H)
+// floats for every layer.
+template <class T, class TD>
+static void gpu_lpr_backward(float* dh, const TD* dinput, const T* h, const float* dgates, const double* f,
+                             double aux_weight, double z_weight, double scale, int add, const LprLayer* r) {
+    int N = r->N, H = r->H, E = r->E, K = r->K, D = r->D, blocks = ceil_div(N, TOKENS_A_BLOCK);
+    float* parts = r->parts;
+    long room = r->parts_floats;
+    double weight = scale * r->weight, spread = 4 * weight * r->diversity;
+    LprScratch s;
+    lpr_scratch_walk(&s, r->scratch, N, H, E, D);
+    gpu_softmax_router_backward(s.dz, dgates, r->probs, r->experts, r->gates, r->lse, f, aux_weight, z_weight, N, E, K,
+                                1);
+    // the read-out: probs -> read_out -> experts' input
+    float* dread_out = s.latent;
+    gpu_matmul_fp32(r->d.readout, dinput, 1, H, r->read_out, D, 1, H, D, N, add, parts, room);
+    gpu_column_sums(r->d.readout_bias, s.sums, dinput, (const T*)NULL, NULL, NULL, N, H, add);
+    gpu_matmul_fp32(dread_out, dinput, H, 1, r->w.readout, D, 1, N, D, H, 0, parts, room);
+    gpu_matmul_fp32(r->d.prototypes, r->probs, 1, E, dread_out, D, 1, E, D, N, add, parts, room);
+    gpu_matmul_fp32(s.by_expert, dread_out, D, 1, r->w.prototypes, 1, D, N, E, D, 0, parts, room);
+    lpr_probs_backward_kernel<<<blocks, ROUTER_THREADS>>>(s.dz, s.by_expert, r->probs, N, E);
+    // the scores and the losses
+    lpr_units_kernel<<<blocks, ROUTER_THREADS>>>(s.units, r->encoded, 2 * D, NULL, 0, N, D);
+    lpr_units_kernel<<<ceil_div(E, TOKENS_A_BLOCK), ROUTER_THREADS>>>(s.prototype_units, r->w.prototypes, D, NULL, 0, E,
+                                                                   D);
+    float* dn = s.latent;
+    gpu_matmul_fp32(dn, s.dz, E, 1, s.prototype_units, D, 1, N, D, E, 0, parts, room);
+    gpu_matmul_fp32(s.dunits, s.dz, 1, E, s.units, D, 1, E, D, N, 0, parts, room);
+    lpr_units_backward_kernel<<<blocks, ROUTER_THREADS>>>(s.dencoded, dn, r->grams, s.units, r->encoded, 2 * D,
+                                                       (float)(spread / ((double)N * N)), 0, N, D);
+    lpr_units_backward_kernel<<<ceil_div(E, TOKENS_A_BLOCK), ROUTER_THREADS>>>(
+        r->d.prototypes, s.dunits, r->grams + (long)D * D, s.prototype_units, r->w.prototypes, D,
+        (float)(spread / ((double)E * E)), 1, E, D);
+    lpr_kl_backward_kernel<<<blocks, ROUTER_THREADS>>>(s.dencoded, r->encoded, weight * r->kl / N, N, D);
+    lpr_align_backward_kernel<<<ceil_div((long)E * D, 256), 256>>>(
+        r->d.prototypes, r->w.prototypes, r->targets, (float)(weight * r->align / ((double)E * D)), (long)E * D);
+    // the encoder and the LayerNorm
+    lpr_normalise_kernel<<<blocks, ROUTER_THREADS>>>(s.wide, s.mean, s.rstd, h, r->w.norm_weight, r->w.norm_bias, N, H);
+    gpu_matmul_fp32(r->d.encoder, s.dencoded, 1, 2 * D, s.wide, H, 1, 2 * D, H, N, add, parts, room);
+    gpu_column_sums(r->d.encoder_bias, s.sums, s.dencoded, (const T*)NULL, NULL, NULL, N, 2 * D, add);
+    gpu_matmul_fp32(s.wide, s.dencoded, 2 * D, 1, r->w.encoder, H, 1, N, H, 2 * D, 0, parts, room);
+    lpr_normalise_backward_kernel<<<blocks, ROUTER_THREADS>>>(dh, dinput, s.wide, h, s.mean, s.rstd, r->w.norm_weight,
+                                                           r->w.norm_bias, N, H);
+    gpu_column_sums(r->d.norm_weight, s.sums, s.wide, h, s.mean, s.rstd, N, H, add);
+    gpu_column_sums(r->d.norm_bias, s.sums, s.wide, (const T*)NULL, NULL, NULL, N, H, add);
+    CHECK(cudaGetLastError());
+}
+// ---------------------------------------------------------------------------------------------------------------------
+// 8. The model on a GPU
+//
+// The same steps as section 6 of train_moe.c, with fewer passes over memory: an addition to the residual stream and the
+// norm that follows it are one kernel, SwiGLU is the end of the experts' products, gathering their beginning, and the
+// logits become their gradient while the loss is taken from them. `Real` is float or bf16, the type of activations and
+// of the weights in products; master weights, moments, gradients of weights, statistics and the router are float.
+//
+// Nothing waits for the GPU within a step: sizes that depend on the routing stay on the device.
+
+// What a layer keeps for the backward pass; shapes as in LayerActivations.
+template <class Real> struct GpuLayer {
+    Real *x, *attn_in, *qkv, *rotated, *attn, *x_mid, *ffn_in, *gate_up;
+    float *attn_rstd, *q_rstd, *k_rstd, *lse, *ffn_rstd;
+    int *offsets, *experts, *assignment, *row_of;
+    int2* tiles;                    // see gpu_group_by_expert
+    float *router_raw, *router_logits, *router_lse, *probs, *gates;
+    Real* experts_in;               // (N, H)       what the experts read: ffn_in, or LPR's sum
+    LprLayer lpr;
+};
+
+template <class Real> struct GpuModel {
+    cublasHandle_t cublas;
+    void* cublas_workspace;
+    float *params, *grads, *exp_avg, *exp_avg_sq;       // (layout.total)
+    Real* copy;                     // (layout.total) the parameters as products read them; with float: params
+    Weights w, dw;                  // pointers into params and grads
+    GpuLayer<Real>* layers;         // (L), on the host
+    Real *final_in, *final_out, *logits;
+    float *final_rstd, *losses, *cosines, *sines;
+    Real *cache_k, *cache_v;        // (L, positions, NKV HD)
+    int *tokens, *targets;          // (N)
+    int *unique, *starts, *positions;       // tokens in groups, see gpu_embedding_backward; both pairs of buffers that
+    int *staging[2], *counts;               // the host fills in turn: tokens, targets, unique, starts, positions
+    cudaEvent_t staged[2];
+    int turn, num_unique;
+    // scratch
+    Real *act, *rows, *projected, *dx, *dnormed, *dattn, *dqkv, *drotated;
+    float *attention_d, *dgate_parts, *dgates, *drouter, *extra, *norm_parts, *k_norm_parts, *product_parts, *shift;
+    int* chunk_counts;
+    double *balance, *balance_parts, *norm_sums, *all_counts, *all_probs;
+    // sums since they were last read
+    float* norm;
+    double* losses_sum;             // loss, aux, z, lpr: as Losses
+    long long *load, *step_load;    // (L, E)
+    double* observed;               // (L) Observed
+    int* family;                    // (L, E)
+    float* lpr_scratch;
+    void* sums_host;                // room for losses_sum .. observed on the host
+    int loss_pending;               // 1: the last forward pass's loss has not been taken yet
+    int fresh;                      // 1: gradients are to be overwritten, not added to
+    void* memory;
+    size_t bytes, sums_bytes;
+};
+
+// split-K products of the router: room for 128 x 128 blocks of partial results
+#define PRODUCT_PARTS (1L << 21)
+// what NVIDIA recommends for Hopper; other cards need less
+#define CUBLAS_WORKSPACE (32L << 20)
+
+template <class Real> static GpuModel<Real>* gpu_of(const Model* m) { return (GpuModel<Real>*)m->device; }
+
+template <class Real> static Real* take_reals(Arena* a, long n) { return (Real*)take(a, sizeof(Real) * (size_t)n); }
+static int* take_ints(Arena* a, long n) { return (int*)take(a, sizeof(int) * (size_t)n); }
+static double* take_doubles(Arena* a, long n) { return (double*)take(a, sizeof(double) * (size_t)n); }
+
+static int most_tiles(long rows, int E) { return (int)(rows / GROUP_ROWS) + E; }
+
+template <class Real> static void gpu_take_layer(Arena* a, GpuLayer<Real>* s, const Model* m, int l) {
+    const Config* c = &m->config;
+    long N = (long)m->B * m->T, H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads;
+    long E = layer_experts(c, l), K = c->sparse[l] ? most_topk(c) : 1, I = layer_width(c, l);
+    s->x = take_reals<Real>(a, N * H);
+    s->attn_in = take_reals<Real>(a, N * H);
+    s->attn_rstd = take_floats(a, N);
+    s->qkv = take_reals<Real>(a, N * qkv_width(c));
+    s->q_rstd = take_floats(a, N * NH);
+    s->k_rstd = take_floats(a, N * NKV);
+    s->rotated = take_reals<Real>(a, N * (NH + NKV) * HD);
+    s->attn = take_reals<Real>(a, N * NH * HD);
+    s->lse = take_floats(a, N * NH);
+    s->x_mid = take_reals<Real>(a, N * H);
+    s->ffn_in = take_reals<Real>(a, N * H);
+    s->ffn_rstd = take_floats(a, N);
+    s->gate_up = take_reals<Real>(a, N * K * 2 * I);
+    s->offsets = take_ints(a, E + 1);
+    s->tiles = (int2*)take(a, sizeof(int2) * (size_t)most_tiles(N * K, (int)E));
+    s->experts_in = s->ffn_in;
+    if (!c->sparse[l]) return;
+    s->router_logits = take_floats(a, N * E);
+    s->router_raw = c->logit_norm > 0 ? take_floats(a, N * E) : s->router_logits;
+    s->router_lse = take_floats(a, N);
+    s->probs = take_floats(a, N * E);
+    s->gates = take_floats(a, N * K);
+    s->experts = take_ints(a, N * K);
+    s->assignment = take_ints(a, N * K);
+    s->row_of = take_ints(a, N * K);
+    if (c->router == ROUTER_LPR) {
+        long D = c->lpr_latent_dim;
+        s->experts_in = take_reals<Real>(a, N * H);
+        s->lpr.encoded = take_floats(a, N * 2 * D);
+        s->lpr.read_out = take_floats(a, N * D);
+        s->lpr.targets = take_floats(a, E * D);
+        s->lpr.grams = take_floats(a, 2 * D * D);
+    }
+}
+
+// Hands out the memory of the GPU, or counts it; see Arena.
+template <class Real> static void gpu_take(Model* m, Arena* a) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    const Config* c = &m->config;
+    long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads, V = c->vocab_size;
+    long N = (long)m->B * m->T, E = c->num_experts > 0 ? c->num_experts : 1, L = c->num_layers, total = m->layout.total;
+    long K = 1, R = 0, RI = 0, chunks = 0, parts = 0;
+    int training = m->purpose == FOR_TRAINING, typed = sizeof(Real) != sizeof(float);
+    size_t start = a->used;
+    if (m->owner) {
+        g->params = gpu_of<Real>(m->owner)->params;
+        g->copy = gpu_of<Real>(m->owner)->copy;
+    } else {
+        g->params = take_floats(a, total);
+        g->copy = typed ? take_reals<Real>(a, total) : (Real*)g->params;
+    }
+    m->bytes_params = a->used - start;
+    start = a->used;
+    if (training) {
+        g->grads = take_floats(a, total);
+        g->exp_avg = take_floats(a, total);
+        g->exp_avg_sq = take_floats(a, total);
+    }
+    m->bytes_optimizer = a->used - start;
+    size_t layers_start = a->used, layers_end = a->used;
+    for (int l = 0; l < L; l++) {
+        if (!training) a->used = layers_start;          // layers write over each other
+        gpu_take_layer(a, &g->layers[l], m, l);
+        if (a->used > layers_end) layers_end = a->used;
+        long k = c->sparse[l] ? most_topk(c) : 1, I = layer_width(c, l);
+        if (k > K) K = k;
+        if (N * k > R) R = N * k;
+        if (N * k * I > RI) RI = N * k * I;
+        if (gpu_group_chunks(N, k) * (long)layer_experts(c, l) > chunks)
+            chunks = gpu_group_chunks(N, k) * (long)layer_experts(c, l);
+        if (N * k * gpu_dgate_parts<Real>((int)I) > parts) parts = N * k * gpu_dgate_parts<Real>((int)I);
+    }
+    a->used = layers_end;
+    g->final_in = training ? take_reals<Real>(a, N * H) : g->layers[0].x;
+    g->final_out = take_reals<Real>(a, N * H);
+    g->final_rstd = take_floats(a, N);
+    g->logits = take_reals<Real>(a, (m->purpose == FOR_GENERATION ? 1 : N) * V);
+    g->losses = take_floats(a, N);
+    g->cosines = take_floats(a, (long)m->positions * (HD / 2));
+    g->sines = take_floats(a, (long)m->positions * (HD / 2));
+    if (m->purpose == FOR_GENERATION) {
+        g->cache_k = take_reals<Real>(a, L * m->positions * NKV * HD);
+        g->cache_v = take_reals<Real>(a, L * m->positions * NKV * HD);
+    }
+    g->tokens = take_ints(a, 5 * N + 1);
+    g->targets = g->tokens + N;
+    g->unique = g->tokens + 2 * N;
+    g->starts = g->tokens + 3 * N;
+    g->positions = g->tokens + 4 * N + 1;
+    g->act = take_reals<Real>(a, RI);
+    g->rows = take_reals<Real>(a, R * H);
+    g->projected = take_reals<Real>(a, N * H);
+    g->chunk_counts = take_ints(a, chunks);
+    g->balance_parts = take_doubles(a, SLICES * (E + 4));
+    g->all_counts = take_doubles(a, E);
+    g->all_probs = take_doubles(a, E);
+    g->product_parts = take_floats(a, PRODUCT_PARTS);
+    g->norm = take_floats(a, 1);
+    size_t sums_start = a->used;
+    g->losses_sum = take_doubles(a, 4);
+    g->load = (long long*)take(a, sizeof(long long) * (size_t)(L * E));
+    g->step_load = (long long*)take(a, sizeof(long long) * (size_t)(L * E));
+    g->observed = take_doubles(a, L * OBSERVED_NUMBERS);
+    g->sums_bytes = a->used - sums_start;
+    g->family = take_ints(a, L * E);
+    g->cublas_workspace = take(a, CUBLAS_WORKSPACE);
+    if (c->family_penalty > 0) g->shift = take_floats(a, N * E);
+    if (c->router == ROUTER_LPR) g->lpr_scratch = take_floats(a, gpu_lpr_scratch(N, H, E, c->lpr_latent_dim));
+    if (training) {
+        g->dx = take_reals<Real>(a, N * H);
+        g->dnormed = take_reals<Real>(a, N * H);
+        g->dattn = take_reals<Real>(a, N * NH * HD);
+        g->dqkv = take_reals<Real>(a, N * qkv_width(c));
+        g->drotated = take_reals<Real>(a, N * (NH + NKV) * HD);
+        g->attention_d = take_floats(a, N * NH);
+        g->dgate_parts = take_floats(a, parts);
+        g->dgates = take_floats(a, N * K);
+        g->drouter = take_floats(a, N * E);
+        g->extra = take_floats(a, N * H);
+        g->norm_parts = take_floats(a, (long)gpu_norm_parts((int)N) * (H > NH * HD ? H : NH * HD));
+        g->k_norm_parts = take_floats(a, (long)gpu_norm_parts((int)N) * NKV * HD);
+        g->balance = take_doubles(a, E);
+        g->norm_sums = take_doubles(a, GRADIENT_NORM_PARTS);
+    }
+    g->bytes = a->used;
+    m->bytes_activations = g->bytes - m->bytes_params - m->bytes_optimizer;
+}
+
+// What the host has: the state of every model, and what read_back brings. Memory that is never touched costs nothing.
+template <class Real> static void gpu_take_host(Model* m, Arena* a) {
+    const Config* c = &m->config;
+    long N = (long)m->B * m->T;
+    take_state(m, a);
+    for (int l = 0; l < c->num_layers; l++) {
+        if (!c->sparse[l]) continue;
+        m->layers[l].experts = take_ints(a, N * most_topk(c));
+        m->layers[l].gates = take_floats(a, N * most_topk(c));
+    }
+    gpu_of<Real>(m)->sums_host = take(a, gpu_of<Real>(m)->sums_bytes);
+}
+
+// Starts the sums over forward passes from zero; they lie one behind the other, losses_sum first.
+template <class Real> static void gpu_clear_sums(Model* m) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    CHECK(cudaMemsetAsync(g->losses_sum, 0, g->sums_bytes));
+}
+
+template <class Real> static void gpu_plan(Model* m) {
+    const Config* c = &m->config;
+    if (c->head_dim > gpu_attention_max_head_dim())
+        die(2, "head size %d: the GPU's attention goes up to %d; train_moe, on the CPU, has no limit", c->head_dim,
+            gpu_attention_max_head_dim());
+    Arena host = {NULL, 0}, gpu = {NULL, 0};
+    GpuModel<Real>* g = (GpuModel<Real>*)checked_malloc(sizeof(GpuModel<Real>));
+    memset(g, 0, sizeof *g);
+    m->device = g;
+    g->layers = (GpuLayer<Real>*)checked_malloc(sizeof(GpuLayer<Real>) * (size_t)c->num_layers);
+    memset(g->layers, 0, sizeof(GpuLayer<Real>) * (size_t)c->num_layers);
+    gpu_take<Real>(m, &gpu);
+    size_t params = m->bytes_params, optimizer = m->bytes_optimizer;
+    gpu_take_host<Real>(m, &host);
+    m->bytes = host.used;
+    m->bytes_params = params;       // what is printed is the GPU's memory
+    m->bytes_optimizer = optimizer;
+}
+
+template <class Real> static void gpu_allocate(Model* m) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    const Config* c = &m->config;
+    Arena host = {NULL, 0}, gpu = {NULL, 0};
+    m->memory = calloc(1, m->bytes);
+    if (!m->memory) die(1, "out of memory: %zu bytes wanted", m->bytes);
+    host.base = (char*)m->memory;
+    gpu_take_host<Real>(m, &host);
+    size_t available = 0, in_all = 0;
+    CHECK(cudaMemGetInfo(&available, &in_all));
+    if (g->bytes > available || cudaMalloc(&g->memory, g->bytes) != cudaSuccess)
+        die(1, "out of GPU memory: this model and batch need %.1f MB, %.1f MB are free; try a smaller --batch or --seq",
+            g->bytes / 1e6, available / 1e6);
+    gpu.base = (char*)g->memory;
+    gpu_take<Real>(m, &gpu);
+    for (int i = 0; i < 2; i++) {
+        CHECK(cudaMallocHost((void**)&g->staging[i], sizeof(int) * (5 * (size_t)m->B * m->T + 1)));
+        CHECK(cudaEventCreateWithFlags(&g->staged[i], cudaEventDisableTiming));
+    }
+    g->counts = (int*)checked_malloc(sizeof(int) * ((size_t)c->vocab_size + 1));
+    g->fresh = 1;
+    weights_point(&g->w, c, &m->layout, g->params);
+    if (g->grads) {
+        weights_point(&g->dw, c, &m->layout, g->grads);
+        CHECK(cudaMemset(g->grads, 0, sizeof(float) * (size_t)m->layout.total));   // not all have a gradient
+        CHECK(cudaMemset(g->exp_avg, 0, sizeof(float) * (size_t)m->layout.total));
+        CHECK(cudaMemset(g->exp_avg_sq, 0, sizeof(float) * (size_t)m->layout.total));
+    }
+    gpu_clear_sums<Real>(m);
+    CHECK_CUBLAS(cublasCreate(&g->cublas));
+    CHECK_CUBLAS(cublasSetWorkspace(g->cublas, g->cublas_workspace, CUBLAS_WORKSPACE));
+    CHECK_CUBLAS(cublasSetMathMode(g->cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
+    // the rotary table, which model_allocate makes in the host's memory
+    rope_table(m->cosines, m->sines, m->positions, c->head_dim, c->rope_theta);
+    size_t table = sizeof(float) * (size_t)m->positions * (size_t)(c->head_dim / 2);
+    CHECK(cudaMemcpy(g->cosines, m->cosines, table, cudaMemcpyHostToDevice));
+    CHECK(cudaMemcpy(g->sines, m->sines, table, cudaMemcpyHostToDevice));
+}
+
+template <class Real> static void gpu_release(Model* m) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    CHECK(cudaDeviceSynchronize());
+    if (g->cublas) CHECK_CUBLAS(cublasDestroy(g->cublas));
+    for (int i = 0; i < 2 && g->staging[i]; i++) {
+        CHECK(cudaFreeHost(g->staging[i]));
+        CHECK(cudaEventDestroy(g->staged[i]));
+    }
+    CHECK(cudaFree(g->memory));
+    free(g->w.layers);
+    free(g->dw.layers);
+    free(g->counts);
+    free(g->layers);
+    free(g);
+    free(m->memory);
+}
+
+// y (rows, OC) = x (rows, C) W^T (OC, C), and its two gradients, by cuBLAS. It thinks in columns: to it, each of these
+// matrices is transposed, and so the product is y^T = W x^T.
+static cudaDataType_t cuda_type(const float*) { return CUDA_R_32F; }
+static cudaDataType_t cuda_type(const bf16*) { return CUDA_R_16BF; }
+
+template <class Real> static void gpu_linear(cublasHandle_t h, Real* y, const Real* x, const Real* W, int rows, int C,
+                                             int OC) {
+    const float one = 1, zero = 0;
+    cudaDataType_t type = cuda_type(x);
+    CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_T, CUBLAS_OP_N, OC, rows, C, &one, W, type, C, x, type, C, &zero, y, type,
+                              OC, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// dx (rows, C) = dy (rows, OC) W (OC, C)
+template <class Real> static void gpu_linear_backward_input(cublasHandle_t h, Real* dx, const Real* dy, const Real* W,
+                                                            int rows, int C, int OC) {
+    const float one = 1, zero = 0;
+    cudaDataType_t type = cuda_type(dy);
+    CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, C, rows, OC, &one, W, type, C, dy, type, OC, &zero, dx, type,
+                              C, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// dW (OC, C) (+)= dy^T (rows, OC) x (rows, C), in float
+template <class Real> static void gpu_linear_backward_weight(cublasHandle_t h, float* dW, const Real* dy, const Real* x,
+                                                             int rows, int C, int OC, int add) {
+    const float one = 1, beta = add ? 1 : 0;
+    cudaDataType_t type = cuda_type(dy);
+    CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_T, C, OC, rows, &one, x, type, C, dy, type, OC, &beta, dW,
+                              CUDA_R_32F, C, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// The copy that products read of a parameter.
+template <class Real> static const Real* in_products(const GpuModel<Real>* g, const float* w) {
+    return g->copy + (w - g->params);
+}
+
+// Dimensions of layer l in this pass, as plain numbers.
+typedef struct {
+    int N, B, T, H, HD, NH, NKV, QK, QKV, E, K, I, V, tiles, sparse, past;
+    float eps;
+} LayerSizes;
+
+static LayerSizes layer_sizes(const Model* m, int l) {
+    const Config* c = &m->config;
+    LayerSizes d;
+    d.B = m->batch;
+    d.T = m->length;
+    d.N = d.B * d.T;
+    d.H = c->hidden_size;
+    d.HD = c->head_dim;
+    d.NH = c->num_heads;
+    d.NKV = c->num_kv_heads;
+    d.QK = (d.NH + d.NKV) * d.HD;
+    d.QKV = qkv_width(c);
+    d.V = c->vocab_size;
+    d.sparse = c->sparse[l];
+    d.E = layer_experts(c, l);
+    d.K = m->topk[l];
+    d.I = layer_width(c, l);
+    d.tiles = most_tiles((long)d.N * d.K, d.E);
+    d.past = m->purpose == FOR_GENERATION ? m->cached : 0;
+    d.eps = (float)c->rms_norm_eps;
+    return d;
+}
+
+// From attn_in = n1(x) to x_mid = x + Wo attention(...) and ffn_in = n2(x_mid).
+template <class Real> static void gpu_attention_layer_forward(Model* m, int l) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    GpuLayer<Real>* s = &g->layers[l];
+    const LayerWeights* w = &g->w.layers[l];
+    LayerSizes d = layer_sizes(m, l);
+    gpu_linear(g->cublas, s->qkv, s->attn_in, in_products(g, w->qkv), d.N, d.H, d.QKV);
+    gpu_qk_norm_rope(s->rotated, s->q_rstd, s->k_rstd, s->qkv, w->q_norm, w->k_norm, m->config.qk_norm, g->cosines,
+                     g->sines, d.N, d.T, d.past, d.NH, d.NKV, d.HD, d.eps);
+    const Real *k = s->rotated + d.NH * d.HD, *v = s->qkv + d.QK;
+    long ld_k = d.QK, ld_v = d.QKV;
+    if (m->purpose == FOR_GENERATION) {
+        long at = (long)l * m->positions * d.NKV * d.HD;
+        gpu_copy_cache(g->cache_k + at, g->cache_v + at, s->rotated, s->qkv, d.N, d.past, d.NH, d.NKV, d.HD);
+        k = g->cache_k + at;
+        v = g->cache_v + at;
+        ld_k = ld_v = d.NKV * d.HD;
+    }
+    gpu_attention_forward(s->attn, s->lse, s->rotated, d.QK, k, ld_k, v, ld_v, d.B, d.T, d.past + d.T, d.NH, d.NKV,
+                          d.HD);
+    gpu_linear(g->cublas, g->projected, s->attn, in_products(g, w->attn_out), d.N, d.NH * d.HD, d.H);
+    gpu_combine_rmsnorm(s->x_mid, s->ffn_in, s->ffn_rstd, s->x, g->projected, NULL, NULL, 1, w->ffn_norm, d.N, d.H,
+                        d.eps);
+}
+
+// In: dx, the gradient of x_mid. Out: dx, the gradient of x.
+template <class Real> static void gpu_attention_layer_backward(Model* m, int l) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    GpuLayer<Real>* s = &g->layers[l];
+    const LayerWeights *w = &g->w.layers[l], *dw = &g->dw.layers[l];
+    LayerSizes d = layer_sizes(m, l);
+    int add = !g->fresh, norm = m->config.qk_norm, parts = gpu_norm_parts(d.N);
+    gpu_linear_backward_input(g->cublas, g->dattn, g->dx, in_products(g, w->attn_out), d.N, d.NH * d.HD, d.H);
+    gpu_linear_backward_weight(g->cublas, dw->attn_out, g->dx, s->attn, d.N, d.NH * d.HD, d.H, add);
+    gpu_attention_backward(g->drotated, g->drotated + d.NH * d.HD, g->dqkv + d.QK, g->attention_d, g->dattn, s->attn,
+                           s->lse, s->rotated, d.QK, s->rotated + d.NH * d.HD, d.QK, s->qkv + d.QK, d.QKV, d.QK, d.QKV,
+                           d.B, d.T, d.NH, d.NKV, d.HD);
+    gpu_qk_norm_rope_backward(g->dqkv, g->norm_parts, g->k_norm_parts, g->drotated, s->qkv, s->q_rstd, s->k_rstd,
+                              w->q_norm, w->k_norm, norm, g->cosines, g->sines, d.N, d.T, d.NH, d.NKV, d.HD);
+    if (norm != QK_NORM_NONE) {
+        gpu_add_parts(dw->q_norm, g->norm_parts, parts, norm == QK_NORM_ROW ? d.NH * d.HD : d.HD, add);
+        gpu_add_parts(dw->k_norm, g->k_norm_parts, parts, norm == QK_NORM_ROW ? d.NKV * d.HD : d.HD, add);
+    }
+    gpu_linear_backward_input(g->cublas, g->dnormed, g->dqkv, in_products(g, w->qkv), d.N, d.H, d.QKV);
+    gpu_linear_backward_weight(g->cublas, dw->qkv, g->dqkv, s->attn_in, d.N, d.H, d.QKV, add);
+    gpu_combine_rmsnorm_backward(g->dx, 1, g->norm_parts, g->dnormed, (const float*)NULL, (const int*)NULL, 1, s->x,
+                                 s->attn_rstd, w->attn_norm, d.N, d.H);
+    gpu_add_parts(dw->attn_norm, g->norm_parts, parts, d.H, add);
+}
+
+// What gpu_lpr_forward and gpu_lpr_backward want to know of a layer.
+template <class Real> static LprLayer lpr_layer(const Model* m, int l) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    const GpuLayer<Real>* s = &g->layers[l];
+    const Config* c = &m->config;
+    LprLayer r = s->lpr;            // encoded, read_out, targets, grams
+    for (int d = 0; d < (g->dw.layers ? 2 : 1); d++) {
+        const LayerWeights* w = d ? &g->dw.layers[l] : &g->w.layers[l];
+        LprWeights* to = d ? &r.d : &r.w;
+        to->norm_weight = w->lpr_norm_weight;
+        to->norm_bias = w->lpr_norm_bias;
+        to->encoder = w->lpr_encoder;
+        to->encoder_bias = w->lpr_encoder_bias;
+        to->prototypes = w->lpr_prototypes;
+        to->readout = w->lpr_readout;
+        to->readout_bias = w->lpr_readout_bias;
+    }
+    r.N = m->batch * m->length;
+    r.H = c->hidden_size;
+    r.E = c->num_experts;
+    r.K = m->topk[l];
+    r.D = c->lpr_latent_dim;
+    r.weight = c->lpr_weight;
+    r.diversity = c->lpr_diversity;
+    r.kl = c->lpr_kl;
+    r.align = c->lpr_align;
+    r.align_mean = c->lpr_align_mean;
+    r.z = s->router_logits;
+    r.lse = s->router_lse;
+    r.probs = s->probs;
+    r.gates = s->gates;
+    r.experts = s->experts;
+    r.scratch = g->lpr_scratch;
+    r.parts = g->product_parts;
+    r.parts_floats = PRODUCT_PARTS;
+    return r;
+}
+
+// The router of a sparse layer: from ffn_in to experts, gates and experts_in. Section 9 of train_moe.c has the kinds.
+template <class Real> static void gpu_router_forward(Model* m, int l) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    GpuLayer<Real>* s = &g->layers[l];
+    const LayerWeights* w = &g->w.layers[l];
+    const Config* c = &m->config;
+    LayerSizes d = layer_sizes(m, l);
+    float *z = s->router_logits, *shift = NULL;
+    if (c->router == ROUTER_LPR) {
+        LprLayer r = lpr_layer<Real>(m, l);
+        uint64_t key = random_key(m->noise_seed, 0x4C5052, (uint64_t)m->noise_step, (uint64_t)l);
+        gpu_lpr_forward(s->experts_in, m->purpose == FOR_TRAINING ? &g->losses_sum[3] : NULL, s->ffn_in, key, &r);
+        return;
+    }
+    // not split: a logit depends on its token and its row of the router alone, so that twins tie
+    gpu_matmul_fp32(s->router_raw, s->ffn_in, d.H, 1, w->router, 1, d.H, d.N, d.E, d.H, 0, NULL, 0);
+    if (c->logit_norm > 0) gpu_logit_norm(z, s->router_raw, d.N, d.E, (float)c->logit_norm);
+    if (c->family_penalty > 0) {
+        shift = g->shift;
+        if (c->router == ROUTER_SIGMOID) gpu_sigmoid_scores(s->probs, z, w->router_bias, d.N, d.E);
+        else CHECK(cudaMemcpyAsync(s->probs, z, sizeof(float) * (size_t)d.N * (size_t)d.E, cudaMemcpyDeviceToDevice));
+        gpu_penalise_families(z, shift, s->probs, g->family + (long)l * d.E, (float)c->family_penalty, l, d.N, d.T,
+                              d.past, d.E);
+    }
+    if (c->router == ROUTER_SIGMOID)
+        gpu_sigmoid_router(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, d.N, d.E, d.K,
+                           c->norm_topk_prob);
+    else gpu_softmax_router(s->probs, s->router_lse, s->experts, s->gates, z, d.N, d.E, d.K, c->norm_topk_prob);
+}
+
+// In: dgates, and with LPR in dnormed the gradient of the experts' input. Out: extra (N, H), the part of ffn_in's
+// gradient that comes through the router; with LPR all of it.
+template <class Real> static void gpu_router_backward(Model* m, int l, float scale) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    GpuLayer<Real>* s = &g->layers[l];
+    const LayerWeights *w = &g->w.layers[l], *dw = &g->dw.layers[l];
+    const Config* c = &m->config;
+    LayerSizes d = layer_sizes(m, l);
+    int per_layer = m->balance.aux_form == AUX_SWITCH, add = !g->fresh;
+    double N = d.N, tokens_seen = N * count_sparse(c);
+    double aux = m->balance.adaptive ? m->aux_coefficients[l] : m->balance.aux;
+    double aux_weight = scale * aux * d.E / (per_layer ? N : tokens_seen), z_weight = 2.0 * scale * m->balance.z / N;
+    float* dz = g->drouter;
+    gpu_balance_weights(g->balance, s->offsets, g->all_counts, per_layer, N, d.K, d.E, tokens_seen);
+    if (c->router == ROUTER_LPR) {
+        LprLayer r = lpr_layer<Real>(m, l);
+        gpu_lpr_backward(g->extra, g->dnormed, s->ffn_in, g->dgates, g->balance, aux_weight, z_weight, scale, add, &r);
+        return;
+    }
+    if (c->router == ROUTER_SIGMOID)
+        gpu_sigmoid_router_backward(dz, g->dgates, s->router_logits, s->probs, s->router_lse, s->experts, s->gates,
+                                    g->balance, aux_weight, z_weight, d.N, d.E, d.K, c->norm_topk_prob);
+    else
+        gpu_softmax_router_backward(dz, g->dgates, s->probs, s->experts, s->gates, s->router_lse, g->balance,
+                                    aux_weight, z_weight, d.N, d.E, d.K, c->norm_topk_prob);
+    if (c->logit_norm > 0) gpu_logit_norm_backward(dz, s->router_raw, d.N, d.E, (float)c->logit_norm);
+    gpu_matmul_fp32(g->extra, dz, d.E, 1, w->router, d.H, 1, d.N, d.H, d.E, 0, NULL, 0);
+    gpu_matmul_fp32(dw->router, dz, 1, d.E, s->ffn_in, d.H, 1, d.E, d.H, d.N, add, g->product_parts, PRODUCT_PARTS);
+}
+
+// Counts a layer's load and its share of the balance losses, as balance_layer_forward and observe_layer do.
+template <class Real> static void gpu_count_layer(Model* m, int l) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    GpuLayer<Real>* s = &g->layers[l];
+    LayerSizes d = layer_sizes(m, l);
+    long at = (long)l * d.E;
+    gpu_balance_forward(&g->losses_sum[1], g->all_counts, g->all_probs, m->counting_load ? g->load + at : NULL,
+                        m->counting_load ? g->step_load + at : NULL, g->balance_parts, s->probs, s->router_lse,
+                        s->offsets, m->balance.aux_form == AUX_SWITCH, d.N, d.K, d.E);
+    if (!m->counting_load) return;
+    gpu_observe(g->observed + l * OBSERVED_NUMBERS, g->balance_parts, s->probs, s->gates, s->experts,
+                m->has_families ? g->family + at : NULL, d.N, d.E, d.K);
+    if (!m->trace) return;
+    CHECK(cudaMemcpy(m->layers[l].experts, s->experts, sizeof(int) * (size_t)d.N * (size_t)d.K,
+                     cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(m->layers[l].gates, s->gates, sizeof(float) * (size_t)d.N * (size_t)d.K, cudaMemcpyDeviceToHost));
+    trace_layer(m, l);
+}
+
+// From ffn_in to the next residual stream and its norm, given where these go: out, normed, rstd, and the norm's weight.
+template <class Real> static void gpu_ffn_layer_forward(Model* m, int l, Real* out, Real* normed, float* rstd,
+                                                        const float* norm) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    GpuLayer<Real>* s = &g->layers[l];
+    const LayerWeights* w = &g->w.layers[l];
+    LayerSizes d = layer_sizes(m, l);
+    if (d.sparse) {
+        gpu_router_forward<Real>(m, l);
+        gpu_group_by_expert(s->offsets, s->tiles, d.tiles, s->assignment, s->row_of, g->chunk_counts, s->experts, d.N,
+                            d.K, d.E);
+        gpu_count_layer<Real>(m, l);
+    } else {
+        gpu_dense_group(s->offsets, s->tiles, d.tiles, d.N);
+    }
+    gpu_experts_up(m->purpose == FOR_TRAINING ? s->gate_up : (Real*)NULL, g->act, s->experts_in, s->assignment, d.K,
+                   in_products(g, w->gate_up), s->offsets, s->tiles, d.tiles, d.H, d.I);
+    gpu_experts_down(g->rows, g->act, in_products(g, w->down), s->offsets, s->tiles, d.tiles, d.I, d.H);
+    gpu_combine_rmsnorm(out, normed, rstd, s->x_mid, g->rows, d.sparse ? s->gates : NULL, s->row_of, d.K, norm, d.N,
+                        d.H, d.eps);
+}
+
+// In: dx, the gradient of the layer's output. Out: dx, the gradient of x_mid.
+template <class Real> static void gpu_ffn_layer_backward(Model* m, int l, float scale) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    GpuLayer<Real>* s = &g->layers[l];
+    const LayerWeights *w = &g->w.layers[l], *dw = &g->dw.layers[l];
+    LayerSizes d = layer_sizes(m, l);
+    int add = !g->fresh, parts = gpu_norm_parts(d.N), R = d.N * d.K;
+    Real* dgate_up = s->gate_up;        // its gradient takes its place
+    gpu_experts_down_backward(s->gate_up, g->act, g->dgate_parts, g->dx, s->assignment, d.K,
+                              d.sparse ? s->gates : NULL, in_products(g, w->down), s->offsets, s->tiles, d.tiles, d.I,
+                              d.H);
+    gpu_experts_weight_backward(dw->down, g->dx, s->assignment, g->act, (const int*)NULL, d.K, s->offsets, d.E, d.H,
+                                d.I, add);
+    gpu_experts_weight_backward(dw->gate_up, dgate_up, (const int*)NULL, s->experts_in, s->assignment, d.K, s->offsets,
+                                d.E, 2 * d.I, d.H, add);
+    gpu_experts_input_backward(g->rows, dgate_up, in_products(g, w->gate_up), s->offsets, s->tiles, d.tiles, d.H, d.I);
+    const Real* rows = g->rows;
+    const float* extra = NULL;
+    int K = d.K;
+    if (d.sparse) {
+        gpu_gate_gradients(g->dgates, g->dgate_parts, s->assignment, R, gpu_dgate_parts<Real>(d.I));
+        extra = g->extra;
+        if (m->config.router == ROUTER_LPR) {       // the read-out needs the sum of the rows itself
+            gpu_combine_rmsnorm(g->dnormed, (Real*)NULL, (float*)NULL, (const Real*)NULL, g->rows, (const float*)NULL,
+                                s->row_of, d.K, (const float*)NULL, d.N, d.H, d.eps);
+            K = 0;                                  // it comes back as a part of `extra`
+        }
+        gpu_router_backward<Real>(m, l, scale);
+    }
+    gpu_combine_rmsnorm_backward(g->dx, 1, g->norm_parts, rows, extra, s->row_of, K, s->x_mid, s->ffn_rstd, w->ffn_norm,
+                                 d.N, d.H);
+    gpu_add_parts(dw->ffn_norm, g->norm_parts, parts, d.H, add);
+}
+
+// Takes the last forward pass's loss, and turns its logits into their gradient if `scale` is not 0.
+template <class Real> static void gpu_take_loss(Model* m, float scale) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    int N = m->batch * m->length;
+    gpu_classifier(g->losses, g->logits, g->targets, N, m->config.vocab_size, scale, scale != 0);
+    if (g->loss_pending) gpu_add_losses(&g->losses_sum[0], g->losses, N, 1.0 / N);
+    g->loss_pending = 0;
+}
+
+template <class Real> static void gpu_forward(Model* m, const int* tokens, const int* targets, int B, int T) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    const Config* c = &m->config;
+    int N = B * T, H = c->hidden_size, L = c->num_layers, V = c->vocab_size;
+    if (g->loss_pending) gpu_take_loss<Real>(m, 0);
+    m->batch = B;
+    m->length = T;
+    memcpy(m->tokens, tokens, sizeof(int) * (size_t)N);
+    if (targets) memcpy(m->targets, targets, sizeof(int) * (size_t)N);
+    // The copy to the GPU runs later; this buffer may be filled again only when the one before last is done.
+    int* stage = g->staging[g->turn];
+    long room = (long)m->B * m->T;
+    CHECK(cudaEventSynchronize(g->staged[g->turn]));
+    memcpy(stage, tokens, sizeof(int) * (size_t)N);
+    if (targets) memcpy(stage + room, targets, sizeof(int) * (size_t)N);
+    if (m->purpose == FOR_TRAINING)
+        group_tokens(stage + 2 * room, stage + 3 * room, stage + 4 * room + 1, &g->num_unique, tokens, N, g->counts, V);
+    size_t ints = m->purpose == FOR_TRAINING ? 5 * (size_t)room + 1 : (targets ? (size_t)room : 0) + (size_t)N;
+    CHECK(cudaMemcpyAsync(g->tokens, stage, sizeof(int) * ints, cudaMemcpyHostToDevice));
+    CHECK(cudaEventRecord(g->staged[g->turn]));
+    g->turn ^= 1;
+    CHECK(cudaMemsetAsync(g->all_counts, 0, sizeof(double) * (size_t)(c->num_experts > 0 ? c->num_experts : 1)));
+    CHECK(cudaMemsetAsync(g->all_probs, 0, sizeof(double) * (size_t)(c->num_experts > 0 ? c->num_experts : 1)));
+
+    GpuLayer<Real>* first = &g->layers[0];      // looking up an embedding is gathering one row
+    gpu_combine_rmsnorm(first->x, first->attn_in, first->attn_rstd, (const Real*)NULL,
+                        in_products(g, g->w.embedding), (const float*)NULL, g->tokens, 1, g->w.layers[0].attn_norm, N,
+                        H, (float)c->rms_norm_eps);
+    for (int l = 0; l < L; l++) {
+        gpu_attention_layer_forward<Real>(m, l);
+        if (l + 1 < L) {
+            GpuLayer<Real>* next = &g->layers[l + 1];
+            gpu_ffn_layer_forward<Real>(m, l, next->x, next->attn_in, next->attn_rstd, g->w.layers[l + 1].attn_norm);
+        } else {
+            gpu_ffn_layer_forward<Real>(m, l, g->final_in, g->final_out, g->final_rstd, g->w.final_norm);
+        }
+    }
+    if (m->balance.aux_form == AUX_HF && count_sparse(c) > 0)
+        gpu_aux_hf(&g->losses_sum[1], g->all_counts, g->all_probs, c->num_experts, (double)N * count_sparse(c));
+    int wanted = N;                             // rows of logits
+    const Real* x = g->final_out;
+    if (m->purpose == FOR_GENERATION) {
+        m->cached += T;
+        wanted = 1;
+        x += (long)(N - 1) * H;
+    }
+    gpu_linear(g->cublas, g->logits, x, in_products(g, g->w.lm_head), wanted, H, V);
+    if (!targets) return;
+    m->sums.passes++;
+    g->loss_pending = 1;        // taken by the backward pass, together with the gradient, or when it is asked for
+}
+
+template <class Real> static void gpu_backward(Model* m, float scale) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    const Config* c = &m->config;
+    int N = m->batch * m->length, H = c->hidden_size, V = c->vocab_size, add = !g->fresh;
+    gpu_take_loss<Real>(m, scale / N);
+    gpu_linear_backward_input(g->cublas, g->dnormed, g->logits, in_products(g, g->w.lm_head), N, H, V);
+    gpu_linear_backward_weight(g->cublas, g->dw.lm_head, g->logits, g->final_out, N, H, V, add);
+    gpu_combine_rmsnorm_backward(g->dx, 0, g->norm_parts, g->dnormed, (const float*)NULL, (const int*)NULL, 1,
+                                 g->final_in, g->final_rstd, g->w.final_norm, N, H);
+    gpu_add_parts(g->dw.final_norm, g->norm_parts, gpu_norm_parts(N), H, add);
+    for (int l = c->num_layers - 1; l >= 0; l--) {
+        gpu_ffn_layer_backward<Real>(m, l, scale);
+        gpu_attention_layer_backward<Real>(m, l);
+    }
+    // a tied embedding has the LM head's gradient already
+    if (!add && !c->tie_word_embeddings)
+        CHECK(cudaMemsetAsync(g->dw.embedding, 0, sizeof(float) * (size_t)V * (size_t)H));
+    gpu_embedding_backward(g->dw.embedding, g->dx, g->unique, g->starts, g->positions, g->num_unique, H);
+    g->fresh = 0;
+}
+
+template <class Real> static double gpu_update(Model* m, const AdamW* o, double lr, long step) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    long matrices = m->layout.matrices, total = m->layout.total;
+    float correction1 = (float)(1 - pow(o->beta1, (double)step)),
+          correction2 = (float)(1 - pow(o->beta2, (double)step)), norm;
+    gpu_gradient_norm(g->norm, g->norm_sums, g->grads, total);
+    for (int part = 0; part < 2; part++) {      // matrices, with weight decay, and vectors
+        long first = part ? matrices : 0, n = part ? total - matrices : matrices;
+        Real* copy = sizeof(Real) == sizeof(float) ? NULL : g->copy + first;
+        gpu_adamw(copy, g->params + first, g->grads + first, g->exp_avg + first, g->exp_avg_sq + first, n, g->norm,
+                  (float)o->clip, (float)lr, part ? 0 : (float)o->weight_decay, (float)o->beta1, (float)o->beta2,
+                  (float)o->eps, correction1, correction2);
+    }
+    g->fresh = 1;
+    CHECK(cudaMemcpy(&norm, g->norm, sizeof norm, cudaMemcpyDeviceToHost));     // waits for the step
+    return norm;
+}
+
+template <class Real> static void gpu_send(Model* m, int what) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    size_t bytes = sizeof(float) * (size_t)m->layout.total;
+    if ((what & PARAMETERS) && !m->owner) {
+        CHECK(cudaMemcpy(g->params, m->params, bytes, cudaMemcpyHostToDevice));
+        if (sizeof(Real) != sizeof(float)) gpu_convert(g->copy, g->params, m->layout.total);
+    }
+    if (what & MOMENTS) {
+        CHECK(cudaMemcpy(g->exp_avg, m->exp_avg, bytes, cudaMemcpyHostToDevice));
+        CHECK(cudaMemcpy(g->exp_avg_sq, m->exp_avg_sq, bytes, cudaMemcpyHostToDevice));
+    }
+    for (int l = 0; (what & ROUTER_BIASES) && l < m->config.num_layers; l++)
+        if (m->weights.layers[l].router_bias)
+            CHECK(cudaMemcpy(g->w.layers[l].router_bias, m->weights.layers[l].router_bias,
+                             sizeof(float) * (size_t)m->config.num_experts, cudaMemcpyHostToDevice));
+    if (m->config.num_experts > 0)
+        CHECK(cudaMemcpy(g->family, m->family,
+                         sizeof(int) * (size_t)m->config.num_layers * (size_t)m->config.num_experts,
+                         cudaMemcpyHostToDevice));
+}
+
+// Numbers of the GPU as floats of the host.
+static void to_host(float* out, const float* x, long n) {
+    CHECK(cudaMemcpy(out, x, sizeof(float) * (size_t)n, cudaMemcpyDeviceToHost));
+}
+static void to_host(float* out, const bf16* x, long n) {
+    uint16_t* half = (uint16_t*)checked_malloc(sizeof(uint16_t) * (size_t)n);
+    CHECK(cudaMemcpy(half, x, sizeof(uint16_t) * (size_t)n, cudaMemcpyDeviceToHost));
+    for (long i = 0; i < n; i++) out[i] = bf16_to_float(half[i]);
+    free(half);
+}
+
+// Adds what the GPU has counted to the host's sums and starts it from zero again.
+template <class Real> static void gpu_read_sums(Model* m) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    int L = m->config.num_layers, E = m->config.num_experts;
+    if (g->loss_pending) gpu_take_loss<Real>(m, 0);
+    CHECK(cudaMemcpy(g->sums_host, g->losses_sum, g->sums_bytes, cudaMemcpyDeviceToHost));
+    const char *host = (const char*)g->sums_host, *start = (const char*)g->losses_sum;
+    const double *losses = (const double*)host, *observed = (const double*)(host + ((char*)g->observed - start));
+    const long long *load = (const long long*)(host + ((char*)g->load - start)),
+               *step_load = (const long long*)(host + ((char*)g->step_load - start));
+    m->sums.loss += losses[0];
+    m->sums.aux += losses[1];
+    m->sums.z += losses[2];
+    m->sums.lpr += losses[3];
+    for (long i = 0; i < (long)L * E; i++) {
+        m->load[i] += (long)load[i];
+        m->step_load[i] += (long)step_load[i];
+    }
+    for (int i = 0; i < L * OBSERVED_NUMBERS; i++) ((double*)m->observed)[i] += observed[i];
+    gpu_clear_sums<Real>(m);
+}
+
+template <class Real> static void gpu_read_back(Model* m, int what) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    const Config* c = &m->config;
+    long total = m->layout.total, N = (long)m->batch * m->length;
+    if ((what & PARAMETERS) && !m->owner) to_host(m->params, g->params, total);
+    if (what & MOMENTS) {
+        to_host(m->exp_avg, g->exp_avg, total);
+        to_host(m->exp_avg_sq, g->exp_avg_sq, total);
+    }
+    if (what & GRADIENTS) to_host(m->grads, g->grads, total);
+    if (what & LOGITS) to_host(m->logits, g->logits, (m->purpose == FOR_GENERATION ? 1 : N) * c->vocab_size);
+    for (int l = 0; (what & ROUTING) && l < c->num_layers; l++) {
+        if (!c->sparse[l]) continue;
+        long n = N * m->topk[l];
+        CHECK(cudaMemcpy(m->layers[l].experts, g->layers[l].experts, sizeof(int) * (size_t)n, cudaMemcpyDeviceToHost));
+        to_host(m->layers[l].gates, g->layers[l].gates, n);
+    }
+    if (what & LOSSES) gpu_read_sums<Real>(m);
+}
+
+static const Backend gpu_backend_float = {gpu_plan<float>,     gpu_allocate<float>, gpu_release<float>,
+                                          gpu_forward<float>,  gpu_backward<float>, gpu_update<float>,
+                                          gpu_send<float>,     gpu_read_back<float>};
+static const Backend gpu_backend_bf16 = {gpu_plan<bf16>,     gpu_allocate<bf16>, gpu_release<bf16>, gpu_forward<bf16>,
+                                         gpu_backward<bf16>, gpu_update<bf16>,   gpu_send<bf16>,    gpu_read_back<bf16>};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 9. The command line
+
+// Ends the program in one line where no GPU can be used.
+static void gpu_open(void) {
+    int devices = 0, driver = 0;
+    cudaError_t status = cudaGetDeviceCount(&devices);
+    if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0)
+        die(1, "there is no NVIDIA driver on this machine; train_moe runs on the CPU");
+    if (status != cudaSuccess) die(1, "no GPU can be used: %s; train_moe runs on the CPU", cudaGetErrorString(status));
+    cudaDeviceProp properties;
+    CHECK(cudaSetDevice(0));
+    CHECK(cudaGetDeviceProperties(&properties, 0));
+    if (properties.major < 8)
+        die(1, "%s has compute capability %d.%d, 8.0 is the least (A100, RTX 30 and newer); train_moe runs on the CPU",
+            properties.name, properties.major, properties.minor);
+    if (!options.prompt && !options.prompt_ids)
+        printf("GPU: %s, %.1f GB, %s\n", properties.name, properties.totalGlobalMem / 1e9, options.precision);
+}
+
+int train_moe_cu_main(int argc, char** argv) {
+    program_name = "train_moe_cu";
+    options_parse(argc, argv);
+    gpu_open();
+    default_backend = strcmp(options.precision, "fp32") ? &gpu_backend_bf16 : &gpu_backend_float;
+    return run_command();
+}
+
+#ifdef TRAIN_MOE_CU_MAIN
+int main(int argc, char** argv) { return train_moe_cu_main(argc, argv); }
+#endif
+#endif
