@@ -3,6 +3,8 @@
 # make test    runs every check
 # make bench   how fast training is
 # make references   makes what the tests compare with anew, with PyTorch and transformers, and compares
+# make train_moe_cu   builds the GPU program with nvcc;  make test_gpu   runs every check of it on this machine's GPU
+# make test_standin   runs the checks of the GPU program without a GPU, on a stand-in; STANDIN=WORD: only some groups
 
 CC     ?= cc
 ARCH   ?= -march=native
@@ -22,6 +24,21 @@ FLAGS  += -fopenmp-simd -Wno-unknown-pragmas
 endif
 FLAGS  += $(OPENMP) $(WIDE)
 
+# nvcc, and cuBLAS where the toolkit has none: make CUBLAS=DIR, with DIR/include and DIR/lib
+NVCC   ?= $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
+# A100 and RTX 30/40 (80), H100 and H200 (90a), B200 (100), RTX 50 (120); newer ones compile the last one's PTX anew
+GPUS   ?= 80 90a 100 120
+CUFLAGS = -std=c++17 -O3 $(foreach g,$(GPUS),-gencode arch=compute_$(g),code=sm_$(g)) \
+          -gencode arch=compute_$(lastword $(GPUS)),code=compute_$(lastword $(GPUS)) -diag-suppress 177 \
+          -Xcompiler "$(ARCH) -fno-math-errno $(OPENMP)" -I.
+ifeq ($(CUBLAS),)
+CULIBS  = -lcublas
+else
+CUFLAGS += -I$(CUBLAS)/include
+CULIBS  = -L$(CUBLAS)/lib -l:$(notdir $(firstword $(wildcard $(CUBLAS)/lib/libcublas.so*))) \
+          -Xlinker -rpath=$(CUBLAS)/lib -Xlinker -rpath-link=$(CUBLAS)/lib
+endif
+
 all: train_moe upcycle
 	@echo "compiler: $(CC)"
 ifeq ($(OPENMP),)
@@ -30,6 +47,11 @@ ifeq ($(OPENMP),)
 	@echo "          make CC='clang -Xclang' CFLAGS=\"-O3 -I\$$(brew --prefix libomp)/include -L\$$(brew --prefix libomp)/lib -lomp\""
 else
 	@echo "OpenMP:   found"
+endif
+ifeq ($(NVCC),)
+	@echo "nvcc:     not found; it is only needed for GPUs"
+else
+	@echo "nvcc:     found; make train_moe_cu builds the program for GPUs"
 endif
 	@echo "next:     ./train_moe (a minute), make run (a few), make test, ./train_moe --help, ./upcycle --help"
 
@@ -41,6 +63,23 @@ upcycle: upcycle.c train_moe.c build/embedded.h
 
 test_moe: test_moe.c upcycle.c train_moe.c build/embedded.h
 	$(CC) $(FLAGS) test_moe.c -o $@ -lm
+
+# Says what is missing, and refuses kernels that spill registers to memory.
+define nvcc
+@[ -n "$(NVCC)" ] || { echo "nvcc was not found: install the CUDA toolkit (12.8 or newer), or make NVCC=/path/to/nvcc"; exit 1; }
+@mkdir -p build
+@echo '#include <cublas_v2.h>' >build/cublas.cu; $(NVCC) $(CUFLAGS) -E build/cublas.cu >/dev/null 2>&1 || \
+	{ echo "cublas_v2.h was not found: the toolkit lacks cuBLAS, or make CUBLAS=DIR with its include and lib"; exit 1; }
+$(NVCC) $(CUFLAGS) -Xptxas -v $(1) -o $@ $(CULIBS) 2>build/$@.log || { grep -v "ptxas info\|bytes stack" build/$@.log; exit 1; }
+@awk '/Compiling entry/ {kernel = $$6} / bytes spill/ && !/ 0 bytes spill stores, 0 bytes spill loads/ \
+	{print "spills registers: " kernel; bad = 1} END {exit bad}' build/$@.log || { rm -f $@; exit 1; }
+endef
+
+train_moe_cu: train_moe.cu train_moe.c build/embedded.h
+	$(call nvcc,train_moe.cu)
+
+test_moe_cu: test_moe.c train_moe.cu upcycle.c train_moe.c build/embedded.h
+	$(call nvcc,-DTEST_GPU -x cu test_moe.c)
 
 # The text that ./train_moe trains on without --data: the project's own source files, also as an array.
 build/embedded.txt: train_moe.c upcycle.c test_moe.c
@@ -58,6 +97,9 @@ run: train_moe upcycle
 test: test_moe
 	./test_moe
 
+test_gpu: test_moe_cu
+	./test_moe_cu
+
 # how fast training is, in about two minutes; BENCH=--short: only whether it works
 build/bench: dev/bench/bench.c dev/bench/timed.h train_moe.c build/embedded.h
 	$(CC) $(FLAGS) dev/bench/bench.c -o $@ -lm
@@ -70,6 +112,6 @@ references:
 	python3 dev/reference/make_router_references.py --check
 
 clean:
-	rm -rf build train_moe upcycle test_moe
+	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu
 
-.PHONY: all run test bench references clean
+.PHONY: all run test test_gpu bench references clean

@@ -5152,7 +5152,7 @@ static void test_up_receipt(void) {
 #ifdef TEST_GPU
 // bf16 has 8 bits: a product's operands are off by up to 2^-9, and what is kept between layers is rounded again. A token
 // whose experts score almost alike may get another one, and is another token from there on.
-static const Tolerances of_bf16 = {0.1, 0.02, 0.02, 0.1, 0.3, 2, 0.1};
+static const Tolerances of_bf16 = {0.2, 0.02, 0.02, 0.15, 0.3, 2, 0.1};
 
 static void on_backend(const Backend* backend, void (*run)(void)) {
     default_backend = backend;
@@ -5170,6 +5170,77 @@ static void gpu_golden_floats(void) { gpu_golden(of_floats); }
 static void gpu_golden_bf16(void) { gpu_golden(of_bf16); }
 static void test_gpu_fp32(void) { on_backend(&gpu_backend_float, gpu_golden_floats); }
 static void test_gpu_bf16(void) { on_backend(&gpu_backend_bf16, gpu_golden_bf16); }
+
+// Models that are large enough for several tiles in every direction, with sizes that fill none of them: logits and
+// gradients against the CPU's. All experts are chosen in bf16, where scores that are nearly equal could change places.
+static void gpu_against_cpu(const char* name, const Config* c, int B, int T, double most_logits, double most_gradient) {
+    long n = (long)B * T, V = c->vocab_size, worst_at = 0;
+    int *tokens = (int*)checked_malloc(sizeof(int) * (size_t)(n + 1)), all = 1;
+    float* logits[2];
+    Model* m[2];
+    for (long i = 0; i <= n; i++) tokens[i] = (int)(mix64((uint64_t)(i * i)) % (uint64_t)(i % 3 ? V : 3));
+    for (int way = 0; way < 2; way++) {
+        const Backend* gpu = default_backend;
+        if (way == 0) default_backend = &cpu_backend;
+        m[way] = model_create(c, FOR_TRAINING, B, T, T, NULL);
+        default_backend = gpu;
+        model_init(m[way], 1);
+        for (long i = 0; i < m[way]->layout.matrices; i++) m[way]->params[i] *= 4;
+        m[way]->balance.aux = m[way]->balance.z = 0.01f;
+        m[way]->backend->send(m[way], PARAMETERS);
+        for (int pass = 0; pass < 2; pass++) {          // the second one adds to the first one's gradients
+            m[way]->backend->forward(m[way], tokens, tokens + 1, B, T);
+            m[way]->backend->read_back(m[way], LOGITS | ROUTING);
+            if (pass == 0) {        // the CPU's become their gradient in place
+                logits[way] = (float*)checked_malloc(sizeof(float) * (size_t)(n * V));
+                memcpy(logits[way], m[way]->logits, sizeof(float) * (size_t)(n * V));
+            }
+            m[way]->backend->backward(m[way], 0.5f);
+        }
+        m[way]->backend->read_back(m[way], GRADIENTS);
+    }
+    double worst = 0, logit_error = relative_error(logits[1], logits[0], n * V);
+    for (int l = 0; l < c->num_layers; l++)
+        all &= !c->sparse[l] || !memcmp(m[0]->layers[l].experts, m[1]->layers[l].experts,
+                                        sizeof(int) * (size_t)(c->num_experts_per_tok < c->num_experts ? n * 2 : 0));
+    for (int i = 0; i < m[0]->layout.count; i++) {
+        const Tensor* t = &m[0]->layout.tensors[i];
+        double e = relative_error(m[1]->grads + t->offset, m[0]->grads + t->offset, tensor_size(t));
+        if (!(e <= worst)) worst = e, worst_at = i;
+    }
+    double losses[2] = {take_losses(m[0]).loss, take_losses(m[1]).loss};
+    check(all && logit_error <= most_logits && fabs(losses[0] - losses[1]) <= most_logits,
+          "%s: relative error of the logits %.1e, loss %.6f and %.6f", name, logit_error, losses[0], losses[1]);
+    check(worst <= most_gradient, "%s: %d gradients, largest relative error %.1e (%s)", name, m[0]->layout.count, worst,
+          m[0]->layout.tensors[worst_at].name);
+    for (int way = 0; way < 2; way++) {
+        model_free(m[way]);
+        free(logits[way]);
+    }
+    free(tokens);
+}
+
+static void test_gpu_tiles(void) {
+    static const struct { int H, NH, NKV, HD, I, E, T; } sizes[] = {{144, 4, 2, 32, 136, 3, 150},
+                                                                     {100, 3, 1, 70, 77, 2, 133},
+                                                                     {72, 2, 2, 100, 264, 2, 70}};
+    for (int i = 0; i < 3; i++)
+        for (int bf16_too = 0; bf16_too < 2; bf16_too++) {
+            Config c = tiny_config(i == 1 ? OLMOE : QWEN3_MOE, 2, sizes[i].E, bf16_too ? sizes[i].E : 2);
+            char name[64];
+            c.hidden_size = sizes[i].H;
+            c.num_heads = sizes[i].NH;
+            c.num_kv_heads = sizes[i].NKV;
+            c.head_dim = sizes[i].HD;
+            c.moe_intermediate_size = sizes[i].I;
+            c.qk_norm = i == 1 ? QK_NORM_ROW : QK_NORM_HEAD;
+            c.vocab_size = 301;
+            snprintf(name, sizeof name, "hidden %d, heads of %d, %s", c.hidden_size, c.head_dim, bf16_too ? "bf16" : "fp32");
+            default_backend = bf16_too ? &gpu_backend_bf16 : &gpu_backend_float;
+            gpu_against_cpu(name, &c, 2, sizes[i].T, bf16_too ? 0.03 : 1e-5, bf16_too ? 0.1 : 1e-5);
+            default_backend = &cpu_backend;
+        }
+}
 
 // Feeding a cache token by token, in chunks, or everything at once gives the same logits, up to rounding.
 static void gpu_cache(void) {
@@ -5226,29 +5297,30 @@ static int gpu_run(const char* out, const char* more) {
 }
 
 // 20 steps on the CPU and on the GPU: the same loss in every step, within rounding. Random numbers, order of the data
-// and ties are the same, so differences come from the order of additions, and grow with the steps.
-static void compare_runs(const char* name, const char* more, double float_error, double bf16_error) {
-    double losses[3][20], norms[3][20], worst[3] = {0, 0, 0}, worst_norm = 0;
+// and ties are the same, so differences come from the order of additions. They grow with the steps, and jump where two
+// experts' scores lie closer together than they are: therefore the later steps' tolerance is wider.
+static void compare_runs(const char* name, const char* more) {
+    static const double tolerances[3][2] = {{0, 0}, {1e-4, 0.03}, {0.05, 0.3}};
+    double losses[3][20];
     char arguments[1024];
     for (int way = 0; way < 3; way++) {
         default_backend = way ? &gpu_backend_float : &cpu_backend;
-        snprintf(arguments, sizeof arguments, "--steps 20 %s %s", more, way == 2 ? "--precision bf16" : "--precision fp32");
-        int code = gpu_run(way ? "gpu" : "cpu", arguments), rows = log_column(way ? "gpu" : "cpu", 2, losses[way], 20);
-        log_column(way ? "gpu" : "cpu", 6, norms[way], 20);
+        snprintf(arguments, sizeof arguments, "--steps 20 --lr 0.005 --precision %s %s", way == 2 ? "bf16" : "fp32", more);
+        int code = gpu_run("a", arguments), rows = log_column("a", 2, losses[way], 20);
         default_backend = &cpu_backend;
         if (code || rows != 20) {
             check(0, "%s: exit code %d, %d rows", name, code, rows);
             return;
         }
-        for (int i = 0; way && i < 20; i++) {
-            worst[way] = larger(worst[way], fabs(losses[way][i] - losses[0][i]));
-            if (way == 1) worst_norm = larger(worst_norm, fabs(norms[1][i] / norms[0][i] - 1));
-        }
     }
-    int learns = losses[0][19] < losses[0][0] - 0.3;
-    check(learns && worst[1] <= float_error, "%s: 20 steps, fp32: the loss differs by %.1e from the CPU's", name, worst[1]);
-    check(worst_norm <= 100 * float_error, "%s: and the gradient's norm by %.1e", name, worst_norm);
-    check(worst[2] <= bf16_error, "%s: bf16: the loss differs by %.1e", name, worst[2]);
+    check(losses[0][19] < losses[0][0] - 0.3, "%s: the loss falls from %.3f to %.3f", name, losses[0][0], losses[0][19]);
+    for (int way = 1; way < 3; way++) {
+        double worst[2] = {0, 0};
+        for (int i = 0; i < 20; i++) worst[i >= 10] = larger(worst[i >= 10], fabs(losses[way][i] - losses[0][i]));
+        check(worst[0] <= tolerances[way][0] && worst[1] <= tolerances[way][1],
+              "%s: %s: the loss differs from the CPU's by %.1e in steps 1 to 10, by %.1e in steps 11 to 20", name,
+              way == 1 ? "fp32" : "bf16", worst[0], worst[1]);
+    }
 }
 
 static void test_gpu_training(void) {
@@ -5269,7 +5341,7 @@ static void test_gpu_training(void) {
         {"dense", "--dense --tie"}};
     write_corpus(temp("corpus.txt"), 20000);
     for (size_t i = 0; i < sizeof runs / sizeof runs[0]; i++)
-        compare_runs(runs[i].name, runs[i].flags, 1e-3, 0.1);
+        compare_runs(runs[i].name, runs[i].flags);
 }
 
 // Copies of experts under a family penalty that falls over the run, and infinite ones.
@@ -5396,6 +5468,7 @@ static const struct {
 } groups[] = {
 #ifdef TEST_GPU
     {"gpu fp32", test_gpu_fp32},           {"gpu bf16", test_gpu_bf16},
+    {"gpu tiles", test_gpu_tiles},
     {"gpu cache", test_gpu_cache},         {"gpu training", test_gpu_training},
     {"gpu families", test_gpu_families},   {"gpu resume", test_gpu_resume},
     {"gpu commands", test_gpu_commands},

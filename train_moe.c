@@ -64,6 +64,9 @@ common subset of C11 (with gcc's vector types) and C++17, because the CUDA compi
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #define VERSION "0.1"
 
@@ -1419,8 +1422,12 @@ typedef struct {
 } Arena;
 
 static void* take(Arena* a, size_t bytes) {
-    void* p = a->base ? a->base + a->used : NULL;
+    char* p = a->base ? a->base + a->used : NULL;
     a->used += (bytes + 63) / 64 * 64;
+#ifdef __SANITIZE_ADDRESS__     // a gap behind each array, which nothing may touch
+    a->used += 64;
+    if (p) ASAN_POISON_MEMORY_REGION(p + bytes, a->base + a->used - (p + bytes));
+#endif
     return p;
 }
 static float* take_floats(Arena* a, long n) { return (float*)take(a, sizeof(float) * n); }
@@ -2471,7 +2478,7 @@ static void logit_norm_forward(float* out, const float* z, int N, int E, float l
     for (int n = 0; n < N; n++) {
         const float* z_n = z + (long)n * E;
         double mean = 0, square = 0;
-        for (int e = 0; e < E; e++) mean += z_n[e] / E;
+        for (int e = 0; e < E; e++) mean += (double)z_n[e] / E;
         for (int e = 0; e < E; e++) square += (z_n[e] - mean) * (z_n[e] - mean) / E;
         for (int e = 0; e < E; e++) out[(long)n * E + e] = (float)(lambda * (z_n[e] - mean) / (sqrt(square) + 1e-6));
     }
@@ -2485,14 +2492,14 @@ static void logit_norm_backward(float* dz, const float* z, int N, int E, float l
         const float* z_n = z + (long)n * E;
         float* dz_n = dz + (long)n * E;
         double mean = 0, square = 0, along = 0, dmean = 0;
-        for (int e = 0; e < E; e++) mean += z_n[e] / E;
+        for (int e = 0; e < E; e++) mean += (double)z_n[e] / E;
         for (int e = 0; e < E; e++) square += (z_n[e] - mean) * (z_n[e] - mean) / E;
         for (int e = 0; e < E; e++) along += dz_n[e] * (z_n[e] - mean);
         double std = sqrt(square), r = std + 1e-6;
         for (int e = 0; e < E; e++) {
             double through_std = std > 0 ? (z_n[e] - mean) * along / (E * std * r) : 0;
             dz_n[e] = (float)(lambda / r * (dz_n[e] - through_std));
-            dmean += dz_n[e] / E;
+            dmean += (double)dz_n[e] / E;
         }
         for (int e = 0; e < E; e++) dz_n[e] -= (float)dmean;
     }

@@ -8,7 +8,7 @@ Dense products are cuBLAS's, everything else is here:
 
      1  Small things         errors, numbers in memory, sums over warps and blocks
      2  Instructions         asynchronous copies and tensor cores, for which C++ has no words
-     3  Experts' products    grouped matrix products whose sizes only the GPU knows
+     3  Products             the router's, and grouped ones for the experts, whose sizes only the GPU knows
      4  Attention            causal, grouped-query, in tiles, forward and backward
      5  Layers               norms and residual sums, rotary positions, the loss, the embedding, AdamW
      6  Routing              top-K, grouping tokens by expert, balance losses
@@ -40,7 +40,8 @@ Figures of every kernel, and the same products and attention as a lesson in step
 #include <cuda_runtime.h>
 #include <type_traits>
 
-// common.cuh: what every fragment may use. (This becomes sections 1 and 2 of train_moe.cu.)
+// ---------------------------------------------------------------------------------------------------------------------
+// 1. Small things
 
 typedef __nv_bfloat16 bf16;
 
@@ -88,7 +89,87 @@ __device__ static inline float block_sum(float x, float* shared) {
     return sum;
 }
 
-// Instructions that C++ has no words for. The stand-in (a CPU playing GPU) brings functions of the same names.
+// the same in doubles
+__device__ static inline double warp_sum(double x) {
+    for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+    return x;
+}
+__device__ static inline double block_sum(double x, double* shared) {
+    int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) shared[warp] = x;
+    __syncthreads();
+    double sum = 0;
+    for (int w = 0; w < warps; w++) sum += shared[w];
+    __syncthreads();
+    return sum;
+}
+
+// W neighbouring numbers as floats, from and to memory. Either W = 1, or W numbers fill accesses of 16 bytes, the
+// widest that a thread can make, and p is a multiple of 16.
+template <int W, class T> __device__ static inline void load_vector(float* x, const T* p) {
+    if constexpr (W == 1) {
+        x[0] = to_float(p[0]);
+    } else {
+        const int each = 16 / sizeof(T);
+        #pragma unroll
+        for (int i = 0; i < W; i += each) {
+            uint4 bits = *(const uint4*)(p + i);
+            T numbers[each];
+            memcpy(numbers, &bits, 16);
+            #pragma unroll
+            for (int j = 0; j < each; j++) x[i + j] = to_float(numbers[j]);
+        }
+    }
+}
+
+template <int W, class T> __device__ static inline void store_vector(T* p, const float* x) {
+    if constexpr (W == 1) {
+        store(p, x[0]);
+    } else {
+        const int each = 16 / sizeof(T);
+        #pragma unroll
+        for (int i = 0; i < W; i += each) {
+            uint4 bits;
+            T numbers[each];
+            #pragma unroll
+            for (int j = 0; j < each; j++) store(&numbers[j], x[i + j]);
+            memcpy(&bits, numbers, 16);
+            *(uint4*)(p + i) = bits;
+        }
+    }
+}
+
+// x as it will be read back after having been stored as a T
+template <class T> __device__ static inline float rounded(float x) {
+    T y;
+    store(&y, x);
+    return to_float(y);
+}
+
+__device__ static inline unsigned pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(unsigned*)&pair;
+}
+
+// 1: all pointers are multiples of 16 (NULL is)
+static inline int aligned_16() { return 1; }
+template <class P, class... Q> static inline int aligned_16(P p, Q... others) {
+    return (uintptr_t)p % 16 == 0 && aligned_16(others...);
+}
+
+// A kernel may use more than 48 KB of dynamic shared memory only after this call.
+template <class... A> static void allow_shared(void (*kernel)(A...), size_t bytes) {
+    if (bytes > 48 * 1024)
+        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2. Instructions
+//
+// What C++ has no words for, each in a function of its own. The stand-in (dev/cuda/standin, a CPU playing GPU) brings
+// functions of the same names.
+
 #ifdef __CUDACC__
 __device__ static inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 // 16 bytes from global to shared memory while the program goes on; zeros if !wanted
@@ -117,12 +198,20 @@ __device__ static inline void mma_m16n8k16_bf16(float d[4], const unsigned a[4],
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #endif
-// gemm.cuh: the experts' matrix products for float and bf16, and a small fp32 product for routers.
 
-// ---------------------------------------------------------------------------------------------------------------------
-// to common: Hopper's matrix instructions. They exist only in code made for sm_90a, and only devices of compute
-// capability 9.0 run that: wgmma_compiled tells what this pass of the compiler makes, gpu_has_wgmma() what will run.
+// 2^x within 2 units in the last place, 0 for -infinity: one instruction, where exp2f guards tiny results as well
+#ifdef __CUDACC__
+__device__ static inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
+static inline float exp2_fast(float x) { return exp2f(x); }
+#endif
 
+// Hopper's matrix instructions. They exist only in code made for sm_90a, and only devices of compute capability 9.0 run
+// that: wgmma_compiled tells what this pass of the compiler makes, gpu_has_wgmma() what will run.
 #ifdef __CUDACC__
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool wgmma_compiled = true;
@@ -175,28 +264,30 @@ template <int N, int A_ACROSS, int B_ACROSS> __device__ static inline void wgmma
 #endif
 // Never run: its greatest block tells whether the image that the driver chose for this device was made for sm_90a.
 __global__ static void __launch_bounds__(wgmma_compiled ? 64 : 32) wgmma_mark_kernel() {}
+#else // the stand-in has twins of these
+constexpr bool wgmma_compiled = true;
+template <int N> static inline void wgmma_hold(float*) {}
+#endif
+
 static bool gpu_has_wgmma(void) {
     static int has = -1;
     if (has < 0) {
         int device, major, minor;
-        cudaFuncAttributes mark;
         CHECK(cudaGetDevice(&device));
         CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
         CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+        has = major == 9 && minor == 0;
+#ifdef __CUDACC__
+        cudaFuncAttributes mark;
         CHECK(cudaFuncGetAttributes(&mark, wgmma_mark_kernel));
-        has = major == 9 && minor == 0 && mark.maxThreadsPerBlock == 64;
+        has = has && mark.maxThreadsPerBlock == 64;
+#endif
     }
     return has;
 }
-#else // the stand-in
-constexpr bool wgmma_compiled = true;
-static inline unsigned shared_address(const void* p) { return smem_u32(p); }
-template <int N> static inline void wgmma_hold(float*) {}
-static bool gpu_has_wgmma(void) { return getenv("CPUCUDA_WGMMA") && atoi(getenv("CPUCUDA_WGMMA")); }
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A small fp32 product, for routers.
+// 3. Products: a small one in fp32, for routers
 
 // One step of a product by 256 threads: sum (4 x 4 a thread) += a (16 x TM)^T b (16 x TN), both in shared memory with
 // rows of TM + 4 and TN + 4 floats. Every element is one chain of fmaf in the order of k.
@@ -227,7 +318,7 @@ __device__ static inline void load_fp32_tile(float* to, const T* from, long step
 
 // Block (x, s) computes tile x of TM x TN elements over k = s*k_part .. (s+1)*k_part-1, to out + s*M*N.
 template <int TM, int TN, class TA, class TB>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 3)
 matmul_fp32_kernel(float* out, const TA* a, long a_row, long a_col, const TB* b, long b_row, long b_col, int M, int N,
                    int K, int k_part, int add) {
     __shared__ __align__(16) float a_tile[16 * (TM + 4)], b_tile[16 * (TN + 4)];
@@ -252,7 +343,7 @@ matmul_fp32_kernel(float* out, const TA* a, long a_row, long a_col, const TB* b,
 }
 
 // out (count) (+)= the sum over s of parts (splits, count), in the order of s
-static __global__ void add_parts_kernel(float* out, const float* parts, long count, int splits, int add) {
+static __global__ void add_product_parts_kernel(float* out, const float* parts, long count, int splits, int add) {
     long i = blockIdx.x * (long)blockDim.x + threadIdx.x;
     if (i >= count) return;
     float sum = 0;
@@ -271,7 +362,7 @@ static void launch_matmul_fp32(float* out, const TA* a, long a_row, long a_col, 
         splits > 1 ? parts : out, a, a_row, a_col, b, b_row, b_col, M, N, K, k_part, splits > 1 ? 0 : add);
     CHECK(cudaGetLastError());
     if (splits > 1) {
-        add_parts_kernel<<<ceil_div((long)M * N, 256), 256>>>(out, parts, (long)M * N, (int)splits, add);
+        add_product_parts_kernel<<<ceil_div((long)M * N, 256), 256>>>(out, parts, (long)M * N, (int)splits, add);
         CHECK(cudaGetLastError());
     }
 }
@@ -333,13 +424,13 @@ template <class T> static Operand<T> operand(const T* data, int width, const int
 struct Job { int expert, m0, m_end, n0, k, k_end; };
 
 // Blocks start in the order of their numbers. Those that run at the same time should share what they read, through the
-// L2 cache: eight tiles that lie below each other come first, then the eight beside them, and so on, so that about
-// 130 running blocks make a piece about as high as it is wide; along one row they would read nearly all of W. Below
-// each other are mostly rows of one expert. In DYT_X experts come one after the other, for the same reason.
+// L2 cache: 16 tiles that lie below each other come first, then the 16 beside them, and so on. So about 130 running
+// blocks of 128 x 256 make a piece about as high as it is wide, which reads the fewest rows and columns. Below each
+// other are mostly rows of one expert. In DYT_X experts come one after the other, for the same reason.
 template <int PRODUCT, int BM>
 __device__ static inline bool find_job(Job* job, const int* offsets, const int2* tiles, int down, int across, int width,
                                        int tile_columns) {
-    int group = blockIdx.x / (8 * across) * 8, height = min(8, down - group), b = blockIdx.x % (8 * across);
+    int group = blockIdx.x / (16 * across) * 16, height = min(16, down - group), b = blockIdx.x % (16 * across);
     int i = group + b % height, parts = GROUP_ROWS / BM;
     job->n0 = b / height * tile_columns;
     if (PRODUCT == DYT_X) {
@@ -374,15 +465,15 @@ template <class T> static bool by_fours(const T* p, int width) {
     return (uintptr_t)p % (4 * sizeof(T)) == 0 && width % 4 == 0;
 }
 
-// Epilogues: called by all threads, with four sums of row `row` from column `column` on; `real`: the row exists.
+// Epilogues: called by all threads, with four sums of row `row` from column `column` on; `real`: the row exists. PAIRS:
+// the left half of a tile are columns of gate, the right half the same columns of up, and four sums of each are given.
 
 // y (rows, width) = the sums
 template <class T> struct StoreEpilogue {
     static constexpr bool PAIRS = false;
     T* y;
     int width, vector;
-    template <int WIDTH>
-    __device__ void apply(const float* sums, int, int row, bool real, int column) const {
+    __device__ void apply(const float* sums, const float*, int, int row, bool real, int column) const {
         store4(y + (long)row * width + column, sums, real ? width - column : 0, vector);
     }
 };
@@ -392,8 +483,7 @@ struct WeightEpilogue {
     static constexpr bool PAIRS = false;
     float* dW;
     int OC, C, add, vector;
-    template <int WIDTH>
-    __device__ void apply(const float* sums, int expert, int row, bool real, int column) const {
+    __device__ void apply(const float* sums, const float*, int expert, int row, bool real, int column) const {
         float* p = dW + ((long)expert * OC + row) * C + column;
         int count = real ? C - column : 0;
         float v[4] = {};
@@ -403,15 +493,12 @@ struct WeightEpilogue {
     }
 };
 
-// gate_up (R, 2, I) = the sums, act (R, I) = silu(gate) up. PAIRS: the left half of a tile are columns of gate, the
-// right half, WIDTH further on, the same columns of up.
+// gate_up (R, 2, I) = the sums, act (R, I) = silu(gate) up
 template <class T> struct SwigluEpilogue {
     static constexpr bool PAIRS = true;
     T *gate_up, *act;
     int I, vector;
-    template <int WIDTH>
-    __device__ void apply(const float* gate, int, int row, bool real, int column) const {
-        const float* up = gate + WIDTH;
+    __device__ void apply(const float* gate, const float* up, int, int row, bool real, int column) const {
         int count = real ? I - column : 0;
         float a[4];
         for (int j = 0; j < 4; j++) a[j] = gate[j] / (1.0f + expf(-gate[j])) * up[j];
@@ -434,9 +521,7 @@ template <class T> struct SwigluBackwardEpilogue {
     const float* gates;
     const int* assignment;
     int I, vector;
-    template <int WIDTH>
-    __device__ void apply(const float* dact, int, int row, bool real, int column) const {
-        static_assert(WIDTH % PART == 0, "");
+    __device__ void apply(const float* dact, const float*, int, int row, bool real, int column) const {
         int count = real ? I - column : 0;
         T *g_at = gate_up + (long)row * 2 * I + column, *u_at = g_at + I;
         float g[4], u[4], a[4], dgate = 0, gate = real && gates ? gates[assignment ? assignment[row] : row] : 1;
@@ -458,6 +543,19 @@ template <class T> struct SwigluBackwardEpilogue {
     }
 };
 
+// The end of a kernel: the block's sums, BM rows of `stride` floats in shared memory, go through the epilogue.
+template <int BM, int WIDTH, class Epilogue>
+__device__ static inline void finish_tile(const float* sums, int stride, const Job& job, const Epilogue& epilogue) {
+    #pragma unroll 2
+    for (int i = threadIdx.x; i < BM * WIDTH / 4; i += 256) {
+        int row = i / (WIDTH / 4), column = i % (WIDTH / 4) * 4;
+        float v[4], up[4];
+        load4(v, sums + row * stride + column, 4, true);
+        if (Epilogue::PAIRS) load4(up, sums + row * stride + WIDTH + column, 4, true);
+        epilogue.apply(v, up, job.expert, job.m0 + row, job.m0 + row < job.m_end, job.n0 + column);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // float: 64 x 64 tiles, 4 x 4 sums a thread, 16 values of k at a time
 
@@ -478,7 +576,7 @@ __device__ static inline void load_expert_tile(float* to, const Operand<float>& 
 // if there are pairs). Sums are chains of fmaf in the order of k from 0, as in train_moe.c: an element's bits depend on
 // its two rows only.
 template <int PRODUCT, class Epilogue>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 3)
 experts_fp32_kernel(Operand<float> left, Operand<float> right, long weight_stride, const int* offsets,
                     const int2* tiles, int down, int across, int columns, Epilogue epilogue) {
     constexpr int WIDTH = Epilogue::PAIRS ? 32 : 64;
@@ -504,11 +602,7 @@ experts_fp32_kernel(Operand<float> left, Operand<float> right, long weight_strid
         *(float4*)(sums + (threadIdx.x / 16 * 4 + i) * 68 + threadIdx.x % 16 * 4) =
             make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
     __syncthreads();
-    for (int i = threadIdx.x; i < 64 * WIDTH / 4; i += 256) {
-        int row = i / (WIDTH / 4), column = i % (WIDTH / 4) * 4;
-        epilogue.template apply<WIDTH>(sums + row * 68 + column, job.expert, job.m0 + row, job.m0 + row < job.m_end,
-                                       job.n0 + column);
-    }
+    finish_tile<64, WIDTH>(sums, 68, job, epilogue);
 }
 
 template <int PRODUCT, class Epilogue>
@@ -530,8 +624,7 @@ static void launch_experts(Operand<float> left, Operand<float> right, const int*
 //     mma.sync (sm_80 and later): each warp multiplies 64 x 32 from registers. 2 stages, so that two blocks fit into an
 //         SM (A100) and one multiplies while the other waits or stores.
 //     wgmma (sm_90a): four warps multiply 64 x BN straight from shared memory, asynchronously. At Hopper's speed the
-//     way
-//         from L2 is the limit: 128 x 256 tiles load 3/4 of the bytes per product that 128 x 128 tiles do.
+//         way from L2 is the limit: 128 x 256 tiles load 3/4 of the bytes per product that 128 x 128 tiles do.
 
 constexpr int BK = 64;
 
@@ -602,7 +695,7 @@ experts_bf16_kernel(Operand<bf16> left, Operand<bf16> right, long weight_stride,
     if constexpr (WGMMA && !wgmma_compiled) {
         __trap();
     } else {
-        extern __shared__ __align__(1024) char shared[];
+        extern __shared__ __align__(1024) char experts_shared[];
         using Shape = Bf16Shape<WGMMA, BN>;
         using Left = Tile<128, PRODUCT != DYT_X>;
         using Right = Tile<BN, PRODUCT == X_WT>;
@@ -639,7 +732,7 @@ experts_bf16_kernel(Operand<bf16> left, Operand<bf16> right, long weight_stride,
             }
         };
         auto load_stage = [&](int step) {
-            bf16* stage = (bf16*)shared + step % STAGES * Shape::STAGE;
+            bf16* stage = (bf16*)experts_shared + step % STAGES * Shape::STAGE;
             int k = job.k + step * BK;
             if (k < job.k_end) {
                 Left::load(stage, left, left_row, PRODUCT == DYT_X ? job.m0 : k);
@@ -663,7 +756,7 @@ experts_bf16_kernel(Operand<bf16> left, Operand<bf16> right, long weight_stride,
         fetch_rows(job.k, true);
         for (int step = 0; step < AHEAD; step++) load_stage(step);
         for (int step = 0; step < steps; step++) {
-            bf16 *a = (bf16*)shared + step % STAGES * Shape::STAGE, *b = a + 128 * BK;
+            bf16 *a = (bf16*)experts_shared + step % STAGES * Shape::STAGE, *b = a + 128 * BK;
             cp_async_wait<AHEAD - 1>();
             if (WGMMA) fence_async_proxy();
             __syncthreads();    // this step's stage has arrived for all threads; that of step + AHEAD is free
@@ -696,7 +789,7 @@ experts_bf16_kernel(Operand<bf16> left, Operand<bf16> right, long weight_stride,
         wgmma_hold<FM * FN * 4>(&sum[0][0][0]);
         __syncthreads();        // all products are done: the stages' memory is free for the sums
 
-        float* sums = (float*)shared;
+        float* sums = (float*)experts_shared;
         int lane = threadIdx.x % 32;    // holds two neighbouring columns of two rows of each fragment
         #pragma unroll
         for (int i = 0; i < FM; i++)
@@ -707,12 +800,7 @@ experts_bf16_kernel(Operand<bf16> left, Operand<bf16> right, long weight_stride,
                     *(float2*)(sums + (m + i * 16 + h * 8 + lane / 4) * Shape::SUMS + n + j * 8 + lane % 4 * 2) =
                         make_float2(sum[i][j][2 * h], sum[i][j][2 * h + 1]);
         __syncthreads();
-        #pragma unroll 2
-        for (int i = threadIdx.x; i < 128 * WIDTH / 4; i += 256) {
-            int row = i / (WIDTH / 4), column = i % (WIDTH / 4) * 4;
-            epilogue.template apply<WIDTH>(sums + row * Shape::SUMS + column, job.expert, job.m0 + row,
-                                           job.m0 + row < job.m_end, job.n0 + column);
-        }
+        finish_tile<128, WIDTH>(sums, Shape::SUMS, job, epilogue);
     }
 }
 
@@ -810,8 +898,9 @@ static void gpu_experts_weight_backward(float* dW, const T* dy, const int* dy_as
     launch_experts<DYT_X>(operand(dy, OC, dy_assignment, K), operand(x, C, x_assignment, K), offsets, NULL, 0, E, C,
                           WeightEpilogue{dW, OC, C, add, by_fours(dW, C)});
 }
+
 // ---------------------------------------------------------------------------------------------------------------------
-// Attention: causal, grouped-query
+// 4. Attention: causal, grouped-query
 //
 //     out_i = sum over j <= i of p_ij v_j,  p_ij = exp(q_i k_j / sqrt(HD)) / sum over j <= i,  lse_i = log of that sum
 //
@@ -823,16 +912,18 @@ static void gpu_experts_weight_backward(float* dW, const T* dy, const int* dy_as
 // The T x T matrices never reach memory (FlashAttention-2, Dao 2023, arXiv 2307.08691). Forward (its Algorithm 1): a
 // block of threads owns a block of queries and walks over the keys a tile at a time, carrying for each query the
 // largest score m, the sum of exp(score - m) and the sum of exp(score - m) v; when a tile brings a larger m, both sums
-// are multiplied by exp(old m - new m) first. Backward (Algorithm 2): p is made again from the scores and lse.
+// are multiplied by exp(old m - new m) first. Tiles in which every key comes after every query are skipped, and only
+// tiles on the diagonal are masked (section 3.1.1). Backward (Algorithm 2): p is made again from the scores and lse.
 //
-// Algorithm 2 makes dk, dv and dq in one pass over the tiles, and adds to dq with atomics: its order of additions
-// changes from run to run. Here one kernel owns a block of keys and sums dk and dv over the queries, another owns a
-// block of queries and sums dq over the keys, each in one fixed order. The price is that scores and dp are computed
-// twice: 7 products of tiles instead of 5.
+// Algorithm 2 makes dk, dv and dq in one pass, with a block for each tile of keys, and adds to dq with atomics (section
+// 3.2): the order of additions changes from run to run, and the rounded sums with it. Here a block of one kernel owns
+// keys and sums dk and dv over the queries, a block of another owns queries and sums dq over the keys, both in a fixed
+// order. The price is that scores and dp are computed twice: 7 products of tiles instead of 5.
 //
-// All three kernels have the same shape: a warp owns some rows (queries; in the dk and dv kernel, keys), the block
-// walks over tiles of the other side, and per tile there are products "rows by tile" (scores, dp) and then sums
-// "weights times tile" (out, dq, dk, dv), whose weights a warp already holds in its registers.
+// All three kernels have the same shape: a warp owns some rows (queries; in the dk and dv kernel, keys), so that warps
+// have nothing to tell each other (section 3.3). The block walks over tiles of the other side, and per tile there are
+// products "rows by tile" (scores, dp) and then sums "weights times tile" (out, dq, dk, dv), whose weights a warp
+// already holds in its registers.
 
 // the largest head size of these kernels; a smaller one is rounded up to 32, 64, 96 or 128 with zeros
 constexpr int gpu_attention_max_head_dim() { return 128; }
@@ -918,11 +1009,13 @@ attention_forward_kernel(float* out, float* lse, const float* q, long ld_q, cons
     float scale = 1.0f / sqrtf((float)HD), max_score[ATT_ROWS], total[ATT_ROWS], sum[ATT_ROWS][D / 32] = {};
     #pragma unroll
     for (int r = 0; r < ATT_ROWS; r++) max_score[r] = -INFINITY, total[r] = 0;
+    k += (long)b * Tk * ld_k + (long)kv_head * HD;
+    v += (long)b * Tk * ld_v + (long)kv_head * HD;
     attention_load<D>(q_tile, q + ((long)b * Tq + first) * ld_q + (long)h * HD, ld_q, Tq - first, HD);
     for (int j0 = 0; j0 < keys; j0 += ATT_TILE) {
         __syncthreads();    // the last tile has been used by everyone
-        attention_load<D>(k_tile, k + ((long)b * Tk + j0) * ld_k + (long)kv_head * HD, ld_k, Tk - j0, HD);
-        attention_load<D>(v_tile, v + ((long)b * Tk + j0) * ld_v + (long)kv_head * HD, ld_v, Tk - j0, HD);
+        attention_load<D>(k_tile, k + j0 * ld_k, ld_k, Tk - j0, HD);
+        attention_load<D>(v_tile, v + j0 * ld_v, ld_v, Tk - j0, HD);
         __syncthreads();
         float p[ATT_ROWS];
         attention_dots<D>(p, q_tile + row * (D + 4), k_tile);
@@ -967,12 +1060,14 @@ attention_backward_q_kernel(float* dq, const float* dout, const float* lse, cons
         lse_r[r] = lse[((long)b * NH + h) * T + i];
         dot_r[r] = dots[((long)b * NH + h) * T + i];
     }
+    k += (long)b * T * ld_k + (long)kv_head * HD;
+    v += (long)b * T * ld_v + (long)kv_head * HD;
     attention_load<D>(q_tile, q + ((long)b * T + first) * ld_q + (long)h * HD, ld_q, T - first, HD);
     attention_load<D>(dout_tile, dout + (((long)b * T + first) * NH + h) * HD, (long)NH * HD, T - first, HD);
     for (int j0 = 0; j0 <= first; j0 += ATT_TILE) {
         __syncthreads();
-        attention_load<D>(k_tile, k + ((long)b * T + j0) * ld_k + (long)kv_head * HD, ld_k, T - j0, HD);
-        attention_load<D>(v_tile, v + ((long)b * T + j0) * ld_v + (long)kv_head * HD, ld_v, T - j0, HD);
+        attention_load<D>(k_tile, k + j0 * ld_k, ld_k, T - j0, HD);
+        attention_load<D>(v_tile, v + j0 * ld_v, ld_v, T - j0, HD);
         __syncthreads();
         float s[ATT_ROWS], dp[ATT_ROWS];
         attention_dots<D>(s, q_tile + row * (D + 4), k_tile);
@@ -1019,7 +1114,7 @@ attention_backward_kv_kernel(float* dk, float* dv, const float* dout, const floa
             attention_dots<D>(ds, v_tile + row * (D + 4), dout_tile);
             #pragma unroll
             for (int r = 0; r < ATT_ROWS; r++) {
-                p[r] = first + row + r <= i && i < T ? expf(scale * p[r] - lse_i) : 0.0f;
+                p[r] = first + row + r <= i ? expf(scale * p[r] - lse_i) : 0.0f;    // no query: q, dout are zero
                 ds[r] = p[r] * (ds[r] - dot_i);
             }
             attention_sums<D>(dv_sum, p, dout_tile);
@@ -1037,8 +1132,10 @@ attention_backward_kv_kernel(float* dk, float* dv, const float* dout, const floa
 // -- bf16: tensor cores
 //
 // A block owns 128 rows, each warp 16 M of them: M = 2 where the registers allow. The tiles of the other side are read
-// from shared memory by every warp, 512 bytes in 4 clocks, and with M = 1 such a piece feeds 2 products that together
-// take the tensor cores 4 clocks of an A100 and 2 to 3 of an H100: memory is the limit. M = 2 feeds 4.
+// from shared memory by every warp, in pieces of 512 bytes that take 4 clocks. With M = 1 a piece feeds 2 mma.sync,
+// which keep the tensor cores of a multiprocessor busy for 4 clocks of an A100 and less of an H100: shared memory would
+// be the limit. With M = 2 it feeds 4. At least M blocks per multiprocessor are asked for, which leaves a thread all
+// 255 registers that it can have. (Calculated from the rates in the data sheets.)
 //
 // How mma.m16n8k16 spreads its matrices over a warp (PTX ISA, "Matrix Fragments for mma.m16n8k16"), lane = 4 g + t:
 //     result, 16 x 8:    d[0], d[1] = row g, columns 2t, 2t + 1;  d[2], d[3] = row g + 8
@@ -1049,22 +1146,6 @@ attention_backward_kv_kernel(float* dk, float* dv, const float* dout, const floa
 // keys as the rows.)
 
 constexpr int ATT_BLOCK = 128;      // rows of a block
-
-// 2^x within 2 units in the last place, 0 for -infinity: one instruction, where exp2f guards tiny results as well
-#ifdef __CUDACC__
-__device__ static inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-#else
-static inline float exp2_fast(float x) { return exp2f(x); }
-#endif
-
-__device__ static inline unsigned pack_bf16(float low, float high) {
-    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *(unsigned*)&pair;
-}
 
 // A tile has lines of D numbers, in chunks of 8 (16 bytes). Chunks trade places within their line, so that the 8
 // chunks that ldmatrix reads at a time, from 8 successive lines, lie in different banks: with lines of 128 bytes, or a
@@ -1114,7 +1195,8 @@ template <int D, int M, int N>
 __device__ inline void attention_dots(float s[M][N / 8][4], bf16* rows, int row, bf16* tile) {
     #pragma unroll
     for (int i = 0; i < M * (N / 8) * 4; i++) s[i / (N / 2)][i / 4 % (N / 8)][i % 4] = 0;
-    #pragma unroll
+    // not unrolled further, which would only let the compiler fetch pieces too early, and run out of registers
+    #pragma unroll (D % 64 == 0 ? 4 : 2)
     for (int d = 0; d < D; d += 16) {
         unsigned a[M][4], b[4];
         #pragma unroll
@@ -1140,7 +1222,10 @@ __device__ inline void attention_sums(float sum[M][D / 8][4], const float w[M][N
         #pragma unroll
         for (int m = 0; m < M; m++)
             #pragma unroll
-            for (int j = 0; j < 4; j++) a[m][j] = pack_bf16(w[m][n / 8 + j / 2][j % 2 * 2], w[m][n / 8 + j / 2][j % 2 * 2 + 1]);
+            for (int j = 0; j < 4; j++) {
+                const float* pair = w[m][n / 8 + j / 2] + j % 2 * 2;
+                a[m][j] = pack_bf16(pair[0], pair[1]);
+            }
         #pragma unroll
         for (int d = 0; d < D; d += 16) {
             attention_fragment<D, true, true>(b, tile, n, d);
@@ -1175,31 +1260,36 @@ __device__ inline void attention_store(bf16* to, long ld, const float sum[D / 8]
 
 // Grid (NH, blocks of 128 queries, B): the longest blocks come first, and those of one sequence, which read the same
 // keys and values, together. A block holds one tile of keys and one of values; each is loaded while the product with
-// the other runs, so that one buffer of each does and two blocks fit on a multiprocessor.
+// the other runs, so that one buffer of each does and two blocks fit on a multiprocessor. Rows of a block that have no
+// query cost little, since their warps skip the products; but for one query of a long past (generation), only NH blocks
+// are at work.
 template <int D, int M, int N>
 __global__ void __launch_bounds__(ATT_BLOCK / M * 2, M)
 attention_forward_mma_kernel(bf16* out, float* lse, const bf16* q, long ld_q, const bf16* k, long ld_k, const bf16* v,
                              long ld_v, int Tq, int Tk, int NH, int NKV, int HD) {
-    constexpr int THREADS = ATT_BLOCK / M * 2;
+    constexpr int THREADS = ATT_BLOCK / M * 2;          // a warp for every 16 M rows
     extern __shared__ __align__(128) bf16 att_tiles[];
     bf16 *q_tile = att_tiles, *k_tile = q_tile + ATT_BLOCK * D, *v_tile = k_tile + N * D;
     int h = blockIdx.x, b = blockIdx.z, first = (gridDim.y - 1 - blockIdx.y) * ATT_BLOCK, past = Tk - Tq;
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M, kv_head = h / (NH / NKV);
     int keys = min(Tk, past + first + ATT_BLOCK);       // what the block's last query sees
-    bool wide = attention_aligned(q, ld_q, HD, 8) && attention_aligned(k, ld_k, HD, 8) && attention_aligned(v, ld_v, HD, 8);
-    const bf16 *k_head = k + (long)b * Tk * ld_k + (long)kv_head * HD, *v_head = v + (long)b * Tk * ld_v + (long)kv_head * HD;
+    q += ((long)b * Tq + first) * ld_q + (long)h * HD;
+    k += (long)b * Tk * ld_k + (long)kv_head * HD;
+    v += (long)b * Tk * ld_v + (long)kv_head * HD;
+    bool wide = attention_aligned(q, ld_q, HD, 8) && attention_aligned(k, ld_k, HD, 8) &&
+                attention_aligned(v, ld_v, HD, 8);
     // exp(x / sqrt(HD)) = 2^(x factor): the maxima are kept in these units
     float factor = 1.44269504f / sqrtf((float)HD), sum[M][D / 8][4] = {}, max_score[M][2], total[M][2] = {};
     #pragma unroll
     for (int m = 0; m < M; m++) max_score[m][0] = max_score[m][1] = -INFINITY;
 
-    attention_load<D, ATT_BLOCK, THREADS>(q_tile, q + ((long)b * Tq + first) * ld_q + (long)h * HD, ld_q, Tq - first, HD, wide);
-    attention_load<D, N, THREADS>(k_tile, k_head, ld_k, Tk, HD, wide);
+    attention_load<D, ATT_BLOCK, THREADS>(q_tile, q, ld_q, Tq - first, HD, wide);
+    attention_load<D, N, THREADS>(k_tile, k, ld_k, Tk, HD, wide);
     cp_async_commit();
     for (int j0 = 0; j0 < keys; j0 += N) {
         cp_async_wait<0>();
         __syncthreads();            // the keys have arrived, and everyone is done with the last values
-        attention_load<D, N, THREADS>(v_tile, v_head + j0 * ld_v, ld_v, Tk - j0, HD, wide);
+        attention_load<D, N, THREADS>(v_tile, v + j0 * ld_v, ld_v, Tk - j0, HD, wide);
         cp_async_commit();
         // a warp has nothing to do if its queries do not exist, or all keys of the tile lie after its last query
         int query = past + first + row;
@@ -1208,7 +1298,8 @@ attention_forward_mma_kernel(bf16* out, float* lse, const bf16* q, long ld_q, co
         if (busy) attention_dots<D, M, N>(s, q_tile, row, k_tile);
         cp_async_wait<0>();
         __syncthreads();            // the values have arrived, and everyone is done with the keys
-        if (j0 + N < keys) attention_load<D, N, THREADS>(k_tile, k_head + (j0 + N) * ld_k, ld_k, Tk - j0 - N, HD, wide);
+        int next = j0 + N;
+        if (next < keys) attention_load<D, N, THREADS>(k_tile, k + next * ld_k, ld_k, Tk - next, HD, wide);
         cp_async_commit();
         if (!busy) continue;
         // Every query sees key 0, so the maximum is a number from the first tile on. The mask also hides the zeros
@@ -1235,7 +1326,10 @@ attention_forward_mma_kernel(bf16* out, float* lse, const bf16* q, long ld_q, co
                 #pragma unroll
                 for (int n = 0; n < N / 8; n++)
                     #pragma unroll
-                    for (int e = 2 * half; e < 2 * half + 2; e++) p_sum += s[m][n][e] = exp2_fast(s[m][n][e] * factor - max);
+                    for (int e = 2 * half; e < 2 * half + 2; e++) {
+                        s[m][n][e] = exp2_fast(s[m][n][e] * factor - max);
+                        p_sum += s[m][n][e];
+                    }
                 total[m][half] = total[m][half] * shrink + p_sum;      // this lane's share, until the end
                 #pragma unroll
                 for (int d = 0; d < D / 8; d++) sum[m][d][2 * half] *= shrink, sum[m][d][2 * half + 1] *= shrink;
@@ -1251,27 +1345,31 @@ attention_forward_mma_kernel(bf16* out, float* lse, const bf16* q, long ld_q, co
             float all = total[m][half];
             all += __shfl_xor_sync(0xffffffffu, all, 1);
             all += __shfl_xor_sync(0xffffffffu, all, 2);
-            attention_store<D>(out + (((long)b * Tq + i) * NH + h) * HD, (long)NH * HD, sum[m], half, 1.0f / all, Tq - i,
-                               HD, pairs);
+            attention_store<D>(out + (((long)b * Tq + i) * NH + h) * HD, (long)NH * HD, sum[m], half, 1.0f / all,
+                               Tq - i, HD, pairs);
             if (i + lane / 4 < Tq && lane % 4 == 0)
                 lse[((long)b * NH + h) * Tq + i + lane / 4] = 0.69314718f * (max_score[m][half] + log2f(all));
         }
 }
 
-// Grid (NH, blocks of 128 queries, B), as forward. Keys are used before and after values here, so both have two buffers:
-// the next tile is on its way during all three products.
+// Grid (NH, blocks of 128 queries, B), as forward. Keys are used before and after values here, so both have two
+// buffers: the next tile is on its way during all three products.
 template <int D, int M, int N>
 __global__ void __launch_bounds__(ATT_BLOCK / M * 2, M)
-attention_backward_q_mma_kernel(bf16* dq, const bf16* dout, const float* lse, const float* dots, const bf16* q, long ld_q,
-                                const bf16* k, long ld_k, const bf16* v, long ld_v, long ld_dq, int T, int NH, int NKV,
-                                int HD) {
-    constexpr int THREADS = ATT_BLOCK / M * 2;
+attention_backward_q_mma_kernel(bf16* dq, const bf16* dout, const float* lse, const float* dots, const bf16* q,
+                                long ld_q, const bf16* k, long ld_k, const bf16* v, long ld_v, long ld_dq, int T,
+                                int NH, int NKV, int HD) {
+    constexpr int THREADS = ATT_BLOCK / M * 2;          // a warp for every 16 M rows
     extern __shared__ __align__(128) bf16 att_tiles[];
     bf16 *q_tile = att_tiles, *dout_tile = q_tile + ATT_BLOCK * D, *kv_tiles = dout_tile + ATT_BLOCK * D;
     int h = blockIdx.x, b = blockIdx.z, first = (gridDim.y - 1 - blockIdx.y) * ATT_BLOCK;
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M, query = first + row, kv_head = h / (NH / NKV);
     int keys = min(T, first + ATT_BLOCK);
-    long ld_dout = (long)NH * HD, tokens = (long)b * T;
+    long ld_dout = (long)NH * HD, token = (long)b * T + first;
+    q += token * ld_q + (long)h * HD;
+    dout += token * ld_dout + (long)h * HD;
+    k += (long)b * T * ld_k + (long)kv_head * HD;
+    v += (long)b * T * ld_v + (long)kv_head * HD;
     bool wide = attention_aligned(q, ld_q, HD, 8) && attention_aligned(k, ld_k, HD, 8) &&
                 attention_aligned(v, ld_v, HD, 8) && attention_aligned(dout, ld_dout, HD, 8);
     float factor = 1.44269504f / sqrtf((float)HD), sum[M][D / 8][4] = {};
@@ -1283,12 +1381,12 @@ attention_backward_q_mma_kernel(bf16* dq, const bf16* dout, const float* lse, co
     }
     auto load = [&](int j0) {
         bf16* k_tile = kv_tiles + j0 / N % 2 * 2 * N * D;
-        attention_load<D, N, THREADS>(k_tile, k + (tokens + j0) * ld_k + (long)kv_head * HD, ld_k, T - j0, HD, wide);
-        attention_load<D, N, THREADS>(k_tile + N * D, v + (tokens + j0) * ld_v + (long)kv_head * HD, ld_v, T - j0, HD, wide);
+        attention_load<D, N, THREADS>(k_tile, k + j0 * ld_k, ld_k, T - j0, HD, wide);
+        attention_load<D, N, THREADS>(k_tile + N * D, v + j0 * ld_v, ld_v, T - j0, HD, wide);
         cp_async_commit();
     };
-    attention_load<D, ATT_BLOCK, THREADS>(q_tile, q + (tokens + first) * ld_q + (long)h * HD, ld_q, T - first, HD, wide);
-    attention_load<D, ATT_BLOCK, THREADS>(dout_tile, dout + (tokens + first) * ld_dout + (long)h * HD, ld_dout, T - first, HD, wide);
+    attention_load<D, ATT_BLOCK, THREADS>(q_tile, q, ld_q, T - first, HD, wide);
+    attention_load<D, ATT_BLOCK, THREADS>(dout_tile, dout, ld_dout, T - first, HD, wide);
     load(0);
     for (int j0 = 0; j0 < keys; j0 += N) {
         cp_async_wait<0>();
@@ -1309,14 +1407,14 @@ attention_backward_q_mma_kernel(bf16* dq, const bf16* dout, const float* lse, co
         }
         attention_sums<D, M, N>(sum, s, k_tile);
     }
+    dq += token * ld_dq + (long)h * HD;
     bool pairs = attention_aligned(dq, ld_dq, HD, 2);
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int i = query + 16 * m + 8 * half;
-            attention_store<D>(dq + (tokens + i) * ld_dq + (long)h * HD, ld_dq, sum[m], half, 1.0f / sqrtf((float)HD), T - i,
-                               HD, pairs);
+            int r = row + 16 * m + 8 * half;
+            attention_store<D>(dq + r * ld_dq, ld_dq, sum[m], half, 1.0f / sqrtf((float)HD), T - first - r, HD, pairs);
         }
 }
 
@@ -1324,35 +1422,42 @@ attention_backward_q_mma_kernel(bf16* dq, const bf16* dout, const float* lse, co
 // queries: those of all query heads that share this key and value head, one head after the other.
 template <int D, int M, int N>
 __global__ void __launch_bounds__(ATT_BLOCK / M * 2, M)
-attention_backward_kv_mma_kernel(bf16* dk, bf16* dv, const bf16* dout, const float* lse, const float* dots, const bf16* q,
-                                 long ld_q, const bf16* k, long ld_k, const bf16* v, long ld_v, long ld_dk, long ld_dv,
-                                 int T, int NH, int NKV, int HD) {
-    constexpr int THREADS = ATT_BLOCK / M * 2;
+attention_backward_kv_mma_kernel(bf16* dk, bf16* dv, const bf16* dout, const float* lse, const float* dots,
+                                 const bf16* q, long ld_q, const bf16* k, long ld_k, const bf16* v, long ld_v,
+                                 long ld_dk, long ld_dv, int T, int NH, int NKV, int HD) {
+    constexpr int THREADS = ATT_BLOCK / M * 2;          // a warp for every 16 M rows
     extern __shared__ __align__(128) bf16 att_tiles[];
     bf16 *k_tile = att_tiles, *v_tile = k_tile + ATT_BLOCK * D, *q_tiles = v_tile + ATT_BLOCK * D;
     float* columns = (float*)(q_tiles + 4 * N * D);     // twice: lse of N queries, in powers of 2, and their D
     int kv_head = blockIdx.x, first = blockIdx.y * ATT_BLOCK, b = blockIdx.z;
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M, key = first + row;
     int tiles = ceil_div(T - first, N), steps = NH / NKV * tiles;
-    long ld_dout = (long)NH * HD, tokens = (long)b * T;
+    long ld_dout = (long)NH * HD, token = (long)b * T + first;
+    q += token * ld_q;
+    dout += token * ld_dout;
+    k += token * ld_k + (long)kv_head * HD;
+    v += token * ld_v + (long)kv_head * HD;
     bool wide = attention_aligned(q, ld_q, HD, 8) && attention_aligned(k, ld_k, HD, 8) &&
                 attention_aligned(v, ld_v, HD, 8) && attention_aligned(dout, ld_dout, HD, 8);
     float factor = 1.44269504f / sqrtf((float)HD), dk_sum[M][D / 8][4] = {}, dv_sum[M][D / 8][4] = {};
     auto load = [&](int step) {
-        int h = kv_head * (NH / NKV) + step / tiles, i0 = first + step % tiles * N;
+        long head = (long)(kv_head * (NH / NKV) + step / tiles) * HD;
+        int i = step % tiles * N;       // queries are counted from the block's first key
         bf16* q_tile = q_tiles + step % 2 * 2 * N * D;
-        attention_load<D, N, THREADS>(q_tile, q + (tokens + i0) * ld_q + (long)h * HD, ld_q, T - i0, HD, wide);
-        attention_load<D, N, THREADS>(q_tile + N * D, dout + (tokens + i0) * ld_dout + (long)h * HD, ld_dout, T - i0, HD, wide);
+        attention_load<D, N, THREADS>(q_tile, q + i * ld_q + head, ld_q, T - first - i, HD, wide);
+        attention_load<D, N, THREADS>(q_tile + N * D, dout + i * ld_dout + head, ld_dout, T - first - i, HD, wide);
         cp_async_commit();
     };
-    // The first 2 N threads fetch one number each, lse or D; a step ahead, too. A query that does not exist has p = 0.
+    // The first 2 N threads fetch one number each, lse or D; a step ahead, too. Where there is no query, q and dout are
+    // zero and add nothing.
     auto fetch = [&](int step) {
         int h = kv_head * (NH / NKV) + step / tiles, i = first + step % tiles * N + threadIdx.x % N;
-        const float* from = (threadIdx.x < N ? lse : dots) + ((long)b * NH + h) * T + i;
-        return i < T ? *from * (threadIdx.x < N ? 1.44269504f : 1.0f) : threadIdx.x < N ? INFINITY : 0.0f;
+        bool is_lse = threadIdx.x < N;
+        if (i >= T) return 0.0f;
+        return is_lse ? 1.44269504f * lse[((long)b * NH + h) * T + i] : dots[((long)b * NH + h) * T + i];
     };
-    attention_load<D, ATT_BLOCK, THREADS>(k_tile, k + (tokens + first) * ld_k + (long)kv_head * HD, ld_k, T - first, HD, wide);
-    attention_load<D, ATT_BLOCK, THREADS>(v_tile, v + (tokens + first) * ld_v + (long)kv_head * HD, ld_v, T - first, HD, wide);
+    attention_load<D, ATT_BLOCK, THREADS>(k_tile, k, ld_k, T - first, HD, wide);
+    attention_load<D, ATT_BLOCK, THREADS>(v_tile, v, ld_v, T - first, HD, wide);
     load(0);
     if (threadIdx.x < 2 * N) columns[threadIdx.x] = fetch(0);
     for (int step = 0; step < steps; step++) {
@@ -1382,15 +1487,16 @@ attention_backward_kv_mma_kernel(bf16* dk, bf16* dv, const bf16* dout, const flo
         }
         if (fetches) columns[(step + 1) % 2 * 2 * N + threadIdx.x] = fetched;
     }
+    dk += token * ld_dk + (long)kv_head * HD;
+    dv += token * ld_dv + (long)kv_head * HD;
     bool pairs = attention_aligned(dk, ld_dk, HD, 2) && attention_aligned(dv, ld_dv, HD, 2);
     #pragma unroll
     for (int m = 0; m < M; m++)
         #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int i = key + 16 * m + 8 * half;
-            attention_store<D>(dk + (tokens + i) * ld_dk + (long)kv_head * HD, ld_dk, dk_sum[m], half,
-                               1.0f / sqrtf((float)HD), T - i, HD, pairs);
-            attention_store<D>(dv + (tokens + i) * ld_dv + (long)kv_head * HD, ld_dv, dv_sum[m], half, 1, T - i, HD, pairs);
+            int r = row + 16 * m + 8 * half, rows = T - first - r;
+            attention_store<D>(dk + r * ld_dk, ld_dk, dk_sum[m], half, 1.0f / sqrtf((float)HD), rows, HD, pairs);
+            attention_store<D>(dv + r * ld_dv, ld_dv, dv_sum[m], half, 1, rows, HD, pairs);
         }
 }
 
@@ -1428,18 +1534,19 @@ static void attention_backward_launch(float* dq, float* dk, float* dv, const flo
 template <int D>
 static void attention_forward_launch(bf16* out, float* lse, const bf16* q, long ld_q, const bf16* k, long ld_k,
                                      const bf16* v, long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD) {
-    constexpr int M = 2, N = D <= 96 ? 64 : 48;
+    constexpr int M = 2, N = D <= 96 ? 64 : 48;         // a warp's 32 x D sums and 32 x N scores must fit its registers
     auto kernel = attention_forward_mma_kernel<D, M, N>;
     size_t bytes = (ATT_BLOCK + 2 * N) * D * sizeof(bf16);
     attention_shared(kernel, bytes);
-    kernel<<<dim3(NH, ceil_div(Tq, ATT_BLOCK), B), ATT_BLOCK / M * 2, bytes>>>(out, lse, q, ld_q, k, ld_k, v, ld_v, Tq, Tk,
-                                                                              NH, NKV, HD);
+    kernel<<<dim3(NH, ceil_div(Tq, ATT_BLOCK), B), ATT_BLOCK / M * 2, bytes>>>(
+        out, lse, q, ld_q, k, ld_k, v, ld_v, Tq, Tk, NH, NKV, HD);
     CHECK(cudaGetLastError());
 }
 template <int D>
-static void attention_backward_launch(bf16* dq, bf16* dk, bf16* dv, const float* dots, const bf16* dout, const float* lse,
-                                      const bf16* q, long ld_q, const bf16* k, long ld_k, const bf16* v, long ld_v,
-                                      long ld_dqk, long ld_dv, int B, int T, int NH, int NKV, int HD) {
+static void attention_backward_launch(bf16* dq, bf16* dk, bf16* dv, const float* dots, const bf16* dout,
+                                      const float* lse, const bf16* q, long ld_q, const bf16* k, long ld_k,
+                                      const bf16* v, long ld_v, long ld_dqk, long ld_dv, int B, int T, int NH, int NKV,
+                                      int HD) {
     // dk and dv of 32 keys each fill the registers of a warp if the head is larger than 64
     constexpr int M = 2, M_KV = D <= 64 ? 2 : 1, N = 32;
     auto kv_kernel = attention_backward_kv_mma_kernel<D, M_KV, N>;
@@ -1452,8 +1559,8 @@ static void attention_backward_launch(bf16* dq, bf16* dk, bf16* dv, const float*
     kv_kernel<<<dim3(NKV, blocks, B), ATT_BLOCK / M_KV * 2, kv_bytes>>>(
         dk, dv, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, ld_dv, T, NH, NKV, HD);
     CHECK(cudaGetLastError());
-    q_kernel<<<dim3(NH, blocks, B), ATT_BLOCK / M * 2, q_bytes>>>(dq, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, T,
-                                                               NH, NKV, HD);
+    q_kernel<<<dim3(NH, blocks, B), ATT_BLOCK / M * 2, q_bytes>>>(
+        dq, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, T, NH, NKV, HD);
     CHECK(cudaGetLastError());
 }
 
@@ -1493,86 +1600,13 @@ static void gpu_attention_backward(T* dq, T* dk, T* dv, float* D, const T* dout,
     attention_dot_kernel<<<ceil_div((long)B * length * NH, 8), 256>>>(D, dout, out, B, length, NH, HD);
     CHECK(cudaGetLastError());
     attention_sized(HD, [=](auto size) {
-        attention_backward_launch<decltype(size)::value>(dq, dk, dv, D, dout, lse, q, ld_q, k, ld_k, v, ld_v, ld_dqk, ld_dv,
-                                                         B, length, NH, NKV, HD);
+        attention_backward_launch<decltype(size)::value>(dq, dk, dv, D, dout, lse, q, ld_q, k, ld_k, v, ld_v, ld_dqk,
+                                                         ld_dv, B, length, NH, NKV, HD);
     });
 }
-// layers.cuh: everything that is bound by memory: norms, residual sums, rotary positions, the loss, the embedding's
-// gradient, AdamW. None of it does more than a few operations per number, so each kernel is judged by the bytes that
-// it moves, and neighbouring steps share one pass: the sum over a token's experts, the residual and the next norm are
-// one kernel.
 
 // ---------------------------------------------------------------------------------------------------------------------
-// to common
-
-// W neighbouring numbers as floats, from and to memory. Either W = 1, or W numbers fill accesses of 16 bytes, the
-// widest that a thread can make, and p is a multiple of 16.
-template <int W, class T> __device__ static inline void load_vector(float* x, const T* p) {
-    if constexpr (W == 1) {
-        x[0] = to_float(p[0]);
-    } else {
-        const int each = 16 / sizeof(T);
-        #pragma unroll
-        for (int i = 0; i < W; i += each) {
-            uint4 bits = *(const uint4*)(p + i);
-            T numbers[each];
-            memcpy(numbers, &bits, 16);
-            #pragma unroll
-            for (int j = 0; j < each; j++) x[i + j] = to_float(numbers[j]);
-        }
-    }
-}
-
-template <int W, class T> __device__ static inline void store_vector(T* p, const float* x) {
-    if constexpr (W == 1) {
-        store(p, x[0]);
-    } else {
-        const int each = 16 / sizeof(T);
-        #pragma unroll
-        for (int i = 0; i < W; i += each) {
-            uint4 bits;
-            T numbers[each];
-            #pragma unroll
-            for (int j = 0; j < each; j++) store(&numbers[j], x[i + j]);
-            memcpy(&bits, numbers, 16);
-            *(uint4*)(p + i) = bits;
-        }
-    }
-}
-
-// x as it will be read back after having been stored as a T
-template <class T> __device__ static inline float rounded(float x) {
-    T y;
-    store(&y, x);
-    return to_float(y);
-}
-
-// Sum over a block in doubles, in a fixed order; thread 0 gets it. The block has up to 1024 threads, a multiple of 32.
-__device__ static inline double block_sum_double(double x) {
-    __shared__ double shared[32];
-    for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = 0;
-    if (threadIdx.x == 0)
-        for (int w = 0; w < (int)blockDim.x / 32; w++) x += shared[w];
-    return x;
-}
-
-// 1: all pointers are multiples of 16 (NULL is)
-static inline int aligned_16() { return 1; }
-template <class P, class... Q> static inline int aligned_16(P p, Q... others) {
-    return (uintptr_t)p % 16 == 0 && aligned_16(others...);
-}
-
-// A kernel may use more than 48 KB of dynamic shared memory only after this call.
-template <class... A> static void allow_shared(void (*kernel)(A...), size_t bytes) {
-    if (bytes > 48 * 1024)
-        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Norms and residual sums
+// 5. Layers: norms and residual sums
 //
 // A block works on one row at a time, thread i on vectors i, i + threads, ... of it, the same ones in every pass, so
 // that what a thread left in shared memory needs no barrier to be read again by it. One 16-byte vector of each operand
@@ -1585,8 +1619,8 @@ static int row_threads(long vectors) { return vectors < ROW_THREADS ? ceil_div(v
 
 // Gradients of norm weights are sums over all rows. A fixed number of blocks makes as many partial sums, each of rows
 // p, p + P, p + 2 P, ..., which gpu_add_parts adds up. P depends on N alone, so that every card adds in the same order.
-// There are up to 1024 blocks, 8 for each of an H100's 132 SMs; each has at least 16 rows (but for the last few), so
-// that its part is little beside what it reads.
+// There are up to 1024 blocks, 8 for each of an H100's 132 SMs, and each has about 16 rows or more, so that its part is
+// little beside what it reads.
 static int gpu_norm_parts(int N) { return N > 16 * 1024 ? 1024 : ceil_div(N, 16); }
 
 // x (W) += sum over k of gates_nk y[row_of_nk], in the order of k; gates NULL: ones; row_of NULL: y's row n, K = 1.
@@ -1777,7 +1811,6 @@ static void gpu_add_parts(float* dweight, const float* parts, int P, long size, 
 // ---------------------------------------------------------------------------------------------------------------------
 // Norm of queries and keys, and rotary positions
 
-enum { NORM_NONE, NORM_HEAD, NORM_ROW };       // the `mode` of both functions, with the values of train_moe.c's QKNorm
 
 // A head is worked on by `lanes` neighbouring threads (a power of two, at most a warp), each with vectors of the
 // head's first half and their partners in the second. Sum over those threads; each gets it.
@@ -1804,7 +1837,7 @@ qk_norm_rope_kernel(T* __restrict__ rotated, float* __restrict__ q_rstd, float* 
     long n = blockIdx.x, position = start + (int)blockIdx.x % length;
     const T* x = qkv + n * (heads + NKV) * HD;
     float q_r = 1, k_r = 1;
-    if (mode == NORM_ROW) {
+    if (mode == QK_NORM_ROW) {
         float squares[2] = {0, 0};
         for (int h = group; h < heads; h += groups)
             for (int i = first; i < HD; i += step) {
@@ -1825,7 +1858,7 @@ qk_norm_rope_kernel(T* __restrict__ rotated, float* __restrict__ q_rstd, float* 
         int is_q = h < NH, size = h < heads ? half : 0;         // and those beyond the last head idle
         float r = is_q ? q_r : k_r;
         const T* x_h = x + (long)h * HD;
-        if (mode == NORM_HEAD) {
+        if (mode == QK_NORM_HEAD) {
             float sum = 0;
             for (int i = first; i < size; i += step) {
                 float a[W], b[W];
@@ -1836,12 +1869,12 @@ qk_norm_rope_kernel(T* __restrict__ rotated, float* __restrict__ q_rstd, float* 
             r = 1.0f / sqrtf(head_sum(sum, lanes) / HD + eps);
             if (size > 0 && first == 0) (is_q ? q_rstd + n * NH : k_rstd + n * NKV - NH)[h] = r;
         }
-        const float* weight = (is_q ? q_norm : k_norm) + (mode == NORM_ROW ? (long)(is_q ? h : h - NH) * HD : 0);
+        const float* weight = (is_q ? q_norm : k_norm) + (mode == QK_NORM_ROW ? (long)(is_q ? h : h - NH) * HD : 0);
         for (int i = first; i < size; i += step) {
             float a[W], b[W], c[W], s[W];
             load_vector<W>(a, x_h + i);
             load_vector<W>(b, x_h + half + i);
-            if (mode != NORM_NONE) {
+            if (mode != QK_NORM_NONE) {
                 load_vector<W>(c, weight + i);
                 load_vector<W>(s, weight + half + i);
                 for (int j = 0; j < W; j++) {
@@ -1863,12 +1896,12 @@ qk_norm_rope_kernel(T* __restrict__ rotated, float* __restrict__ q_rstd, float* 
     }
 }
 
-// Queries and keys, normalised (mode NORM_HEAD: each head by itself, NORM_ROW: all heads of a token as one vector) and
+// Queries and keys, normalised (mode QK_NORM_HEAD: each head by itself, QK_NORM_ROW: all heads of a token as one vector) and
 // turned by their positions (Su et al. 2021): elements i of a head's two halves are a point in the plane,
 //     (a, b) -> (a cos - b sin, b cos + a sin)        with cos and sin of position * theta^(-2 i / HD)
 // rotated (N, (NH + NKV) HD): queries, keys; qkv (N, (NH + 2 NKV) HD): queries, keys, values; q_norm, k_norm (HD), for
-// NORM_ROW (NH HD) and (NKV HD), for NORM_NONE NULL. q_rstd, k_rstd for the backward pass: (N, NH) and (N, NKV), for
-// NORM_ROW (N), for NORM_NONE NULL. cosines, sines (positions, HD / 2); row n's position is start + n % length.
+// QK_NORM_ROW (NH HD) and (NKV HD), for QK_NORM_NONE NULL. q_rstd, k_rstd for the backward pass: (N, NH) and (N, NKV), for
+// QK_NORM_ROW (N), for QK_NORM_NONE NULL. cosines, sines (positions, HD / 2); row n's position is start + n % length.
 template <class T>
 static void gpu_qk_norm_rope(T* rotated, float* q_rstd, float* k_rstd, const T* qkv, const float* q_norm,
                              const float* k_norm, int mode, const float* cosines, const float* sines, int N, int length,
@@ -1938,9 +1971,9 @@ qk_norm_rope_backward_kernel(T* __restrict__ dqkv, float* __restrict__ dq_norm_p
     extern __shared__ uint4 qk_shared[];
     __shared__ float partial[32];
     float* sums = (float*)qk_shared;
-    int heads = NH + NKV, half = HD / 2, step = lanes * W, row = mode == NORM_ROW;
+    int heads = NH + NKV, half = HD / 2, step = lanes * W, row = mode == QK_NORM_ROW;
     int first = threadIdx.x % lanes * W, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
-    if (mode != NORM_NONE)
+    if (mode != QK_NORM_NONE)
         for (int i = threadIdx.x; i < heads * HD; i += blockDim.x) sums[i] = 0;
     __syncthreads();
     for (long n = blockIdx.x; n < N; n += gridDim.x) {
@@ -1969,7 +2002,7 @@ qk_norm_rope_backward_kernel(T* __restrict__ dqkv, float* __restrict__ dq_norm_p
             const float* weight = (is_q ? q_norm : k_norm) + (row ? (long)(is_q ? h : h - NH) * HD : 0);
             float r = 1, mean = is_q ? q_mean : k_mean;
             if (row) r = is_q ? q_rstd[n] : k_rstd[n];
-            if (mode == NORM_HEAD) {
+            if (mode == QK_NORM_HEAD) {
                 float sum = 0;
                 if (size > 0) r = is_q ? q_rstd[n * NH + h] : k_rstd[n * NKV + h - NH];
                 for (int i = first; i < size; i += step) {
@@ -1985,7 +2018,7 @@ qk_norm_rope_backward_kernel(T* __restrict__ dqkv, float* __restrict__ dq_norm_p
                 float a[W], b[W];
                 long at = (long)h * HD + i;
                 load_unrotated<T, W>(a, b, dout + at, half, cos_n + i, sin_n + i);
-                if (mode == NORM_NONE) {
+                if (mode == QK_NORM_NONE) {
                     store_vector<W>(dx + at, a);
                     store_vector<W>(dx + at + half, b);
                 } else {
@@ -1995,7 +2028,7 @@ qk_norm_rope_backward_kernel(T* __restrict__ dqkv, float* __restrict__ dq_norm_p
             }
         }
     }
-    if (mode == NORM_NONE) return;
+    if (mode == QK_NORM_NONE) return;
     __syncthreads();
     int q_size = row ? NH * HD : HD, k_size = row ? NKV * HD : HD;
     for (int i = threadIdx.x; i < q_size + k_size; i += blockDim.x) {
@@ -2009,7 +2042,7 @@ qk_norm_rope_backward_kernel(T* __restrict__ dqkv, float* __restrict__ dq_norm_p
 // Backward of gpu_qk_norm_rope, for training (start = 0): the gradients of queries and keys are turned back and go
 // through the norm. dqkv (N, (NH + 2 NKV) HD): queries' and keys' columns are written, values' are left alone.
 // drotated (N, (NH + NKV) HD). dq_norm_parts, dk_norm_parts: P = gpu_norm_parts(N) partial sums, (P, HD) both, for
-// NORM_ROW (P, NH HD) and (P, NKV HD), for NORM_NONE NULL; gpu_add_parts comes next. The others as there.
+// QK_NORM_ROW (P, NH HD) and (P, NKV HD), for QK_NORM_NONE NULL; gpu_add_parts comes next. The others as there.
 template <class T>
 static void gpu_qk_norm_rope_backward(T* dqkv, float* dq_norm_parts, float* dk_norm_parts, const T* drotated,
                                       const T* qkv, const float* q_rstd, const float* k_rstd, const float* q_norm,
@@ -2020,7 +2053,7 @@ static void gpu_qk_norm_rope_backward(T* dqkv, float* dq_norm_parts, float* dk_n
     int wide = HD / 2 % W == 0 && aligned_16(dqkv, drotated, qkv, q_norm, k_norm, cosines, sines);
     int lanes = head_lanes(wide ? HD / 2 / W : HD / 2);
     auto qk_norm_rope_backward = wide ? qk_norm_rope_backward_kernel<T, W> : qk_norm_rope_backward_kernel<T, 1>;
-    size_t shared = mode == NORM_NONE ? 0 : sizeof(float) * (NH + NKV) * HD;
+    size_t shared = mode == QK_NORM_NONE ? 0 : sizeof(float) * (NH + NKV) * HD;
     allow_shared(qk_norm_rope_backward, shared);
     qk_norm_rope_backward<<<gpu_norm_parts(N), row_threads((long)(NH + NKV) * lanes), shared>>>(
         dqkv, dq_norm_parts, dk_norm_parts, drotated, qkv, q_rstd, k_rstd, q_norm, k_norm, mode, cosines, sines, N,
@@ -2050,8 +2083,6 @@ static void gpu_copy_cache(T* cache_k, T* cache_v, const T* rotated, const T* qk
 // ---------------------------------------------------------------------------------------------------------------------
 // The loss
 
-// The two loops of the classifier see a row of V numbers as: up to W - 1 numbers before the first multiple of 16
-// bytes, whole vectors, and up to W - 1 numbers behind. With V odd each row begins elsewhere.
 enum { CLASSIFIER_THREADS = 1024 };
 
 // Adds e^x for W numbers to a running sum that is kept relative to the running maximum (online softmax, Milakov and
@@ -2064,9 +2095,10 @@ template <int W> __device__ static inline void add_exponentials(float* max, floa
     *max = new_max;
 }
 
-// One block per token; see gpu_classifier. The second loop runs backwards: what was read last is still in the cache.
-// Blocks are as large as can be, so that few rows are worked on at a time: two of V = 50304 bf16 numbers are 200 KB,
-// near what the L1 of an SM holds.
+// One block per token; see gpu_classifier. With V odd each row begins elsewhere, so a row is up to W - 1 numbers before
+// the first multiple of 16 bytes, whole vectors, and up to W - 1 numbers behind. The second loop runs backwards: what
+// was read last is still in the cache. Blocks are as large as can be, so that few rows are worked on at a time: two of
+// V = 50304 bf16 numbers are 200 KB, near what the L1 of an SM holds.
 template <class T>
 __global__ void __launch_bounds__(CLASSIFIER_THREADS, 2)
 classifier_kernel(float* __restrict__ losses, T* __restrict__ logits, const int* __restrict__ targets, int V,
@@ -2096,7 +2128,7 @@ classifier_kernel(float* __restrict__ losses, T* __restrict__ logits, const int*
     __syncthreads();
     for (int w = 0; w < (int)blockDim.x / 32; w++) row_max = fmaxf(row_max, maxima[w]);
     sum = block_sum(max == row_max ? sum : sum * __expf(max - row_max), partial);
-    if (threadIdx.x == 0) losses[n] = row_max + logf(sum) - target_logit;
+    if (threadIdx.x == 0) losses[n] = row_max - target_logit + logf(sum);     // lse - logit would lose digits
     if (!write_gradient) return;
     float norm = scale / sum;
     for (int i = threadIdx.x + (vectors - 1) / (int)blockDim.x * blockDim.x; i >= 0; i -= blockDim.x) {
@@ -2127,9 +2159,10 @@ static void gpu_classifier(float* losses, T* logits, const int* targets, int N, 
 // One block: 1024 sums of every 1024th loss, then their sum.
 static __global__ void __launch_bounds__(1024)
 add_losses_kernel(double* total, const float* __restrict__ losses, int N, double weight) {
+    __shared__ double shared[32];
     double sum = 0;
     for (int n = threadIdx.x; n < N; n += 1024) sum += losses[n];
-    sum = block_sum_double(sum);
+    sum = block_sum(sum, shared);
     if (threadIdx.x == 0) *total += weight * sum;
 }
 
@@ -2215,6 +2248,7 @@ enum { GRADIENT_NORM_PARTS = 1024 };
 template <int W>
 __global__ void __launch_bounds__(256) square_sums_kernel(double* __restrict__ parts, const float* __restrict__ x,
                                                           long n) {
+    __shared__ double shared[32];
     long thread = blockIdx.x * 256L + threadIdx.x, threads = GRADIENT_NORM_PARTS * 256L;
     double sum = 0;
     #pragma unroll 4
@@ -2226,14 +2260,15 @@ __global__ void __launch_bounds__(256) square_sums_kernel(double* __restrict__ p
     }
     long i = n / W * W + thread;                    // less than a vector is left
     if (i < n) sum += x[i] * x[i];
-    sum = block_sum_double(sum);
+    sum = block_sum(sum, shared);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
 static __global__ void __launch_bounds__(256) root_of_sum_kernel(float* norm, const double* __restrict__ parts) {
+    __shared__ double shared[32];
     double sum = 0;
     for (int p = threadIdx.x; p < GRADIENT_NORM_PARTS; p += 256) sum += parts[p];
-    sum = block_sum_double(sum);
+    sum = block_sum(sum, shared);
     if (threadIdx.x == 0) *norm = (float)sqrt(sum);
 }
 
@@ -2324,49 +2359,9 @@ template <class T> static void gpu_convert(T* out, const float* in, long n) {
     convert<<<ceil_div(n, wide ? 256 * W : 256), 256>>>(out, in, n);
     CHECK(cudaGetLastError());
 }
-// routing.cuh: everything between the router's logits and the experts' products.
-
-// to common: the sums of common.cuh for doubles
-__device__ static inline double warp_sum(double x) {
-    for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
-    return x;
-}
-__device__ static inline double block_sum(double x, double* shared) {
-    int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    x = warp_sum(x);
-    if (threadIdx.x % 32 == 0) shared[warp] = x;
-    __syncthreads();
-    double sum = 0;
-    for (int w = 0; w < warps; w++) sum += shared[w];
-    __syncthreads();
-    return sum;
-}
-
-#ifndef TRAIN_MOE_C // the random numbers of train_moe.c, section 2, and lpr_noise of its section 9
-__host__ __device__ static inline uint64_t mix64(uint64_t z) {
-    z += 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return z ^ (z >> 31);
-}
-__host__ __device__ static inline uint64_t random_key(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
-    return mix64(mix64(mix64(mix64(a) ^ b) ^ c) ^ d);
-}
-__host__ __device__ static inline double random_uniform(uint64_t key) {
-    return ((double)(key >> 40) + 0.5) / 16777216.0;
-}
-__host__ __device__ static inline double random_normal(uint64_t key) {
-    double u1 = random_uniform(key), u2 = random_uniform(mix64(key));
-    return sqrt(-2.0 * log(u1)) * cos(2.0 * M_PI * u2);
-}
-__host__ __device__ static inline float lpr_noise(uint64_t layer_key, long n, int d, int D) {
-    return (float)random_normal(mix64(layer_key ^ (uint64_t)(n * D + d)));
-}
-#define LPR_EPS 1e-5f
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Routing
+// 6. Routing
 //
 // Most kernels here give each token a warp, whose lane i takes the numbers i, i + 32, i + 64 ... of the token's row and
 // adds them up in that order: what a token gets depends on its own row alone, not on the batch. A row is read several
@@ -2511,13 +2506,13 @@ __global__ static void group_count_kernel(int* chunk_counts, int* rank, const in
 // to 32 experts: each sums a 32nd of the chunks of one expert.
 __global__ static void group_scan_chunks_kernel(int* offsets, int* chunk_counts, int chunks, int E) {
     __shared__ int sums[32][32];
-    int e = blockIdx.x * 32 + threadIdx.x, y = threadIdx.y, per_thread = ceil_div(chunks, 32);
+    int x = threadIdx.x, y = threadIdx.y, e = blockIdx.x * 32 + x, per_thread = ceil_div(chunks, 32);
     int first = min(y * per_thread, chunks), end = min(first + per_thread, chunks), sum = 0, before = 0;
     for (int c = first; c < end && e < E; c++) sum += chunk_counts[(long)c * E + e];
-    sums[y][threadIdx.x] = sum;
+    sums[y][x] = sum;
     __syncthreads();
     if (e >= E) return;
-    for (int i = 0; i < y; i++) before += sums[i][threadIdx.x];
+    for (int i = 0; i < y; i++) before += sums[i][x];
     if (y == 31) offsets[e + 1] = before + sum;
     for (int c = first; c < end; c++) {
         int count = chunk_counts[(long)c * E + e];
@@ -2601,10 +2596,11 @@ static void gpu_dense_group(int* offsets, int2* tiles, int max_tiles, int N) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums over tokens are made in two stages of fixed order: SLICES blocks sum a slice of the tokens each, then the
-// slices are added up.
+// slices are added up (in doubles: there are few of them).
 
-enum { SLICES = 32 };
-static long gpu_balance_parts(long E) { return SLICES * (E + 4); }     // doubles of scratch for what follows
+enum { SLICES = 32, OBSERVE_SLICES = 128 };
+// doubles of scratch for gpu_balance_forward and gpu_observe
+static long gpu_balance_parts(long E) { return SLICES * (E + 1) + OBSERVE_SLICES * 4; }
 
 // The sum over this block's slice (blockIdx.y) of the N rows of value(n), which 32 x 32 threads make for 32 columns:
 // thread (x, y) takes every 32nd row of column x, and thread (x, 0) gets the column's sum.
@@ -2700,13 +2696,13 @@ static void gpu_balance_weights(double* f, const int* offsets, const double* all
     CHECK(cudaGetLastError());
 }
 
-// A slice's share of Observed for each of its blocks: parts (SLICES, 4) = sums over its tokens of the entropy, the
-// largest gate, the distinct families chosen, and whether there were fewer of them than K.
+// parts (4, OBSERVE_SLICES) = sums over the tokens of each slice, which has a block, of the entropy, the largest gate,
+// the distinct families chosen, and whether there were fewer of them than K
 __global__ static void observe_slices_kernel(double* parts, const float* probs, const float* gates, const int* experts,
                                              const int* family, int N, int E, int K) {
     __shared__ double shared[32];
     int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    long rows = ceil_div(N, SLICES), first = blockIdx.x * rows, end = first + rows < N ? first + rows : N;
+    long rows = ceil_div(N, OBSERVE_SLICES), first = blockIdx.x * rows, end = first + rows < N ? first + rows : N;
     double entropy = 0, tops = 0, sources = 0, twins = 0;       // of this warp's tokens; the last three in lane 0 alone
     for (long n = first + threadIdx.x / 32; n < end; n += warps) {
         const float *p = probs + n * E, *gates_n = gates + n * K;
@@ -2732,16 +2728,21 @@ __global__ static void observe_slices_kernel(double* parts, const float* probs, 
     sources = block_sum(sources, shared);
     twins = block_sum(twins, shared);
     if (threadIdx.x == 0) {
-        double* part = parts + blockIdx.x * 4;
-        part[0] = entropy, part[1] = tops, part[2] = sources, part[3] = twins;
+        parts[blockIdx.x] = entropy;
+        parts[blockIdx.x + OBSERVE_SLICES] = tops;
+        parts[blockIdx.x + OBSERVE_SLICES * 2] = sources;
+        parts[blockIdx.x + OBSERVE_SLICES * 3] = twins;
     }
 }
 
+// a warp for each of the four sums
 __global__ static void observe_finish_kernel(double* observed, const double* parts, int N) {
-    int i = threadIdx.x;                        // one of the 5 numbers
-    double sum = i == 0 ? N : 0;
-    for (int s = 0; s < SLICES && i > 0; s++) sum += parts[s * 4 + i - 1];
-    observed[i] += sum;
+    int i = threadIdx.x / 32, lane = threadIdx.x % 32;
+    double sum = 0;
+    for (int s = lane; s < OBSERVE_SLICES; s += 32) sum += parts[i * OBSERVE_SLICES + s];
+    sum = warp_sum(sum);
+    if (lane == 0) observed[1 + i] += sum;
+    if (threadIdx.x == 0) observed[0] += N;
 }
 
 // observe_layer of train_moe.c without its trace: adds a forward pass to a layer's Observed, five doubles {tokens,
@@ -2749,13 +2750,13 @@ __global__ static void observe_finish_kernel(double* observed, const double* par
 // (N, K);  family (E): each expert's family, or NULL: every expert is a family of its own
 static void gpu_observe(double* observed, double* parts, const float* probs, const float* gates, const int* experts,
                         const int* family, int N, int E, int K) {
-    observe_slices_kernel<<<SLICES, 1024>>>(parts, probs, gates, experts, family, N, E, K);
-    observe_finish_kernel<<<1, 5>>>(observed, parts, N);
+    observe_slices_kernel<<<OBSERVE_SLICES, 1024>>>(parts, probs, gates, experts, family, N, E, K);
+    observe_finish_kernel<<<1, 4 * 32>>>(observed, parts, N);
     CHECK(cudaGetLastError());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Router variants: see section 9 of train_moe.c, where the formulas have their sources.
+// 7. Router variants: see section 9 of train_moe.c, where the formulas have their sources.
 
 __device__ static inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
@@ -2790,20 +2791,21 @@ __global__ static void logit_norm_backward_kernel(float* dz, const float* z, int
     dz += n * E, z += n * E;
     double mean, variance, along = 0, dmean = 0;
     row_moments(&mean, &variance, z, E);
-    for (int e = lane; e < E; e += 32) along += dz[e] * (z[e] - mean);
+    for (int e = lane; e < E; e += 32) {
+        dmean += dz[e];
+        along += dz[e] * (z[e] - mean);
+    }
+    dmean = warp_sum(dmean) / E;
     along = warp_sum(along);
     double std = sqrt(variance), r = std + 1e-6;
     for (int e = lane; e < E; e += 32) {
         double through_std = std > 0 ? (z[e] - mean) * along / (E * std * r) : 0;
-        dz[e] = (float)(lambda / r * (dz[e] - through_std));
-        dmean += dz[e];
+        dz[e] = (float)(lambda / r * (dz[e] - dmean - through_std));
     }
-    dmean = warp_sum(dmean) / E;
-    for (int e = lane; e < E; e += 32) dz[e] -= (float)dmean;
 }
 
 // In place: dz (N, E), the gradient of gpu_logit_norm's result, becomes that of z (N, E). With c = z - mean and
-// r = std + 1e-6:  dc_e = lambda / r (dz_e - c_e sum_j(dz_j c_j) / (E std r)),  dz_e = dc_e - mean(dc)
+// r = std + 1e-6:  lambda / r (dz_e - mean(dz) - c_e sum_j(dz_j c_j) / (E std r))
 static void gpu_logit_norm_backward(float* dz, const float* z, int N, int E, float lambda) {
     logit_norm_backward_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(dz, z, N, E, lambda);
     CHECK(cudaGetLastError());
@@ -3284,6 +3286,7 @@ static void gpu_lpr_backward(float* dh, const TD* dinput, const T* h, const floa
     gpu_column_sums(r->d.norm_bias, s.sums, s.wide, (const T*)NULL, NULL, NULL, N, H, add);
     CHECK(cudaGetLastError());
 }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 8. The model on a GPU
 //
@@ -3325,14 +3328,15 @@ template <class Real> struct GpuModel {
     float *attention_d, *dgate_parts, *dgates, *drouter, *extra, *norm_parts, *k_norm_parts, *product_parts, *shift;
     int* chunk_counts;
     double *balance, *balance_parts, *norm_sums, *all_counts, *all_probs;
-    // sums since they were last read
-    float* norm;
-    double* losses_sum;             // loss, aux, z, lpr: as Losses
-    long long *load, *step_load;    // (L, E)
-    double* observed;               // (L) Observed
+    float* norm;                    // of the gradients
+    // Sums since they were last read, one array: losses as in Losses (4 doubles), assignments (L, E) in all and in this
+    // step (long long), then (L) Observed
+    double* losses_sum;
+    long long *load, *step_load;
+    double* observed;
+    void* sums_host;                // room for them on the host
     int* family;                    // (L, E)
     float* lpr_scratch;
-    void* sums_host;                // room for losses_sum .. observed on the host
     int loss_pending;               // 1: the last forward pass's loss has not been taken yet
     int fresh;                      // 1: gradients are to be overwritten, not added to
     void* memory;
@@ -3343,6 +3347,7 @@ template <class Real> struct GpuModel {
 #define PRODUCT_PARTS (1L << 21)
 // what NVIDIA recommends for Hopper; other cards need less
 #define CUBLAS_WORKSPACE (32L << 20)
+#define MOST_GRID 65535         // blocks in the second and third dimension of a grid
 
 template <class Real> static GpuModel<Real>* gpu_of(const Model* m) { return (GpuModel<Real>*)m->device; }
 
@@ -3399,6 +3404,7 @@ template <class Real> static void gpu_take(Model* m, Arena* a) {
     long N = (long)m->B * m->T, E = c->num_experts > 0 ? c->num_experts : 1, L = c->num_layers, total = m->layout.total;
     long K = 1, R = 0, RI = 0, chunks = 0, parts = 0;
     int training = m->purpose == FOR_TRAINING, typed = sizeof(Real) != sizeof(float);
+    g->cublas_workspace = take(a, CUBLAS_WORKSPACE);     // at the start, which is aligned to 256 bytes
     size_t start = a->used;
     if (m->owner) {
         g->params = gpu_of<Real>(m->owner)->params;
@@ -3449,19 +3455,17 @@ template <class Real> static void gpu_take(Model* m, Arena* a) {
     g->rows = take_reals<Real>(a, R * H);
     g->projected = take_reals<Real>(a, N * H);
     g->chunk_counts = take_ints(a, chunks);
-    g->balance_parts = take_doubles(a, SLICES * (E + 4));
+    g->balance_parts = take_doubles(a, gpu_balance_parts(E));
     g->all_counts = take_doubles(a, E);
     g->all_probs = take_doubles(a, E);
     g->product_parts = take_floats(a, PRODUCT_PARTS);
     g->norm = take_floats(a, 1);
-    size_t sums_start = a->used;
-    g->losses_sum = take_doubles(a, 4);
-    g->load = (long long*)take(a, sizeof(long long) * (size_t)(L * E));
-    g->step_load = (long long*)take(a, sizeof(long long) * (size_t)(L * E));
-    g->observed = take_doubles(a, L * OBSERVED_NUMBERS);
-    g->sums_bytes = a->used - sums_start;
+    g->sums_bytes = sizeof(double) * (size_t)(4 + 2 * L * E + L * OBSERVED_NUMBERS);
+    g->losses_sum = (double*)take(a, g->sums_bytes);
+    g->load = (long long*)(g->losses_sum + 4);
+    g->step_load = g->load + L * E;
+    g->observed = (double*)(g->step_load + L * E);
     g->family = take_ints(a, L * E);
-    g->cublas_workspace = take(a, CUBLAS_WORKSPACE);
     if (c->family_penalty > 0) g->shift = take_floats(a, N * E);
     if (c->router == ROUTER_LPR) g->lpr_scratch = take_floats(a, gpu_lpr_scratch(N, H, E, c->lpr_latent_dim));
     if (training) {
@@ -3497,7 +3501,7 @@ template <class Real> static void gpu_take_host(Model* m, Arena* a) {
     gpu_of<Real>(m)->sums_host = take(a, gpu_of<Real>(m)->sums_bytes);
 }
 
-// Starts the sums over forward passes from zero; they lie one behind the other, losses_sum first.
+// Starts the sums over forward passes from zero.
 template <class Real> static void gpu_clear_sums(Model* m) {
     GpuModel<Real>* g = gpu_of<Real>(m);
     CHECK(cudaMemsetAsync(g->losses_sum, 0, g->sums_bytes));
@@ -3508,6 +3512,8 @@ template <class Real> static void gpu_plan(Model* m) {
     if (c->head_dim > gpu_attention_max_head_dim())
         die(2, "head size %d: the GPU's attention goes up to %d; train_moe, on the CPU, has no limit", c->head_dim,
             gpu_attention_max_head_dim());
+    if (c->num_experts > MOST_GRID || m->B > MOST_GRID)
+        die(2, "%s: on a GPU at most %d", c->num_experts > MOST_GRID ? "--experts" : "--batch", MOST_GRID);
     Arena host = {NULL, 0}, gpu = {NULL, 0};
     GpuModel<Real>* g = (GpuModel<Real>*)checked_malloc(sizeof(GpuModel<Real>));
     memset(g, 0, sizeof *g);
@@ -3526,8 +3532,8 @@ template <class Real> static void gpu_allocate(Model* m) {
     GpuModel<Real>* g = gpu_of<Real>(m);
     const Config* c = &m->config;
     Arena host = {NULL, 0}, gpu = {NULL, 0};
-    m->memory = calloc(1, m->bytes);
-    if (!m->memory) die(1, "out of memory: %zu bytes wanted", m->bytes);
+    m->memory = mmap(NULL, m->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (m->memory == MAP_FAILED) die(1, "out of memory: %zu bytes wanted", m->bytes);
     host.base = (char*)m->memory;
     gpu_take_host<Real>(m, &host);
     size_t available = 0, in_all = 0;
@@ -3575,7 +3581,7 @@ template <class Real> static void gpu_release(Model* m) {
     free(g->counts);
     free(g->layers);
     free(g);
-    free(m->memory);
+    munmap(m->memory, m->bytes);
 }
 
 // y (rows, OC) = x (rows, C) W^T (OC, C), and its two gradients, by cuBLAS. It thinks in columns: to it, each of these
@@ -4004,10 +4010,8 @@ template <class Real> static void gpu_read_sums(Model* m) {
     int L = m->config.num_layers, E = m->config.num_experts;
     if (g->loss_pending) gpu_take_loss<Real>(m, 0);
     CHECK(cudaMemcpy(g->sums_host, g->losses_sum, g->sums_bytes, cudaMemcpyDeviceToHost));
-    const char *host = (const char*)g->sums_host, *start = (const char*)g->losses_sum;
-    const double *losses = (const double*)host, *observed = (const double*)(host + ((char*)g->observed - start));
-    const long long *load = (const long long*)(host + ((char*)g->load - start)),
-               *step_load = (const long long*)(host + ((char*)g->step_load - start));
+    const double *losses = (const double*)g->sums_host, *observed = losses + (g->observed - g->losses_sum);
+    const long long *load = (const long long*)(losses + 4), *step_load = load + (g->step_load - g->load);
     m->sums.loss += losses[0];
     m->sums.aux += losses[1];
     m->sums.z += losses[2];

@@ -32,7 +32,8 @@ inline float number(const Matrix& x, long row, long column) {
 }
 
 // C (m x n) = alpha A B + beta C, with A and B as they are after transposition
-void multiply(int m, int n, int k, float alpha, const Matrix& A, const Matrix& B, float beta, char* C, bool bf16, long ld) {
+void multiply(int m, int n, int k, float alpha, const Matrix& A, const Matrix& B, float beta, char* C, bool bf16,
+              long ld) {
     long row_tiles = (m + ROWS - 1) / ROWS, column_tiles = (n + COLUMNS - 1) / COLUMNS;
     std::vector<float> a(row_tiles * ROWS * k), b(column_tiles * COLUMNS * k);
     [[maybe_unused]] int threads = (double)m * n * k < 1e6 ? 1 : standin::cpu_threads();  // starting them takes time
@@ -55,7 +56,7 @@ void multiply(int m, int n, int k, float alpha, const Matrix& A, const Matrix& B
         #pragma omp for schedule(dynamic, 1)
         for (long column_tile = 0; column_tile < column_tiles; column_tile++)
             for (long row_tile = 0; row_tile < row_tiles; row_tile++) {
-                const float *x = &a[row_tile * ROWS * k], *y = &b[column_tile * COLUMNS * k];
+                const float *x = a.data() + row_tile * ROWS * k, *y = b.data() + column_tile * COLUMNS * k;
                 Vector sum[COLUMNS] = {};
                 for (int l = 0; l < k; l++) {
                     Vector v;
@@ -123,8 +124,8 @@ cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t, void* workspace, size_t byt
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n,
-                                          int k, const void* alpha, const void* A, cudaDataType at, int lda,
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
+                                          int n, int k, const void* alpha, const void* A, cudaDataType at, int lda,
                                           long long stride_a, const void* B, cudaDataType bt, int ldb,
                                           long long stride_b, const void* beta, void* C, cudaDataType ct, int ldc,
                                           long long stride_c, int count, cublasComputeType_t compute,
@@ -167,12 +168,12 @@ cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t ta, cublasO
 cublasStatus_t cublasSgemm_v2(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
                               const float* alpha, const float* A, int lda, const float* B, int ldb, const float* beta,
                               float* C, int ldc) {
-    return cublasGemmEx(handle, ta, tb, m, n, k, alpha, A, CUDA_R_32F, lda, B, CUDA_R_32F, ldb, beta, C, CUDA_R_32F, ldc,
-                        CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    return cublasGemmEx(handle, ta, tb, m, n, k, alpha, A, CUDA_R_32F, lda, B, CUDA_R_32F, ldb, beta, C, CUDA_R_32F,
+                        ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
 }
 
-cublasStatus_t cublasSgemmStridedBatched(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n,
-                                         int k, const float* alpha, const float* A, int lda, long long stride_a,
+cublasStatus_t cublasSgemmStridedBatched(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
+                                         int n, int k, const float* alpha, const float* A, int lda, long long stride_a,
                                          const float* B, int ldb, long long stride_b, const float* beta, float* C,
                                          int ldc, long long stride_c, int count) {
     return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, A, CUDA_R_32F, lda, stride_a, B, CUDA_R_32F, ldb,

@@ -175,7 +175,7 @@ OpenMemory::~OpenMemory() {
     if (protect && --memory_open == 0) set_access(PROT_NONE, PROT_READ | PROT_WRITE);
 }
 
-struct Piece { char* at; size_t bytes; };
+struct Piece { char* at; size_t bytes, page; };
 static std::vector<Piece> pieces;              // what was saved since saving began
 static std::vector<bool> saved;                // by page number, for the first page of a piece
 static bool saving;
@@ -192,10 +192,9 @@ static void save_piece(const Allocation& a, char* at) {
     if (!saved[page]) {  // else another CPU thread has just done it
         saved[page] = true;
         char *from = std::max(a.at, begin), *to = std::min(a.at + a.bytes, end);
-        if (from < to) {
-            memcpy(before(from), from, to - from);
-            pieces.push_back({from, (size_t)(to - from)});
-        }
+        size_t bytes = from < to ? to - from : 0;
+        memcpy(before(from), from, bytes);
+        pieces.push_back({from, bytes, page});
         mprotect(begin, end - begin, PROT_READ | PROT_WRITE);
     }
     saving_lock.clear();
@@ -600,7 +599,7 @@ static void thread_main() {
     const void* bottom;
     size_t bytes;
     __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-    if (!w.main.bottom) w.main.bottom = (char*)bottom, w.main.top = (char*)bottom + bytes;  // the first comes from there
+    if (!w.main.bottom) w.main.bottom = (char*)bottom, w.main.top = (char*)bottom + bytes;  // where the first came from
 #endif
     for (;;) {
         w.grid->call(w.grid->argument);
@@ -715,7 +714,7 @@ typedef float Floats8 __attribute__((vector_size(32)));
 static inline float low_bf16(unsigned x) { return standin_bits<float>(x << 16); }
 static inline float high_bf16(unsigned x) { return standin_bits<float>(x & 0xffff0000u); }
 
-// The fragments of PTX's mma.m16n8k16: lane l has i = l / 4 and j = 2 (l % 4); the numbers come in pairs (., j), (., j + 1)
+// The fragments of PTX's mma.m16n8k16. With i = l / 4 and j = 2 (l % 4), lane l has these pairs of neighbours in j:
 //     a[h + 2 q] = A (i + 8 h, j + 8 q)    b[q] = B (j + 8 q, i)    d[2 h] = D (i + 8 h, j)
 void mma_16_8_16(float* const d[32], const unsigned* const a[32], const unsigned* const b[32]) {
     float A[16][16];
@@ -810,8 +809,8 @@ static std::map<const void*, int> dynamic_limits;  // of kernels, by cudaFuncSet
 bool Launch::valid() const {
     long threads = (long)block.x * block.y * block.z;
     char shape[200];
-    snprintf(shape, sizeof shape, "launch of %s, grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory", name,
-             grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+    snprintf(shape, sizeof shape, "launch of %s, grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory",
+             name, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
     if (trace) fprintf(stderr, "standin: %s\n", shape);
     if (!devices) return result(cudaErrorNoDevice), false;
     if (threads < 1 || threads > 1024 || block.z > 64)
@@ -895,8 +894,9 @@ static void run_in_all_orders(Grid& grid) {
             for (Piece& p : pieces) memcpy(p.at, before(p.at), p.bytes);
     }
     saving = false;
-    std::fill(saved.begin(), saved.end(), false);
+    for (Piece& p : pieces) saved[p.page] = false;
     pieces.clear();
+    set_access(PROT_NONE, PROT_READ | PROT_WRITE);
 }
 
 void Launch::run(void (*call)(const void*), const void* argument) const {
@@ -905,10 +905,10 @@ void Launch::run(void (*call)(const void*), const void* argument) const {
     for (unsigned z = 0; z < block.z; z++)
         for (unsigned y = 0; y < block.y; y++)
             for (unsigned x = 0; x < block.x; x++) grid.thread_index.push_back({x, y, z});
-    {
+    if (check) run_in_all_orders(grid);
+    else {
         OpenMemory open;
-        if (check) run_in_all_orders(grid);
-        else run_grid(grid);
+        run_grid(grid);
     }
     add_time(name, now_ms() - start);
 }

@@ -117,8 +117,8 @@ bool arrive(unsigned mask, void* operands, const void* operation);
 void release(unsigned mask);
 void launch_bounds(int threads);
 
-// The lanes in `mask` meet. When the last has arrived it calls finish(mask, the lanes' operands), of which only those of
-// the lanes in mask are there, and all go on. Every operation between lanes is built on this one.
+// The lanes in `mask` meet. When the last has arrived it calls finish(mask, the lanes' operands), of which only those
+// of the lanes in mask are there, and all go on. Every operation between lanes is built on this one.
 template <class Operands, class Finish> inline void meet(unsigned mask, Operands& mine, Finish finish) {
     static const char operation = 0;        // its address tells operations apart
     mask &= running.warp->lanes;

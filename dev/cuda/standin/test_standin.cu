@@ -72,7 +72,8 @@ template <Defect DEFECT> __global__ void sum_kernel(float* out, const float* in,
     for (int round = 0; round < n; round += 256) {
         float x = round + (int)threadIdx.x < n ? in[(long)blockIdx.x * n + round + threadIdx.x] : 0;
         x = warp_sum(x);
-        if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 + (DEFECT == OUT_OF_BOUNDS)] = x;
+        float* sum = sums + (DEFECT == OUT_OF_BOUNDS);
+        if (threadIdx.x % 32 == 0) sum[threadIdx.x / 32] = x;
         if (DEFECT != NO_BARRIER) __syncthreads();
         for (int w = 0; w < 8; w++) total += sums[w];
         if (DEFECT != NO_SECOND_BARRIER) __syncthreads();
@@ -117,7 +118,10 @@ static void host_pointer() {
     std::vector<float> x(256);
     no_bounds_kernel<<<1, 256>>>(x.data());
 }
-static void null_pointer() { no_bounds_kernel<<<1, 256>>>(NULL); }
+static void null_pointer() {
+    static float* volatile nothing;  // not known to the compiler
+    no_bounds_kernel<<<1, 256>>>(nothing);
+}
 static void block_too_large() {
     Device<float> x(4096);
     no_bounds_kernel<<<1, 2048>>>(x.p);
@@ -312,7 +316,8 @@ template <int N, int TA, int TB, bool WAIT> __global__ void wgmma_kernel(float* 
     fence_async_proxy();
     __syncthreads();
     auto descriptor = [&](bf16* p) {
-        return (uint64_t)(shared_address(p) >> 4) | (uint64_t)(2048 >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
+        uint64_t at = shared_address(p), leading = 2048, stride = 1024;
+        return at >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | 1ull << 62;
     };
     float d[N / 2] = {};
     wgmma_fence();
@@ -387,8 +392,9 @@ static void out_of_memory() {
 }
 
 // C (m x n) = alpha op(A) op(B) + beta C, and against the definition
-template <class TA, class TC> static void product(bool ta, bool tb, int m, int n, int k, float alpha, float beta, int lda,
-                                                  int ldb, int ldc, int count = 1, int short_of = 0) {
+template <class TA, class TC>
+static void product(bool ta, bool tb, int m, int n, int k, float alpha, float beta, int lda, int ldb, int ldc,
+                    int count = 1, int short_of = 0) {
     int columns_a = ta ? m : k, columns_b = tb ? k : n;
     std::vector<TA> a((size_t)lda * columns_a * count), b((size_t)ldb * columns_b * count);
     std::vector<TC> c((size_t)ldc * n * count), d;
@@ -411,9 +417,10 @@ template <class TA, class TC> static void product(bool ta, bool tb, int m, int n
         for (int j = 0; j < n; j++)
             for (int i = 0; i < m; i++) {
                 double sum = 0;
+                const TA *x = a.data() + (size_t)e * lda * columns_a, *y = b.data() + (size_t)e * ldb * columns_b;
                 for (int l = 0; l < k; l++)
-                    sum += (double)(float)a[(size_t)e * lda * columns_a + (ta ? l + (long)i * lda : i + (long)l * lda)] *
-                           (double)(float)b[(size_t)e * ldb * columns_b + (tb ? j + (long)l * ldb : l + (long)j * ldb)];
+                    sum += (double)(float)x[ta ? l + i * lda : i + l * lda] *
+                           (double)(float)y[tb ? j + l * ldb : l + j * ldb];
                 size_t at = (size_t)e * ldc * n + i + (long)j * ldc;
                 double wanted = alpha * sum + (beta != 0 ? beta * (float)c[at] : 0);
                 expect(fabs(wanted - (float)d[at]) < (sizeof(TC) == 2 ? 0.01 : 1e-5) * (1 + fabs(wanted)), "a product");
@@ -464,8 +471,10 @@ static void warp_operations() {
         unsigned ballot = 0, match = 0;
         for (int i = 0; i < 32; i++) ballot |= (i % 3 == 0 ? 1u : 0) << i, match |= (i / 5 == l / 5 ? 1u : 0) << i;
         int wanted[12] = {15, (l / 8 * 8 + (l + 1) % 8) * 3, l ^ 9, l < 3 ? l : l - 3, l % 16 + 3 < 16 ? l + 3 : l,
-                          (int)ballot, 3, (int)match, 496 + 31 + 1, l < 16 ? 2 : (int)0xaaaa0000u, l < 16 ? l ^ 1 : 20, 15};
-        for (int k = 0; k < 12; k++) expect(x[k * 32 + l] == wanted[k], ("warp operation " + std::to_string(k)).c_str());
+                          (int)ballot, 3, (int)match, 496 + 31 + 1,
+                          l < 16 ? 2 : (int)0xaaaa0000u, l < 16 ? l ^ 1 : 20, 15};
+        for (int k = 0; k < 12; k++)
+            expect(x[k * 32 + l] == wanted[k], ("warp operation " + std::to_string(k)).c_str());
     }
 }
 
@@ -512,7 +521,8 @@ __global__ static void shared_kernel(int* out) {
     if (threadIdx.x == 0) b = 100, c[0] = 1000, c[1] = 2000;
     e[threadIdx.x] = threadIdx.x * 2;
     __syncthreads();
-    out[threadIdx.x] = a[threadIdx.x / 8 % 4][threadIdx.x % 8] + b + c[threadIdx.x & 1] + e[(threadIdx.x + 1) % blockDim.x];
+    int next = (threadIdx.x + 1) % blockDim.x;
+    out[threadIdx.x] = a[threadIdx.x / 8 % 4][threadIdx.x % 8] + b + c[threadIdx.x & 1] + e[next];
 }
 __global__ static void atomics_kernel(int* x, unsigned long long* y) {
     atomicAdd(&x[0], 2);
@@ -527,6 +537,7 @@ __global__ static void atomics_kernel(int* x, unsigned long long* y) {
 template <class T> static void launches() {  // what translate.py must understand: "kernel<<<1, 2>>>(x)", '"', // <<<
     Device<T> x(std::vector<T>(100, T(2)));
     std::vector<T> y;
+    map_kernel<T, Scale<T>><<<1, 1>>>(NULL, Scale<T>{T(1)}, 0);
     constexpr int N = 100;
     int grid = 4, calls = 0;
     auto count = [&] { return calls++, N; };
@@ -672,12 +683,18 @@ static const struct Test { const char* name; void (*run)(); Build build; const c
     {"cuBLAS: leading dimension", product_bad_ld, ANY, "", "CUBLAS_STATUS_INVALID_VALUE"},
 };
 
-int main(int argc, char** argv) {
-#ifdef __SANITIZE_ADDRESS__
-    const Build build = SANITIZED;
-#else
-    const Build build = PLAIN;
+#ifdef __has_feature  // clang
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
 #endif
+#endif
+#ifdef __SANITIZE_ADDRESS__
+static const Build build = SANITIZED;
+#else
+static const Build build = PLAIN;
+#endif
+
+int main(int argc, char** argv) {
     if (argc > 1) {
         tests[atoi(argv[1])].run();
         return 0;
@@ -697,7 +714,9 @@ int main(int argc, char** argv) {
         bool shown = !strncmp(test.expected, "all correct", 11) || strstr(test.expected, "nan");
         bool good = strstr(output.c_str(), test.expected) && well == shown;
         (good ? passed : failed)++;
-        if (!good) printf("FAILED: %s (%s): expected \"%s\", but:\n%s\n", test.name, test.settings, test.expected, output.c_str());
+        if (!good)
+            printf("FAILED: %s (%s): expected \"%s\", but:\n%s\n", test.name, test.settings, test.expected,
+                   output.c_str());
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;

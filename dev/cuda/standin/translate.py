@@ -14,7 +14,8 @@ import re
 import sys
 
 # What is not code: comments, strings, characters. A ' behind a letter or digit separates digits.
-NOT_CODE = re.compile(r'//(?:\\\n|[^\n])*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|(?<!\w)\'(?:\\.|[^\'\\\n])+\'', re.S)
+NOT_CODE = re.compile(r'//(?:\\\n|[^\n])*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|'
+                      r'"(?:\\.|[^"\\\n])*"|(?<!\w)\'(?:\\.|[^\'\\\n])+\'', re.S)
 OPEN, CLOSE = "([{", ")]}"
 
 
@@ -120,9 +121,9 @@ def launch(text, code, i):
 def shared(text, code, i):
     """Translates the declaration of shared memory that has __shared__ at i."""
     begin = i
-    while code[begin - 1] not in ";{}" and not (code[begin - 1] == "\n" and code[:begin - 1].split("\n")[-1].startswith("#")):
+    while code[begin - 1] not in ";{}":
         begin -= 1
-    begin += len(code[begin:i]) - len(code[begin:i].lstrip())
+    begin += re.match(r"(\s*#[^\n]*\n)*\s*", code[begin:i]).end()  # such as #pragma
     end = code.index(";", i) + 1
     declaration = code[begin:end - 1]
     alignment = re.search(r"\b(?:__align__|alignas)\s*(?=\()", declaration)
