@@ -26,10 +26,10 @@ FLAGS  += $(OPENMP) $(WIDE)
 
 # nvcc, and cuBLAS where the toolkit has none: make CUBLAS=DIR, with DIR/include and DIR/lib
 NVCC   ?= $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
-# A100 and RTX 30/40 (80), H100 and H200 (90a), B200 (100), RTX 50 (120); newer ones compile the last one's PTX anew
+# A100 and RTX 30/40 (80), H100 and H200 (90a), B200 (100), RTX 50 (120); others compile the first one's PTX when started
 GPUS   ?= 80 90a 100 120
 CUFLAGS = -std=c++17 -O3 $(foreach g,$(GPUS),-gencode arch=compute_$(g),code=sm_$(g)) \
-          -gencode arch=compute_$(lastword $(GPUS)),code=compute_$(lastword $(GPUS)) -diag-suppress 177 \
+          -gencode arch=compute_$(firstword $(GPUS)),code=compute_$(firstword $(GPUS)) -diag-suppress 177 \
           -Xcompiler "$(ARCH) -fno-math-errno $(OPENMP)" -I.
 ifeq ($(CUBLAS),)
 CULIBS  = -lcublas
@@ -81,6 +81,18 @@ train_moe_cu: train_moe.cu train_moe.c build/embedded.h
 test_moe_cu: test_moe.c train_moe.cu upcycle.c train_moe.c build/embedded.h
 	$(call nvcc,-DTEST_GPU -x cu test_moe.c)
 
+# The tests on a CPU that plays a GPU; its headers come with nvcc. SANITIZE=-fsanitize=address,undefined
+STANDIN_FILES = $(addprefix dev/cuda/standin/,standin.h standin.cpp cublas.cpp translate.py)
+CUDA_TOP = $(or $(CUDA_HOME),$(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#$$ TOP=//p'))
+build/test_standin: test_moe.c train_moe.cu upcycle.c train_moe.c build/embedded.h $(STANDIN_FILES)
+	python3 dev/cuda/standin/translate.py test_moe.c >build/test_standin.cpp
+	$(CXX) -std=gnu++17 -O1 $(ARCH) -fno-math-errno $(OPENMP) $(SANITIZE) -DTEST_GPU -I. -Idev/cuda/standin \
+		-include standin.h $(if $(CUBLAS),-I$(CUBLAS)/include) -I$(CUDA_TOP)/include build/test_standin.cpp \
+		dev/cuda/standin/standin.cpp dev/cuda/standin/cublas.cpp -o $@ -lm
+
+test_standin: build/test_standin
+	build/test_standin "gpu $(STANDIN)"
+
 # The text that ./train_moe trains on without --data: the project's own source files, also as an array.
 build/embedded.txt: train_moe.c upcycle.c test_moe.c
 	@mkdir -p build
@@ -114,4 +126,4 @@ references:
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu
 
-.PHONY: all run test test_gpu bench references clean
+.PHONY: all run test test_gpu test_standin bench references clean

@@ -66,6 +66,11 @@ common subset of C11 (with gcc's vector types) and C++17, because the CUDA compi
 #endif
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
+enum { ARRAY_GAP = 64 };        // bytes between arrays, which nothing may touch
+#else
+#define ASAN_POISON_MEMORY_REGION(p, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(p, bytes)
+enum { ARRAY_GAP = 0 };
 #endif
 
 #define VERSION "0.1"
@@ -1423,11 +1428,10 @@ typedef struct {
 
 static void* take(Arena* a, size_t bytes) {
     char* p = a->base ? a->base + a->used : NULL;
-    a->used += (bytes + 63) / 64 * 64;
-#ifdef __SANITIZE_ADDRESS__     // a gap behind each array, which nothing may touch
-    a->used += 64;
-    if (p) ASAN_POISON_MEMORY_REGION(p + bytes, a->base + a->used - (p + bytes));
-#endif
+    a->used += (bytes + 63) / 64 * 64 + ARRAY_GAP;
+    if (p) {
+        ASAN_POISON_MEMORY_REGION(p + bytes, a->base + a->used - (p + bytes));
+    }
     return p;
 }
 static float* take_floats(Arena* a, long n) { return (float*)take(a, sizeof(float) * n); }
@@ -4916,7 +4920,7 @@ static void options_parse(int argc, char** argv) {
             exit(0);
         }
         if (index == NUM_OPTIONS + 1) {
-            printf("train_moe %s\n", VERSION);
+            printf("%s %s\n", program_name, VERSION);
             exit(0);
         }
         option_set(&option_table[index], option_table[index].type == OPT_FLAG ? "1" : optarg);

@@ -3581,6 +3581,7 @@ template <class Real> static void gpu_release(Model* m) {
     free(g->counts);
     free(g->layers);
     free(g);
+    ASAN_UNPOISON_MEMORY_REGION(m->memory, m->bytes);
     munmap(m->memory, m->bytes);
 }
 
