@@ -5534,6 +5534,9 @@ int main(int argc, char** argv) {
     if (mkdir(up_dir, 0777)) die(1, "%s: %s", up_dir, strerror(errno));
     atexit(remove_temp_dir);
     default_threads = thread_count();
+#ifdef TEST_GPU
+    gpu_open();         // or ends here, in one line
+#endif
     for (size_t i = 0; i < sizeof groups / sizeof groups[0]; i++) {
         group_name = groups[i].name;
         double start = seconds();

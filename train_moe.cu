@@ -2240,7 +2240,7 @@ static void gpu_embedding_backward(float* dtable, const T* dx, const int* unique
 // ---------------------------------------------------------------------------------------------------------------------
 // The update
 
-// Partial sums of the gradient's norm. With 256 threads each, 8 blocks fill an SM: an H100 holds all of them at once.
+// Most partial sums of the gradient's norm. With 256 threads each, 8 blocks fill an SM: an H100 holds all of them at once.
 enum { GRADIENT_NORM_PARTS = 1024 };
 
 // parts_p = sum of squares of the numbers that block p takes: vectors i, i + threads, ... are those of the i-th of all
@@ -2249,7 +2249,7 @@ template <int W>
 __global__ void __launch_bounds__(256) square_sums_kernel(double* __restrict__ parts, const float* __restrict__ x,
                                                           long n) {
     __shared__ double shared[32];
-    long thread = blockIdx.x * 256L + threadIdx.x, threads = GRADIENT_NORM_PARTS * 256L;
+    long thread = blockIdx.x * 256L + threadIdx.x, threads = gridDim.x * 256L;
     double sum = 0;
     #pragma unroll 4
     for (long i = thread; i < n / W; i += threads) {
@@ -2264,10 +2264,11 @@ __global__ void __launch_bounds__(256) square_sums_kernel(double* __restrict__ p
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
-static __global__ void __launch_bounds__(256) root_of_sum_kernel(float* norm, const double* __restrict__ parts) {
+static __global__ void __launch_bounds__(256) root_of_sum_kernel(float* norm, const double* __restrict__ parts,
+                                                                     int count) {
     __shared__ double shared[32];
     double sum = 0;
-    for (int p = threadIdx.x; p < GRADIENT_NORM_PARTS; p += 256) sum += parts[p];
+    for (int p = threadIdx.x; p < count; p += 256) sum += parts[p];
     sum = block_sum(sum, shared);
     if (threadIdx.x == 0) *norm = (float)sqrt(sum);
 }
@@ -2275,8 +2276,9 @@ static __global__ void __launch_bounds__(256) root_of_sum_kernel(float* norm, co
 // norm (1) = 2-norm of grads (n); parts (GRADIENT_NORM_PARTS) is scratch
 static void gpu_gradient_norm(float* norm, double* parts, const float* grads, long n) {
     auto square_sums = aligned_16(grads) ? square_sums_kernel<4> : square_sums_kernel<1>;
-    square_sums<<<GRADIENT_NORM_PARTS, 256>>>(parts, grads, n);
-    root_of_sum_kernel<<<1, 256>>>(norm, parts);
+    int count = n < 4096L * GRADIENT_NORM_PARTS ? ceil_div(n, 4096) : GRADIENT_NORM_PARTS;  // at least 16 a thread
+    square_sums<<<count, 256>>>(parts, grads, n);
+    root_of_sum_kernel<<<1, 256>>>(norm, parts, count);
     CHECK(cudaGetLastError());
 }
 
@@ -2696,13 +2698,13 @@ static void gpu_balance_weights(double* f, const int* offsets, const double* all
     CHECK(cudaGetLastError());
 }
 
-// parts (4, OBSERVE_SLICES) = sums over the tokens of each slice, which has a block, of the entropy, the largest gate,
+// parts (4, slices) = sums over the tokens of each slice, which has a block, of the entropy, the largest gate,
 // the distinct families chosen, and whether there were fewer of them than K
 __global__ static void observe_slices_kernel(double* parts, const float* probs, const float* gates, const int* experts,
                                              const int* family, int N, int E, int K) {
     __shared__ double shared[32];
     int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    long rows = ceil_div(N, OBSERVE_SLICES), first = blockIdx.x * rows, end = first + rows < N ? first + rows : N;
+    long rows = ceil_div(N, gridDim.x), first = blockIdx.x * rows, end = first + rows < N ? first + rows : N;
     double entropy = 0, tops = 0, sources = 0, twins = 0;       // of this warp's tokens; the last three in lane 0 alone
     for (long n = first + threadIdx.x / 32; n < end; n += warps) {
         const float *p = probs + n * E, *gates_n = gates + n * K;
@@ -2729,17 +2731,17 @@ __global__ static void observe_slices_kernel(double* parts, const float* probs, 
     twins = block_sum(twins, shared);
     if (threadIdx.x == 0) {
         parts[blockIdx.x] = entropy;
-        parts[blockIdx.x + OBSERVE_SLICES] = tops;
-        parts[blockIdx.x + OBSERVE_SLICES * 2] = sources;
-        parts[blockIdx.x + OBSERVE_SLICES * 3] = twins;
+        parts[blockIdx.x + gridDim.x] = tops;
+        parts[blockIdx.x + gridDim.x * 2] = sources;
+        parts[blockIdx.x + gridDim.x * 3] = twins;
     }
 }
 
 // a warp for each of the four sums
-__global__ static void observe_finish_kernel(double* observed, const double* parts, int N) {
+__global__ static void observe_finish_kernel(double* observed, const double* parts, int slices, int N) {
     int i = threadIdx.x / 32, lane = threadIdx.x % 32;
     double sum = 0;
-    for (int s = lane; s < OBSERVE_SLICES; s += 32) sum += parts[i * OBSERVE_SLICES + s];
+    for (int s = lane; s < slices; s += 32) sum += parts[i * slices + s];
     sum = warp_sum(sum);
     if (lane == 0) observed[1 + i] += sum;
     if (threadIdx.x == 0) observed[0] += N;
@@ -2750,8 +2752,9 @@ __global__ static void observe_finish_kernel(double* observed, const double* par
 // (N, K);  family (E): each expert's family, or NULL: every expert is a family of its own
 static void gpu_observe(double* observed, double* parts, const float* probs, const float* gates, const int* experts,
                         const int* family, int N, int E, int K) {
-    observe_slices_kernel<<<OBSERVE_SLICES, 1024>>>(parts, probs, gates, experts, family, N, E, K);
-    observe_finish_kernel<<<1, 4 * 32>>>(observed, parts, N);
+    int slices = N < 32 * OBSERVE_SLICES ? ceil_div(N, 32) : OBSERVE_SLICES;        // a block's warps: 32 tokens
+    observe_slices_kernel<<<slices, 1024>>>(parts, probs, gates, experts, family, N, E, K);
+    observe_finish_kernel<<<1, 4 * 32>>>(observed, parts, slices, N);
     CHECK(cudaGetLastError());
 }
 
@@ -4067,8 +4070,8 @@ static void gpu_open(void) {
     if (properties.major < 8)
         die(1, "%s has compute capability %d.%d, 8.0 is the least (A100, RTX 30 and newer); train_moe runs on the CPU",
             properties.name, properties.major, properties.minor);
-    if (!options.prompt && !options.prompt_ids)
-        printf("GPU: %s, %.1f GB, %s\n", properties.name, properties.totalGlobalMem / 1e9, options.precision);
+    if (!options.prompt && !options.prompt_ids)         // what is generated stands alone
+        printf("GPU: %s, %.1f GB\n", properties.name, properties.totalGlobalMem / 1e9);
 }
 
 int train_moe_cu_main(int argc, char** argv) {
