@@ -347,13 +347,13 @@ static void step3_forward(const Arrays<float>& a, Shape s) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Step 4: section 4 of train_moe.cu
 //
-// For floats it is step 3 with reads of 16 bytes, which halve the time that the scores spend at shared memory, and its
-// backward pass. For bf16 it is made for tensor cores:
+// For floats it is step 3, with reads of 16 bytes, so that the scores spend less than half the time at shared memory,
+// and its backward pass. For bf16 it is made for tensor cores:
 //   - mma.sync multiplies 16 x 16 by 16 x 8 numbers in one instruction, with sums in float: 16 times the rate of floats
-//     on an A100. Scores are exact products of bf16 numbers; for p v, p is rounded to bf16. A result of mma.sync lies
-//     in a warp's registers just as its left operand must, so p stays where it is: no shared memory, no shuffles.
-//   - A block owns 128 queries, 64 operations for each byte of k and v. A warp owns 32 of them, because reading k and v
-//     from shared memory for 16 would take as long as multiplying them.
+//     on an A100. The scores are as exact as before; for p v, p is rounded to bf16. A result of mma.sync lies in a
+//     warp's registers just as its left operand must, so p stays where it is: no shared memory, no shuffles.
+//   - A block owns 128 queries, 128 operations for each byte of k and v. A warp owns 32 of them, because on an A100
+//     reading k and v from shared memory for 16 would take as long as multiplying them, on an H100 longer.
 //   - cp.async copies the next tile to shared memory while the present one is multiplied.
 //   - Pieces of 16 bytes trade places within their row ("swizzle"), so that the eight rows that ldmatrix reads at once
 //     are in different banks without a gap.
