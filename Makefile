@@ -71,8 +71,9 @@ define nvcc
 @echo '#include <cublas_v2.h>' >build/cublas.cu; $(NVCC) $(CUFLAGS) -E build/cublas.cu >/dev/null 2>&1 || \
 	{ echo "cublas_v2.h was not found: the toolkit lacks cuBLAS, or make CUBLAS=DIR with its include and lib"; exit 1; }
 $(NVCC) $(CUFLAGS) -Xptxas -v $(1) -o $@ $(CULIBS) 2>build/$@.log || { grep -v "ptxas info\|bytes stack" build/$@.log; exit 1; }
-@awk '/Compiling entry/ {kernel = $$6} / bytes spill/ && !/ 0 bytes spill stores, 0 bytes spill loads/ \
-	{print "spills registers: " kernel; bad = 1} END {exit bad}' build/$@.log || { rm -f $@; exit 1; }
+@awk '/Compiling entry/ {kernel = $$7 " " $$9} / bytes spill/ && !/ 0 bytes spill stores, 0 bytes spill loads/ \
+	{print "spills registers: " kernel; bad = 1} END {exit bad}' build/$@.log || [ "$(SPILLS)" = allow ] || \
+	{ rm -f $@; echo "with SPILLS=allow it is built all the same, and slower"; exit 1; }
 endef
 
 train_moe_cu: train_moe.cu train_moe.c build/embedded.h

@@ -328,7 +328,7 @@ static Model* open_model(const char* dir, Purpose purpose, int B, int T) {
 
 // How far results may be from the reference: of each group the largest error.
 typedef struct {
-    double logits, losses, gates, gradients, steps, norms;      // absolute, relative, absolute, relative, absolute, rel.
+    double logits, losses, gates, gradients, steps, norms; // absolute, relative, absolute, relative, absolute, rel.
     // Share of a layer's tokens that may go to other experts. Where some do, their logits and the gradients are others,
     // too, and only the losses are compared.
     double other_choices;
@@ -385,8 +385,8 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
         if (!safetensors_find(s, losses[i])) continue; // transformers defines no aux loss for Dots1
         float* expected = reference_floats(s, losses[i], NULL);
         double got = i == 0 ? sums.loss : i == 1 ? sums.aux : i == 2 ? sums.z : sums.lpr;
-        check(fabs(got - expected[0]) <= most.losses * (1 + fabs(expected[0])), "%s: %s %.7f, expected %.7f", name, losses[i],
-              got, expected[0]);
+        check(fabs(got - expected[0]) <= most.losses * (1 + fabs(expected[0])), "%s: %s %.7f, expected %.7f", name,
+              losses[i], got, expected[0]);
         free(expected);
     }
     int all_others = 0;
@@ -407,7 +407,8 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
         check(others <= most.other_choices * N, "%s: layer %d: chosen experts, %d of %d tokens differ", name, l, others,
               N);
         all_others += others;
-        check(worst_gate <= most.gates || all_others > 0, "%s: layer %d: gates, largest error %.1e", name, l, worst_gate);
+        check(worst_gate <= most.gates || all_others > 0, "%s: layer %d: gates, largest error %.1e", name, l,
+              worst_gate);
         free(experts);
         free(gates);
     }
@@ -436,8 +437,8 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
         }
         free(expected);
     }
-    check(worst <= most.gradients || all_others > 0, "%s: %d gradients, largest relative error %.1e (%s)", name, m->layout.count, worst,
-          worst_name);
+    check(worst <= most.gradients || all_others > 0, "%s: %d gradients, largest relative error %.1e (%s)", name,
+          m->layout.count, worst, worst_name);
 
     for (int l = 0; l < c->num_layers; l++) {
         char tensor[64];
@@ -5150,8 +5151,8 @@ static void test_up_receipt(void) {
 // train_moe.cu: the same references, and the same runs as on the CPU
 
 #ifdef TEST_GPU
-// bf16 has 8 bits: a product's operands are off by up to 2^-9, and what is kept between layers is rounded again. A token
-// whose experts score almost alike may get another one, and is another token from there on.
+// bf16 has 8 bits: a product's operands are off by up to 2^-9, and what is kept between layers is rounded again. A
+// token whose experts score almost alike may get another one, and is another token from there on.
 static const Tolerances of_bf16 = {0.2, 0.02, 0.02, 0.15, 0.3, 2, 0.1};
 
 static void on_backend(const Backend* backend, void (*run)(void)) {
@@ -5235,7 +5236,8 @@ static void test_gpu_tiles(void) {
             c.moe_intermediate_size = sizes[i].I;
             c.qk_norm = i == 1 ? QK_NORM_ROW : QK_NORM_HEAD;
             c.vocab_size = 301;
-            snprintf(name, sizeof name, "hidden %d, heads of %d, %s", c.hidden_size, c.head_dim, bf16_too ? "bf16" : "fp32");
+            snprintf(name, sizeof name, "hidden %d, heads of %d, %s", c.hidden_size, c.head_dim,
+                     bf16_too ? "bf16" : "fp32");
             default_backend = bf16_too ? &gpu_backend_bf16 : &gpu_backend_float;
             gpu_against_cpu(name, &c, 2, sizes[i].T, bf16_too ? 0.03 : 1e-5, bf16_too ? 0.1 : 1e-5);
             default_backend = &cpu_backend;
@@ -5305,7 +5307,8 @@ static void compare_runs(const char* name, const char* more) {
     char arguments[1024];
     for (int way = 0; way < 3; way++) {
         default_backend = way ? &gpu_backend_float : &cpu_backend;
-        snprintf(arguments, sizeof arguments, "--steps 20 --lr 0.003 --val-every 20 --precision %s %s", way == 2 ? "bf16" : "fp32", more);
+        snprintf(arguments, sizeof arguments, "--steps 20 --lr 0.003 --val-every 20 --precision %s %s",
+                 way == 2 ? "bf16" : "fp32", more);
         int code = gpu_run("a", arguments), rows = log_column("a", 2, losses[way], 20);
         default_backend = &cpu_backend;
         if (code || rows != 20) {
@@ -5313,7 +5316,8 @@ static void compare_runs(const char* name, const char* more) {
             return;
         }
     }
-    check(losses[0][19] < losses[0][0] - 0.3, "%s: the loss falls from %.3f to %.3f", name, losses[0][0], losses[0][19]);
+    check(losses[0][19] < losses[0][0] - 0.3, "%s: the loss falls from %.3f to %.3f", name, losses[0][0],
+          losses[0][19]);
     for (int way = 1; way < 3; way++) {
         double worst[2] = {0, 0};
         for (int i = 0; i < 20; i++) worst[i >= 10] = larger(worst[i >= 10], fabs(losses[way][i] - losses[0][i]));
@@ -5368,7 +5372,8 @@ static void test_gpu_families(void) {
             worst[k >= 6] = larger(worst[k >= 6], fabs(losses[0][k] - losses[1][k]));
         }
         check(ok && worst[0] <= 1e-4 && worst[1] <= 0.03,
-              "families, %s: after upcycling, the loss differs from the CPU's by %.1e in steps 1 to 6, by %.1e in 7 to 12",
+              "families, %s: after upcycling, the loss differs from the CPU's by %.1e in steps 1 to 6, by %.1e in 7 to "
+              "12",
               *routers[i] ? routers[i] : "softmax", worst[0], worst[1]);
     }
 }
@@ -5383,7 +5388,8 @@ static void test_gpu_resume(void) {
         snprintf(arguments, sizeof arguments, "--steps 6 --schedule constant --val-every 1 --accum 2 --precision %s",
                  precisions[i]);
         int ok = gpu_run("a", arguments) == 0 && gpu_run("b", arguments) == 0;
-        check(ok && same_checkpoint("a", "b") && same_logs("a", "b"), "%s: two runs write the same bytes", precisions[i]);
+        check(ok && same_checkpoint("a", "b") && same_logs("a", "b"), "%s: two runs write the same bytes",
+              precisions[i]);
         snprintf(arguments, sizeof arguments, "--steps 3 --schedule constant --val-every 1 --accum 2 --precision %s",
                  precisions[i]);
         ok = gpu_run("b", arguments) == 0;
@@ -5405,8 +5411,8 @@ static void test_gpu_resume(void) {
         show_failure(ok);
         ok &= log_column("a", 2, whole, 6) == 6 && log_column("b", 2, halves, 6) == 6;
         for (int k = 0; k < 6; k++) worst = larger(worst, fabs(whole[k] - halves[k]));
-        check(ok && worst <= 1e-4, "begun on the %s, resumed on the %s: the loss differs by %.1e", first ? "GPU" : "CPU",
-              first ? "CPU" : "GPU", worst);
+        check(ok && worst <= 1e-4, "begun on the %s, resumed on the %s: the loss differs by %.1e",
+              first ? "GPU" : "CPU", first ? "CPU" : "GPU", worst);
     }
 }
 
@@ -5456,8 +5462,8 @@ static void test_gpu_commands(void) {
         free(x);
         free(y);
     }
-    check(a && b && a->num_tensors == b->num_tensors && worst <= 1e-5, "--dump: %d tensors, largest relative error %.1e",
-          a ? a->num_tensors : 0, worst);
+    check(a && b && a->num_tensors == b->num_tensors && worst <= 1e-5,
+          "--dump: %d tensors, largest relative error %.1e", a ? a->num_tensors : 0, worst);
     safetensors_close(a);
     safetensors_close(b);
 }

@@ -16,11 +16,13 @@ Dense products are cuBLAS's, everything else is here:
      8  The model            memory, forward, backward, update
      9  The command line     train_moe.c's
 
-There are no atomic additions: every sum has one order, and the same command gives the same bytes. The host does not wait
-for the GPU within a step: how many tokens an expert got stays on the device.
+There are no atomic additions: every sum has one order, and the same command gives the same bytes (on the same card,
+with the same cuBLAS). The host does not wait for the GPU within a step: how many tokens an expert got stays on the
+device.
 
-Dimension letters are those of train_moe.c. A kernel takes pointers and sizes and nothing else; the function that starts
-it, whose name begins with gpu_, stands below it and says what it computes. Each can be copied out with sections 1 and 2.
+Dimension letters are those of train_moe.c. A kernel takes pointers and sizes and nothing else; the function that
+starts it, whose name begins with gpu_, stands below it and says what it computes. Each can be copied out with sections
+1 and 2.
 
 Figures of every kernel, and the same products and attention as a lesson in steps, are in dev/cuda.
 */
@@ -160,7 +162,7 @@ template <class P, class... Q> static inline int aligned_16(P p, Q... others) {
 
 // A kernel may use more than 48 KB of dynamic shared memory only after this call.
 template <class... A> static void allow_shared(void (*kernel)(A...), size_t bytes) {
-    if (bytes > 48 * 1024)
+    if (bytes > 40 * 1024)          // the kernel's own shared variables count, too
         CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
 
@@ -193,9 +195,10 @@ template <bool TRANSPOSED> __device__ static inline void ldmatrix_x4(unsigned r[
 }
 // d (16 x 8) += a (16 x 16) b (16 x 8), spread over a warp
 __device__ static inline void mma_m16n8k16_bf16(float d[4], const unsigned a[4], const unsigned b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #endif
 
@@ -238,15 +241,15 @@ template <int N, int A_ACROSS, int B_ACROSS>
 __device__ static inline void wgmma_bf16(float* d, uint64_t a, uint64_t b) {
     static_assert(N == 128 || N == 256, "");
     if constexpr (N == 128)
-        asm volatile("{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
                      TEN("") TEN("1") TEN("2") TEN("3") TEN("4") TEN("5") "%60,%61,%62,%63},"
-                     "%64, %65, add, 1, 1, %66, %67; }"
+                     "%64, %65, p, 1, 1, %66, %67; }"
                      : D32(0), D32(32)
                      : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));
     else
-        asm volatile("{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+        asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
                      TEN("") TEN("1") TEN("2") TEN("3") TEN("4") TEN("5") TEN("6") TEN("7") TEN("8") TEN("9") TEN("10")
-                     TEN("11") "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, add, 1, 1, %130, %131; }"
+                     TEN("11") "%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, p, 1, 1, %130, %131; }"
                      : D32(0), D32(32), D32(64), D32(96)
                      : "l"(a), "l"(b), "n"(A_ACROSS), "n"(B_ACROSS));
 }
@@ -388,17 +391,17 @@ static void gpu_matmul_fp32(float* out, const TA* a, long a_row, long a_col, con
 // The experts' products
 //
 // Rows are grouped by expert, unpadded: rows offsets[e] .. offsets[e+1]-1 of the R = N K belong to expert e, and row r
-// serves assignment n K + k = assignment[r] (NULL: n = r, as in a dense layer). Nobody on the host knows the offsets,
-// so a launch covers the most tiles that there can be, R / 128 + E, and the list `tiles` (max_tiles), {expert, first
-// row}, made on the device together with the offsets, tells each block what to do; expert -1 means nothing. The last
-// tile of an expert may stick out over its rows: zeros are loaded for what is missing and nothing is stored.
+// serves token token[r] (NULL: token r, as in a dense layer). Nobody on the host knows the offsets, so a launch covers
+// the most tiles that there can be, R / 128 + E, and the list `tiles` (max_tiles), {expert, first row}, made on the
+// device together with the offsets, tells each block what to do; expert -1 means nothing. The last tile of an expert
+// may stick out over its rows: zeros are loaded for what is missing and nothing is stored.
 //
 // There are three kinds of product, named by their formulas; left and right are always row-major matrices:
 //     X_WT   y (rows, OC)   = x (rows, C) W_e (OC, C)^T        k runs along the rows of both
 //     DY_W   dx (rows, C)   = dy (rows, OC) W_e (OC, C)        k runs along the rows of dy, and across those of W
 //     DYT_X  dW_e (OC, C)   = dy (rows, OC)^T x (rows, C)      k are the rows of expert e: across both
-// Rows of x and dy are gathered inside the loads: token assignment[r] / K is read where row r is wanted, so that no
-// gathered copy is ever written (SonicMoE, arXiv 2512.14080).
+// Rows of x and dy are gathered inside the loads: token[r] is read where row r is wanted, so that no gathered copy is
+// ever written (SonicMoE, arXiv 2512.14080).
 //
 // All kernels end alike. A block leaves its tile of fp32 sums in shared memory, and then every thread takes four
 // neighbouring columns of a row through an epilogue: the same code for all kinds of tiles, neighbouring threads at
@@ -408,16 +411,16 @@ enum { X_WT, DY_W, DYT_X };
 
 constexpr int GROUP_ROWS = 128; // rows in an entry of `tiles`
 
-// A row-major matrix (rows, width). Row r is stored row assignment[r] / K if there is an assignment.
+// A row-major matrix (rows, width). If there are tokens, its rows are those of tokens, and row r is that of token[r].
 template <class T> struct Operand {
     const T* data;
     int width;
-    const int* assignment;
-    int K, vector; // vector: rows start at multiples of 16 bytes
+    const int* token;
+    int vector; // rows start at multiples of 16 bytes
 };
 
-template <class T> static Operand<T> operand(const T* data, int width, const int* assignment, int K) {
-    return {data, width, assignment, K, (uintptr_t)data % 16 == 0 && width * sizeof(T) % 16 == 0};
+template <class T> static Operand<T> operand(const T* data, int width, const int* token) {
+    return {data, width, token, (uintptr_t)data % 16 == 0 && width * sizeof(T) % 16 == 0};
 }
 
 // What a block does: rows m0 .. m_end-1 and columns n0 .. of the result of expert e, over k .. k_end-1.
@@ -566,7 +569,7 @@ __device__ static inline void load_expert_tile(float* to, const Operand<float>& 
     #pragma unroll
     for (int n = threadIdx.x; n < 16 * 64; n += 256) {
         int l = ALONG_K ? n / 16 : n / 64, c = ALONG_K ? n % 16 : n % 64, r = line(l);
-        if (r >= 0 && from.assignment) r = from.assignment[r] / from.K;
+        if (r >= 0 && from.token) r = from.token[r];
         to[ALONG_K ? c * 68 + l : l * 68 + c] =
             r >= 0 && column + c < from.width ? from.data[(long)r * from.width + column + c] : 0.0f;
     }
@@ -644,9 +647,7 @@ template <int SIZE, bool ALONG_K> struct Tile {
     static __device__ void load(bf16* tile, const Operand<bf16>& from, const int row[COUNT], int column) {
         int line = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
         column += chunk * 8;
-        auto source = [&](int r) {
-            return from.data + (long)(!ALONG_K && from.assignment ? r / from.K : r) * from.width + column;
-        };
+        auto source = [&](int r) { return from.data + (long)r * from.width + column; };
         if (from.vector) {
             #pragma unroll
             for (int i = 0; i < COUNT; i++) {
@@ -705,7 +706,7 @@ experts_bf16_kernel(Operand<bf16> left, Operand<bf16> right, long weight_stride,
         if (PRODUCT != DYT_X) right.data += job.expert * weight_stride;
 
         // The rows that this thread's chunks come from. Along k they stay; across k they are fetched for the next
-        // stage when one has been loaded, so that reading `assignment` is not waited for. (And so divided by K later.)
+        // stage when one has been loaded, so that reading `token` is not waited for.
         int left_row[Left::COUNT], right_row[Right::COUNT];
         auto fetch_rows = [&](int k, bool first) {
             #pragma unroll
@@ -713,10 +714,10 @@ experts_bf16_kernel(Operand<bf16> left, Operand<bf16> right, long weight_stride,
                 int line = threadIdx.x / Left::CHUNKS + i * Left::STEP;
                 if (PRODUCT == DYT_X) {
                     int r = k + line;
-                    left_row[i] = r >= job.k_end ? -1 : left.assignment ? left.assignment[r] : r;
+                    left_row[i] = r >= job.k_end ? -1 : left.token ? left.token[r] : r;
                 } else if (first) {
                     int r = job.m0 + line;
-                    left_row[i] = r >= job.m_end ? -1 : left.assignment ? left.assignment[r] / left.K : r;
+                    left_row[i] = r >= job.m_end ? -1 : left.token ? left.token[r] : r;
                 }
             }
             #pragma unroll
@@ -724,7 +725,7 @@ experts_bf16_kernel(Operand<bf16> left, Operand<bf16> right, long weight_stride,
                 int line = threadIdx.x / Right::CHUNKS + i * Right::STEP;
                 if (PRODUCT != X_WT) {
                     int r = k + line;
-                    right_row[i] = r >= job.k_end ? -1 : right.assignment ? right.assignment[r] : r;
+                    right_row[i] = r >= job.k_end ? -1 : right.token ? right.token[r] : r;
                 } else if (first) {
                     int n = job.n0 + line % WIDTH;
                     right_row[i] = n >= columns ? -1 : line / WIDTH * columns + n;
@@ -832,15 +833,15 @@ static void launch_experts(Operand<bf16> left, Operand<bf16> right, const int* o
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The functions to call. T is float or bf16; offsets (E + 1), tiles (max_tiles) and assignment (R) as above.
+// The functions to call. T is float or bf16; offsets (E + 1), tiles (max_tiles) and token (R) as above.
 
 // gate_up (R, 2, I) = x W_e^T,  act (R, I) = silu(gate) up;  x (N, H) gathered by token, W (E, 2, I, H). gate_up may be
 // NULL where no backward pass follows. act is computed from unrounded sums.
 template <class T>
-static void gpu_experts_up(T* gate_up, T* act, const T* x, const int* assignment, int K, const T* W, const int* offsets,
+static void gpu_experts_up(T* gate_up, T* act, const T* x, const int* token, const T* W, const int* offsets,
                            const int2* tiles, int max_tiles, int H, int I) {
     int vector = by_fours(act, I) && by_fours(gate_up, I);
-    launch_experts<X_WT>(operand(x, H, assignment, K), operand<T>(W, H, NULL, 1), offsets, tiles, max_tiles, 1, I,
+    launch_experts<X_WT>(operand(x, H, token), operand<T>(W, H, NULL), offsets, tiles, max_tiles, 1, I,
                          SwigluEpilogue<T>{gate_up, act, I, vector});
 }
 
@@ -848,7 +849,7 @@ static void gpu_experts_up(T* gate_up, T* act, const T* x, const int* assignment
 template <class T>
 static void gpu_experts_down(T* y, const T* act, const T* W, const int* offsets, const int2* tiles, int max_tiles,
                              int I, int H) {
-    launch_experts<X_WT>(operand<T>(act, I, NULL, 1), operand<T>(W, I, NULL, 1), offsets, tiles, max_tiles, 1, H,
+    launch_experts<X_WT>(operand<T>(act, I, NULL), operand<T>(W, I, NULL), offsets, tiles, max_tiles, 1, H,
                          StoreEpilogue<T>{y, H, by_fours(y, H)});
 }
 
@@ -857,14 +858,14 @@ template <class T> static int gpu_dgate_parts(int I) { return ceil_div(I, Swiglu
 
 // The gradient of gate_r down(silu(g) u), back to g and u. dy (N, H), the gradient of the layer's output, is gathered
 // by token; dact = dy W_e is never stored, W (E, H, I). In place of gate_up (R, 2, I) comes its gradient; gated_act
-// (R, I) = gate silu(g) u; dgate_parts (R, gpu_dgate_parts<T>(I)) is to be added up by gpu_gate_gradients. gates (N, K)
-// at assignment[r]; NULL: all are 1, and then dgate_parts may be NULL.
+// (R, I) = gate silu(g) u; dgate_parts (R, gpu_dgate_parts<T>(I)) is to be added up by gpu_gate_gradients. Row r's
+// gate is gates[assignment[r]], gates (N, K); gates NULL: all are 1, and then dgate_parts may be NULL.
 template <class T>
-static void gpu_experts_down_backward(T* gate_up, T* gated_act, float* dgate_parts, const T* dy, const int* assignment,
-                                      int K, const float* gates, const T* W, const int* offsets, const int2* tiles,
-                                      int max_tiles, int I, int H) {
+static void gpu_experts_down_backward(T* gate_up, T* gated_act, float* dgate_parts, const T* dy, const int* token,
+                                      const float* gates, const int* assignment, const T* W, const int* offsets,
+                                      const int2* tiles, int max_tiles, int I, int H) {
     int vector = by_fours(gate_up, I) && by_fours(gated_act, I);
-    launch_experts<DY_W>(operand(dy, H, assignment, K), operand<T>(W, I, NULL, 1), offsets, tiles, max_tiles, 1, I,
+    launch_experts<DY_W>(operand(dy, H, token), operand<T>(W, I, NULL), offsets, tiles, max_tiles, 1, I,
                          SwigluBackwardEpilogue<T>{gate_up, gated_act, dgate_parts, gates, assignment, I, vector});
 }
 
@@ -885,17 +886,16 @@ static void gpu_gate_gradients(float* dgates, const float* parts, const int* ass
 template <class T>
 static void gpu_experts_input_backward(T* drows, const T* dgate_up, const T* W, const int* offsets, const int2* tiles,
                                        int max_tiles, int H, int I) {
-    launch_experts<DY_W>(operand<T>(dgate_up, 2 * I, NULL, 1), operand<T>(W, H, NULL, 1), offsets, tiles, max_tiles, 1,
+    launch_experts<DY_W>(operand<T>(dgate_up, 2 * I, NULL), operand<T>(W, H, NULL), offsets, tiles, max_tiles, 1,
                          H, StoreEpilogue<T>{drows, H, by_fours(drows, H)});
 }
 
 // dW_e (OC, C) (+)= sum over the rows r of expert e of dy_r^T x_r, in fp32; add = 0 overwrites (with zeros for experts
-// without rows). Each operand is (R, OC) or (R, C) by rows if its assignment is NULL, else (N, OC) or (N, C) by tokens.
+// without rows). Each operand is (R, OC) or (R, C) by rows if its token is NULL, else (N, OC) or (N, C) by tokens.
 template <class T>
-static void gpu_experts_weight_backward(float* dW, const T* dy, const int* dy_assignment, const T* x,
-                                        const int* x_assignment, int K, const int* offsets, int E, int OC, int C,
-                                        int add) {
-    launch_experts<DYT_X>(operand(dy, OC, dy_assignment, K), operand(x, C, x_assignment, K), offsets, NULL, 0, E, C,
+static void gpu_experts_weight_backward(float* dW, const T* dy, const int* dy_token, const T* x, const int* x_token,
+                                        const int* offsets, int E, int OC, int C, int add) {
+    launch_experts<DYT_X>(operand(dy, OC, dy_token), operand(x, C, x_token), offsets, NULL, 0, E, C,
                           WeightEpilogue{dW, OC, C, add, by_fours(dW, C)});
 }
 
@@ -976,7 +976,6 @@ template <int D>
 __device__ inline void attention_sums(float sum[ATT_ROWS][D / 32], const float w[ATT_ROWS], const float* tile) {
     #pragma unroll 4
     for (int j = 0; j < ATT_TILE; j++)
-        #pragma unroll
         #pragma unroll
         for (int r = 0; r < ATT_ROWS; r++) {
             float w_rj = __shfl_sync(0xffffffffu, w[r], j);
@@ -1500,16 +1499,11 @@ attention_backward_kv_mma_kernel(bf16* dk, bf16* dv, const bf16* dout, const flo
         }
 }
 
-// More than 48 KB of shared memory must be asked for.
-template <class Kernel> static void attention_shared(Kernel kernel, size_t bytes) {
-    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-}
-
 template <int D>
 static void attention_forward_launch(float* out, float* lse, const float* q, long ld_q, const float* k, long ld_k,
                                      const float* v, long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD) {
     size_t bytes = 3 * attention_tile_floats<D>() * sizeof(float);
-    attention_shared(attention_forward_kernel<D>, bytes);
+    allow_shared(attention_forward_kernel<D>, bytes);
     attention_forward_kernel<D><<<dim3(NH, ceil_div(Tq, ATT_TILE), B), ATT_THREADS, bytes>>>(
         out, lse, q, ld_q, k, ld_k, v, ld_v, Tq, Tk, NH, NKV, HD);
     CHECK(cudaGetLastError());
@@ -1521,8 +1515,8 @@ static void attention_backward_launch(float* dq, float* dk, float* dv, const flo
                                       int HD) {
     size_t bytes = 4 * attention_tile_floats<D>() * sizeof(float);
     int blocks = ceil_div(T, ATT_TILE);
-    attention_shared(attention_backward_kv_kernel<D>, bytes);
-    attention_shared(attention_backward_q_kernel<D>, bytes);
+    allow_shared(attention_backward_kv_kernel<D>, bytes);
+    allow_shared(attention_backward_q_kernel<D>, bytes);
     attention_backward_kv_kernel<D><<<dim3(NKV, blocks, B), ATT_THREADS, bytes>>>(
         dk, dv, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, ld_dv, T, NH, NKV, HD);
     CHECK(cudaGetLastError());
@@ -1537,7 +1531,7 @@ static void attention_forward_launch(bf16* out, float* lse, const bf16* q, long 
     constexpr int M = 2, N = D <= 96 ? 64 : 48;         // a warp's 32 x D sums and 32 x N scores must fit its registers
     auto kernel = attention_forward_mma_kernel<D, M, N>;
     size_t bytes = (ATT_BLOCK + 2 * N) * D * sizeof(bf16);
-    attention_shared(kernel, bytes);
+    allow_shared(kernel, bytes);
     kernel<<<dim3(NH, ceil_div(Tq, ATT_BLOCK), B), ATT_BLOCK / M * 2, bytes>>>(
         out, lse, q, ld_q, k, ld_k, v, ld_v, Tq, Tk, NH, NKV, HD);
     CHECK(cudaGetLastError());
@@ -1547,15 +1541,16 @@ static void attention_backward_launch(bf16* dq, bf16* dk, bf16* dv, const float*
                                       const float* lse, const bf16* q, long ld_q, const bf16* k, long ld_k,
                                       const bf16* v, long ld_v, long ld_dqk, long ld_dv, int B, int T, int NH, int NKV,
                                       int HD) {
-    // dk and dv of 32 keys each fill the registers of a warp if the head is larger than 64
-    constexpr int M = 2, M_KV = D <= 64 ? 2 : 1, N = 32;
+    // dk and dv of 32 keys each fill the registers of a warp if the head is larger than 64; in the other kernel, tiles
+    // of 32 keys leave too few to the products if it is larger than 96
+    constexpr int M = 2, M_KV = D <= 64 ? 2 : 1, N = 32, N_Q = D <= 96 ? 32 : 16;
     auto kv_kernel = attention_backward_kv_mma_kernel<D, M_KV, N>;
-    auto q_kernel = attention_backward_q_mma_kernel<D, M, N>;
-    size_t bytes = (2 * ATT_BLOCK + 4 * N) * D * sizeof(bf16), kv_bytes = bytes + 4 * N * sizeof(float);
-    size_t q_bytes = bytes + 2 * ATT_BLOCK * sizeof(float);
+    auto q_kernel = attention_backward_q_mma_kernel<D, M, N_Q>;
+    size_t kv_bytes = (2 * ATT_BLOCK + 4 * N) * D * sizeof(bf16) + 4 * N * sizeof(float);
+    size_t q_bytes = (2 * ATT_BLOCK + 4 * N_Q) * D * sizeof(bf16) + 2 * ATT_BLOCK * sizeof(float);
     int blocks = ceil_div(T, ATT_BLOCK);
-    attention_shared(kv_kernel, kv_bytes);
-    attention_shared(q_kernel, q_bytes);
+    allow_shared(kv_kernel, kv_bytes);
+    allow_shared(q_kernel, q_bytes);
     kv_kernel<<<dim3(NKV, blocks, B), ATT_BLOCK / M_KV * 2, kv_bytes>>>(
         dk, dv, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, ld_dv, T, NH, NKV, HD);
     CHECK(cudaGetLastError());
@@ -1570,10 +1565,7 @@ template <class Launch> static void attention_sized(int HD, Launch launch) {
     else if (HD <= 64) launch(std::integral_constant<int, 64>());
     else if (HD <= 96) launch(std::integral_constant<int, 96>());
     else if (HD <= gpu_attention_max_head_dim()) launch(std::integral_constant<int, gpu_attention_max_head_dim()>());
-    else {
-        fprintf(stderr, "attention: head size %d, the largest is %d\n", HD, gpu_attention_max_head_dim());
-        exit(1);
-    }
+    else die(1, "attention: head size %d, the largest is %d", HD, gpu_attention_max_head_dim());
 }
 
 // Attention of Tq queries, which are the last Tq of Tk positions, in B sequences (Tq < Tk when generating with a cache
@@ -1811,7 +1803,6 @@ static void gpu_add_parts(float* dweight, const float* parts, int P, long size, 
 // ---------------------------------------------------------------------------------------------------------------------
 // Norm of queries and keys, and rotary positions
 
-
 // A head is worked on by `lanes` neighbouring threads (a power of two, at most a warp), each with vectors of the
 // head's first half and their partners in the second. Sum over those threads; each gets it.
 __device__ static inline float head_sum(float x, int lanes) {
@@ -1896,12 +1887,12 @@ qk_norm_rope_kernel(T* __restrict__ rotated, float* __restrict__ q_rstd, float* 
     }
 }
 
-// Queries and keys, normalised (mode QK_NORM_HEAD: each head by itself, QK_NORM_ROW: all heads of a token as one vector) and
-// turned by their positions (Su et al. 2021): elements i of a head's two halves are a point in the plane,
+// Queries and keys, normalised (mode QK_NORM_HEAD: each head by itself, QK_NORM_ROW: all heads of a token as one vector)
+// and turned by their positions (Su et al. 2021): elements i of a head's two halves are a point in the plane,
 //     (a, b) -> (a cos - b sin, b cos + a sin)        with cos and sin of position * theta^(-2 i / HD)
 // rotated (N, (NH + NKV) HD): queries, keys; qkv (N, (NH + 2 NKV) HD): queries, keys, values; q_norm, k_norm (HD), for
-// QK_NORM_ROW (NH HD) and (NKV HD), for QK_NORM_NONE NULL. q_rstd, k_rstd for the backward pass: (N, NH) and (N, NKV), for
-// QK_NORM_ROW (N), for QK_NORM_NONE NULL. cosines, sines (positions, HD / 2); row n's position is start + n % length.
+// QK_NORM_ROW (NH HD) and (NKV HD), for QK_NORM_NONE NULL. q_rstd, k_rstd for the backward pass: (N, NH) and (N, NKV),
+// for QK_NORM_ROW (N), for QK_NORM_NONE NULL. cosines, sines (positions, HD / 2); row n's position is start + n % length.
 template <class T>
 static void gpu_qk_norm_rope(T* rotated, float* q_rstd, float* k_rstd, const T* qkv, const float* q_norm,
                              const float* k_norm, int mode, const float* cosines, const float* sines, int N, int length,
@@ -2100,7 +2091,7 @@ template <int W> __device__ static inline void add_exponentials(float* max, floa
 // was read last is still in the cache. Blocks are as large as can be, so that few rows are worked on at a time: two of
 // V = 50304 bf16 numbers are 200 KB, near what the L1 of an SM holds.
 template <class T>
-__global__ void __launch_bounds__(CLASSIFIER_THREADS, 2)
+__global__ void __launch_bounds__(CLASSIFIER_THREADS, sizeof(T) == 2 ? 2 : 1)
 classifier_kernel(float* __restrict__ losses, T* __restrict__ logits, const int* __restrict__ targets, int V,
                   float scale, int write_gradient) {
     const int W = 16 / sizeof(T);
@@ -2240,7 +2231,8 @@ static void gpu_embedding_backward(float* dtable, const T* dx, const int* unique
 // ---------------------------------------------------------------------------------------------------------------------
 // The update
 
-// Most partial sums of the gradient's norm. With 256 threads each, 8 blocks fill an SM: an H100 holds all of them at once.
+// Most partial sums of the gradient's norm. With 256 threads each, 8 blocks fill an SM: an H100 holds all of them at
+// once.
 enum { GRADIENT_NORM_PARTS = 1024 };
 
 // parts_p = sum of squares of the numbers that block p takes: vectors i, i + threads, ... are those of the i-th of all
@@ -2506,7 +2498,8 @@ __global__ static void group_count_kernel(int* chunk_counts, int* rank, const in
 
 // In place: chunk_counts (chunks, E) become sums over the chunks before; offsets[e + 1] = sum over all. 32 x 32 threads
 // to 32 experts: each sums a 32nd of the chunks of one expert.
-__global__ static void group_scan_chunks_kernel(int* offsets, int* chunk_counts, int chunks, int E) {
+__global__ static void __launch_bounds__(1024)
+    group_scan_chunks_kernel(int* offsets, int* chunk_counts, int chunks, int E) {
     __shared__ int sums[32][32];
     int x = threadIdx.x, y = threadIdx.y, e = blockIdx.x * 32 + x, per_thread = ceil_div(chunks, 32);
     int first = min(y * per_thread, chunks), end = min(first + per_thread, chunks), sum = 0, before = 0;
@@ -2540,7 +2533,8 @@ __device__ static int block_prefix(int x, int* shared) {
 // One block of 1024 threads. In place: offsets[e + 1], expert e's count, becomes the sum of the counts up to e. tiles
 // (max_tiles): for each expert in order {expert, first row} of every 128 of its rows, then {-1, 0}. rows >= 0 means a
 // dense layer: one expert with that count.
-__global__ static void group_tiles_kernel(int* offsets, int2* tiles, int max_tiles, int E, int rows) {
+__global__ static void __launch_bounds__(1024)
+    group_tiles_kernel(int* offsets, int2* tiles, int max_tiles, int E, int rows) {
     __shared__ int shared[32], ends[1024], tile_ends[1024];
     int done = 0, tiles_done = 0;               // rows and tiles of earlier rounds
     if (threadIdx.x == 0) offsets[0] = 0;
@@ -2564,13 +2558,14 @@ __global__ static void group_tiles_kernel(int* offsets, int2* tiles, int max_til
     for (int t = tiles_done + threadIdx.x; t < max_tiles; t += 1024) tiles[t] = make_int2(-1, 0);
 }
 
-__global__ static void group_place_kernel(int* assignment, int* row_of, const int* offsets, const int* chunk_counts,
-                                          const int* experts, long assignments, int E) {
+__global__ static void group_place_kernel(int* assignment, int* token, int* row_of, const int* offsets,
+                                          const int* chunk_counts, const int* experts, long assignments, int K, int E) {
     long a = (long)blockIdx.x * GROUP_CHUNK + threadIdx.x;
     if (a >= assignments) return;
     int e = experts[a], row = offsets[e] + chunk_counts[(long)blockIdx.x * E + e] + row_of[a];
     row_of[a] = row;
     assignment[row] = (int)a;
+    token[row] = (int)(a / K);
 }
 
 // group_by_expert of train_moe.c, and the list of tiles by which the grouped products are launched: sorts the N K
@@ -2578,15 +2573,17 @@ __global__ static void group_place_kernel(int* assignment, int* row_of, const in
 // offsets (E + 1): expert e's rows are offsets[e] .. offsets[e+1]-1
 // tiles (max_tiles), max_tiles >= N K / 128 + E: up to 128 rows of one expert each: {expert, first row}; then {-1, 0}
 // assignment (N K): row r serves assignment n K + k, the k-th expert of token n;  row_of (N, K): the inverse
+// token (N K): n, so that those who gather rows need not divide
 // chunk_counts: scratch (gpu_group_chunks(N, K), E);  experts (N, K)
-static void gpu_group_by_expert(int* offsets, int2* tiles, int max_tiles, int* assignment, int* row_of,
+static void gpu_group_by_expert(int* offsets, int2* tiles, int max_tiles, int* assignment, int* token, int* row_of,
                                 int* chunk_counts, const int* experts, int N, int K, int E) {
     int chunks = gpu_group_chunks(N, K);
     long assignments = (long)N * K;
     group_count_kernel<<<chunks, GROUP_CHUNK>>>(chunk_counts, row_of, experts, assignments, E);
     group_scan_chunks_kernel<<<ceil_div(E, 32), dim3(32, 32)>>>(offsets, chunk_counts, chunks, E);
     group_tiles_kernel<<<1, 1024>>>(offsets, tiles, max_tiles, E, -1);
-    group_place_kernel<<<chunks, GROUP_CHUNK>>>(assignment, row_of, offsets, chunk_counts, experts, assignments, E);
+    group_place_kernel<<<chunks, GROUP_CHUNK>>>(assignment, token, row_of, offsets, chunk_counts, experts, assignments,
+                                                K, E);
     CHECK(cudaGetLastError());
 }
 
@@ -2600,7 +2597,7 @@ static void gpu_dense_group(int* offsets, int2* tiles, int max_tiles, int N) {
 // Sums over tokens are made in two stages of fixed order: SLICES blocks sum a slice of the tokens each, then the
 // slices are added up (in doubles: there are few of them).
 
-enum { SLICES = 32, OBSERVE_SLICES = 128 };
+enum { SLICES = 32, OBSERVE_SLICES = 512 };
 // doubles of scratch for gpu_balance_forward and gpu_observe
 static long gpu_balance_parts(long E) { return SLICES * (E + 1) + OBSERVE_SLICES * 4; }
 
@@ -2619,7 +2616,8 @@ template <class F> __device__ static double slice_sum(F value, int N) {
 }
 
 // parts (SLICES, E + 1): the slices' sums of each column of probs (N, E), and of lse (N) squared
-__global__ static void balance_slices_kernel(double* parts, const float* probs, const float* lse, int N, int E) {
+__global__ static void __launch_bounds__(1024)
+    balance_slices_kernel(double* parts, const float* probs, const float* lse, int N, int E) {
     int e = blockIdx.x * 32 + threadIdx.x;
     double sum = slice_sum([=](long n) {
         return e < E ? (double)probs[n * E + e] : e == E ? (double)lse[n] * lse[n] : 0;
@@ -2627,9 +2625,9 @@ __global__ static void balance_slices_kernel(double* parts, const float* probs, 
     if (threadIdx.y == 0 && e <= E) parts[(long)blockIdx.y * (E + 1) + e] = sum;
 }
 
-__global__ static void balance_finish_kernel(double* losses, double* all_counts, double* all_probs, long long* load,
-                                             long long* step_load, const double* parts, const int* offsets,
-                                             int per_layer, int N, int K, int E) {
+__global__ static void __launch_bounds__(1024)
+    balance_finish_kernel(double* losses, double* all_counts, double* all_probs, long long* load, long long* step_load,
+                          const double* parts, const int* offsets, int per_layer, int N, int K, int E) {
     __shared__ double shared[32];
     double aux = 0;
     for (int e = threadIdx.x; e <= E; e += blockDim.x) {
@@ -2667,8 +2665,8 @@ static void gpu_balance_forward(double* losses, double* all_counts, double* all_
     CHECK(cudaGetLastError());
 }
 
-__global__ static void aux_hf_kernel(double* aux, const double* all_counts, const double* all_probs, int E,
-                                     double tokens_seen) {
+__global__ static void __launch_bounds__(1024)
+    aux_hf_kernel(double* aux, const double* all_counts, const double* all_probs, int E, double tokens_seen) {
     __shared__ double shared[32];
     double sum = 0;
     for (int e = threadIdx.x; e < E; e += blockDim.x)
@@ -2700,8 +2698,9 @@ static void gpu_balance_weights(double* f, const int* offsets, const double* all
 
 // parts (4, slices) = sums over the tokens of each slice, which has a block, of the entropy, the largest gate,
 // the distinct families chosen, and whether there were fewer of them than K
-__global__ static void observe_slices_kernel(double* parts, const float* probs, const float* gates, const int* experts,
-                                             const int* family, int N, int E, int K) {
+__global__ static void __launch_bounds__(256)
+    observe_slices_kernel(double* parts, const float* probs, const float* gates, const int* experts, const int* family,
+                          int N, int E, int K) {
     __shared__ double shared[32];
     int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     long rows = ceil_div(N, gridDim.x), first = blockIdx.x * rows, end = first + rows < N ? first + rows : N;
@@ -2752,8 +2751,8 @@ __global__ static void observe_finish_kernel(double* observed, const double* par
 // (N, K);  family (E): each expert's family, or NULL: every expert is a family of its own
 static void gpu_observe(double* observed, double* parts, const float* probs, const float* gates, const int* experts,
                         const int* family, int N, int E, int K) {
-    int slices = N < 32 * OBSERVE_SLICES ? ceil_div(N, 32) : OBSERVE_SLICES;        // a block's warps: 32 tokens
-    observe_slices_kernel<<<slices, 1024>>>(parts, probs, gates, experts, family, N, E, K);
+    int slices = N < 8 * OBSERVE_SLICES ? ceil_div(N, 8) : OBSERVE_SLICES;          // a block has 8 warps
+    observe_slices_kernel<<<slices, 256>>>(parts, probs, gates, experts, family, N, E, K);
     observe_finish_kernel<<<1, 4 * 32>>>(observed, parts, slices, N);
     CHECK(cudaGetLastError());
 }
@@ -2845,8 +2844,8 @@ __global__ static void penalise_families_kernel(float* z, float* shift, const fl
 // hash of (layer, position, family). family (E). Row n is at position start + n % T of its sequence.
 static void gpu_penalise_families(float* z, float* shift, const float* scores, const int* family, float penalty,
                                   int layer, int N, int T, int start, int E) {
-    penalise_families_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(z, shift, scores, family, penalty, layer, N,
-                                                                           T, start, E);
+    penalise_families_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(z, shift, scores, family, penalty, layer,
+                                                                              N, T, start, E);
     CHECK(cudaGetLastError());
 }
 
@@ -2902,8 +2901,8 @@ __global__ static void sigmoid_router_kernel(float* probs, float* lse, int* expe
 // z (N, E), bias (E), shift (N, E) by gpu_penalise_families or NULL
 static void gpu_sigmoid_router(float* probs, float* lse, int* experts, float* gates, const float* z, const float* bias,
                                const float* shift, int N, int E, int K, int norm_topk) {
-    sigmoid_router_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(probs, lse, experts, gates, z, bias, shift, N,
-                                                                        E, K, norm_topk);
+    sigmoid_router_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(probs, lse, experts, gates, z, bias, shift,
+                                                                           N, E, K, norm_topk);
     CHECK(cudaGetLastError());
 }
 
@@ -3060,8 +3059,8 @@ __global__ static void lpr_normalise_backward_kernel(float* dh, const TD* dinput
 
 // parts (SLICES, C): the slices' sums of the columns of x (N, C); with h (N, C): of x xhat, xhat = (h - mean) rstd
 template <class T, class TX>
-__global__ static void column_slices_kernel(double* parts, const TX* x, const T* h, const float* mean,
-                                            const float* rstd, int N, int C) {
+__global__ static void __launch_bounds__(1024)
+    column_slices_kernel(double* parts, const TX* x, const T* h, const float* mean, const float* rstd, int N, int C) {
     int c = blockIdx.x * 32 + threadIdx.x;
     double sum = slice_sum([=](long n) {
         if (c >= C) return 0.0;
@@ -3083,6 +3082,7 @@ static void gpu_column_sums(float* out, double* parts, const TX* x, const T* h, 
                             int N, int C, int add) {
     column_slices_kernel<<<dim3(ceil_div(C, 32), SLICES), dim3(32, 32)>>>(parts, x, h, mean, rstd, N, C);
     column_finish_kernel<<<ceil_div(C, 256), 256>>>(out, parts, C, add);
+    CHECK(cudaGetLastError());
 }
 
 // units (M, D) = x / |x| for M vectors x of D numbers, `step` floats apart. With a bias (C), the rows are first
@@ -3155,9 +3155,9 @@ __global__ static void lpr_noise_kernel(float* rho, float* latent, float* kl, co
 
 // loss += weight (diversity (Div(mu) + Div(prototypes)) + kl_weight mean(kl) + align mean |prototypes - targets|), one
 // block of 1024 threads. grams (2, D, D), kl (N), prototypes, targets (E, D)
-__global__ static void lpr_loss_kernel(double* loss, const float* grams, const float* kl, const float* prototypes,
-                                       const float* targets, double weight, double diversity, double kl_weight,
-                                       double align, int N, int E, int D) {
+__global__ static void __launch_bounds__(1024)
+    lpr_loss_kernel(double* loss, const float* grams, const float* kl, const float* prototypes, const float* targets,
+                    double weight, double diversity, double kl_weight, double align, int N, int E, int D) {
     __shared__ double shared[32];
     double sums[4] = {0, 0, 0, 0};
     for (long i = threadIdx.x; i < (long)D * D; i += 1024) {
@@ -3304,7 +3304,7 @@ static void gpu_lpr_backward(float* dh, const TD* dinput, const T* h, const floa
 template <class Real> struct GpuLayer {
     Real *x, *attn_in, *qkv, *rotated, *attn, *x_mid, *ffn_in, *gate_up;
     float *attn_rstd, *q_rstd, *k_rstd, *lse, *ffn_rstd;
-    int *offsets, *experts, *assignment, *row_of;
+    int *offsets, *experts, *assignment, *token, *row_of;
     int2* tiles;                    // see gpu_group_by_expert
     float *router_raw, *router_logits, *router_lse, *probs, *gates;
     Real* experts_in;               // (N, H)       what the experts read: ffn_in, or LPR's sum
@@ -3346,10 +3346,11 @@ template <class Real> struct GpuModel {
     size_t bytes, sums_bytes;
 };
 
-// split-K products of the router: room for 128 x 128 blocks of partial results
+// floats for partial results of products whose sum over k is split, see gpu_matmul_fp32
 #define PRODUCT_PARTS (1L << 21)
 // what NVIDIA recommends for Hopper; other cards need less
 #define CUBLAS_WORKSPACE (32L << 20)
+#define KERNELS_MEMORY (256L << 20) // left for kernels, which the driver loads when they are first used
 #define MOST_GRID 65535         // blocks in the second and third dimension of a grid
 
 template <class Real> static GpuModel<Real>* gpu_of(const Model* m) { return (GpuModel<Real>*)m->device; }
@@ -3376,7 +3377,7 @@ template <class Real> static void gpu_take_layer(Arena* a, GpuLayer<Real>* s, co
     s->x_mid = take_reals<Real>(a, N * H);
     s->ffn_in = take_reals<Real>(a, N * H);
     s->ffn_rstd = take_floats(a, N);
-    s->gate_up = take_reals<Real>(a, N * K * 2 * I);
+    if (m->purpose == FOR_TRAINING) s->gate_up = take_reals<Real>(a, N * K * 2 * I);
     s->offsets = take_ints(a, E + 1);
     s->tiles = (int2*)take(a, sizeof(int2) * (size_t)most_tiles(N * K, (int)E));
     s->experts_in = s->ffn_in;
@@ -3388,6 +3389,7 @@ template <class Real> static void gpu_take_layer(Arena* a, GpuLayer<Real>* s, co
     s->gates = take_floats(a, N * K);
     s->experts = take_ints(a, N * K);
     s->assignment = take_ints(a, N * K);
+    s->token = take_ints(a, N * K);
     s->row_of = take_ints(a, N * K);
     if (c->router == ROUTER_LPR) {
         long D = c->lpr_latent_dim;
@@ -3539,9 +3541,10 @@ template <class Real> static void gpu_allocate(Model* m) {
     if (m->memory == MAP_FAILED) die(1, "out of memory: %zu bytes wanted", m->bytes);
     host.base = (char*)m->memory;
     gpu_take_host<Real>(m, &host);
+    CHECK_CUBLAS(cublasCreate(&g->cublas));             // takes memory of its own
     size_t available = 0, in_all = 0;
     CHECK(cudaMemGetInfo(&available, &in_all));
-    if (g->bytes > available || cudaMalloc(&g->memory, g->bytes) != cudaSuccess)
+    if (g->bytes + KERNELS_MEMORY > available || cudaMalloc(&g->memory, g->bytes) != cudaSuccess)
         die(1, "out of GPU memory: this model and batch need %.1f MB, %.1f MB are free; try a smaller --batch or --seq",
             g->bytes / 1e6, available / 1e6);
     gpu.base = (char*)g->memory;
@@ -3560,7 +3563,6 @@ template <class Real> static void gpu_allocate(Model* m) {
         CHECK(cudaMemset(g->exp_avg_sq, 0, sizeof(float) * (size_t)m->layout.total));
     }
     gpu_clear_sums<Real>(m);
-    CHECK_CUBLAS(cublasCreate(&g->cublas));
     CHECK_CUBLAS(cublasSetWorkspace(g->cublas, g->cublas_workspace, CUBLAS_WORKSPACE));
     CHECK_CUBLAS(cublasSetMathMode(g->cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     // the rotary table, which model_allocate makes in the host's memory
@@ -3829,13 +3831,13 @@ template <class Real> static void gpu_ffn_layer_forward(Model* m, int l, Real* o
     LayerSizes d = layer_sizes(m, l);
     if (d.sparse) {
         gpu_router_forward<Real>(m, l);
-        gpu_group_by_expert(s->offsets, s->tiles, d.tiles, s->assignment, s->row_of, g->chunk_counts, s->experts, d.N,
-                            d.K, d.E);
+        gpu_group_by_expert(s->offsets, s->tiles, d.tiles, s->assignment, s->token, s->row_of, g->chunk_counts,
+                            s->experts, d.N, d.K, d.E);
         gpu_count_layer<Real>(m, l);
     } else {
         gpu_dense_group(s->offsets, s->tiles, d.tiles, d.N);
     }
-    gpu_experts_up(m->purpose == FOR_TRAINING ? s->gate_up : (Real*)NULL, g->act, s->experts_in, s->assignment, d.K,
+    gpu_experts_up(s->gate_up, g->act, s->experts_in, s->token,
                    in_products(g, w->gate_up), s->offsets, s->tiles, d.tiles, d.H, d.I);
     gpu_experts_down(g->rows, g->act, in_products(g, w->down), s->offsets, s->tiles, d.tiles, d.I, d.H);
     gpu_combine_rmsnorm(out, normed, rstd, s->x_mid, g->rows, d.sparse ? s->gates : NULL, s->row_of, d.K, norm, d.N,
@@ -3850,13 +3852,12 @@ template <class Real> static void gpu_ffn_layer_backward(Model* m, int l, float 
     LayerSizes d = layer_sizes(m, l);
     int add = !g->fresh, parts = gpu_norm_parts(d.N), R = d.N * d.K;
     Real* dgate_up = s->gate_up;        // its gradient takes its place
-    gpu_experts_down_backward(s->gate_up, g->act, g->dgate_parts, g->dx, s->assignment, d.K,
-                              d.sparse ? s->gates : NULL, in_products(g, w->down), s->offsets, s->tiles, d.tiles, d.I,
-                              d.H);
-    gpu_experts_weight_backward(dw->down, g->dx, s->assignment, g->act, (const int*)NULL, d.K, s->offsets, d.E, d.H,
-                                d.I, add);
-    gpu_experts_weight_backward(dw->gate_up, dgate_up, (const int*)NULL, s->experts_in, s->assignment, d.K, s->offsets,
-                                d.E, 2 * d.I, d.H, add);
+    gpu_experts_down_backward(s->gate_up, g->act, d.sparse ? g->dgate_parts : NULL, g->dx, s->token,
+                              d.sparse ? s->gates : NULL, s->assignment, in_products(g, w->down), s->offsets, s->tiles,
+                              d.tiles, d.I, d.H);
+    gpu_experts_weight_backward(dw->down, g->dx, s->token, g->act, (const int*)NULL, s->offsets, d.E, d.H, d.I, add);
+    gpu_experts_weight_backward(dw->gate_up, dgate_up, (const int*)NULL, s->experts_in, s->token, s->offsets, d.E,
+                                2 * d.I, d.H, add);
     gpu_experts_input_backward(g->rows, dgate_up, in_products(g, w->gate_up), s->offsets, s->tiles, d.tiles, d.H, d.I);
     const Real* rows = g->rows;
     const float* extra = NULL;
@@ -4051,8 +4052,9 @@ template <class Real> static void gpu_read_back(Model* m, int what) {
 static const Backend gpu_backend_float = {gpu_plan<float>,     gpu_allocate<float>, gpu_release<float>,
                                           gpu_forward<float>,  gpu_backward<float>, gpu_update<float>,
                                           gpu_send<float>,     gpu_read_back<float>};
-static const Backend gpu_backend_bf16 = {gpu_plan<bf16>,     gpu_allocate<bf16>, gpu_release<bf16>, gpu_forward<bf16>,
-                                         gpu_backward<bf16>, gpu_update<bf16>,   gpu_send<bf16>,    gpu_read_back<bf16>};
+static const Backend gpu_backend_bf16 = {gpu_plan<bf16>,    gpu_allocate<bf16>, gpu_release<bf16>,
+                                         gpu_forward<bf16>, gpu_backward<bf16>, gpu_update<bf16>,
+                                         gpu_send<bf16>,    gpu_read_back<bf16>};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 9. The command line

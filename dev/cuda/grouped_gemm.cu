@@ -7,7 +7,7 @@ steps. Every step computes the same thing:
     x           (N, C)      bf16  a vector for each token
     W           (E, OC, C)  bf16  a matrix for each expert
     y           (R, OC)     bf16  the results, R = N K
-    assignment  (R)         int   row r serves token n = assignment[r] / K
+    token       (R)         int   row r serves token token[r]
     offsets     (E + 1)     int   the rows of expert e are offsets[e] .. offsets[e+1]-1
     tiles       (max_tiles) int2  {expert, first row} of up to 128 rows that are computed together, then {-1, -1}
 
@@ -43,13 +43,13 @@ In the project's directory, on Hopper with -arch=sm_90a (dev/cuda/lessons.sh che
 //     for 2 operations, half an operation per byte.
 //   - The 32 threads of a warp have neighbouring columns of y, which are rows of W. In one instruction they read 32
 //     numbers that lie 2 C bytes apart, from 32 lines of the cache instead of one.
-__global__ void step1_kernel(bf16* y, const bf16* x, const int* assignment, int K, const bf16* W, const int* offsets,
+__global__ void step1_kernel(bf16* y, const bf16* x, const int* token, const bf16* W, const int* offsets,
                              const int2* tiles, int C, int OC) {
     int2 tile = tiles[blockIdx.x / 16];             // 16 blocks of 8 rows for each tile
     if (tile.x < 0) return;                         // nothing is left for this block
     int row = tile.y + blockIdx.x % 16 * 8 + threadIdx.y, column = blockIdx.y * 32 + threadIdx.x;
     if (row >= offsets[tile.x + 1] || column >= OC) return;
-    const bf16 *x_n = x + (long)(assignment[row] / K) * C, *w = W + ((long)tile.x * OC + column) * C;
+    const bf16 *x_n = x + (long)token[row] * C, *w = W + ((long)tile.x * OC + column) * C;
     float sum = 0;
     for (int c = 0; c < C; c++) sum += to_float(x_n[c]) * to_float(w[c]);
     store(y + (long)row * OC + column, sum);
@@ -73,7 +73,7 @@ __global__ void step1_kernel(bf16* y, const bf16* x, const int* assignment, int 
 // bank wait for each other. Here they store 16 values of c for two lines: in rows of 64 floats, a multiple of 32, all
 // 16 would go to one bank; in rows of 68 they go to 8 banks, and four floats still begin at a multiple of 16 bytes.
 __global__ void __launch_bounds__(256)
-step2_kernel(bf16* y, const bf16* x, const int* assignment, int K, const bf16* W, const int* offsets, const int2* tiles,
+step2_kernel(bf16* y, const bf16* x, const int* token, const bf16* W, const int* offsets, const int2* tiles,
              int C, int OC) {
     __shared__ __align__(16) float x_tile[16][68], w_tile[16][68];
     int2 tile = tiles[blockIdx.x / 2];              // 2 blocks of 64 rows for each tile
@@ -85,7 +85,7 @@ step2_kernel(bf16* y, const bf16* x, const int* assignment, int K, const bf16* W
     for (int c0 = 0; c0 < C; c0 += 16) {
         for (int i = threadIdx.x; i < 64 * 16; i += 256) {
             int line = i / 16, c = c0 + i % 16, row = row0 + line, column = column0 + line;
-            x_tile[i % 16][line] = row < row_end && c < C ? to_float(x[(long)(assignment[row] / K) * C + c]) : 0.0f;
+            x_tile[i % 16][line] = row < row_end && c < C ? to_float(x[(long)token[row] * C + c]) : 0.0f;
             w_tile[i % 16][line] = column < OC && c < C ? to_float(w[(long)column * C + c]) : 0.0f;
         }
         __syncthreads();
@@ -135,7 +135,7 @@ __device__ static void store_sums(bf16* y, const float sum[4][4][4], int row, in
 }
 
 __global__ void __launch_bounds__(256, 2)
-step3_kernel(bf16* y, const bf16* x, const int* assignment, int K, const bf16* W, const int* offsets, const int2* tiles,
+step3_kernel(bf16* y, const bf16* x, const int* token, const bf16* W, const int* offsets, const int2* tiles,
              int C, int OC) {
     __shared__ __align__(16) bf16 x_tile[128][64 + 8], w_tile[128][64 + 8];
     int2 tile = tiles[blockIdx.x];
@@ -149,7 +149,7 @@ step3_kernel(bf16* y, const bf16* x, const int* assignment, int K, const bf16* W
             int line = i / 8, piece = i % 8 * 8, c = c0 + piece, row = row0 + line, column = column0 + line;
             uint4 zero = make_uint4(0, 0, 0, 0);
             *(uint4*)&x_tile[line][piece] =
-                row < row_end && c < C ? *(const uint4*)(x + (long)(assignment[row] / K) * C + c) : zero;
+                row < row_end && c < C ? *(const uint4*)(x + (long)token[row] * C + c) : zero;
             *(uint4*)&w_tile[line][piece] = column < OC && c < C ? *(const uint4*)(w + (long)column * C + c) : zero;
         }
         __syncthreads();
@@ -178,7 +178,7 @@ step3_kernel(bf16* y, const bf16* x, const int* assignment, int K, const bf16* W
 // One barrier a stage is enough now. Behind it, this stage's copies have arrived for all threads (each has waited for
 // its own), and all are done with the stage before, whose place the next copies take.
 //
-// Where a thread's pieces come from does not change with c: assignment[row] / K is read and divided once, not once for
+// Where a thread's pieces come from does not change with c: token[row] is read once, not once for
 // each stage.
 //
 // Two stages with rows of 72 numbers would be 74 KB, of 64 numbers 64 KB. Instead of a gap, the eight pieces of a row
@@ -189,7 +189,7 @@ __device__ static bf16* piece_at(bf16* tile, int line, int piece) { return tile 
 constexpr int STEP4_STAGE = 2 * 128 * 64;           // numbers in a stage: a tile (128, 64) of x, and one of W
 
 __global__ void __launch_bounds__(256, 2)
-step4_kernel(bf16* y, const bf16* x, const int* assignment, int K, const bf16* W, const int* offsets, const int2* tiles,
+step4_kernel(bf16* y, const bf16* x, const int* token, const bf16* W, const int* offsets, const int2* tiles,
              int C, int OC) {
     extern __shared__ __align__(128) bf16 stages[];
     int2 tile = tiles[blockIdx.x];
@@ -201,7 +201,7 @@ step4_kernel(bf16* y, const bf16* x, const int* assignment, int K, const bf16* W
     const bf16 *x_row[4], *w_row[4];
     for (int i = 0; i < 4; i++) {
         int line = threadIdx.x / 8 + i * 32, row = row0 + line, column = column0 + line;
-        x_row[i] = row < row_end ? x + (long)(assignment[row] / K) * C : NULL;
+        x_row[i] = row < row_end ? x + (long)token[row] * C : NULL;
         w_row[i] = column < OC ? W + ((long)tile.x * OC + column) * C : NULL;
     }
     auto load = [&](int c0) {
@@ -256,10 +256,10 @@ step4_kernel(bf16* y, const bf16* x, const int* assignment, int K, const bf16* W
 
 struct Problem {
     int N, K, E, C, OC, R, max_tiles;
-    std::vector<int> assignment, expert;            // both (R): of each row
+    std::vector<int> token, expert;                 // both (R): of each row
     std::vector<bf16> x, W, y;                      // y has GROUP_ROWS rows more, which nobody should touch
     bf16 *gpu_x, *gpu_W, *gpu_y;
-    int *gpu_offsets, *gpu_assignment;
+    int *gpu_offsets, *gpu_token;
     int2* gpu_tiles;
 };
 
@@ -290,25 +290,25 @@ static Problem make_problem(int N, int K, int E, int C, int OC) {
     for (int n = 0; n < N; n++) {
         float u = random_number(&state) + 0.5f;
         int first = (int)(u * u * E);
-        for (int k = 0; k < K; k++) rows[(first + k) % E].push_back(n * K + k);
+        for (int k = 0; k < K; k++) rows[(first + k) % E].push_back(n);
     }
     std::vector<int> offsets;
     std::vector<int2> tiles;
     for (int e = 0; e < E; e++) {
-        int first = (int)p.assignment.size(), count = (int)rows[e].size();
+        int first = (int)p.token.size(), count = (int)rows[e].size();
         offsets.push_back(first);
         for (int r = 0; r < count; r += GROUP_ROWS) tiles.push_back(make_int2(e, first + r));
-        for (int a : rows[e]) p.assignment.push_back(a), p.expert.push_back(e);
+        for (int n : rows[e]) p.token.push_back(n), p.expert.push_back(e);
     }
     offsets.push_back(p.R);
     tiles.resize(p.max_tiles, make_int2(-1, -1));
     p.gpu_x = to_gpu(p.x), p.gpu_W = to_gpu(p.W), p.gpu_y = to_gpu(p.y);
-    p.gpu_offsets = to_gpu(offsets), p.gpu_assignment = to_gpu(p.assignment), p.gpu_tiles = to_gpu(tiles);
+    p.gpu_offsets = to_gpu(offsets), p.gpu_token = to_gpu(p.token), p.gpu_tiles = to_gpu(tiles);
     return p;
 }
 
 static void free_problem(Problem* p) {
-    void* arrays[] = {p->gpu_x, p->gpu_W, p->gpu_y, p->gpu_offsets, p->gpu_assignment, p->gpu_tiles};
+    void* arrays[] = {p->gpu_x, p->gpu_W, p->gpu_y, p->gpu_offsets, p->gpu_token, p->gpu_tiles};
     for (void* array : arrays) CHECK(cudaFree(array));
 }
 
@@ -323,7 +323,7 @@ static const char* step_name(int step) {
 static void run_step(int step, const Problem& p) {
     auto launch = [&](auto kernel, dim3 grid, dim3 block, size_t shared) {
         allow_shared(kernel, shared);
-        kernel<<<grid, block, shared>>>(p.gpu_y, p.gpu_x, p.gpu_assignment, p.K, p.gpu_W, p.gpu_offsets, p.gpu_tiles,
+        kernel<<<grid, block, shared>>>(p.gpu_y, p.gpu_x, p.gpu_token, p.gpu_W, p.gpu_offsets, p.gpu_tiles,
                                         p.C, p.OC);
         CHECK(cudaGetLastError());
     };
@@ -333,7 +333,7 @@ static void run_step(int step, const Problem& p) {
     if (step == 4)
         launch(step4_kernel, dim3(p.max_tiles, ceil_div(p.OC, 128)), 256, 2 * STEP4_STAGE * sizeof(bf16));
     if (step == 5)
-        launch_experts<X_WT>(operand<bf16>(p.gpu_x, p.C, p.gpu_assignment, p.K), operand<bf16>(p.gpu_W, p.C, NULL, 1),
+        launch_experts<X_WT>(operand<bf16>(p.gpu_x, p.C, p.gpu_token), operand<bf16>(p.gpu_W, p.C, NULL),
                              p.gpu_offsets, p.gpu_tiles, p.max_tiles, 1, p.OC,
                              StoreEpilogue<bf16>{p.gpu_y, p.OC, by_fours(p.gpu_y, p.OC)});
 }
@@ -351,7 +351,7 @@ static double error_of(int step, Problem& p, size_t samples) {
     size_t real = (size_t)p.R * p.OC, count = samples ? samples : real;
     for (size_t s = 0; s < count; s++) {
         size_t i = samples ? s * 2654435761u % real : s, r = i / p.OC, o = i % p.OC;
-        const bf16 *x = &p.x[(size_t)(p.assignment[r] / p.K) * p.C], *w = &p.W[((size_t)p.expert[r] * p.OC + o) * p.C];
+        const bf16 *x = &p.x[(size_t)p.token[r] * p.C], *w = &p.W[((size_t)p.expert[r] * p.OC + o) * p.C];
         double sum = 0, size = 0;
         for (int c = 0; c < p.C; c++) {
             double product = (double)__bfloat162float(x[c]) * __bfloat162float(w[c]);

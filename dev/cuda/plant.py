@@ -208,7 +208,8 @@ class Workplace:
         """Runs a stage; returns None if it is green, else what it says."""
         _, group, settings = stage
         # one thread, and what is idle leaves the processor to the compiler
-        environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", TMPDIR=str(self.folder), **settings)
+        environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", TMPDIR=str(self.folder),
+                           ASAN_OPTIONS="color=never", **settings)
         terminal, output = os.openpty()         # to a terminal lines are written at once, and the first telling one ends it
         process = subprocess.Popen([program, group], cwd=self.folder, stdout=output, stderr=output, env=environment)
         os.close(output)
