@@ -1887,12 +1887,12 @@ qk_norm_rope_kernel(T* __restrict__ rotated, float* __restrict__ q_rstd, float* 
     }
 }
 
-// Queries and keys, normalised (mode QK_NORM_HEAD: each head by itself, QK_NORM_ROW: all heads of a token as one vector)
-// and turned by their positions (Su et al. 2021): elements i of a head's two halves are a point in the plane,
+// Queries and keys, normalised (mode QK_NORM_HEAD: each head by itself, QK_NORM_ROW: all heads of a token as one
+// vector) and turned by their positions (Su et al. 2021): elements i of a head's two halves are a point in the plane,
 //     (a, b) -> (a cos - b sin, b cos + a sin)        with cos and sin of position * theta^(-2 i / HD)
 // rotated (N, (NH + NKV) HD): queries, keys; qkv (N, (NH + 2 NKV) HD): queries, keys, values; q_norm, k_norm (HD), for
 // QK_NORM_ROW (NH HD) and (NKV HD), for QK_NORM_NONE NULL. q_rstd, k_rstd for the backward pass: (N, NH) and (N, NKV),
-// for QK_NORM_ROW (N), for QK_NORM_NONE NULL. cosines, sines (positions, HD / 2); row n's position is start + n % length.
+// for QK_NORM_ROW (N), for QK_NORM_NONE NULL. cosines, sines (positions, HD / 2); row n is at start + n % length.
 template <class T>
 static void gpu_qk_norm_rope(T* rotated, float* q_rstd, float* k_rstd, const T* qkv, const float* q_norm,
                              const float* k_norm, int mode, const float* cosines, const float* sines, int N, int length,

@@ -107,7 +107,7 @@ class Step:
         self.launch("matmul_fp32_kernel", what, read, write + 4 * M * N * (splits if splits > 1 else 0), flops,
                     2 * tiles * tm * tn * ceil(K, 16) * 16, kind="fp32")
         if splits > 1:
-            self.launch("add_parts_kernel", what + ", its parts", 4 * M * N * splits, 4 * M * N)
+            self.launch("add_product_parts_kernel", what + ", its parts", 4 * M * N * splits, 4 * M * N)
 
     def add_parts(self, what, size):
         P = norm_parts(self.c["N"])
@@ -159,7 +159,7 @@ def group_by_expert(s, c):
     s.launch("group_scan_chunks_kernel", "experts before each 256", 2 * 4 * chunks * E, 4 * chunks * E,
              seconds=wait * (4 + 2 * ceil(chunks, 32) / 4))         # the compiler has 4 loads under way (est)
     s.launch("group_tiles_kernel", "first rows, tiles", 4 * E, 8 * (R / 128 + E), seconds=8 * wait)
-    s.launch("group_place_kernel", "a row for each", 8 * R, 8 * R)
+    s.launch("group_place_kernel", "a row for each", 8 * R, 12 * R)
 
 
 def count_layer(s, c):
@@ -167,7 +167,7 @@ def count_layer(s, c):
     s.launch("balance_slices_kernel", "sums of probabilities", 4 * N * (E + 1), 0, seconds=wait * (4 + N / 32 / 32 / 4))
     s.launch("balance_finish_kernel", "balance losses", 8 * 32 * (E + 1), 0, seconds=16 * wait)
     s.launch("observe_slices_kernel", "entropy, top gate", 4 * N * (E + 2 * K), 0,
-             seconds=wait * (4 + 2 * N / 32 / 32))          # 32 blocks of 32 warps, each with its tokens in turn
+             seconds=wait * (4 + 2 * ceil(N, 8 * 512)))     # 512 blocks of 8 warps, each with its tokens in turn
     s.launch("observe_finish_kernel", "their sums", 8 * 128, 0, seconds=8 * wait)
 
 
@@ -308,7 +308,7 @@ def memory(c):
     N, H, R, I, E = c["N"], c["H"], c["R"], c["I"], c["E"]
     A, P = c["NH"] * c["HD"], norm_parts(N)
     layer = (2 * N * (4 * H + c["QKV"] + c["QK"] + A) + 2 * R * 2 * I + 4 * N * (2 + 2 * c["NH"] + c["NKV"])
-             + 4 * N * (2 * E + 1) + 16 * R)
+             + 4 * N * (2 * E + 1) + 20 * R)
     whole = 2 * N * (2 * H + c["V"]) + 2 * R * (I + H) + 2 * N * H + (8 << 20) + (32 << 20)
     gradients = 2 * N * (2 * H + A + c["QKV"] + c["QK"]) + 4 * R * ceil(I, 128) + 4 * N * (E + H + c["NH"]) + 8 * P * H
     return 18 * c["total"] + c["L"] * layer + whole + gradients
@@ -359,7 +359,7 @@ def launched_with(name, arguments):
         return 256 // M, tiles * D * 2 + extra
     shared = {"combine_rmsnorm_kernel": 2 * c["H"], "combine_rmsnorm_backward_kernel": 8 * c["H"],
               "qk_norm_rope_backward_kernel": 4 * c["QK"]}.get(name, 0)
-    return 1024 if name == "classifier_kernel" or "slices" in name else 256, shared
+    return 1024 if name in ("classifier_kernel", "balance_slices_kernel", "column_slices_kernel") else 256, shared
 
 
 def compiler_log(arch, nvcc, cublas):

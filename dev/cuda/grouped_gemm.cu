@@ -178,8 +178,7 @@ step3_kernel(bf16* y, const bf16* x, const int* token, const bf16* W, const int*
 // One barrier a stage is enough now. Behind it, this stage's copies have arrived for all threads (each has waited for
 // its own), and all are done with the stage before, whose place the next copies take.
 //
-// Where a thread's pieces come from does not change with c: token[row] is read once, not once for
-// each stage.
+// Where a thread's pieces come from does not change with c: token[row] is read once, not once for each stage.
 //
 // Two stages with rows of 72 numbers would be 74 KB, of 64 numbers 64 KB. Instead of a gap, the eight pieces of a row
 // trade places: piece p of row r is stored at place p ^ (r % 8) ("swizzle"). Eight rows below each other then have

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Plants bugs in train_moe.cu, one at a time, and checks that the tests notice. Needs no GPU. From the project's folder:
+"""Plants bugs in train_moe.cu, one at a time, and checks that the tests notice. Needs no GPU. From the project's
+folder:
 
     python3 dev/cuda/plant.py [WORD] [--quick N]      only the bugs whose text contains WORD; of those only the first N
 
 Needs g++ (CXX), the CUDA headers in $CUDA_HOME/include (default /usr/local/cuda), those of cuBLAS there or in
-$CUBLAS/include, and `make build/embedded.h`. Each bug replaces a piece of text, which must stand in train_moe.cu exactly
-once. It is hunted on the stand-in (dev/cuda/standin) by STAGES until one turns red: groups of tests in test_moe.c, some of
-them under the stand-in's own checks. Prints a line a bug, with what caught it, and ends with
+$CUBLAS/include, and `make build/embedded.h`. Each bug replaces a piece of text, which must stand in train_moe.cu
+exactly once. It is hunted on the stand-in (dev/cuda/standin) by STAGES until one turns red: groups of tests in
+test_moe.c, some of them under the stand-in's own checks. Prints a line a bug, with what caught it, and ends with
 `N passed, N failed`; passed means caught. The unplanted file must pass all stages first. While one bug is hunted, the
-next is compiled: two cores are of use, and --quick 3 is enough for a look.
+next is compiled, so two cores are of use. The first three bugs are for a quick look.
 
 The stand-in cannot see missing fences (fence_async_proxy, wgmma_fence), so none is planted here.
 """
@@ -43,13 +44,16 @@ TELLING = re.compile(r"standin: |FAILED|.*ERROR: AddressSanitizer|.*runtime erro
 # (what stands in train_moe.cu, what takes its place, what that is); "out of bounds" calls for the sanitizer
 BUGS = [
     # a quick look: a race, a copy that is not waited for, a write outside
-    ("        fma_tile<TM, TN>(sum, a_tile, b_tile);\n        __syncthreads();", "        fma_tile<TM, TN>(sum, a_tile, b_tile);",
+    ("        fma_tile<TM, TN>(sum, a_tile, b_tile);\n        __syncthreads();",
+     "        fma_tile<TM, TN>(sum, a_tile, b_tile);",
      "barrier: the router's product loads a tile that others still read"),
     ("cp_async_wait<AHEAD - 1>();", "cp_async_wait<AHEAD>();", "wait: experts' products wait for one group too few"),
-    ("if (m < M && n < N) out[", "if (m < M) out[", "out of bounds: the router's product writes columns that are not there"),
+    ("if (m < M && n < N) out[", "if (m < M) out[",
+     "out of bounds: the router's product writes columns that are not there"),
     # barriers
     ("    __syncthreads();\n    float sum = 0;\n    for (int w = 0; w < warps; w++)",
-     "    float sum = 0;\n    for (int w = 0; w < warps; w++)", "barrier: block_sum reads before all have written"),
+     "    float sum = 0;\n    for (int w = 0; w < warps; w++)",
+     "barrier: block_sum reads before all have written"),
     ("    float sum = 0;\n    for (int w = 0; w < warps; w++) sum += shared[w];\n    __syncthreads();",
      "    float sum = 0;\n    for (int w = 0; w < warps; w++) sum += shared[w];",
      "barrier: two block_sums in succession, the second writes what the first still reads"),
@@ -57,19 +61,22 @@ BUGS = [
      "barrier: fp32 experts multiply tiles that are being loaded"),
     ("        __syncthreads();        // all products are done", "        // all products are done",
      "barrier: sums overwrite stages that others still multiply"),
-    ("        __syncthreads();\n        finish_tile<128", "        finish_tile<128", "barrier: epilogue before all sums are there"),
+    ("        __syncthreads();\n        finish_tile<128", "        finish_tile<128",
+     "barrier: epilogue before all sums are there"),
     ("        __syncthreads();    // the last tile has been used by everyone", "",
      "barrier: fp32 attention loads keys over those in use"),
-    ("        __syncthreads();            // the values have arrived, and", "            // the values have arrived, and",
+    ("        __syncthreads();            // the values have arrived, and",
+     "            // the values have arrived, and",
      "barrier: bf16 attention loads keys over those in use"),
-    ("        __syncthreads();            // this tile has arrived, and everyone is done with the one before\n        bool more",
-     "        bool more", "barrier: bf16 attention's dk and dv"),
+    ("        __syncthreads();            // this tile has arrived, and everyone is done with the one before\n"
+     "        bool more",
+     "        bool more",
+     "barrier: bf16 attention's dk and dv"),
     ("maxima[threadIdx.x / 32] = row_max;\n    __syncthreads();", "maxima[threadIdx.x / 32] = row_max;",
      "barrier: the classifier's maximum"),
-    ("        tile_ends[threadIdx.x] = tile_end;\n        __syncthreads();", "        tile_ends[threadIdx.x] = tile_end;",
+    ("        tile_ends[threadIdx.x] = tile_end;\n        __syncthreads();",
+     "        tile_ends[threadIdx.x] = tile_end;",
      "barrier: the list of tiles"),
-    ("    if (mode == QK_NORM_NONE) return;\n    __syncthreads();", "    if (mode == QK_NORM_NONE) return;",
-     "barrier: heads' gradients of the norm are added before they are complete"),
     # warps
     ("    __syncwarp();\n    for (int k = lane; k < K && norm_topk; k += 32) gates[k] /= gate_sum;\n}",
      "    for (int k = lane; k < K && norm_topk; k += 32) gates[k] /= gate_sum;\n}",
@@ -81,74 +88,83 @@ BUGS = [
      "    for (int e = lane; e < E; e += 32) {\n        float s = sigmoid(z[e]);",
      "syncwarp: the sigmoid router's gradient"),
     ("h - group < heads; h += groups) {       // all threads go round equally often: head_sum\n        int is_q",
-     "h < heads; h += groups) {\n        int is_q", "shuffle: lanes beyond the last head do not take part"),
+     "h < heads; h += groups) {\n        int is_q",
+     "shuffle: lanes beyond the last head do not take part"),
     # indices
     ("sum[i][j] = fmaf(left[i], right[j], sum[i][j]);", "sum[i][j] = fmaf(left[j], right[i], sum[i][j]);",
      "index: rows and columns swapped in a product"),
-    ("int k = k0 + (ALONG_K ? 0 : low) + (left ? high : middle) * 8;", "int k = k0 + (ALONG_K ? 0 : low) + (left ? middle : high) * 8;",
+    ("int k = k0 + (ALONG_K ? 0 : low) + (left ? high : middle) * 8;",
+     "int k = k0 + (ALONG_K ? 0 : low) + (left ? middle : high) * 8;",
      "index: quarters of a fragment swapped for mma.sync"),
     ("((chunk ^ line) & 7) * 8;", "((chunk ^ line >> 1) & 7) * 8;", "index: a swizzle that is not wgmma's"),
-    ("if (j0 + lane > past + first + row + r) p[r] = -INFINITY;", "if (j0 + lane > past + first + row + r + 1) p[r] = -INFINITY;",
+    ("if (j0 + lane > past + first + row + r) p[r] = -INFINITY;",
+     "if (j0 + lane > past + first + row + r + 1) p[r] = -INFINITY;",
      "index: fp32 attention sees the next token"),
-    ("job->n0 = b / height * tile_columns;", "job->n0 = b % height * tile_columns;", "index: a block takes the wrong columns"),
     # asynchronous copies and products
-    ("        cp_async_wait<0>();\n        __syncthreads();            // the values", "        __syncthreads();            // the values",
+    ("        cp_async_wait<0>();\n        __syncthreads();            // the values",
+     "        __syncthreads();            // the values",
      "wait: bf16 attention does not wait for the values"),
-    ("            }\n            cp_async_commit();\n        };", "            }\n        };", "wait: a stage's copies are in no group"),
-    ("        wgmma_wait<0>();\n        wgmma_hold", "        wgmma_hold", "wgmma: sums are read before the last product is done"),
+    ("        wgmma_wait<0>();\n        wgmma_hold", "        wgmma_hold",
+     "wgmma: sums are read before the last product is done"),
     ("                wgmma_wait<1>();\n", "", "wgmma: no wait for the product before, whose stage is overwritten"),
-    ("AHEAD = WGMMA ? STAGES - 2 : STAGES - 1;", "AHEAD = STAGES - 1;", "wgmma: a stage is overwritten a step too early"),
-    ("    CHECK(cudaEventSynchronize(g->staged[g->turn]));", "", "wait: the host refills a buffer that is still being copied"),
+    ("AHEAD = WGMMA ? STAGES - 2 : STAGES - 1;", "AHEAD = STAGES - 1;",
+     "wgmma: a stage is overwritten a step too early"),
+    ("    CHECK(cudaEventSynchronize(g->staged[g->turn]));", "",
+     "wait: the host refills a buffer that is still being copied"),
     # out of bounds, uninitialised
     ("tile[j * (D + 4) + d] = j < lines && d < HD ?", "tile[j * (D + 4) + d] = d < HD ?",
      "out of bounds: fp32 attention reads rows after the last token"),
     ("b[16 * 68], sums[64 * 68];", "b[16 * 64], sums[64 * 68];", "out of bounds: a shared tile without its padding"),
-    ("size_t shared = sizeof(float) * 2 * H;", "size_t shared = sizeof(float) * H;", "out of bounds: half the shared memory is asked for"),
-    ("to[j] = row[i] >= 0 && column + j < from.width ?", "to[j] = row[i] >= 0 ?",
-     "out of bounds: numbers behind a row's end, where rows are not aligned"),
-    ("        for (int j = 0; j < W; j++) dweight[i + j] = 0;", "        ;", "uninitialised: shared sums are not cleared"),
-    ("    for (int j = i; j < E; j += GROUP_CHUNK) counts[j] = 0;\n", "", "uninitialised: counts of experts that a chunk does not have"),
+    ("        for (int j = 0; j < W; j++) dweight[i + j] = 0;", "        ;",
+     "uninitialised: shared sums are not cleared"),
+    ("    for (int j = i; j < E; j += GROUP_CHUNK) counts[j] = 0;\n", "",
+     "uninitialised: counts of experts that a chunk does not have"),
     ("        CHECK(cudaMemsetAsync(g->dw.embedding, 0,", "        if (0) CHECK(cudaMemsetAsync(g->dw.embedding, 0,",
      "uninitialised: the embedding's gradient is not cleared after an update"),
     ("tiles[t] = make_int2(-1, 0);", "(void)t;", "uninitialised: the end of the list of tiles"),
-    ("for (int w = 0; w < (int)blockDim.x / 32; w++) row_max", "for (int w = 0; w <= (int)blockDim.x / 32; w++) row_max",
+    ("for (int w = 0; w < (int)blockDim.x / 32; w++) row_max",
+     "for (int w = 0; w <= (int)blockDim.x / 32; w++) row_max",
      "uninitialised: the classifier's maximum includes a warp that is not there"),
     # tails
-    ("int steps = ceil_div(job.k_end - job.k, BK);", "int steps = (job.k_end - job.k) / BK;", "tail: the last values of k"),
+    ("int steps = ceil_div(job.k_end - job.k, BK);", "int steps = (job.k_end - job.k) / BK;",
+     "tail: the last values of k"),
     ("int down = PRODUCT == DYT_X ? ceil_div(left.width, 64)", "int down = PRODUCT == DYT_X ? left.width / 64",
      "tail: the last rows of fp32 weights' gradients"),
-    ("int across = ceil_div(columns, Epilogue::PAIRS ? BN / 2 : BN);", "int across = max(1, columns / (Epilogue::PAIRS ? BN / 2 : BN));",
+    ("int across = ceil_div(columns, Epilogue::PAIRS ? BN / 2 : BN);",
+     "int across = max(1, columns / (Epilogue::PAIRS ? BN / 2 : BN));",
      "tail: the last columns of bf16 experts"),
     ("        for (; i < n; i++)\n            adamw_vector", "        for (; i < n - 1; i++)\n            adamw_vector",
      "tail: the last parameter is not updated"),
-    ("for (int s = 0; s < splits; s++) sum += parts[s * count + i];", "for (int s = 1; s < splits; s++) sum += parts[s * count + i];",
+    ("for (int s = 0; s < splits; s++) sum += parts[s * count + i];",
+     "for (int s = 1; s < splits; s++) sum += parts[s * count + i];",
      "tail: a part of a product that is split along k"),
     # routing
-    ("tiles[t] = make_int2(round + i, row", "tiles[t] = make_int2(round + (i ? i - 1 : 0), row", "experts: a tile is given to the expert before"),
-    ("before += j + k < i ? same[k] : 0;", "before += j + k > i ? same[k] : 0;", "grouping: not stable, assignments of a chunk in reverse"),
-    ("if (before + 1 == all) counts[e] = all;", "counts[e] = before + 1;", "race: all threads with an expert write its count"),
-    ("    int first = min(y * per_thread, chunks),", "    int first = min(y, chunks),", "grouping: sums over chunks, when there are more than 32"),
+    ("tiles[t] = make_int2(round + i, row", "tiles[t] = make_int2(round + (i ? i - 1 : 0), row",
+     "experts: a tile is given to the expert before"),
+    ("before += j + k < i ? same[k] : 0;", "before += j + k > i ? same[k] : 0;",
+     "grouping: not stable, assignments of a chunk in reverse"),
+    ("if (before + 1 == all) counts[e] = all;", "counts[e] = before + 1;",
+     "race: all threads with an expert write its count"),
+    ("    int first = min(y * per_thread, chunks),", "    int first = min(y, chunks),",
+     "grouping: sums over chunks, when there are more than 32"),
     # attention
     ("        if (j0 + N - 1 > query) {", "        if (j0 + N - 1 > query + 16 * M - 1) {",
      "mask: bf16 attention, a tile that ends among a warp's queries"),
-    ("bool mask = j0 + N - 1 > query;", "bool mask = j0 > query;", "mask: bf16 dq, a tile that begins before a warp's queries"),
-    ("bool mask = i0 < key + 16 * M - 1;", "bool mask = i0 < key;", "mask: bf16 dk and dv, a tile that begins with a warp's keys"),
-    ("            for (int c = 0; c < D / 32; c++) sum[r][c] *= shrink;", "            ;", "softmax: fp32 attention does not rescale its sums"),
+    ("bool mask = j0 + N - 1 > query;", "bool mask = j0 > query;",
+     "mask: bf16 dq, a tile that begins before a warp's queries"),
     ("sum[m][d][2 * half] *= shrink, sum[m][d][2 * half + 1] *= shrink;", "sum[m][d][2 * half] *= shrink;",
      "softmax: bf16 attention rescales every second column"),
     ("    *sum *= __expf(*max - new_max);\n", "", "softmax: the classifier does not rescale its sum"),
-    ("for (int h = kv_head * group; h < (kv_head + 1) * group; h++)", "for (int h = kv_head * group; h <= kv_head * group; h++)",
-     "heads: fp32 dk and dv from the first query head of a group only"),
     ("steps = NH / NKV * tiles;", "steps = tiles;", "heads: bf16 dk and dv from the first query head of a group only"),
     # gates, sums, gradients
     ("x[j] += gate[k] * y_k[k][j];", "x[j] += y_k[k][j];", "gate: not applied when experts' rows are added up"),
-    ("            a[j] = gate * silu * u_j;", "            a[j] = silu * u_j;", "gate: missing in the gradient of down_proj"),
-    ("        if (add) load4(v, p, count, vector);\n", "", "accumulation: experts' gradients of the last micro-batch only"),
-    ("dweight[i] = add ? dweight[i] + sum : sum;", "dweight[i] = sum;", "accumulation: norms' gradients of the last micro-batch only"),
+    ("            a[j] = gate * silu * u_j;", "            a[j] = silu * u_j;",
+     "gate: missing in the gradient of down_proj"),
+    ("        if (add) load4(v, p, count, vector);\n", "",
+     "accumulation: experts' gradients of the last micro-batch only"),
     ("out[c] = (float)(add ? out[c] + sum : sum);", "out[c] = (float)sum;", "accumulation: LPR's biases"),
     ("losses[n] = row_max - target_logit + logf(sum);", "losses[n] = row_max - to_float(row[target]) + logf(sum);",
      "race: the target's logit is read when its gradient may have taken its place"),
-    ("    if (warp > 0 || i >= size) return;", "    if (i >= size) return;", "race: all warps write the sum of the parts"),
     ("for (int p = warp; p < P; p += 32) sum +=", "for (int p = warp; p < P && p < 32; p += 32) sum +=",
      "norms: parts beyond the 32nd are dropped"),
     ("for (long n = first + y; n < end; n += 32) sum += value(n);", "if (first + y < end) sum += value(first + y);",
@@ -162,7 +178,8 @@ BUGS = [
     ("shift[e] = !beaten && before == winner ? 0 : penalty;", "shift[e] = !beaten && before == 0 ? 0 : penalty;",
      "families: a tie always goes to the first copy"),
     (" + align * sums[3] / ((double)E * D));", ");", "LPR: the align loss is dropped"),
-    ("        float du = dunits[d] + factor * sum;", "        float du = dunits[d];", "LPR: the gradient of the diversity loss is dropped"),
+    ("        float du = dunits[d] + factor * sum;", "        float du = dunits[d];",
+     "LPR: the gradient of the diversity loss is dropped"),
 ]
 
 
@@ -177,8 +194,9 @@ class Workplace:
         shutil.copytree("dev", folder / "dev", symlinks=True)
         self.source = pathlib.Path("train_moe.cu").read_text()
         top = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-        self.compiler = [os.environ.get("CXX", "g++"), "-std=gnu++17", "-O1", "-march=native", "-fno-math-errno", "-fopenmp",
-                         "-DTEST_GPU", "-I.", "-Idev/cuda/standin", "-include", "standin.h", f"-I{top}/include"]
+        self.compiler = [os.environ.get("CXX", "g++"), "-std=gnu++17", "-O1", "-march=native", "-fno-math-errno",
+                         "-fopenmp", "-DTEST_GPU", "-I.", "-Idev/cuda/standin", "-include", "standin.h",
+                         f"-I{top}/include"]
         if os.environ.get("CUBLAS"):
             self.compiler.append(f"-I{os.environ['CUBLAS']}/include")
         for name in ("standin", "cublas"):
@@ -210,7 +228,8 @@ class Workplace:
         # one thread, and what is idle leaves the processor to the compiler
         environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", TMPDIR=str(self.folder),
                            ASAN_OPTIONS="color=never", **settings)
-        terminal, output = os.openpty()         # to a terminal lines are written at once, and the first telling one ends it
+        # to a terminal lines are written at once, and the first telling one ends the run
+        terminal, output = os.openpty()
         process = subprocess.Popen([program, group], cwd=self.folder, stdout=output, stderr=output, env=environment)
         os.close(output)
         timer = threading.Timer(TIMEOUT, process.kill)
@@ -283,7 +302,7 @@ def main():
                 if found:
                     sys.exit(f"without a bug the tests fail already: {found[0]}: {found[1]}")
                 continue
-            said = f"caught by {found[0]}: {found[1]}" if found else "NOT CAUGHT"
+            said = f"caught by {found[0]}: {found[1][:160]}" if found else "NOT CAUGHT"
             print(f"{'ok    ' if found else 'FAILED'} {what}: {said}  ({time.time() - start:.0f} s)", flush=True)
             caught, missed = caught + bool(found), missed + (not found)
     print(f"{caught} passed, {missed} failed")
