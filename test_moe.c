@@ -5174,12 +5174,15 @@ static void test_gpu_bf16(void) { on_backend(&gpu_backend_bf16, gpu_golden_bf16)
 
 // Models that are large enough for several tiles in every direction, with sizes that fill none of them: logits and
 // gradients against the CPU's. All experts are chosen in bf16, where scores that are nearly equal could change places.
-static void gpu_against_cpu(const char* name, const Config* c, int B, int T, double most_logits, double most_gradient) {
+// Passes are micro-batches: each has other tokens and adds to the gradients, and nothing waits for any but the first.
+// With families, expert e and e + E/2 are copies whose scores are equal.
+static void gpu_against_cpu(const char* name, const Config* c, int B, int T, int passes, double most_logits,
+                            double most_gradient) {
     long n = (long)B * T, V = c->vocab_size, worst_at = 0;
-    int *tokens = (int*)checked_malloc(sizeof(int) * (size_t)(n + 1)), all = 1;
+    int *tokens = (int*)checked_malloc(sizeof(int) * (size_t)(n + passes)), all = 1, E = c->num_experts;
     float* logits[2];
     Model* m[2];
-    for (long i = 0; i <= n; i++) tokens[i] = (int)(mix64((uint64_t)(i * i)) % (uint64_t)(i % 3 ? V : 3));
+    for (long i = 0; i < n + passes; i++) tokens[i] = (int)(mix64((uint64_t)(i * i)) % (uint64_t)(i % 3 ? V : 3));
     for (int way = 0; way < 2; way++) {
         const Backend* gpu = default_backend;
         if (way == 0) default_backend = &cpu_backend;
@@ -5188,17 +5191,23 @@ static void gpu_against_cpu(const char* name, const Config* c, int B, int T, dou
         model_init(m[way], 1);
         for (long i = 0; i < m[way]->layout.matrices; i++) m[way]->params[i] *= 4;
         m[way]->balance.aux = m[way]->balance.z = 0.01f;
+        m[way]->has_families = c->family_penalty > 0;
+        for (int l = 0; l < c->num_layers && m[way]->has_families; l++) {
+            for (int e = 0; e < E; e++) m[way]->family[l * E + e] = e % (E / 2);
+            memcpy(m[way]->weights.layers[l].router + (long)E / 2 * c->hidden_size, m[way]->weights.layers[l].router,
+                   sizeof(float) * (size_t)(E / 2) * (size_t)c->hidden_size);
+        }
         m[way]->backend->send(m[way], PARAMETERS);
-        for (int pass = 0; pass < 2; pass++) {          // the second one adds to the first one's gradients
-            m[way]->backend->forward(m[way], tokens, tokens + 1, B, T);
-            m[way]->backend->read_back(m[way], LOGITS | ROUTING);
+        for (int pass = 0; pass < passes; pass++) {
+            m[way]->backend->forward(m[way], tokens + pass, tokens + pass + 1, B, T);
             if (pass == 0) {        // the CPU's become their gradient in place
+                m[way]->backend->read_back(m[way], LOGITS);
                 logits[way] = (float*)checked_malloc(sizeof(float) * (size_t)(n * V));
                 memcpy(logits[way], m[way]->logits, sizeof(float) * (size_t)(n * V));
             }
             m[way]->backend->backward(m[way], 0.5f);
         }
-        m[way]->backend->read_back(m[way], GRADIENTS);
+        m[way]->backend->read_back(m[way], GRADIENTS | ROUTING);
     }
     double worst = 0, logit_error = relative_error(logits[1], logits[0], n * V);
     for (int l = 0; l < c->num_layers; l++)
@@ -5209,9 +5218,12 @@ static void gpu_against_cpu(const char* name, const Config* c, int B, int T, dou
         double e = relative_error(m[1]->grads + t->offset, m[0]->grads + t->offset, tensor_size(t));
         if (!(e <= worst)) worst = e, worst_at = i;
     }
-    double losses[2] = {take_losses(m[0]).loss, take_losses(m[1]).loss};
-    check(all && logit_error <= most_logits && fabs(losses[0] - losses[1]) <= most_logits,
-          "%s: relative error of the logits %.1e, loss %.6f and %.6f", name, logit_error, losses[0], losses[1]);
+    Losses a = take_losses(m[0]), b = take_losses(m[1]);
+    double other = larger(fabs(a.aux - b.aux), larger(fabs(a.z - b.z), fabs(a.lpr - b.lpr)));
+    check(all && logit_error <= most_logits && fabs(a.loss - b.loss) <= most_logits &&
+              other <= most_logits * (1 + a.z + a.lpr),
+          "%s: relative error of the logits %.1e, loss %.6f and %.6f, others differ by %.1e", name, logit_error, a.loss,
+          b.loss, other);
     check(worst <= most_gradient, "%s: %d gradients, largest relative error %.1e (%s)", name, m[0]->layout.count, worst,
           m[0]->layout.tensors[worst_at].name);
     for (int way = 0; way < 2; way++) {
@@ -5219,6 +5231,38 @@ static void gpu_against_cpu(const char* name, const Config* c, int B, int T, dou
         free(logits[way]);
     }
     free(tokens);
+}
+
+// A stable sort has one result only: the CPU's. Some experts get nothing, and expert 0 half of everything.
+static void gpu_grouping(int N, int K, int E) {
+    int R = N * K, most = R / GROUP_ROWS + E, ok = 1, t = 0;
+    int sizes[] = {R, E + 1, R, R, R, 2 * most, gpu_group_chunks(N, K) * E}, *host[7], *got[7], *device[7];
+    for (int i = 0; i < 7; i++) {
+        host[i] = (int*)checked_malloc(sizeof(int) * (size_t)sizes[i]);
+        got[i] = (int*)checked_malloc(sizeof(int) * (size_t)sizes[i]);
+        CHECK(cudaMalloc((void**)&device[i], sizeof(int) * (size_t)sizes[i]));
+    }
+    int *experts = host[0], *offsets = host[1];
+    for (int a = 0; a < R; a++)
+        experts[a] = mix64((uint64_t)a) % 2 ? (int)(mix64((uint64_t)a * 3) % (uint64_t)E) / 5 * 5 : 0;
+    group_by_expert(offsets, host[2], host[4], experts, N, K, E);
+    for (int r = 0; r < R; r++) host[3][r] = host[2][r] / K;        // the token
+    CHECK(cudaMemcpy(device[0], experts, sizeof(int) * (size_t)R, cudaMemcpyHostToDevice));
+    gpu_group_by_expert(device[1], (int2*)device[5], most, device[2], device[3], device[4], device[6], device[0], N, K,
+                        E);
+    for (int i = 1; i < 6; i++)
+        CHECK(cudaMemcpy(got[i], device[i], sizeof(int) * (size_t)sizes[i], cudaMemcpyDeviceToHost));
+    for (int i = 1; i < 5; i++) ok &= !memcmp(got[i], host[i], sizeof(int) * (size_t)sizes[i]);
+    for (int e = 0; e < E; e++)
+        for (int row = offsets[e]; row < offsets[e + 1]; row += GROUP_ROWS, t++)
+            ok &= got[5][2 * t] == e && got[5][2 * t + 1] == row;
+    for (; t < most; t++) ok &= got[5][2 * t] == -1;
+    check(ok, "%d assignments to %d experts are grouped as on the CPU", R, E);
+    for (int i = 0; i < 7; i++) {
+        free(host[i]);
+        free(got[i]);
+        CHECK(cudaFree(device[i]));
+    }
 }
 
 static void test_gpu_tiles(void) {
@@ -5239,9 +5283,29 @@ static void test_gpu_tiles(void) {
             snprintf(name, sizeof name, "hidden %d, heads of %d, %s", c.hidden_size, c.head_dim,
                      bf16_too ? "bf16" : "fp32");
             default_backend = bf16_too ? &gpu_backend_bf16 : &gpu_backend_float;
-            gpu_against_cpu(name, &c, 2, sizes[i].T, bf16_too ? 0.03 : 1e-5, bf16_too ? 0.1 : 1e-5);
+            gpu_against_cpu(name, &c, 2, sizes[i].T, 2, bf16_too ? 0.03 : 1e-5, bf16_too ? 0.1 : 1e-5);
             default_backend = &cpu_backend;
         }
+    // Many tokens of a small model: sums go round more than once, products are split along k, every kind of router
+    for (int i = 0; i < 3; i++) {
+        static const char* routers[] = {"softmax", "sigmoid, logit norm, families", "LPR"};
+        Config c = tiny_config(QWEN3_MOE, 2, 6, 2);
+        char name[64];
+        c.num_heads = 2;
+        c.num_kv_heads = 1;
+        if (i == 1) c.router = ROUTER_SIGMOID, c.logit_norm = 2, c.family_penalty = 0.25;
+        if (i == 2) {
+            c.router = ROUTER_LPR;
+            c.lpr_latent_dim = 5;
+            c.lpr_weight = c.lpr_diversity = c.lpr_kl = c.lpr_align = 0.3;
+        }
+        snprintf(name, sizeof name, "1056 tokens, %s", routers[i]);
+        default_backend = &gpu_backend_float;
+        gpu_against_cpu(name, &c, 33, 32, 4, 1e-5, 1e-5);
+        default_backend = &cpu_backend;
+    }
+    gpu_grouping(300, 3, 5);
+    gpu_grouping(5000, 2, 1100);
 }
 
 // Feeding a cache token by token, in chunks, or everything at once gives the same logits, up to rounding.

@@ -13,6 +13,7 @@ next is compiled, so two cores are of use. The first three bugs are for a quick 
 
 The stand-in cannot see missing fences (fence_async_proxy, wgmma_fence), so none is planted here.
 """
+import argparse
 import concurrent.futures
 import os
 import pathlib
@@ -34,20 +35,23 @@ STAGES = [
     ("references in fp32", "gpu fp32", {}),
     ("references in bf16", "gpu bf16", {}),
 ]
-SANITIZER = ("sanitizer", "gpu tiles", {})      # only for what is out of bounds: it is built anew, and slow
+SANITIZER = ("sanitizer", "gpu tiles", {})      # only for what is out of bounds: a build of its own, and a slow one
 TIMEOUT = 300                                   # seconds of a stage; a bug may hang
 # Where a kind of bug, which is the word before the colon, is expected to show: that stage comes first.
 EXPECTED = {"wait": "late copies", "wgmma": "late copies", "race": "order check", "syncwarp": "order check",
-            "AdamW": "references in fp32", "norm": "references in fp32"}
+            "AdamW": "references in fp32", "norm": "references in fp32", "LPR": "references in fp32",
+            "families": "references in fp32", "out of bounds, shared": "sanitizer"}
 TELLING = re.compile(r"standin: |FAILED|.*ERROR: AddressSanitizer|.*runtime error:")
 
 # (what stands in train_moe.cu, what takes its place, what that is); "out of bounds" calls for the sanitizer
 BUGS = [
-    # a quick look: a race, a copy that is not waited for, a write outside
+    # a quick look: a missing barrier, a copy that is not waited for, a race
     ("        fma_tile<TM, TN>(sum, a_tile, b_tile);\n        __syncthreads();",
      "        fma_tile<TM, TN>(sum, a_tile, b_tile);",
      "barrier: the router's product loads a tile that others still read"),
     ("cp_async_wait<AHEAD - 1>();", "cp_async_wait<AHEAD>();", "wait: experts' products wait for one group too few"),
+    ("if (before + 1 == all) counts[e] = all;", "counts[e] = before + 1;",
+     "race: all threads with an expert write its count"),
     ("if (m < M && n < N) out[", "if (m < M) out[",
      "out of bounds: the router's product writes columns that are not there"),
     # barriers
@@ -114,7 +118,7 @@ BUGS = [
     # out of bounds, uninitialised
     ("tile[j * (D + 4) + d] = j < lines && d < HD ?", "tile[j * (D + 4) + d] = d < HD ?",
      "out of bounds: fp32 attention reads rows after the last token"),
-    ("b[16 * 68], sums[64 * 68];", "b[16 * 64], sums[64 * 68];", "out of bounds: a shared tile without its padding"),
+    ("b[16 * 68], sums[64 * 68];", "b[16 * 64], sums[64 * 68];", "out of bounds, shared: a tile without its padding"),
     ("        for (int j = 0; j < W; j++) dweight[i + j] = 0;", "        ;",
      "uninitialised: shared sums are not cleared"),
     ("    for (int j = i; j < E; j += GROUP_CHUNK) counts[j] = 0;\n", "",
@@ -134,7 +138,7 @@ BUGS = [
      "int across = max(1, columns / (Epilogue::PAIRS ? BN / 2 : BN));",
      "tail: the last columns of bf16 experts"),
     ("        for (; i < n; i++)\n            adamw_vector", "        for (; i < n - 1; i++)\n            adamw_vector",
-     "tail: the last parameter is not updated"),
+     "AdamW: the last parameter is not updated"),
     ("for (int s = 0; s < splits; s++) sum += parts[s * count + i];",
      "for (int s = 1; s < splits; s++) sum += parts[s * count + i];",
      "tail: a part of a product that is split along k"),
@@ -143,8 +147,6 @@ BUGS = [
      "experts: a tile is given to the expert before"),
     ("before += j + k < i ? same[k] : 0;", "before += j + k > i ? same[k] : 0;",
      "grouping: not stable, assignments of a chunk in reverse"),
-    ("if (before + 1 == all) counts[e] = all;", "counts[e] = before + 1;",
-     "race: all threads with an expert write its count"),
     ("    int first = min(y * per_thread, chunks),", "    int first = min(y, chunks),",
      "grouping: sums over chunks, when there are more than 32"),
     # attention
@@ -206,21 +208,19 @@ class Workplace:
         """Runs a command that must succeed; returns what it prints."""
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command[:2])}: {(done.stderr or 'failed').strip().splitlines()[0]}")
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise RuntimeError(f"{command[0]}: {errors[0] if errors else done.stderr[:160]}")
         return done.stdout
 
     def build(self, source, program, sanitize=False):
-        """Compiles the tests with this train_moe.cu; returns the program's path, or what went wrong."""
-        try:
-            (self.folder / "train_moe.cu").write_text(source)
-            (self.folder / "test.cpp").write_text(
-                self.call([sys.executable, "dev/cuda/standin/translate.py", "test_moe.c"]))
-            rest = ["dev/cuda/standin/standin.cpp", "dev/cuda/standin/cublas.cpp", "-fsanitize=address,undefined",
-                    "-fno-sanitize-recover=undefined"] if sanitize else ["standin.o", "cublas.o"]
-            self.call([*self.compiler, "test.cpp", *rest, "-o", program, "-lm"])
-            return self.folder / program
-        except RuntimeError as e:
-            return str(e)
+        """Compiles the tests with this train_moe.cu; returns the program's path."""
+        (self.folder / "train_moe.cu").write_text(source)
+        (self.folder / "test.cpp").write_text(
+            self.call([sys.executable, "dev/cuda/standin/translate.py", "test_moe.c"]))
+        rest = ["dev/cuda/standin/standin.cpp", "dev/cuda/standin/cublas.cpp", "-fsanitize=address,undefined",
+                "-fno-sanitize-recover=undefined"] if sanitize else ["standin.o", "cublas.o"]
+        self.call([*self.compiler, "test.cpp", *rest, "-o", program, "-lm"])
+        return self.folder / program
 
     def run(self, program, stage):
         """Runs a stage; returns None if it is green, else what it says."""
@@ -253,26 +253,28 @@ class Workplace:
 def hunt(workplace, compiler, program, source, what):
     """The first stage that notices, as (its name, what it says), or None."""
     first = EXPECTED.get(what.split(":")[0])
-    for stage in sorted(STAGES, key=lambda stage: stage[0] != first):
-        said = workplace.run(program, stage)
+    stages = STAGES + ([SANITIZER] if "out of bounds" in what else [])
+    for stage in sorted(stages, key=lambda stage: stage[0] != first):
+        if stage is SANITIZER:
+            clean = compiler.submit(workplace.build, workplace.source, "sanitized", True).result()
+            said = workplace.run(clean, stage)
+            if said:
+                sys.exit(f"without a bug the tests fail already: {stage[0]}: {said}")
+            sanitized = compiler.submit(workplace.build, source, "sanitized", True).result()
+            said = workplace.run(sanitized, stage)
+        else:
+            said = workplace.run(program, stage)
         if said:
             return stage[0], said
-    if "out of bounds" in what:
-        program = compiler.submit(workplace.build, source, "sanitized", True).result()
-        said = program if isinstance(program, str) else workplace.run(program, SANITIZER)
-        if said:
-            return SANITIZER[0], said
     return None
 
 
 def main():
-    arguments, quick = sys.argv[1:], None
-    if "--quick" in arguments:
-        at = arguments.index("--quick")
-        quick = int(arguments[at + 1])
-        del arguments[at:at + 2]
-    word = arguments[0] if arguments else ""
-    bugs = [bug for bug in BUGS if word in " ".join(bug)][:quick]
+    parser = argparse.ArgumentParser(description="Plants bugs in train_moe.cu and checks that the tests notice.")
+    parser.add_argument("word", nargs="?", default="", help="only the bugs whose text contains it")
+    parser.add_argument("--quick", type=int, metavar="N", help="only the first N of them")
+    options = parser.parse_args()
+    bugs = [bug for bug in BUGS if options.word in " ".join(bug)][:options.quick]
     caught = missed = 0
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(1) as compiler:
         workplace = Workplace(pathlib.Path(folder))
@@ -289,20 +291,19 @@ def main():
         builds = [None] * (len(todo) + 1)
         builds[0] = compiler.submit(workplace.build, todo[0][1], "test0")
         for i, (what, source) in enumerate(todo):
-            program = builds[i].result()
-            start = time.time()
+            start, found, said = time.time(), None, "NOT CAUGHT"
             if i + 1 < len(todo):
                 builds[i + 1] = compiler.submit(workplace.build, todo[i + 1][1], f"test{(i + 1) % 2}")
-            if isinstance(program, str):
-                print(f"FAILED {what}: does not compile: {program}", flush=True)
-                missed += 1
-                continue
-            found = hunt(workplace, compiler, program, source, "" if i == 0 else what)
+            try:
+                found = hunt(workplace, compiler, builds[i].result(), source, what)
+            except RuntimeError as e:
+                said = f"does not compile: {e}"
             if i == 0:
-                if found:
-                    sys.exit(f"without a bug the tests fail already: {found[0]}: {found[1]}")
+                if found or said != "NOT CAUGHT":
+                    sys.exit(f"without a bug the tests fail already: {' '.join(found) if found else said}")
                 continue
-            said = f"caught by {found[0]}: {found[1][:160]}" if found else "NOT CAUGHT"
+            if found:
+                said = f"caught by {found[0]}: {found[1][:160]}"
             print(f"{'ok    ' if found else 'FAILED'} {what}: {said}  ({time.time() - start:.0f} s)", flush=True)
             caught, missed = caught + bool(found), missed + (not found)
     print(f"{caught} passed, {missed} failed")

@@ -637,7 +637,8 @@ static void fresh_shared_memory(size_t dynamic) {
     Worker& w = *worker;
     ASAN_UNPOISON_MEMORY_REGION(running.shared, SHARED_SPACE);
     size_t used = std::max(w.shared_used, DYNAMIC_SHARED + dynamic);
-    memset(running.shared, 0xff, used);
+    // NaN, which a maximum ignores: so in one of the three orders something else
+    memset(running.shared, w.grid->order == REVERSE ? 0x7e : 0xff, used);
     ASAN_POISON_MEMORY_REGION(running.shared, SHARED_SPACE);
     running.dynamic_shared = running.shared + DYNAMIC_SHARED;
     ASAN_UNPOISON_MEMORY_REGION(running.dynamic_shared, dynamic);
