@@ -1587,6 +1587,9 @@ static void cpu_allocate(Model* m) {
     memset(m->memory, 0, m->bytes);
     arena.base = (char*)m->memory;
     model_take(m, &arena);
+    if (m->purpose != FOR_TRAINING) {       // layers lie over each other, and one's gaps in another's arrays
+        ASAN_UNPOISON_MEMORY_REGION(m->memory, m->bytes);
+    }
     for (int n = 0; n < m->B * m->T; n++) {
         m->ones[n] = 1;
         m->identity[n] = n;

@@ -3549,6 +3549,9 @@ template <class Real> static void gpu_allocate(Model* m) {
             g->bytes / 1e6, available / 1e6);
     gpu.base = (char*)g->memory;
     gpu_take<Real>(m, &gpu);
+    if (m->purpose != FOR_TRAINING) {       // as in cpu_allocate
+        ASAN_UNPOISON_MEMORY_REGION(g->memory, g->bytes);
+    }
     for (int i = 0; i < 2; i++) {
         CHECK(cudaMallocHost((void**)&g->staging[i], sizeof(int) * (5 * (size_t)m->B * m->T + 1)));
         CHECK(cudaEventCreateWithFlags(&g->staged[i], cudaEventDisableTiming));
