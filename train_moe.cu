@@ -69,8 +69,9 @@ __device__ static inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ static inline void store(float* p, float x) { *p = x; }
 __device__ static inline void store(bf16* p, float x) { *p = __float2bfloat16(x); }
 
-// Sum and maximum over the 32 lanes of a warp; every lane gets the result, and the order of additions is fixed.
-__device__ static inline float warp_sum(float x) {
+// Sum and maximum over the 32 lanes of a warp; every lane gets the result, and the order of additions is fixed. Sums
+// are of floats or doubles.
+template <class T> __device__ static inline T warp_sum(T x) {
     for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
     return x;
 }
@@ -78,30 +79,14 @@ __device__ static inline float warp_max(float x) {
     for (int o = 16; o; o >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, o));
     return x;
 }
-// Sum over a block of up to 1024 threads, a multiple of 32; every thread gets it. `shared` has room for 32 floats and
-// may be used again right away.
-__device__ static inline float block_sum(float x, float* shared) {
+// Sum over a block of up to 1024 threads, a multiple of 32; every thread gets it. `shared` has room for 32 numbers
+// and may be used again right away.
+template <class T> __device__ static inline T block_sum(T x, T* shared) {
     int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     x = warp_sum(x);
     if (threadIdx.x % 32 == 0) shared[warp] = x;
     __syncthreads();
-    float sum = 0;
-    for (int w = 0; w < warps; w++) sum += shared[w];
-    __syncthreads();
-    return sum;
-}
-
-// the same in doubles
-__device__ static inline double warp_sum(double x) {
-    for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
-    return x;
-}
-__device__ static inline double block_sum(double x, double* shared) {
-    int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    x = warp_sum(x);
-    if (threadIdx.x % 32 == 0) shared[warp] = x;
-    __syncthreads();
-    double sum = 0;
+    T sum = 0;
     for (int w = 0; w < warps; w++) sum += shared[w];
     __syncthreads();
     return sum;
@@ -3322,10 +3307,11 @@ template <class Real> struct GpuModel {
     float *final_rstd, *losses, *cosines, *sines;
     Real *cache_k, *cache_v;        // (L, positions, NKV HD)
     int *tokens, *targets;          // (N)
-    int *unique, *starts, *positions;       // tokens in groups, see gpu_embedding_backward; both pairs of buffers that
-    int *staging[2], *counts;               // the host fills in turn: tokens, targets, unique, starts, positions
+    int *unique, *starts, *positions, num_unique;       // the tokens in groups, see gpu_embedding_backward
+    // These five are one array here, and twice on the host, which fills the two in turn: `staged` tells when the copy
+    // from one of them is done. counts (V) is for group_tokens.
+    int *staging[2], *counts, turn;
     cudaEvent_t staged[2];
-    int turn, num_unique;
     // scratch
     Real *act, *rows, *projected, *dx, *dnormed, *dattn, *dqkv, *drotated;
     float *attention_d, *dgate_parts, *dgates, *drouter, *extra, *norm_parts, *k_norm_parts, *product_parts, *shift;
