@@ -126,6 +126,7 @@ static const char* join_path(char* path, const char* dir, const char* name) {
 }
 
 static int imin(int a, int b) { return a < b ? a : b; }
+static int imax(int a, int b) { return a > b ? a : b; }
 static long lmin(long a, long b) { return a < b ? a : b; }
 
 static double seconds(void) {
@@ -334,14 +335,27 @@ enum {
 #endif
     // numbers of `left` stored for each k: TILE_ROWS rounded up to whole vectors
     LEFT_WIDTH = (TILE_ROWS + VECTOR_LENGTH - 1) / VECTOR_LENGTH * VECTOR_LENGTH,
-    // values of k done at a time: 192 * (32 + 16) packed floats = 36 KB stay in a first-level cache of 48 KB
-    CHUNK = 192,
-    // most packed floats of `left`: 512 KB, a quarter to a half of the second-level cache of 1 to 2 MB
-    LEFT_FLOATS = 1 << 17,
-    // most rows and columns in a thread's unit of work: the rows of which one chunk can be packed, and so few columns
-    // that the unit's part of the result (2 MB) is still in the cache when the next chunk of k is added to it
-    UNIT_ROWS = LEFT_FLOATS / (CHUNK * LEFT_WIDTH) * TILE_ROWS,
-    UNIT_COLUMNS = 1024
+    CHUNK = 256,                                 // most values of k done at a time
+    // most packed floats of `right`: one panel of TILE_COLUMNS columns for a whole chunk, or several for a shallow one.
+    // With AVX-512 32 KB: `left` passes beside it through a first-level cache of 48 KB.
+    RIGHT_FLOATS = CHUNK * TILE_COLUMNS,
+    // most packed floats of `left`: 768 KB of the 1 to 2 MB that the second-level cache of a processor with AVX-512
+    // has, 256 KB elsewhere
+    LEFT_FLOATS = VECTOR_LENGTH == 16 ? 3 << 16 : 1 << 16,
+    LINE = 16,                                   // floats in a line of the cache
+    // most rows and columns in a thread's unit of work: the rows of which one chunk can be packed (a tile is followed
+    // by an empty line, see pack_left), and so few columns that the unit's part of the result is not far away in the
+    // caches when the next chunk of k is added to it
+    UNIT_ROWS = LEFT_FLOATS / (CHUNK * LEFT_WIDTH + LINE) * TILE_ROWS,
+    UNIT_COLUMNS = 1024,
+#ifndef X_UPT
+#define X_UPT 4
+#endif
+    UNITS_A_THREAD = X_UPT,                          // so many units that nobody waits long for the last one
+    // a tile's work for its successors (see Successors) is spread over its loop: some of it every STEP values of k,
+    // and numbers are copied COPY_DELAY values of k after they have been asked for
+    STEP = 8,
+    COPY_DELAY = 64
 };
 
 ALWAYS_INLINE int blocks_of(int n, int size) { return (n + size - 1) / size; }
@@ -377,11 +391,9 @@ ALWAYS_INLINE void transpose(vector* r) {
 }
 
 // Copies packed[k*width + q] = source[q*q_step + k*k_step] for q < count, k < depth, and fills up with zeros to whole
-// vectors. One of the steps is 1: if it is k_step, squares are transposed. The part of `source` that will be packed
-// next, `next` floats further on, is fetched to the cache meanwhile (worth 5 to 10 % where W comes from memory).
+// vectors. One of the steps is 1: if it is k_step, squares are transposed.
 ALWAYS_INLINE void pack(float* packed, const int width, const float* source, long q_step, long k_step, int count,
-                        int depth, long next) {
-    (void)next; // where PREFETCH is empty
+                        int depth) {
     for (int q = 0; q < count; q += VECTOR_LENGTH) {
         int valid = imin(VECTOR_LENGTH, count - q), k = 0;
         const float* s = source + q * q_step;
@@ -390,56 +402,113 @@ ALWAYS_INLINE void pack(float* packed, const int width, const float* source, lon
             for (; k + VECTOR_LENGTH <= depth; k += VECTOR_LENGTH) {
                 vector square[VECTOR_LENGTH], zero = {0};
                 UNROLL
-                for (int i = 0; i < VECTOR_LENGTH; i++) {
+                for (int i = 0; i < VECTOR_LENGTH; i++)
                     square[i] = i < valid ? *(const vector*)(s + i * q_step + k) : zero;
-                    PREFETCH(s + i * q_step + k + next);
-                }
                 transpose(square);
                 UNROLL
                 for (int i = 0; i < VECTOR_LENGTH; i++) *(vector*)(p + (k + i) * width) = square[i];
             }
         } else if (valid == VECTOR_LENGTH) {
-            for (; k < depth; k++) {
-                *(vector*)(p + k * width) = *(const vector*)(s + k * k_step);
-                PREFETCH(s + k * k_step + next);
-            }
+            for (; k < depth; k++) *(vector*)(p + k * width) = *(const vector*)(s + k * k_step);
         }
         for (; k < depth; k++) { // what is left over at the edges
-            for (int i = 0; i < VECTOR_LENGTH; i++) p[k * width + i] = i < valid ? s[i * q_step + k * k_step] : 0.0f;
+            vector zero = {0};
+            *(vector*)(p + k * width) = zero;
+            for (int i = 0; i < valid; i++) p[k * width + i] = s[i * q_step + k * k_step];
         }
     }
 }
 
-// result(i,j) = [result(i,j) if add] + sum over k of left(i,k) * right(k,j), i < rows, j < TILE_COLUMNS, left and right
-// packed. `rows` is a constant wherever this is inlined, so that the sums live in registers. Meanwhile the tile of the
-// result that comes next, at `ahead`, is fetched to the cache, a row for each k: all rows at once would keep `left`
-// waiting. Worth up to a third in dW, which is read from memory and written back for the sake of few rows of x.
-ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step, const float* left, const float* right,
-                                 int depth, int add, const float* ahead) {
+// Where part i begins if n things are cut into `parts` parts of about equal size.
+ALWAYS_INLINE int part(int i, int parts, int n) { return i * (n / parts) + imin(i, n % parts); }
+
+// Packs all tiles of `left` for a chunk of k. Where the rows of a tile are contiguous (dy in backward weight), the
+// source is read a whole row at a time, which is how processors foresee what comes: 3 times as fast as tile by tile.
+// The writes then go to all tiles in turn. If tiles began a multiple of 4 KB apart, each write would land in the same
+// set of the first-level cache; the empty line between tiles makes packing 4 times as fast.
+static void pack_left(float* packed, long tile_floats, const float* left, long left_i, long left_k, int rows, int tiles,
+                      int depth) {
+    int whole = 0; // tiles that can be read in full width
+    while (left_k != 1 && whole < tiles && part(whole, tiles, rows) + LEFT_WIDTH <= rows) whole++;
+    for (int k = 0; k < depth && whole > 0; k++) {
+        for (int t = 0; t < whole; t++) {
+            const float* s = left + k * left_k + part(t, tiles, rows);
+            PREFETCH(s + 4 * left_k); // up to 6 % of dW
+            UNROLL
+            for (int v = 0; v < LEFT_WIDTH; v += VECTOR_LENGTH) {
+                *(vector*)(packed + t * tile_floats + k * LEFT_WIDTH + v) = *(const vector*)(s + v);
+            }
+        }
+    }
+    for (int t = whole; t < tiles; t++) {
+        int i = part(t, tiles, rows); // a full width is quicker than the rows that the tile needs
+        pack(packed + t * tile_floats, LEFT_WIDTH, left + i * left_i, left_i, left_k, imin(LEFT_WIDTH, rows - i),
+             depth);
+    }
+}
+
+// What a tile does, between its multiplications, for the tiles after it. Its loop leaves room for that, and nothing is
+// waited for: without it, 5 to 15 % of a product's time would be spent waiting for numbers to come from memory.
+typedef struct {
+    // The tile of the result that comes next: it is fetched to the cache, `fetch_rows` of its rows each time. Later its
+    // first `copy_rows` rows are copied to `copy`, from where the next tile starts: on its own place it would have to
+    // wait for the stores of this tile if rows are a multiple of 4 KB apart, since then processors cannot tell in
+    // time whether an address that is read has just been written (6 % at 1024 columns, 2 % at 512).
+    const float* result;
+    long result_step;
+    int fetch_rows, copy_rows;
+    float* copy;
+    // This tile's share of what will be packed next: `lines` lines, of which `across` follow each other, `fetch_lines` of
+    // them each time.
+    const float* source;
+    long source_step;
+    int lines, across, fetch_lines;
+} Successors;
+
+ALWAYS_INLINE void serve(const Successors* s, int k) {
+    int step = k / STEP, copy = (k - COPY_DELAY) / STEP * 2;
+    for (int n = step * s->fetch_lines; n < imin(s->lines, (step + 1) * s->fetch_lines); n++) {
+        PREFETCH(s->source + n / s->across * s->source_step + n % s->across * LINE);
+    }
+    for (int i = step * s->fetch_rows; i < imin(TILE_ROWS, (step + 1) * s->fetch_rows); i++) {
+        PREFETCH(s->result + i * s->result_step);
+        PREFETCH(s->result + i * s->result_step + TILE_COLUMNS - 1);
+    }
+    for (int i = imax(copy, 0); i < imin(s->copy_rows, copy + 2); i++) {
+        UNROLL
+        for (int v = 0; v < TILE_COLUMNS; v += VECTOR_LENGTH) {
+            *(vector*)(s->copy + i * TILE_COLUMNS + v) = *(const vector*)(s->result + i * s->result_step + v);
+        }
+    }
+}
+
+// result(i,j) = start(i,j) + sum over k of left(i,k) * right(k,j), i < rows, j < TILE_COLUMNS; left is packed, right too
+// or read where it is; start may be NULL for zeros. `rows` is a constant wherever this is inlined, so that the sums live in registers.
+ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step, const float* start, long start_step,
+                                 const float* left, const float* right, long right_step, int depth,
+                                 const Successors* successors) {
     vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
-    (void)ahead; // where PREFETCH is empty
     UNROLL
     for (int i = 0; i < rows; i++) {
         UNROLL
         for (int v = 0; v < TILE_VECTORS; v++) {
-            sum[i][v] = add ? *(const vector*)(result + i * result_step + v * VECTOR_LENGTH) : zero;
+            sum[i][v] = start ? *(const vector*)(start + i * start_step + v * VECTOR_LENGTH) : zero;
         }
     }
-    for (int k = 0; k < depth; k++) {
-        vector r[TILE_VECTORS];
-        if (k < rows) {
-            PREFETCH(ahead + k * result_step);
-            PREFETCH(ahead + k * result_step + TILE_COLUMNS - 1);
-        }
-        UNROLL
-        for (int v = 0; v < TILE_VECTORS; v++) r[v] = *(const vector*)(right + v * VECTOR_LENGTH);
-        UNROLL
-        for (int i = 0; i < rows; i++) {
+    for (int k = 0; k < depth; k += STEP) {
+        serve(successors, k);
+        for (int n = imin(STEP, depth - k); n > 0; n--) {
+            vector r[TILE_VECTORS];
             UNROLL
-            for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += left[i] * r[v];
+            for (int v = 0; v < TILE_VECTORS; v++) r[v] = *(const vector*)(right + v * VECTOR_LENGTH);
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                UNROLL
+                for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += left[i] * r[v];
+            }
+            left += LEFT_WIDTH;
+            right += right_step;
         }
-        left += LEFT_WIDTH;
-        right += TILE_COLUMNS;
     }
     UNROLL
     for (int i = 0; i < rows; i++) {
@@ -450,11 +519,13 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
 
 // The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (The conditional only keeps
 // cases that cannot occur on machines with a smaller tile within the bounds of `sum`.)
-static void multiply_rows(int rows, float* result, long result_step, const float* left, const float* right, int depth,
-                          int add, const float* ahead) {
+static void multiply_rows(int rows, float* result, long result_step, const float* start, long start_step,
+                          const float* left, const float* right, long right_step, int depth, const Successors* s) {
     switch (rows) {
-#define TILE_CASE(n) \
-        case n: multiply_tile(imin(n, TILE_ROWS), result, result_step, left, right, depth, add, ahead); break;
+#define TILE_CASE(n)                                                                                                  \
+    case n:                                                                                                           \
+        multiply_tile(imin(n, TILE_ROWS), result, result_step, start, start_step, left, right, right_step, depth, s); \
+        break;
         TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4) TILE_CASE(5) TILE_CASE(6) TILE_CASE(7)
         TILE_CASE(8) TILE_CASE(9) TILE_CASE(10) TILE_CASE(11) TILE_CASE(12) TILE_CASE(13) TILE_CASE(14)
 #undef TILE_CASE
@@ -463,53 +534,114 @@ static void multiply_rows(int rows, float* result, long result_step, const float
 
 // A tile cut off at the right edge is computed in a full tile of its own, from which the valid columns are copied.
 static void multiply_edge(int rows, int columns, float* result, long result_step, const float* left, const float* right,
-                          int depth, int add) {
+                          int depth, int add, const Successors* s) {
     float full[TILE_ROWS * TILE_COLUMNS] = {0};
     for (int i = 0; i < rows && add; i++) {
         memcpy(full + i * TILE_COLUMNS, result + i * result_step, columns * sizeof(float));
     }
-    multiply_rows(rows, full, TILE_COLUMNS, left, right, depth, add, full);
+    multiply_rows(rows, full, TILE_COLUMNS, full, TILE_COLUMNS, left, right, TILE_COLUMNS, depth, s);
     for (int i = 0; i < rows; i++) {
         memcpy(result + i * result_step, full + i * TILE_COLUMNS, columns * sizeof(float));
     }
 }
 
+// A rectangle in memory: `runs` runs of `floats` numbers, `step` numbers from one to the next.
+typedef struct {
+    const float* start;
+    long step;
+    int runs, floats;
+} Rectangle;
+
+// The numbers start[q*q_step + k*k_step], q < count, k < depth; one of the steps is 1.
+ALWAYS_INLINE Rectangle rectangle(const float* start, long q_step, long k_step, int count, int depth) {
+    Rectangle along_k = {start, q_step, count, depth}, along_q = {start, k_step, depth, count};
+    return k_step == 1 ? along_k : along_q;
+}
+
 // One unit of work, by one thread: result (rows, columns) = [result if add] + left right, where
 // left(i,k) = left[i*left_i + k*left_k] and right(k,j) = right[k*right_k + j*right_j]; rows <= UNIT_ROWS.
-// `left` is packed to the second-level cache, as many chunks of k as fit; `right` panel by panel to the first level.
+// `left` is packed to the second-level cache, as many chunks of k as fit; `right` a panel of columns at a time to the
+// first level, or some panels if k has few values: then the result is walked through along its rows, as memory likes.
 static void multiply_unit(float* result, long result_step, const float* left, long left_i, long left_k,
                           const float* right, long right_k, long right_j, int rows, int columns, int depth, int add) {
     static __thread float* scratch = NULL; // one per thread, kept for the life of the thread
-    if (!scratch) scratch = (float*)aligned_alloc(64, sizeof(float) * (LEFT_FLOATS + CHUNK * TILE_COLUMNS));
+    if (!scratch) {
+        scratch = (float*)aligned_alloc(64, sizeof(float) * (LEFT_FLOATS + RIGHT_FLOATS + TILE_ROWS * TILE_COLUMNS));
+    }
     if (!scratch) { fprintf(stderr, "out of memory\n"); exit(EXIT_FAILURE); }
-    float* packed_right = scratch + LEFT_FLOATS;
-    int tiles = blocks_of(rows, TILE_ROWS), height = blocks_of(rows, tiles); // tiles of about equal height
-    const int tile_floats = CHUNK * LEFT_WIDTH;
-    int pass = LEFT_FLOATS / tile_floats / tiles * CHUNK;                    // values of k for which `left` fits
+    if (depth == 0) return; // dW of an expert without tokens
+    float *packed_right = scratch + LEFT_FLOATS, *copy = packed_right + RIGHT_FLOATS;
+    int tiles = blocks_of(rows, TILE_ROWS);
+    // For a tile or two, the time is that of reading `right`, which goes faster in longer runs: 4 panels of 64 values of
+    // k instead of one of 256 (dx for 16 rows an expert: 175 -> 250 GFLOP/s). For a single tile packed numbers would be
+    // used only once, so it reads them where they are, unless they must be transposed.
+    int direct = tiles == 1 && right_j == 1, most = tiles <= 2 && right_j == 1 ? CHUNK / 4 : CHUNK;
+    int chunk = blocks_of(blocks_of(depth, blocks_of(depth, most)), LINE) * LINE; // chunks of about equal depth
+    int tile_floats = chunk * LEFT_WIDTH + LINE, panel_floats = chunk * TILE_COLUMNS;
+    int pass = LEFT_FLOATS / tile_floats / tiles * chunk;                          // values of k for which `left` fits
+    int group = RIGHT_FLOATS / panel_floats * TILE_COLUMNS;                        // columns for which `right` fits
     for (int k0 = 0; k0 < depth; k0 += pass) {
-        int k1 = imin(depth, k0 + pass);
-        float* p = scratch;
-        for (int k = k0; k < k1; k += CHUNK) {
-            for (int i = 0; i < rows; i += height, p += tile_floats) {       // a full width is quicker than `height`
-                pack(p, LEFT_WIDTH, left + i * left_i + k * left_k, left_i, left_k, imin(LEFT_WIDTH, rows - i),
-                     imin(CHUNK, k1 - k), height * left_i);
-            }
+        int k1 = imin(depth, k0 + pass), copied = 0;
+        float* packed = scratch;
+        for (int k = k0; k < k1; k += chunk, packed += tiles * tile_floats) {
+            pack_left(packed, tile_floats, left + k * left_k, left_i, left_k, rows, tiles, imin(chunk, k1 - k));
         }
-        for (int j = 0; j < columns; j += TILE_COLUMNS) {
-            int width = imin(TILE_COLUMNS, columns - j);
-            p = scratch;
-            for (int k = k0; k < k1; k += CHUNK) {
-                int chunk = imin(CHUNK, k1 - k), add_now = add || k > 0;
-                pack(packed_right, TILE_COLUMNS, right + k * right_k + j * right_j, right_j, right_k, width, chunk,
-                     TILE_COLUMNS * right_j);
-                for (int i = 0; i < rows; i += height, p += tile_floats) {
-                    float* r = result + i * result_step + j;
-                    int h = imin(height, rows - i);
-                    const float* ahead = i + height < rows ? r + height * result_step // the next tile: below,
-                                         : k + CHUNK < k1  ? result + j               // at the top again,
-                                                           : result + j + width;      // or to the right
-                    if (width == TILE_COLUMNS) multiply_rows(h, r, result_step, p, packed_right, chunk, add_now, ahead);
-                    else multiply_edge(h, width, r, result_step, p, packed_right, chunk, add_now);
+        for (int j0 = 0; j0 < columns; j0 += group) {
+            int j1 = imin(columns, j0 + group), panels = blocks_of(j1 - j0, TILE_COLUMNS);
+            packed = scratch;
+            for (int k = k0; k < k1; k += chunk) {
+                int n = imin(chunk, k1 - k), last = k + chunk >= k1;
+                int adding = add || k > 0, next_adding = add || k0 > 0 || !last;
+                for (int j = direct ? columns / TILE_COLUMNS * TILE_COLUMNS : j0; j < j1; j += TILE_COLUMNS) {
+                    pack(packed_right + (j - j0) * chunk, TILE_COLUMNS, right + k * right_k + j * right_j, right_j,
+                         right_k, imin(TILE_COLUMNS, j1 - j), n);
+                }
+                Rectangle next = {NULL, 0, 0, 0}; // what is packed next
+                if (!last) {
+                    next = rectangle(right + (k + chunk) * right_k + j0 * right_j, right_j, right_k, j1 - j0,
+                                     imin(chunk, k1 - k - chunk));
+                } else if (j1 < columns) {
+                    next = rectangle(right + k0 * right_k + j1 * right_j, right_j, right_k, imin(group, columns - j1),
+                                     imin(chunk, k1 - k0));
+                } else if (k1 < depth) {
+                    next = rectangle(left + k1 * left_k, left_i, left_k, rows, imin(pass, depth - k1));
+                }
+                Successors s;
+                s.result_step = result_step;
+                s.copy = copy;
+                s.fetch_rows = imax(2, blocks_of(TILE_ROWS * STEP, n));
+                s.source_step = next.step;
+                s.across = imax(1, blocks_of(next.floats, LINE));
+                int runs = blocks_of(next.runs, tiles * panels);
+                s.fetch_lines = blocks_of(runs * s.across * STEP, n);
+                for (int t = 0; t < tiles; t++, packed += tile_floats) {
+                    int i = part(t, tiles, rows), i1 = part(t + 1, tiles, rows);
+                    for (int j = j0, share = t * panels; j < j1; j += TILE_COLUMNS, share++) {
+                        float* r = result + i * result_step + j;
+                        const float* p = direct ? right + k * right_k + j : packed_right + (j - j0) * chunk;
+                        long p_step = direct ? right_k : TILE_COLUMNS;
+                        int next_i = i, next_j = j + TILE_COLUMNS, add_next = adding;
+                        if (next_j >= j1) { next_i = i1; next_j = j0; }
+                        if (next_i == rows) { next_i = 0; next_j = last ? j1 : j0; add_next = next_adding; }
+                        s.result = result + next_i * result_step + next_j;
+                        s.copy_rows = 0;
+                        if (add_next && next_j + TILE_COLUMNS <= columns && n >= COPY_DELAY + TILE_ROWS * STEP / 2) {
+                            s.copy_rows = next_i == 0 ? part(1, tiles, rows)
+                                          : next_i == i ? i1 - i : part(t + 2, tiles, rows) - i1;
+                        }
+                        s.source = next.start + share * runs * next.step;
+                        s.lines = imax(0, imin(runs, next.runs - share * runs)) * s.across;
+                        if (j + TILE_COLUMNS > columns) {
+                            multiply_edge(i1 - i, columns - j, r, result_step, packed, packed_right + (j - j0) * chunk,
+                                          n, adding, &s);
+                        } else if (copied) {
+                            multiply_rows(i1 - i, r, result_step, copy, TILE_COLUMNS, packed, p, p_step, n, &s);
+                        } else {
+                            multiply_rows(i1 - i, r, result_step, adding ? r : NULL, result_step, packed, p, p_step, n,
+                                          &s);
+                        }
+                        copied = s.copy_rows > 0;
+                    }
                 }
             }
         }
@@ -527,8 +659,8 @@ static void multiply_block(float* result, long result_step, const float* left, l
 // y = x W^T for a few rows of x, as in generation: the time is that of reading W, and packed numbers would be used only
 // once. So squares of W are transposed in registers and used for all rows. The order of summation is the same.
 // 16 rows of W are too many streams for the hardware to foresee: fetching ahead brings 25 % at 1 row, 90 % at 8.
-ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_step, const float* x, const float* W, int C,
-                                    int columns) {
+ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_row, long y_column, const float* x, const float* W,
+                                    int C, int columns) {
     for (int o = 0; o < columns; o += VECTOR_LENGTH) {
         int valid = imin(VECTOR_LENGTH, columns - o), c = 0;
         const float* w = W + (long)o * C;
@@ -564,15 +696,27 @@ ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_step, const
         UNROLL
         for (int i = 0; i < rows; i++) {
             *(vector*)edge = sum[i];
-            memcpy(y + i * y_step + o, edge, valid * sizeof(float));
+            for (int q = 0; q < valid; q++) y[i * y_row + (o + q) * y_column] = edge[q];
         }
     }
 }
 
+// The product is the same with x and W in each other's place, which serves routers: few rows of W.
 static void forward_unit(float* y, long y_step, const float* x, const float* W, int C, int rows, int columns) {
-    switch (rows <= FEW_ROWS ? rows : 0) {
+    long y_row = y_step, y_column = 1;
+    int few = rows;
+    if (columns <= FEW_ROWS && columns < rows) {
+        const float* swap = x;
+        x = W;
+        W = swap;
+        few = columns;
+        columns = rows;
+        y_row = 1;
+        y_column = y_step;
+    }
+    switch (few <= FEW_ROWS ? few : 0) {
 #define FEW_CASE(n) \
-        case n: forward_few_rows(n < FEW_ROWS ? n : FEW_ROWS, y, y_step, x, W, C, columns); break;
+        case n: forward_few_rows(n < FEW_ROWS ? n : FEW_ROWS, y, y_row, y_column, x, W, C, columns); break;
         FEW_CASE(1) FEW_CASE(2) FEW_CASE(3) FEW_CASE(4) FEW_CASE(5) FEW_CASE(6) FEW_CASE(7) FEW_CASE(8)
 #undef FEW_CASE
         default: multiply_unit(y, y_step, x, C, 1, W, 1, C, rows, columns, C, 0);
@@ -585,27 +729,24 @@ enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT };
 // or (dW, dy, x) backward.
 static void grouped_product(int kind, float* result, const float* left, const float* right, long weight_stride, int C,
                             int OC, int E, const int* offsets, int add) {
-    int threads = thread_count(), columns = kind == FORWARD ? OC : C, most_rows = 0, units = 0, taken = 0;
+    int threads = thread_count(), columns = kind == FORWARD ? OC : C, most_rows = 0, units, unit_rows, taken = 0;
 #define RESULT_ROWS(e) (kind == BACKWARD_WEIGHT ? OC : offsets[(e) + 1] - offsets[e])
-    for (int e = 0; e < E; e++) most_rows = RESULT_ROWS(e) > most_rows ? RESULT_ROWS(e) : most_rows;
-    // A unit of work is a block of a result. Start with large ones (less packing) and halve the longer side until there
-    // are enough to go round: an equal number for each thread, or four a thread, taken as threads become free. (For few
-    // rows one a thread: reading W goes fastest in long runs.)
-    int unit_rows = imin(UNIT_ROWS, blocks_of(most_rows, TILE_ROWS) * TILE_ROWS);
-    int unit_columns = imin(UNIT_COLUMNS, blocks_of(columns, TILE_COLUMNS) * TILE_COLUMNS), across;
+    for (int e = 0; e < E; e++) most_rows = imax(most_rows, RESULT_ROWS(e));
     if (most_rows == 0) return;
+    // A unit of work is a block of a result. Start with large ones (less packing) and cut the longer side into more
+    // until there are enough to go round: an equal number for each thread, or some for each, taken as threads become
+    // free. (For few rows one a thread: reading W goes fastest in long runs.)
+    int enough = threads * (most_rows <= FEW_ROWS ? 1 : E > 1 ? UNITS_A_THREAD : 4 * UNITS_A_THREAD);
+    int down = blocks_of(most_rows, UNIT_ROWS), across = blocks_of(columns, UNIT_COLUMNS);
+    int tiles = blocks_of(most_rows, TILE_ROWS), panels = blocks_of(columns, TILE_COLUMNS);
     for (;;) {
-        across = blocks_of(columns, unit_columns);
+        unit_rows = blocks_of(tiles, down) * TILE_ROWS;
         units = 0;
         for (int e = 0; e < E; e++) units += blocks_of(RESULT_ROWS(e), unit_rows) * across;
-        if ((E == 1 && units % threads == 0) || units >= (most_rows > FEW_ROWS ? 4 : 1) * threads) break;
-        if (unit_rows > TILE_ROWS && (unit_rows > unit_columns || unit_columns == TILE_COLUMNS)) {
-            unit_rows = blocks_of(unit_rows / 2, TILE_ROWS) * TILE_ROWS;
-        } else if (unit_columns > TILE_COLUMNS) {
-            unit_columns = blocks_of(unit_columns / 2, TILE_COLUMNS) * TILE_COLUMNS;
-        } else {
-            break;
-        }
+        if ((E == 1 && units % threads == 0) || units >= enough) break;
+        if (down < tiles && (unit_rows > columns / across || across == panels)) down++;
+        else if (across < panels) across++;
+        else break;
     }
     // The first unit goes by the thread's number, so that a thread mostly gets the rows that it also has in other
     // loops, and finds them in its cache (3 % of a step of a small model); the others go to whoever is free.
@@ -615,10 +756,10 @@ static void grouped_product(int kind, float* result, const float* left, const fl
         for (; u >= blocks_of(RESULT_ROWS(e), unit_rows) * across; e++) {
             u -= blocks_of(RESULT_ROWS(e), unit_rows) * across;
         }
-        int down = blocks_of(RESULT_ROWS(e), unit_rows);
-        int i = (int)((long)RESULT_ROWS(e) * (u / across) / down);
-        int rows = (int)((long)RESULT_ROWS(e) * (u / across + 1) / down) - i;
-        int j = u % across * unit_columns, width = imin(unit_columns, columns - j);
+        int blocks = blocks_of(RESULT_ROWS(e), unit_rows);
+        int i = part(u / across, blocks, RESULT_ROWS(e)), rows = part(u / across + 1, blocks, RESULT_ROWS(e)) - i;
+        int j = part(u % across, across, panels) * TILE_COLUMNS;
+        int width = imin(columns, part(u % across + 1, across, panels) * TILE_COLUMNS) - j;
         long first = offsets[e], w = e * weight_stride;
         if (kind == FORWARD) {
             forward_unit(result + (first + i) * OC + j, OC, left + (first + i) * C, right + w + (long)j * C, C, rows,
