@@ -10,19 +10,24 @@ CC     ?= cc
 ARCH   ?= -march=native
 CFLAGS ?= -O3
 # gnu11 and not c11: the latter switches off the contraction of a * b + c into one instruction, which halves the speed
-# no-math-errno: nobody asks errno about a square root, and without that promise loops with one do not become vector code
-FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) -fno-math-errno -Wall -Wextra
-
+# Promises without which gcc does not turn some loops into vector code: nobody asks errno about a square root, nobody
+# wants to be stopped by a comparison with what is not a number. No result changes. (dev/bench/README.md: what it bought)
+MATH    = -fno-math-errno -fno-trapping-math
+FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra
+ifneq ($(shell $(CC) --version 2>/dev/null | grep clang),)
 # clang splits 64-byte vectors unless told otherwise
-WIDE   := $(shell $(CC) --version 2>/dev/null | grep -q clang && $(CC) $(ARCH) -dM -E - </dev/null 2>/dev/null | \
-                  grep -q __AVX512F__ && echo -mprefer-vector-width=512)
+FLAGS  += $(shell $(CC) $(ARCH) -dM -E - </dev/null 2>/dev/null | grep -q __AVX512F__ && echo -mprefer-vector-width=512)
+else
+# gcc makes branches of the comparisons in fast_exp, which it cannot undo when it meets the loop around them
+FLAGS  += -fno-thread-jumps
+endif
 OPENMP := $(shell echo 'int main(void){return 0;}' >.openmp.c; $(CC) -fopenmp .openmp.c -o .openmp.out 2>/dev/null && \
                   echo -fopenmp; rm -f .openmp.c .openmp.out)
 ifeq ($(OPENMP),)
 # without the library loops can still become vector code
 FLAGS  += -fopenmp-simd -Wno-unknown-pragmas
 endif
-FLAGS  += $(OPENMP) $(WIDE)
+FLAGS  += $(OPENMP)
 
 # nvcc, and cuBLAS where the toolkit has none: make CUBLAS=DIR, with DIR/include and DIR/lib
 NVCC   ?= $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
@@ -30,7 +35,7 @@ NVCC   ?= $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc 
 GPUS   ?= 80 90a 100 120
 CUFLAGS = -std=c++17 -O3 $(foreach g,$(GPUS),-gencode arch=compute_$(g),code=sm_$(g)) \
           -gencode arch=compute_$(firstword $(GPUS)),code=compute_$(firstword $(GPUS)) -diag-suppress 177 \
-          -Xcompiler "$(ARCH) -fno-math-errno $(OPENMP)" -I.
+          -Xcompiler "$(ARCH) $(MATH) $(OPENMP)" -I.
 ifeq ($(CUBLAS),)
 CULIBS  = -lcublas
 else
@@ -87,7 +92,7 @@ STANDIN_FILES = $(addprefix dev/cuda/standin/,standin.h standin.cpp cublas.cpp t
 CUDA_TOP = $(or $(CUDA_HOME),$(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#$$ TOP=//p'))
 build/test_standin: test_moe.c train_moe.cu upcycle.c train_moe.c build/embedded.h $(STANDIN_FILES)
 	python3 dev/cuda/standin/translate.py test_moe.c >build/test_standin.cpp
-	$(CXX) -std=gnu++17 -O1 $(ARCH) -fno-math-errno $(OPENMP) $(SANITIZE) -DTEST_GPU -I. -Idev/cuda/standin \
+	$(CXX) -std=gnu++17 -O1 $(ARCH) $(MATH) $(OPENMP) $(SANITIZE) -DTEST_GPU -I. -Idev/cuda/standin \
 		-include standin.h $(if $(CUBLAS),-I$(CUBLAS)/include) -I$(CUDA_TOP)/include build/test_standin.cpp \
 		dev/cuda/standin/standin.cpp dev/cuda/standin/cublas.cpp -o $@ -lm
 

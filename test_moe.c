@@ -753,6 +753,14 @@ static void test_matmul_values(void) {
         }
         check(ok, "three products, 0 to 530 rows, %d -> %d", C, OC);
     }
+    static const int large[][3] = {{660, 530, 70}, {300, 70, 600}, {9, 320, 700}, {25, 320, 520},
+                                   {300, 320, 8},  {300, 330, 8},  {125, 90, 29}};
+    for (size_t s = 0; s < sizeof large / sizeof large[0]; s++) {
+        Product p = product_create(1, large[s], large[s][1], large[s][2]);
+        check(product_check(&p, 0, &unfused, &fused), "three products, %d rows, %d -> %d", large[s][0], large[s][1],
+              large[s][2]);
+        product_free(&p);
+    }
     static const int shares[][5] = {
         {0, 0, 0, 0, 0}, {0, 7, 0, 1, 40}, {13, 0, 0, 0, 0}, {3, 3, 3, 3, 3}, {0, 0, 0, 0, 101}};
     for (size_t s = 0; s < sizeof shares / sizeof shares[0]; s++) {

@@ -339,9 +339,9 @@ enum {
     // most packed floats of `right`: one panel of TILE_COLUMNS columns for a whole chunk, or several for a shallow one.
     // With AVX-512 32 KB: `left` passes beside it through a first-level cache of 48 KB.
     RIGHT_FLOATS = CHUNK * TILE_COLUMNS,
-    // most packed floats of `left`: 768 KB of the 1 to 2 MB that the second-level cache of a processor with AVX-512
-    // has, 256 KB elsewhere
-    LEFT_FLOATS = VECTOR_LENGTH == 16 ? 3 << 16 : 1 << 16,
+    // most packed floats of `left`: 768 KB of the 1 to 2 MB of second-level cache that processors with AVX-512 have,
+    // 512 KB elsewhere
+    LEFT_FLOATS = VECTOR_LENGTH == 16 ? 3 << 16 : 1 << 17,
     LINE = 16,                                   // floats in a line of the cache
     // most rows and columns in a thread's unit of work: the rows of which one chunk can be packed (a tile is followed
     // by an empty line, see pack_left), and so few columns that the unit's part of the result is not far away in the
@@ -354,7 +354,7 @@ enum {
     UNITS_A_THREAD = X_UPT,                          // so many units that nobody waits long for the last one
     // a tile's work for its successors (see Successors) is spread over its loop: some of it every STEP values of k,
     // and numbers are copied COPY_DELAY values of k after they have been asked for
-    STEP = 8,
+    STEP = VECTOR_LENGTH == 16 ? 8 : 32,
     COPY_DELAY = 64
 };
 
@@ -458,8 +458,8 @@ typedef struct {
     long result_step;
     int fetch_rows, copy_rows;
     float* copy;
-    // This tile's share of what will be packed next: `lines` lines, of which `across` follow each other, `fetch_lines` of
-    // them each time.
+    // This tile's share of what will be packed next: `lines` lines, of which `across` follow each other; `fetch_lines`
+    // of them each time.
     const float* source;
     long source_step;
     int lines, across, fetch_lines;
@@ -482,8 +482,9 @@ ALWAYS_INLINE void serve(const Successors* s, int k) {
     }
 }
 
-// result(i,j) = start(i,j) + sum over k of left(i,k) * right(k,j), i < rows, j < TILE_COLUMNS; left is packed, right too
-// or read where it is; start may be NULL for zeros. `rows` is a constant wherever this is inlined, so that the sums live in registers.
+// result(i,j) = start(i,j) + sum over k of left(i,k) * right(k,j), i < rows, j < TILE_COLUMNS; start may be NULL for
+// zeros. `left` is packed, `right` too or read where it is. `rows` is a constant wherever this is inlined, so that the
+// sums live in registers.
 ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step, const float* start, long start_step,
                                  const float* left, const float* right, long right_step, int depth,
                                  const Successors* successors) {
@@ -558,6 +559,58 @@ ALWAYS_INLINE Rectangle rectangle(const float* start, long q_step, long k_step, 
     return k_step == 1 ? along_k : along_q;
 }
 
+// All tiles of a result (rows, columns) for `depth` values of k: result = [result if adding] + left right. `left` is
+// packed, a tile every tile_floats; `right` has a panel every panel_floats, with right_step from one k to the next.
+// `copied`: the first tile is in `copy` already. `after` is the tile that the caller computes next; after_rows of its
+// rows are copied, if there is time, and the function says so. `next` is what the caller packs next.
+static int multiply_panels(float* result, long result_step, int rows, int columns, int adding, const float* left,
+                           long tile_floats, const float* right, long panel_floats, long right_step, int depth,
+                           float* copy, int copied, const float* after, int after_rows, Rectangle next) {
+    int tiles = blocks_of(rows, TILE_ROWS), panels = blocks_of(columns, TILE_COLUMNS);
+    int time_to_copy = depth >= COPY_DELAY + TILE_ROWS * STEP / 2, runs = blocks_of(next.runs, tiles * panels);
+    Successors s;
+    s.result_step = result_step;
+    s.fetch_rows = imax(2, blocks_of(TILE_ROWS * STEP, depth));
+    s.copy = copy;
+    s.source = next.start;
+    s.source_step = next.step;
+    s.across = imax(1, blocks_of(next.floats, LINE));
+    s.fetch_lines = blocks_of(runs * s.across * STEP, depth);
+    for (int t = 0; t < tiles; t++, left += tile_floats) {
+        int i = part(t, tiles, rows), below = part(t + 1, tiles, rows), height = below - i;
+        for (int p = 0; p < panels; p++) {
+            int j = p * TILE_COLUMNS, left_over = columns - j;
+            float* r = result + i * result_step + j;
+            if (p + 1 < panels) {
+                s.result = r + TILE_COLUMNS;
+                s.copy_rows = adding && left_over >= 2 * TILE_COLUMNS ? height : 0;
+            } else if (t + 1 < tiles) {
+                s.result = result + below * result_step;
+                s.copy_rows = adding && columns >= TILE_COLUMNS ? part(t + 2, tiles, rows) - below : 0;
+            } else {
+                s.result = after;
+                s.copy_rows = after == r ? 0 : after_rows; // a single tile follows itself and is not finished yet
+            }
+            if (!time_to_copy) s.copy_rows = 0;
+            s.lines = imin(runs, next.runs) * s.across;
+            if (left_over < TILE_COLUMNS) {
+                multiply_edge(height, left_over, r, result_step, left, right + p * panel_floats, depth, adding, &s);
+            } else {
+                multiply_rows(height, r, result_step,
+                              copied   ? copy
+                              : adding ? r
+                                       : NULL,
+                              copied ? TILE_COLUMNS : result_step, left, right + p * panel_floats, right_step, depth,
+                              &s);
+            }
+            copied = s.copy_rows > 0;
+            next.runs = imax(0, next.runs - runs);
+            s.source += runs * next.step;
+        }
+    }
+    return copied;
+}
+
 // One unit of work, by one thread: result (rows, columns) = [result if add] + left right, where
 // left(i,k) = left[i*left_i + k*left_k] and right(k,j) = right[k*right_k + j*right_j]; rows <= UNIT_ROWS.
 // `left` is packed to the second-level cache, as many chunks of k as fit; `right` a panel of columns at a time to the
@@ -571,78 +624,45 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
     if (!scratch) { fprintf(stderr, "out of memory\n"); exit(EXIT_FAILURE); }
     if (depth == 0) return; // dW of an expert without tokens
     float *packed_right = scratch + LEFT_FLOATS, *copy = packed_right + RIGHT_FLOATS;
-    int tiles = blocks_of(rows, TILE_ROWS);
-    // For a tile or two, the time is that of reading `right`, which goes faster in longer runs: 4 panels of 64 values of
-    // k instead of one of 256 (dx for 16 rows an expert: 175 -> 250 GFLOP/s). For a single tile packed numbers would be
-    // used only once, so it reads them where they are, unless they must be transposed.
-    int direct = tiles == 1 && right_j == 1, most = tiles <= 2 && right_j == 1 ? CHUNK / 4 : CHUNK;
+    int tiles = blocks_of(rows, TILE_ROWS), first_rows = part(1, tiles, rows);
+    // For a tile or two, the time is that of reading `right`, which goes faster in longer runs: 4 panels of 64 values
+    // of k instead of one of 256 (dx for 16 rows an expert: 175 -> 250 GFLOP/s). For a single tile packed numbers would
+    // be used only once, so it reads them where they are, unless they must be transposed or cut off.
+    int direct = tiles == 1 && right_j == 1 && columns % TILE_COLUMNS == 0;
+    int most = tiles <= 2 && right_j == 1 ? CHUNK / 4 : CHUNK;
     int chunk = blocks_of(blocks_of(depth, blocks_of(depth, most)), LINE) * LINE; // chunks of about equal depth
     int tile_floats = chunk * LEFT_WIDTH + LINE, panel_floats = chunk * TILE_COLUMNS;
-    int pass = LEFT_FLOATS / tile_floats / tiles * chunk;                          // values of k for which `left` fits
-    int group = RIGHT_FLOATS / panel_floats * TILE_COLUMNS;                        // columns for which `right` fits
+    int pass = LEFT_FLOATS / tile_floats / tiles * chunk;                         // values of k for which `left` fits
+    int group = RIGHT_FLOATS / panel_floats * TILE_COLUMNS;                       // columns for which `right` fits
     for (int k0 = 0; k0 < depth; k0 += pass) {
         int k1 = imin(depth, k0 + pass), copied = 0;
         float* packed = scratch;
         for (int k = k0; k < k1; k += chunk, packed += tiles * tile_floats) {
             pack_left(packed, tile_floats, left + k * left_k, left_i, left_k, rows, tiles, imin(chunk, k1 - k));
         }
-        for (int j0 = 0; j0 < columns; j0 += group) {
-            int j1 = imin(columns, j0 + group), panels = blocks_of(j1 - j0, TILE_COLUMNS);
+        for (int j = 0; j < columns; j += group) {
+            int width = imin(group, columns - j);
             packed = scratch;
-            for (int k = k0; k < k1; k += chunk) {
-                int n = imin(chunk, k1 - k), last = k + chunk >= k1;
-                int adding = add || k > 0, next_adding = add || k0 > 0 || !last;
-                for (int j = direct ? columns / TILE_COLUMNS * TILE_COLUMNS : j0; j < j1; j += TILE_COLUMNS) {
-                    pack(packed_right + (j - j0) * chunk, TILE_COLUMNS, right + k * right_k + j * right_j, right_j,
-                         right_k, imin(TILE_COLUMNS, j1 - j), n);
+            for (int k = k0; k < k1; k += chunk, packed += tiles * tile_floats) {
+                int n = imin(chunk, k1 - k), next_k = k + chunk, next_j = j;
+                const float *r = right + k * right_k + j * right_j, *after;
+                Rectangle next = {NULL, 0, 0, 0};
+                for (int p = 0; p < width && !direct; p += TILE_COLUMNS) {
+                    pack(packed_right + p * chunk, TILE_COLUMNS, r + p * right_j, right_j, right_k,
+                         imin(TILE_COLUMNS, width - p), n);
                 }
-                Rectangle next = {NULL, 0, 0, 0}; // what is packed next
-                if (!last) {
-                    next = rectangle(right + (k + chunk) * right_k + j0 * right_j, right_j, right_k, j1 - j0,
-                                     imin(chunk, k1 - k - chunk));
-                } else if (j1 < columns) {
-                    next = rectangle(right + k0 * right_k + j1 * right_j, right_j, right_k, imin(group, columns - j1),
-                                     imin(chunk, k1 - k0));
+                if (next_k >= k1) { next_k = k0; next_j += group; }
+                if (next_j < columns) {
+                    next = rectangle(right + next_k * right_k + next_j * right_j, right_j, right_k,
+                                     imin(group, columns - next_j), imin(chunk, k1 - next_k));
                 } else if (k1 < depth) {
                     next = rectangle(left + k1 * left_k, left_i, left_k, rows, imin(pass, depth - k1));
                 }
-                Successors s;
-                s.result_step = result_step;
-                s.copy = copy;
-                s.fetch_rows = imax(2, blocks_of(TILE_ROWS * STEP, n));
-                s.source_step = next.step;
-                s.across = imax(1, blocks_of(next.floats, LINE));
-                int runs = blocks_of(next.runs, tiles * panels);
-                s.fetch_lines = blocks_of(runs * s.across * STEP, n);
-                for (int t = 0; t < tiles; t++, packed += tile_floats) {
-                    int i = part(t, tiles, rows), i1 = part(t + 1, tiles, rows);
-                    for (int j = j0, share = t * panels; j < j1; j += TILE_COLUMNS, share++) {
-                        float* r = result + i * result_step + j;
-                        const float* p = direct ? right + k * right_k + j : packed_right + (j - j0) * chunk;
-                        long p_step = direct ? right_k : TILE_COLUMNS;
-                        int next_i = i, next_j = j + TILE_COLUMNS, add_next = adding;
-                        if (next_j >= j1) { next_i = i1; next_j = j0; }
-                        if (next_i == rows) { next_i = 0; next_j = last ? j1 : j0; add_next = next_adding; }
-                        s.result = result + next_i * result_step + next_j;
-                        s.copy_rows = 0;
-                        if (add_next && next_j + TILE_COLUMNS <= columns && n >= COPY_DELAY + TILE_ROWS * STEP / 2) {
-                            s.copy_rows = next_i == 0 ? part(1, tiles, rows)
-                                          : next_i == i ? i1 - i : part(t + 2, tiles, rows) - i1;
-                        }
-                        s.source = next.start + share * runs * next.step;
-                        s.lines = imax(0, imin(runs, next.runs - share * runs)) * s.across;
-                        if (j + TILE_COLUMNS > columns) {
-                            multiply_edge(i1 - i, columns - j, r, result_step, packed, packed_right + (j - j0) * chunk,
-                                          n, adding, &s);
-                        } else if (copied) {
-                            multiply_rows(i1 - i, r, result_step, copy, TILE_COLUMNS, packed, p, p_step, n, &s);
-                        } else {
-                            multiply_rows(i1 - i, r, result_step, adding ? r : NULL, result_step, packed, p, p_step, n,
-                                          &s);
-                        }
-                        copied = s.copy_rows > 0;
-                    }
-                }
+                after = result + next_j;
+                copied = multiply_panels(
+                    result + j, result_step, rows, width, add || k > 0, packed, tile_floats, direct ? r : packed_right,
+                    direct ? TILE_COLUMNS : panel_floats, direct ? right_k : TILE_COLUMNS, n, copy, copied, after,
+                    (add || next_k > 0) && next_j + TILE_COLUMNS <= columns ? first_rows : 0, next);
             }
         }
     }
@@ -821,7 +841,8 @@ void matmul_backward_weight(float* dW, const float* dy, const float* x, int rows
 // into n ln 2 + r, |r| <= ln 2 / 2: e^r by its Taylor series, 2^n by writing n into the exponent's bits. Below -87 the
 // result is e^-87 = 1.6e-38, which is 0 beside anything that it is added to here.
 static inline float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
     float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;            // adding 1.5 2^23 rounds to an integer
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;              // ln 2 in two parts: the first product is exact
     float p = 1.0f / 5040;
