@@ -1,7 +1,7 @@
 # make         builds the programs and says what it found
 # make run     trains, upcycles and trains on: the whole story on this project's own source files, in a few minutes
 # make test    runs every check
-# make bench   how fast training is
+# make bench   how fast training is;  make products BLAS="LIBRARY.so ..."   matrix products beside those of libraries
 # make references   makes what the tests compare with anew, with PyTorch and transformers, and compares
 # make train_moe_cu   builds the GPU program with nvcc;  make test_gpu   runs every check of it on this machine's GPU
 # make test_standin   runs the checks of the GPU program without a GPU, on a stand-in; STANDIN=WORD: only some groups
@@ -125,6 +125,13 @@ build/bench: dev/bench/bench.c dev/bench/timed.h train_moe.c build/embedded.h
 bench: build/bench
 	build/bench $(BENCH)
 
+# our matrix products beside those of other libraries; BLAS="libmkl_rt.so libopenblas.so": which
+build/products: dev/bench/products.c train_moe.c build/embedded.h
+	$(CC) $(FLAGS) -rdynamic dev/bench/products.c -o $@ -lm -ldl
+
+products: build/products
+	build/products $(BLAS)
+
 references:
 	python3 dev/reference/make_references.py --check
 	python3 dev/reference/make_router_references.py --check
@@ -132,4 +139,4 @@ references:
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu
 
-.PHONY: all run test test_gpu test_standin bench references clean
+.PHONY: all run test test_gpu test_standin bench products references clean
