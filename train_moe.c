@@ -458,18 +458,23 @@ typedef struct {
     long result_step;
     int fetch_rows, copy_rows;
     float* copy;
-    // This tile's share of what will be packed next: `lines` lines, of which `across` follow each other; `fetch_lines`
-    // of them each time.
+    // What will be packed next: `lines` more lines of the cache, `fetch_lines` of them each time. `across` lines follow
+    // each other, then comes the next run; `line` of the present one are done.
     const float* source;
     long source_step;
-    int lines, across, fetch_lines;
+    int lines, fetch_lines, across, line;
 } Successors;
 
-ALWAYS_INLINE void serve(const Successors* s, int k) {
+ALWAYS_INLINE void serve(Successors* s, int k) {
     int step = k / STEP, copy = (k - COPY_DELAY) / STEP * 2;
-    for (int n = step * s->fetch_lines; n < imin(s->lines, (step + 1) * s->fetch_lines); n++) {
-        PREFETCH(s->source + n / s->across * s->source_step + n % s->across * LINE);
+    for (int n = imin(s->fetch_lines, s->lines); n > 0; n--) {
+        PREFETCH(s->source + s->line * LINE);
+        if (++s->line == s->across) {
+            s->line = 0;
+            s->source += s->source_step;
+        }
     }
+    s->lines -= s->fetch_lines;
     for (int i = step * s->fetch_rows; i < imin(TILE_ROWS, (step + 1) * s->fetch_rows); i++) {
         PREFETCH(s->result + i * s->result_step);
         PREFETCH(s->result + i * s->result_step + TILE_COLUMNS - 1);
@@ -487,7 +492,7 @@ ALWAYS_INLINE void serve(const Successors* s, int k) {
 // sums live in registers.
 ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step, const float* start, long start_step,
                                  const float* left, const float* right, long right_step, int depth,
-                                 const Successors* successors) {
+                                 Successors* successors) {
     vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
     UNROLL
     for (int i = 0; i < rows; i++) {
@@ -521,7 +526,7 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
 // The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (The conditional only keeps
 // cases that cannot occur on machines with a smaller tile within the bounds of `sum`.)
 static void multiply_rows(int rows, float* result, long result_step, const float* start, long start_step,
-                          const float* left, const float* right, long right_step, int depth, const Successors* s) {
+                          const float* left, const float* right, long right_step, int depth, Successors* s) {
     switch (rows) {
 #define TILE_CASE(n)                                                                                                  \
     case n:                                                                                                           \
@@ -535,7 +540,7 @@ static void multiply_rows(int rows, float* result, long result_step, const float
 
 // A tile cut off at the right edge is computed in a full tile of its own, from which the valid columns are copied.
 static void multiply_edge(int rows, int columns, float* result, long result_step, const float* left, const float* right,
-                          int depth, int add, const Successors* s) {
+                          int depth, int add, Successors* s) {
     float full[TILE_ROWS * TILE_COLUMNS] = {0};
     for (int i = 0; i < rows && add; i++) {
         memcpy(full + i * TILE_COLUMNS, result + i * result_step, columns * sizeof(float));
@@ -567,15 +572,17 @@ static int multiply_panels(float* result, long result_step, int rows, int column
                            long tile_floats, const float* right, long panel_floats, long right_step, int depth,
                            float* copy, int copied, const float* after, int after_rows, Rectangle next) {
     int tiles = blocks_of(rows, TILE_ROWS), panels = blocks_of(columns, TILE_COLUMNS);
-    int time_to_copy = depth >= COPY_DELAY + TILE_ROWS * STEP / 2, runs = blocks_of(next.runs, tiles * panels);
+    int time_to_copy = depth >= COPY_DELAY + TILE_ROWS * STEP / 2, steps = tiles * panels * blocks_of(depth, STEP);
     Successors s;
     s.result_step = result_step;
     s.fetch_rows = imax(2, blocks_of(TILE_ROWS * STEP, depth));
     s.copy = copy;
     s.source = next.start;
     s.source_step = next.step;
-    s.across = imax(1, blocks_of(next.floats, LINE));
-    s.fetch_lines = blocks_of(runs * s.across * STEP, depth);
+    s.across = blocks_of(next.floats, LINE);
+    s.lines = next.runs * s.across;
+    s.fetch_lines = blocks_of(s.lines, steps);
+    s.line = 0;
     for (int t = 0; t < tiles; t++, left += tile_floats) {
         int i = part(t, tiles, rows), below = part(t + 1, tiles, rows), height = below - i;
         for (int p = 0; p < panels; p++) {
@@ -592,7 +599,6 @@ static int multiply_panels(float* result, long result_step, int rows, int column
                 s.copy_rows = after == r ? 0 : after_rows; // a single tile follows itself and is not finished yet
             }
             if (!time_to_copy) s.copy_rows = 0;
-            s.lines = imin(runs, next.runs) * s.across;
             if (left_over < TILE_COLUMNS) {
                 multiply_edge(height, left_over, r, result_step, left, right + p * panel_floats, depth, adding, &s);
             } else {
@@ -604,8 +610,6 @@ static int multiply_panels(float* result, long result_step, int rows, int column
                               &s);
             }
             copied = s.copy_rows > 0;
-            next.runs = imax(0, next.runs - runs);
-            s.source += runs * next.step;
         }
     }
     return copied;
