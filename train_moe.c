@@ -282,7 +282,8 @@ static long random_permutation(long i, long n, uint64_t key) {
 //
 // Speed. The innermost routine, multiply_tile, keeps TILE_ROWS x TILE_COLUMNS sums in registers. For each k it loads
 // two vectors of `right`, and each number of `left` it broadcasts is used for two multiply-adds. Its operands are
-// copies ("packed"), made just before use in the order in which the tile reads them, small enough for the caches.
+// copies ("packed"), made just before use in the order in which the tile reads them, small enough for the caches,
+// except where each number would be used once or twice only.
 
 #if !defined(__GNUC__) // plain C for compilers without vector types
 #define VECTOR_LENGTH 1
@@ -324,7 +325,7 @@ typedef float vector __attribute__((vector_size(4 * VECTOR_LENGTH), aligned(4), 
 #endif
 
 enum {
-    TILE_VECTORS = 2,                            // vectors in a row of the tile
+    TILE_VECTORS = 2,                            // vectors in a row of the tile; with one, see HIDE
     TILE_COLUMNS = TILE_VECTORS * VECTOR_LENGTH,
 #if VECTOR_LENGTH == 16 || defined(__aarch64__)
     TILE_ROWS = 14,                              // 14*2 sums + 2 of right + 1 of left = 31 of 32 vector registers
@@ -335,27 +336,25 @@ enum {
 #endif
     // numbers of `left` stored for each k: TILE_ROWS rounded up to whole vectors
     LEFT_WIDTH = (TILE_ROWS + VECTOR_LENGTH - 1) / VECTOR_LENGTH * VECTOR_LENGTH,
-    CHUNK = 256,                                 // most values of k done at a time
-    // most packed floats of `right`: one panel of TILE_COLUMNS columns for a whole chunk, or several for a shallow one.
-    // With AVX-512 32 KB: `left` passes beside it through a first-level cache of 48 KB.
-    RIGHT_FLOATS = CHUNK * TILE_COLUMNS,
-    // most packed floats of `left`: 768 KB of the 1 to 2 MB of second-level cache that processors with AVX-512 have,
-    // 512 KB elsewhere
-    LEFT_FLOATS = VECTOR_LENGTH == 16 ? 3 << 16 : 1 << 17,
     LINE = 16,                                   // floats in a line of the cache
+    CHUNK = 256,                                 // most values of k done at a time, a multiple of LINE
+    // most packed floats of `right`: one panel of TILE_COLUMNS columns for a whole chunk, or several for a shallow one.
+    // With AVX-512 32 KB: on the processors measured `left` passes beside it through a first-level cache of 48 KB.
+    RIGHT_FLOATS = CHUNK * TILE_COLUMNS,
+    // most packed floats of `left`: 768 KB of the 1 to 2 MB of second-level cache that servers with AVX-512 have;
+    // elsewhere 512 KB, which is faster than 256 KB with 1 MB of cache (it has not been measured with less)
+    LEFT_FLOATS = VECTOR_LENGTH == 16 ? 3 << 16 : 1 << 17,
     // most rows and columns in a thread's unit of work: the rows of which one chunk can be packed (a tile is followed
     // by an empty line, see pack_left), and so few columns that the unit's part of the result is not far away in the
-    // caches when the next chunk of k is added to it
+    // caches when the next pass over k adds to it
     UNIT_ROWS = LEFT_FLOATS / (CHUNK * LEFT_WIDTH + LINE) * TILE_ROWS,
     UNIT_COLUMNS = 1024,
-#ifndef X_UPT
-#define X_UPT 4
-#endif
-    UNITS_A_THREAD = X_UPT,                          // so many units that nobody waits long for the last one
-    // a tile's work for its successors (see Successors) is spread over its loop: some of it every STEP values of k,
-    // and numbers are copied COPY_DELAY values of k after they have been asked for
-    STEP = VECTOR_LENGTH == 16 ? 8 : 32,
-    COPY_DELAY = 64
+    UNITS_A_THREAD = 4,                          // so many units that nobody waits long for the last one
+    // a tile looks ahead (see Ahead) every STEP values of k, often enough for all its rows within a chunk; what it
+    // asked for is copied COPY_DELAY values of k later, LOOK_ROWS rows each time
+    STEP = TILE_ROWS == 14 ? 8 : 32,
+    COPY_DELAY = 64,
+    LOOK_ROWS = 2
 };
 
 ALWAYS_INLINE int blocks_of(int n, int size) { return (n + size - 1) / size; }
@@ -391,7 +390,8 @@ ALWAYS_INLINE void transpose(vector* r) {
 }
 
 // Copies packed[k*width + q] = source[q*q_step + k*k_step] for q < count, k < depth, and fills up with zeros to whole
-// vectors. One of the steps is 1: if it is k_step, squares are transposed.
+// vectors. (Vectors beyond that, in a panel cut off, keep what they held: only columns that are thrown away see it.)
+// One of the steps is 1: if it is k_step, squares are transposed.
 ALWAYS_INLINE void pack(float* packed, const int width, const float* source, long q_step, long k_step, int count,
                         int depth) {
     for (int q = 0; q < count; q += VECTOR_LENGTH) {
@@ -419,8 +419,8 @@ ALWAYS_INLINE void pack(float* packed, const int width, const float* source, lon
     }
 }
 
-// Where part i begins if n things are cut into `parts` parts of about equal size.
-ALWAYS_INLINE int part(int i, int parts, int n) { return i * (n / parts) + imin(i, n % parts); }
+// The first of the things in part i, if n things are cut into `parts` parts of about equal size.
+ALWAYS_INLINE int part_begin(int i, int parts, int n) { return i * (n / parts) + imin(i, n % parts); }
 
 // Packs all tiles of `left` for a chunk of k. Where the rows of a tile are contiguous (dy in backward weight), the
 // source is read a whole row at a time, which is how processors foresee what comes: 3 times as fast as tile by tile.
@@ -428,61 +428,62 @@ ALWAYS_INLINE int part(int i, int parts, int n) { return i * (n / parts) + imin(
 // set of the first-level cache; the empty line between tiles makes packing 4 times as fast.
 static void pack_left(float* packed, long tile_floats, const float* left, long left_i, long left_k, int rows, int tiles,
                       int depth) {
-    int whole = 0; // tiles that can be read in full width
-    while (left_k != 1 && whole < tiles && part(whole, tiles, rows) + LEFT_WIDTH <= rows) whole++;
-    for (int k = 0; k < depth && whole > 0; k++) {
-        for (int t = 0; t < whole; t++) {
-            const float* s = left + k * left_k + part(t, tiles, rows);
-            PREFETCH(s + 4 * left_k); // up to 6 % of dW
-            UNROLL
-            for (int v = 0; v < LEFT_WIDTH; v += VECTOR_LENGTH) {
-                *(vector*)(packed + t * tile_floats + k * LEFT_WIDTH + v) = *(const vector*)(s + v);
+    int whole = 0; // tiles that can be read in full width, where rows are contiguous
+    if (left_k != 1) {
+        while (whole < tiles && part_begin(whole, tiles, rows) + LEFT_WIDTH <= rows) whole++;
+        for (int k = 0; k < depth; k++) {
+            for (int t = 0; t < whole; t++) {
+                const float* s = left + k * left_k + part_begin(t, tiles, rows);
+                PREFETCH(s + 4 * left_k); // brings up to 6 % in dW
+                UNROLL
+                for (int v = 0; v < LEFT_WIDTH; v += VECTOR_LENGTH) {
+                    *(vector*)(packed + t * tile_floats + k * LEFT_WIDTH + v) = *(const vector*)(s + v);
+                }
             }
         }
     }
     for (int t = whole; t < tiles; t++) {
-        int i = part(t, tiles, rows); // a full width is quicker than the rows that the tile needs
-        pack(packed + t * tile_floats, LEFT_WIDTH, left + i * left_i, left_i, left_k, imin(LEFT_WIDTH, rows - i),
-             depth);
+        int i = part_begin(t, tiles, rows), width = imin(LEFT_WIDTH, rows - i); // full width is quicker than the tile's
+        pack(packed + t * tile_floats, LEFT_WIDTH, left + i * left_i, left_i, left_k, width, depth);
     }
 }
 
-// What a tile does, between its multiplications, for the tiles after it. Its loop leaves room for that, and nothing is
+// What a tile does, between its multiplications, for what comes after it. Its loop leaves room for that, and nothing is
 // waited for: without it, 5 to 15 % of a product's time would be spent waiting for numbers to come from memory.
 typedef struct {
-    // The tile of the result that comes next: it is fetched to the cache, `fetch_rows` of its rows each time. Later its
-    // first `copy_rows` rows are copied to `copy`, from where the next tile starts: on its own place it would have to
-    // wait for the stores of this tile if rows are a multiple of 4 KB apart, since then processors cannot tell in
-    // time whether an address that is read has just been written (6 % at 1024 columns, 2 % at 512).
+    // The tile of the result that comes next. Each look fetches `fetch_rows` of its rows to the cache; later looks copy
+    // its first `copy_rows` rows to `buffer`, from where the next tile starts. If it started from its own place, and
+    // rows were a multiple of 4 KB apart, it would have to wait for the stores of the tile above, since processors
+    // cannot tell in time whether an address that is read has just been written (6 % at 1024 columns, 2 % at 512).
     const float* result;
     long result_step;
     int fetch_rows, copy_rows;
-    float* copy;
-    // What will be packed next: `lines` more lines of the cache, `fetch_lines` of them each time. `across` lines follow
-    // each other, then comes the next run; `line` of the present one are done.
+    float* buffer;
+    // What will be packed next: `lines` more lines of the cache, of which each look fetches `fetch_lines`. A run is
+    // `run_lines` lines that follow each other, source_step to the next; `line` lines of the present one are done.
     const float* source;
     long source_step;
-    int lines, fetch_lines, across, line;
-} Successors;
+    int lines, fetch_lines, run_lines, line;
+} Ahead;
 
-ALWAYS_INLINE void serve(Successors* s, int k) {
-    int step = k / STEP, copy = (k - COPY_DELAY) / STEP * 2;
-    for (int n = imin(s->fetch_lines, s->lines); n > 0; n--) {
-        PREFETCH(s->source + s->line * LINE);
-        if (++s->line == s->across) {
-            s->line = 0;
-            s->source += s->source_step;
+ALWAYS_INLINE void look_ahead(Ahead* a, int k) {
+    int look = k / STEP, fetch_row = look * a->fetch_rows, copy_row = (k - COPY_DELAY) / STEP * LOOK_ROWS;
+    for (int n = imin(a->fetch_lines, a->lines); n > 0; n--) {
+        PREFETCH(a->source + a->line * LINE);
+        if (++a->line == a->run_lines) {
+            a->line = 0;
+            a->source += a->source_step;
         }
     }
-    s->lines -= s->fetch_lines;
-    for (int i = step * s->fetch_rows; i < imin(TILE_ROWS, (step + 1) * s->fetch_rows); i++) {
-        PREFETCH(s->result + i * s->result_step);
-        PREFETCH(s->result + i * s->result_step + TILE_COLUMNS - 1);
+    a->lines -= a->fetch_lines;
+    for (int i = fetch_row; i < imin(TILE_ROWS, fetch_row + a->fetch_rows); i++) {
+        PREFETCH(a->result + i * a->result_step);
+        PREFETCH(a->result + i * a->result_step + TILE_COLUMNS - 1);
     }
-    for (int i = imax(copy, 0); i < imin(s->copy_rows, copy + 2); i++) {
+    for (int i = imax(copy_row, 0); i < imin(a->copy_rows, copy_row + LOOK_ROWS); i++) {
         UNROLL
         for (int v = 0; v < TILE_COLUMNS; v += VECTOR_LENGTH) {
-            *(vector*)(s->copy + i * TILE_COLUMNS + v) = *(const vector*)(s->result + i * s->result_step + v);
+            *(vector*)(a->buffer + i * TILE_COLUMNS + v) = *(const vector*)(a->result + i * a->result_step + v);
         }
     }
 }
@@ -492,7 +493,7 @@ ALWAYS_INLINE void serve(Successors* s, int k) {
 // sums live in registers.
 ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step, const float* start, long start_step,
                                  const float* left, const float* right, long right_step, int depth,
-                                 Successors* successors) {
+                                 Ahead* ahead) {
     vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
     UNROLL
     for (int i = 0; i < rows; i++) {
@@ -502,7 +503,7 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
         }
     }
     for (int k = 0; k < depth; k += STEP) {
-        serve(successors, k);
+        look_ahead(ahead, k);
         for (int n = imin(STEP, depth - k); n > 0; n--) {
             vector r[TILE_VECTORS];
             UNROLL
@@ -523,15 +524,14 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
     }
 }
 
-// The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (The conditional only keeps
+// The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (imin only keeps
 // cases that cannot occur on machines with a smaller tile within the bounds of `sum`.)
 static void multiply_rows(int rows, float* result, long result_step, const float* start, long start_step,
-                          const float* left, const float* right, long right_step, int depth, Successors* s) {
+                          const float* left, const float* right, long right_step, int depth, Ahead* ahead) {
     switch (rows) {
-#define TILE_CASE(n)                                                                                                  \
-    case n:                                                                                                           \
-        multiply_tile(imin(n, TILE_ROWS), result, result_step, start, start_step, left, right, right_step, depth, s); \
-        break;
+#define TILE_CASE(n) \
+        case n: multiply_tile(imin(n, TILE_ROWS), result, result_step, start, start_step, left, right, right_step, \
+                              depth, ahead); break;
         TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4) TILE_CASE(5) TILE_CASE(6) TILE_CASE(7)
         TILE_CASE(8) TILE_CASE(9) TILE_CASE(10) TILE_CASE(11) TILE_CASE(12) TILE_CASE(13) TILE_CASE(14)
 #undef TILE_CASE
@@ -540,12 +540,12 @@ static void multiply_rows(int rows, float* result, long result_step, const float
 
 // A tile cut off at the right edge is computed in a full tile of its own, from which the valid columns are copied.
 static void multiply_edge(int rows, int columns, float* result, long result_step, const float* left, const float* right,
-                          int depth, int add, Successors* s) {
+                          int depth, int add, Ahead* ahead) {
     float full[TILE_ROWS * TILE_COLUMNS] = {0};
     for (int i = 0; i < rows && add; i++) {
         memcpy(full + i * TILE_COLUMNS, result + i * result_step, columns * sizeof(float));
     }
-    multiply_rows(rows, full, TILE_COLUMNS, full, TILE_COLUMNS, left, right, TILE_COLUMNS, depth, s);
+    multiply_rows(rows, full, TILE_COLUMNS, full, TILE_COLUMNS, left, right, TILE_COLUMNS, depth, ahead);
     for (int i = 0; i < rows; i++) {
         memcpy(result + i * result_step, full + i * TILE_COLUMNS, columns * sizeof(float));
     }
@@ -566,75 +566,73 @@ ALWAYS_INLINE Rectangle rectangle(const float* start, long q_step, long k_step, 
 
 // All tiles of a result (rows, columns) for `depth` values of k: result = [result if adding] + left right. `left` is
 // packed, a tile every tile_floats; `right` has a panel every panel_floats, with right_step from one k to the next.
-// `copied`: the first tile is in `copy` already. `after` is the tile that the caller computes next; after_rows of its
+// `copied`: the first tile is in `buffer` already. `after` is the tile that the caller computes next; after_rows of its
 // rows are copied, if there is time, and the function says so. `next` is what the caller packs next.
 static int multiply_panels(float* result, long result_step, int rows, int columns, int adding, const float* left,
                            long tile_floats, const float* right, long panel_floats, long right_step, int depth,
-                           float* copy, int copied, const float* after, int after_rows, Rectangle next) {
-    int tiles = blocks_of(rows, TILE_ROWS), panels = blocks_of(columns, TILE_COLUMNS);
-    int time_to_copy = depth >= COPY_DELAY + TILE_ROWS * STEP / 2, steps = tiles * panels * blocks_of(depth, STEP);
-    Successors s;
-    s.result_step = result_step;
-    s.fetch_rows = imax(2, blocks_of(TILE_ROWS * STEP, depth));
-    s.copy = copy;
-    s.source = next.start;
-    s.source_step = next.step;
-    s.across = blocks_of(next.floats, LINE);
-    s.lines = next.runs * s.across;
-    s.fetch_lines = blocks_of(s.lines, steps);
-    s.line = 0;
+                           float* buffer, int copied, const float* after, int after_rows, Rectangle next) {
+    int tiles = blocks_of(rows, TILE_ROWS), panels = blocks_of(columns, TILE_COLUMNS), looks = blocks_of(depth, STEP);
+    int time_to_copy = depth >= COPY_DELAY + blocks_of(TILE_ROWS, LOOK_ROWS) * STEP, may_copy = adding && time_to_copy;
+    Ahead a;
+    a.result_step = result_step;
+    a.fetch_rows = imax(LOOK_ROWS, blocks_of(TILE_ROWS, looks));
+    a.buffer = buffer;
+    a.source = next.start;
+    a.source_step = next.step;
+    a.run_lines = blocks_of(next.floats, LINE);
+    a.lines = next.runs * a.run_lines;
+    a.fetch_lines = blocks_of(a.lines, tiles * panels * looks);
+    a.line = 0;
     for (int t = 0; t < tiles; t++, left += tile_floats) {
-        int i = part(t, tiles, rows), below = part(t + 1, tiles, rows), height = below - i;
+        int i = part_begin(t, tiles, rows), below = part_begin(t + 1, tiles, rows), height = below - i;
         for (int p = 0; p < panels; p++) {
-            int j = p * TILE_COLUMNS, left_over = columns - j;
+            int j = p * TILE_COLUMNS, width = imin(TILE_COLUMNS, columns - j);
             float* r = result + i * result_step + j;
-            if (p + 1 < panels) {
-                s.result = r + TILE_COLUMNS;
-                s.copy_rows = adding && left_over >= 2 * TILE_COLUMNS ? height : 0;
+            const float *start = copied ? buffer : adding ? r : NULL, *panel = right + p * panel_floats;
+            if (p + 1 < panels) { // the next tile is to the right, or the first one below, or the caller's
+                a.result = r + TILE_COLUMNS;
+                a.copy_rows = may_copy && j + 2 * TILE_COLUMNS <= columns ? height : 0;
             } else if (t + 1 < tiles) {
-                s.result = result + below * result_step;
-                s.copy_rows = adding && columns >= TILE_COLUMNS ? part(t + 2, tiles, rows) - below : 0;
+                a.result = result + below * result_step;
+                a.copy_rows = may_copy && columns >= TILE_COLUMNS ? part_begin(t + 2, tiles, rows) - below : 0;
             } else {
-                s.result = after;
-                s.copy_rows = after == r ? 0 : after_rows; // a single tile follows itself and is not finished yet
+                a.result = after; // a single tile follows itself and is not finished yet
+                a.copy_rows = time_to_copy && after != r ? after_rows : 0;
             }
-            if (!time_to_copy) s.copy_rows = 0;
-            if (left_over < TILE_COLUMNS) {
-                multiply_edge(height, left_over, r, result_step, left, right + p * panel_floats, depth, adding, &s);
+            if (width < TILE_COLUMNS) {
+                multiply_edge(height, width, r, result_step, left, panel, depth, adding, &a);
             } else {
-                multiply_rows(height, r, result_step,
-                              copied   ? copy
-                              : adding ? r
-                                       : NULL,
-                              copied ? TILE_COLUMNS : result_step, left, right + p * panel_floats, right_step, depth,
-                              &s);
+                multiply_rows(height, r, result_step, start, copied ? TILE_COLUMNS : result_step, left, panel,
+                              right_step, depth, &a);
             }
-            copied = s.copy_rows > 0;
+            copied = a.copy_rows > 0;
         }
     }
     return copied;
 }
 
 // One unit of work, by one thread: result (rows, columns) = [result if add] + left right, where
-// left(i,k) = left[i*left_i + k*left_k] and right(k,j) = right[k*right_k + j*right_j]; rows <= UNIT_ROWS.
+// left(i,k) = left[i*left_i + k*left_k] and right(k,j) = right[k*right_k + j*right_j]; 0 < rows <= UNIT_ROWS.
 // `left` is packed to the second-level cache, as many chunks of k as fit; `right` a panel of columns at a time to the
 // first level, or some panels if k has few values: then the result is walked through along its rows, as memory likes.
 static void multiply_unit(float* result, long result_step, const float* left, long left_i, long left_k,
                           const float* right, long right_k, long right_j, int rows, int columns, int depth, int add) {
     static __thread float* scratch = NULL; // one per thread, kept for the life of the thread
     if (!scratch) {
-        scratch = (float*)aligned_alloc(64, sizeof(float) * (LEFT_FLOATS + RIGHT_FLOATS + TILE_ROWS * TILE_COLUMNS));
+        int buffer_floats = blocks_of(TILE_ROWS * TILE_COLUMNS, LINE) * LINE;
+        scratch = (float*)aligned_alloc(64, sizeof(float) * (size_t)(LEFT_FLOATS + RIGHT_FLOATS + buffer_floats));
     }
     if (!scratch) { fprintf(stderr, "out of memory\n"); exit(EXIT_FAILURE); }
-    if (depth == 0) return; // dW of an expert without tokens
-    float *packed_right = scratch + LEFT_FLOATS, *copy = packed_right + RIGHT_FLOATS;
-    int tiles = blocks_of(rows, TILE_ROWS), first_rows = part(1, tiles, rows);
+    if (depth == 0) return; // dW of an expert without tokens: there is nothing to add
+    float *packed_right = scratch + LEFT_FLOATS, *buffer = packed_right + RIGHT_FLOATS;
+    int tiles = blocks_of(rows, TILE_ROWS), first_rows = part_begin(1, tiles, rows);
     // For a tile or two, the time is that of reading `right`, which goes faster in longer runs: 4 panels of 64 values
-    // of k instead of one of 256 (dx for 16 rows an expert: 175 -> 250 GFLOP/s). For a single tile packed numbers would
+    // of k instead of one of 256 (dx for 16 rows an expert: + 40 %). For a single tile packed numbers would
     // be used only once, so it reads them where they are, unless they must be transposed or cut off.
     int direct = tiles == 1 && right_j == 1 && columns % TILE_COLUMNS == 0;
     int most = tiles <= 2 && right_j == 1 ? CHUNK / 4 : CHUNK;
-    int chunk = blocks_of(blocks_of(depth, blocks_of(depth, most)), LINE) * LINE; // chunks of about equal depth
+    // chunks of about equal depth, all but the last of whole squares to transpose; tiles of `left`: see pack_left
+    int chunk = blocks_of(blocks_of(depth, blocks_of(depth, most)), LINE) * LINE;
     int tile_floats = chunk * LEFT_WIDTH + LINE, panel_floats = chunk * TILE_COLUMNS;
     int pass = LEFT_FLOATS / tile_floats / tiles * chunk;                         // values of k for which `left` fits
     int group = RIGHT_FLOATS / panel_floats * TILE_COLUMNS;                       // columns for which `right` fits
@@ -651,9 +649,10 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
                 int n = imin(chunk, k1 - k), next_k = k + chunk, next_j = j;
                 const float *r = right + k * right_k + j * right_j, *after;
                 Rectangle next = {NULL, 0, 0, 0};
-                for (int p = 0; p < width && !direct; p += TILE_COLUMNS) {
-                    pack(packed_right + p * chunk, TILE_COLUMNS, r + p * right_j, right_j, right_k,
-                         imin(TILE_COLUMNS, width - p), n);
+                for (int p = 0; p < (direct ? 0 : blocks_of(width, TILE_COLUMNS)); p++) {
+                    int first = p * TILE_COLUMNS;
+                    pack(packed_right + p * panel_floats, TILE_COLUMNS, r + first * right_j, right_j, right_k,
+                         imin(TILE_COLUMNS, width - first), n);
                 }
                 if (next_k >= k1) { next_k = k0; next_j += group; }
                 if (next_j < columns) {
@@ -662,10 +661,10 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
                 } else if (k1 < depth) {
                     next = rectangle(left + k1 * left_k, left_i, left_k, rows, imin(pass, depth - k1));
                 }
-                after = result + next_j;
+                after = result + (next_j < columns ? next_j : 0);
                 copied = multiply_panels(
                     result + j, result_step, rows, width, add || k > 0, packed, tile_floats, direct ? r : packed_right,
-                    direct ? TILE_COLUMNS : panel_floats, direct ? right_k : TILE_COLUMNS, n, copy, copied, after,
+                    direct ? TILE_COLUMNS : panel_floats, direct ? right_k : TILE_COLUMNS, n, buffer, copied, after,
                     (add || next_k > 0) && next_j + TILE_COLUMNS <= columns ? first_rows : 0, next);
             }
         }
@@ -682,7 +681,7 @@ static void multiply_block(float* result, long result_step, const float* left, l
 
 // y = x W^T for a few rows of x, as in generation: the time is that of reading W, and packed numbers would be used only
 // once. So squares of W are transposed in registers and used for all rows. The order of summation is the same.
-// 16 rows of W are too many streams for the hardware to foresee: fetching ahead brings 25 % at 1 row, 90 % at 8.
+// These are too many streams for the hardware to foresee: fetching ahead brings 25 % at 1 row, 90 % at 8 (AVX-512).
 ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_row, long y_column, const float* x, const float* W,
                                     int C, int columns) {
     for (int o = 0; o < columns; o += VECTOR_LENGTH) {
@@ -725,7 +724,8 @@ ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_row, long y
     }
 }
 
-// The product is the same with x and W in each other's place, which serves routers: few rows of W.
+// For few rows of W, as routers have, the same is computed as y^T = W x^T: x and W change places, and so do the roles
+// of rows and columns.
 static void forward_unit(float* y, long y_step, const float* x, const float* W, int C, int rows, int columns) {
     long y_row = y_step, y_column = 1;
     int few = rows;
@@ -758,8 +758,9 @@ static void grouped_product(int kind, float* result, const float* left, const fl
     for (int e = 0; e < E; e++) most_rows = imax(most_rows, RESULT_ROWS(e));
     if (most_rows == 0) return;
     // A unit of work is a block of a result. Start with large ones (less packing) and cut the longer side into more
-    // until there are enough to go round: an equal number for each thread, or some for each, taken as threads become
-    // free. (For few rows one a thread: reading W goes fastest in long runs.)
+    // until there are enough to go round: an equal number for each thread (a single product may be cut finer, to find
+    // such a number), or some for each, taken as threads become free. (For few rows one a thread: reading W goes
+    // fastest in long runs.) A large result is cut into `down` times `across` units.
     int enough = threads * (most_rows <= FEW_ROWS ? 1 : E > 1 ? UNITS_A_THREAD : 4 * UNITS_A_THREAD);
     int down = blocks_of(most_rows, UNIT_ROWS), across = blocks_of(columns, UNIT_COLUMNS);
     int tiles = blocks_of(most_rows, TILE_ROWS), panels = blocks_of(columns, TILE_COLUMNS);
@@ -767,7 +768,7 @@ static void grouped_product(int kind, float* result, const float* left, const fl
         unit_rows = blocks_of(tiles, down) * TILE_ROWS;
         units = 0;
         for (int e = 0; e < E; e++) units += blocks_of(RESULT_ROWS(e), unit_rows) * across;
-        if ((E == 1 && units % threads == 0) || units >= enough) break;
+        if (((E == 1 || threads == 1) && units % threads == 0) || units >= enough) break;
         if (down < tiles && (unit_rows > columns / across || across == panels)) down++;
         else if (across < panels) across++;
         else break;
@@ -781,9 +782,10 @@ static void grouped_product(int kind, float* result, const float* left, const fl
             u -= blocks_of(RESULT_ROWS(e), unit_rows) * across;
         }
         int blocks = blocks_of(RESULT_ROWS(e), unit_rows);
-        int i = part(u / across, blocks, RESULT_ROWS(e)), rows = part(u / across + 1, blocks, RESULT_ROWS(e)) - i;
-        int j = part(u % across, across, panels) * TILE_COLUMNS;
-        int width = imin(columns, part(u % across + 1, across, panels) * TILE_COLUMNS) - j;
+        int i = part_begin(u / across, blocks, RESULT_ROWS(e));
+        int rows = part_begin(u / across + 1, blocks, RESULT_ROWS(e)) - i;
+        int j = part_begin(u % across, across, panels) * TILE_COLUMNS;
+        int width = imin(columns, part_begin(u % across + 1, across, panels) * TILE_COLUMNS) - j;
         long first = offsets[e], w = e * weight_stride;
         if (kind == FORWARD) {
             forward_unit(result + (first + i) * OC + j, OC, left + (first + i) * C, right + w + (long)j * C, C, rows,
