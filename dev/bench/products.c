@@ -4,10 +4,10 @@ products.c: the matrix products of train_moe.c beside those of BLAS libraries, a
     make products BLAS="LIBRARY.so ..."      libraries with a Fortran sgemm_ (OpenBLAS, MKL, PyTorch's libtorch_cpu.so)
     MODEL=small make products                only one of the models
 
-Each line is one product: E matrices (OC, C), `rows` rows of x in all. Libraries are called once for each expert. Figures
-are GFLOP/s of the fastest of many calls; the weights are taken from a ring of copies that fits into no cache, as in a
-training step, where other layers' weights come in between. Every measurement has a process of its own, because the
-threads of two libraries would disturb each other.
+Each line is one product: E matrices (OC, C), `rows` rows of x in all. Libraries are called once for each expert.
+Figures are GFLOP/s of the fastest of many calls; the weights are taken from a ring of copies that is larger than the
+caches of a core, as in a training step, where other layers' weights come in between. Every measurement has a process of
+its own, because the threads of two libraries would disturb each other.
 */
 #define TRAIN_MOE_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"
