@@ -754,7 +754,7 @@ static void test_matmul_values(void) {
         check(ok, "three products, 0 to 530 rows, %d -> %d", C, OC);
     }
     static const int large[][3] = {{660, 530, 70}, {300, 70, 600}, {9, 320, 700}, {25, 320, 520},
-                                   {300, 320, 8},  {300, 330, 8},  {125, 58, 290}, {6, 512, 40}};
+                                   {300, 320, 8},  {300, 330, 8},  {125, 58, 290}, {125, 20, 290}, {6, 512, 40}};
     for (size_t s = 0; s < sizeof large / sizeof large[0]; s++) {
         Product p = product_create(1, large[s], large[s][1], large[s][2]);
         check(product_check(&p, 0, &unfused, &fused), "three products, %d rows, %d -> %d", large[s][0], large[s][1],

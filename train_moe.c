@@ -449,7 +449,7 @@ static void pack_left(float* packed, long tile_floats, const float* left, long l
 }
 
 // What a tile does, between its multiplications, for what comes after it. Its loop leaves room for that, and nothing is
-// waited for: without it, 5 to 15 % of a product's time would be spent waiting for numbers to come from memory.
+// waited for: without that, 5 to 15 % of a product's time would be spent waiting for numbers to come from memory.
 typedef struct {
     // The tile of the result that comes next. Each look fetches `fetch_rows` of its rows to the cache; later looks copy
     // its first `copy_rows` rows to `buffer`, from where the next tile starts. If it started from its own place, and
@@ -492,8 +492,7 @@ ALWAYS_INLINE void look_ahead(Ahead* a, int k) {
 // zeros. `left` is packed, `right` too or read where it is. `rows` is a constant wherever this is inlined, so that the
 // sums live in registers.
 ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step, const float* start, long start_step,
-                                 const float* left, const float* right, long right_step, int depth,
-                                 Ahead* ahead) {
+                                 const float* left, const float* right, long right_step, int depth, Ahead* ahead) {
     vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
     UNROLL
     for (int i = 0; i < rows; i++) {
@@ -524,8 +523,8 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
     }
 }
 
-// The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (imin only keeps
-// cases that cannot occur on machines with a smaller tile within the bounds of `sum`.)
+// The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (imin only keeps cases
+// that cannot occur on machines with a smaller tile within the bounds of `sum`.)
 static void multiply_rows(int rows, float* result, long result_step, const float* start, long start_step,
                           const float* left, const float* right, long right_step, int depth, Ahead* ahead) {
     switch (rows) {
