@@ -4242,8 +4242,9 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
         if (id && id->type == JSON_NULL) text_print(&text, "null");
         if (id && id->type == JSON_NUMBER) text_print(&text, "%s", id->string);
         if (id && id->type == JSON_ARRAY) {
+            text_print(&text, "[");
             for (int k = 0; k < id->count; k++)
-                text_print(&text, "%s%s", k ? ", " : "[",
+                text_print(&text, "%s%s", k ? ", " : "",
                            id->items[k]->type == JSON_NUMBER ? id->items[k]->string : "null");
             text_print(&text, "]");
         }
