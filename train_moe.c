@@ -44,6 +44,7 @@ common subset of C11 (with gcc's vector types) and C++17, because the CUDA compi
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <getopt.h>
 #include <glob.h>
 #include <inttypes.h>
@@ -489,10 +490,11 @@ ALWAYS_INLINE void look_ahead(Ahead* a, int k) {
 }
 
 // result(i,j) = start(i,j) + sum over k of left(i,k) * right(k,j), i < rows, j < TILE_COLUMNS; start may be NULL for
-// zeros. `left` is packed, `right` too or read where it is. `rows` is a constant wherever this is inlined, so that the
-// sums live in registers.
+// zeros. left(i,k) = left[k*left_step + i] and right(k,j) = right[k*right_step + j], packed or where they are. `rows`
+// is a constant wherever this is inlined, so that the sums live in registers.
 ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step, const float* start, long start_step,
-                                 const float* left, const float* right, long right_step, int depth, Ahead* ahead) {
+                                 const float* left, long left_step, const float* right, long right_step, int depth,
+                                 Ahead* ahead) {
     vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
     UNROLL
     for (int i = 0; i < rows; i++) {
@@ -512,7 +514,7 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
                 UNROLL
                 for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += left[i] * r[v];
             }
-            left += LEFT_WIDTH;
+            left += left_step;
             right += right_step;
         }
     }
@@ -526,11 +528,12 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
 // The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (imin only keeps cases
 // that cannot occur on machines with a smaller tile within the bounds of `sum`.)
 static void multiply_rows(int rows, float* result, long result_step, const float* start, long start_step,
-                          const float* left, const float* right, long right_step, int depth, Ahead* ahead) {
+                          const float* left, long left_step, const float* right, long right_step, int depth,
+                          Ahead* ahead) {
     switch (rows) {
 #define TILE_CASE(n) \
-        case n: multiply_tile(imin(n, TILE_ROWS), result, result_step, start, start_step, left, right, right_step, \
-                              depth, ahead); break;
+        case n: multiply_tile(imin(n, TILE_ROWS), result, result_step, start, start_step, left, left_step, right, \
+                              right_step, depth, ahead); break;
         TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4) TILE_CASE(5) TILE_CASE(6) TILE_CASE(7)
         TILE_CASE(8) TILE_CASE(9) TILE_CASE(10) TILE_CASE(11) TILE_CASE(12) TILE_CASE(13) TILE_CASE(14)
 #undef TILE_CASE
@@ -538,13 +541,13 @@ static void multiply_rows(int rows, float* result, long result_step, const float
 }
 
 // A tile cut off at the right edge is computed in a full tile of its own, from which the valid columns are copied.
-static void multiply_edge(int rows, int columns, float* result, long result_step, const float* left, const float* right,
-                          int depth, int add, Ahead* ahead) {
+static void multiply_edge(int rows, int columns, float* result, long result_step, const float* left, long left_step,
+                          const float* right, int depth, int add, Ahead* ahead) {
     float full[TILE_ROWS * TILE_COLUMNS] = {0};
     for (int i = 0; i < rows && add; i++) {
         memcpy(full + i * TILE_COLUMNS, result + i * result_step, columns * sizeof(float));
     }
-    multiply_rows(rows, full, TILE_COLUMNS, full, TILE_COLUMNS, left, right, TILE_COLUMNS, depth, ahead);
+    multiply_rows(rows, full, TILE_COLUMNS, full, TILE_COLUMNS, left, left_step, right, TILE_COLUMNS, depth, ahead);
     for (int i = 0; i < rows; i++) {
         memcpy(result + i * result_step, full + i * TILE_COLUMNS, columns * sizeof(float));
     }
@@ -563,13 +566,14 @@ ALWAYS_INLINE Rectangle rectangle(const float* start, long q_step, long k_step, 
     return k_step == 1 ? along_k : along_q;
 }
 
-// All tiles of a result (rows, columns) for `depth` values of k: result = [result if adding] + left right. `left` is
-// packed, a tile every tile_floats; `right` has a panel every panel_floats, with right_step from one k to the next.
+// All tiles of a result (rows, columns) for `depth` values of k: result = [result if adding] + left right. `left` has a
+// tile every tile_floats, with left_step from one k to the next, or if tile_floats is 0 tiles start at their first row;
+// `right` has a panel every panel_floats, with right_step from one k to the next.
 // `copied`: the first tile is in `buffer` already. `after` is the tile that the caller computes next; after_rows of its
 // rows are copied, if there is time, and the function says so. `next` is what the caller packs next.
 static int multiply_panels(float* result, long result_step, int rows, int columns, int adding, const float* left,
-                           long tile_floats, const float* right, long panel_floats, long right_step, int depth,
-                           float* buffer, int copied, const float* after, int after_rows, Rectangle next) {
+                           long tile_floats, long left_step, const float* right, long panel_floats, long right_step,
+                           int depth, float* buffer, int copied, const float* after, int after_rows, Rectangle next) {
     int tiles = blocks_of(rows, TILE_ROWS), panels = blocks_of(columns, TILE_COLUMNS), looks = blocks_of(depth, STEP);
     int time_to_copy = depth >= COPY_DELAY + blocks_of(TILE_ROWS, LOOK_ROWS) * STEP, may_copy = adding && time_to_copy;
     Ahead a;
@@ -582,8 +586,9 @@ static int multiply_panels(float* result, long result_step, int rows, int column
     a.lines = next.runs * a.run_lines;
     a.fetch_lines = blocks_of(a.lines, tiles * panels * looks);
     a.line = 0;
-    for (int t = 0; t < tiles; t++, left += tile_floats) {
+    for (int t = 0; t < tiles; t++) {
         int i = part_begin(t, tiles, rows), below = part_begin(t + 1, tiles, rows), height = below - i;
+        const float* tile = left + (tile_floats ? t * tile_floats : i);
         for (int p = 0; p < panels; p++) {
             int j = p * TILE_COLUMNS, width = imin(TILE_COLUMNS, columns - j);
             float* r = result + i * result_step + j;
@@ -599,10 +604,10 @@ static int multiply_panels(float* result, long result_step, int rows, int column
                 a.copy_rows = time_to_copy && after != r ? after_rows : 0;
             }
             if (width < TILE_COLUMNS) {
-                multiply_edge(height, width, r, result_step, left, panel, depth, adding, &a);
+                multiply_edge(height, width, r, result_step, tile, left_step, panel, depth, adding, &a);
             } else {
-                multiply_rows(height, r, result_step, start, copied ? TILE_COLUMNS : result_step, left, panel,
-                              right_step, depth, &a);
+                multiply_rows(height, r, result_step, start, copied ? TILE_COLUMNS : result_step, tile, left_step,
+                              panel, right_step, depth, &a);
             }
             copied = a.copy_rows > 0;
         }
@@ -625,20 +630,25 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
     if (depth == 0) return; // dW of an expert without tokens: there is nothing to add
     float *packed_right = scratch + LEFT_FLOATS, *buffer = packed_right + RIGHT_FLOATS;
     int tiles = blocks_of(rows, TILE_ROWS), first_rows = part_begin(1, tiles, rows);
+    // Where the numbers of a tile lie together as they are (dW), packing them costs more than it saves, 2 to 12 % of a
+    // product, unless rows are a multiple of 4 KB apart: then they push each other out of the cache (AVX2: - 28 %).
+    int left_direct = left_i == 1 && left_k % 1024 != 0;
     // For a tile or two, the time is that of reading `right`, which goes faster in longer runs: 4 panels of 64 values
     // of k instead of one of 256 (dx for 16 rows an expert: + 40 %). For a single tile packed numbers would
     // be used only once, so it reads them where they are, unless they must be transposed or cut off.
-    int direct = tiles == 1 && right_j == 1 && columns % TILE_COLUMNS == 0;
+    int right_direct = tiles == 1 && right_j == 1 && columns % TILE_COLUMNS == 0;
     int most = tiles <= 2 && right_j == 1 ? CHUNK / 4 : CHUNK;
     // chunks of about equal depth, all but the last of whole squares to transpose; tiles of `left`: see pack_left
     int chunk = blocks_of(blocks_of(depth, blocks_of(depth, most)), LINE) * LINE;
     int tile_floats = chunk * LEFT_WIDTH + LINE, panel_floats = chunk * TILE_COLUMNS;
-    int pass = LEFT_FLOATS / tile_floats / tiles * chunk;                         // values of k for which `left` fits
-    int group = RIGHT_FLOATS / panel_floats * TILE_COLUMNS;                       // columns for which `right` fits
+    int pass = LEFT_FLOATS / tile_floats / tiles * chunk;                            // values of k for which `left` fits
+    int group = right_direct ? columns : RIGHT_FLOATS / panel_floats * TILE_COLUMNS; // columns for which `right` fits
+    long left_step = left_direct ? left_k : LEFT_WIDTH, right_step = right_direct ? right_k : TILE_COLUMNS;
+    long tile_step = left_direct ? 0 : tile_floats, panel_step = right_direct ? TILE_COLUMNS : panel_floats;
     for (int k0 = 0; k0 < depth; k0 += pass) {
         int k1 = imin(depth, k0 + pass), copied = 0;
         float* packed = scratch;
-        for (int k = k0; k < k1; k += chunk, packed += tiles * tile_floats) {
+        for (int k = k0; k < k1 && !left_direct; k += chunk, packed += tiles * tile_floats) {
             pack_left(packed, tile_floats, left + k * left_k, left_i, left_k, rows, tiles, imin(chunk, k1 - k));
         }
         for (int j = 0; j < columns; j += group) {
@@ -648,7 +658,7 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
                 int n = imin(chunk, k1 - k), next_k = k + chunk, next_j = j;
                 const float *r = right + k * right_k + j * right_j, *after;
                 Rectangle next = {NULL, 0, 0, 0};
-                for (int p = 0; p < (direct ? 0 : blocks_of(width, TILE_COLUMNS)); p++) {
+                for (int p = 0; p < (right_direct ? 0 : blocks_of(width, TILE_COLUMNS)); p++) {
                     int first = p * TILE_COLUMNS;
                     pack(packed_right + p * panel_floats, TILE_COLUMNS, r + first * right_j, right_j, right_k,
                          imin(TILE_COLUMNS, width - first), n);
@@ -661,10 +671,11 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
                     next = rectangle(left + k1 * left_k, left_i, left_k, rows, imin(pass, depth - k1));
                 }
                 after = result + (next_j < columns ? next_j : 0);
-                copied = multiply_panels(
-                    result + j, result_step, rows, width, add || k > 0, packed, tile_floats, direct ? r : packed_right,
-                    direct ? TILE_COLUMNS : panel_floats, direct ? right_k : TILE_COLUMNS, n, buffer, copied, after,
-                    (add || next_k > 0) && next_j + TILE_COLUMNS <= columns ? first_rows : 0, next);
+                int next_adds = add || next_k > 0;
+                copied = multiply_panels(result + j, result_step, rows, width, add || k > 0,
+                                         left_direct ? left + k * left_k : packed, tile_step, left_step,
+                                         right_direct ? r : packed_right, panel_step, right_step, n, buffer, copied,
+                                         after, next_adds && next_j + TILE_COLUMNS <= columns ? first_rows : 0, next);
             }
         }
     }
@@ -1014,23 +1025,25 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
                 const float* q_bh = q + ((long)b * Tq + first) * ld_q + (long)h * HD;
                 const float* k_bh = k + (long)b * Tk * ld_k + (long)kv_head * HD;
                 const float* v_bh = v + (long)b * Tk * ld_v + (long)kv_head * HD;
-                float* p = attention_scratch(scratch, Tk);
+                float *p = attention_scratch(scratch, Tk), norms[QUERY_BLOCK];
                 long ld = score_stride(Tk);
                 multiply_block(p, ld, q_bh, ld_q, 1, k_bh, 1, ld_k, rows, keys, HD, 0);
                 for (int i = 0; i < rows; i++) {
                     int seen = past + i + 1, padded = (seen + 15) / 16 * 16;
-                    float *p_i = p + i * ld, max = max_of(p_i, seen), sum = 0;
-                    for (int j = 0; j < seen; j++) p_i[j] = fast_exp(scale * (p_i[j] - max));
-                    // zeros up to a multiple of 16, so that the sum has the same order of additions in every call
-                    for (int j = seen; j < (padded > keys ? padded : keys); j++) p_i[j] = 0;
+                    float *p_i = p + i * ld, sum = 0;
+                    // up to a multiple of 16, so that the sum has the same order of additions in every call
+                    for (int j = seen; j < padded; j++) p_i[j] = -FLT_MAX;
+                    float max = max_of(p_i, padded);
                     #pragma omp simd reduction(+ : sum)
-                    for (int j = 0; j < padded; j++) sum += p_i[j];
-                    float norm = 1.0f / sum;
-                    for (int j = 0; j < seen; j++) p_i[j] *= norm;
+                    for (int j = 0; j < padded; j++) sum += p_i[j] = fast_exp(scale * (p_i[j] - max));
+                    for (int j = seen; j < keys; j++) p_i[j] = 0;
+                    norms[i] = 1.0f / sum;
                     lse[((long)b * NH + h) * Tq + first + i] = scale * max + logf(sum);
                 }
-                multiply_block(out + ((long)b * Tq + first) * NH * HD + (long)h * HD, (long)NH * HD, p, ld, 1, v_bh,
-                               ld_v, 1, rows, HD, keys, 0);
+                float* out_bh = out + ((long)b * Tq + first) * NH * HD + (long)h * HD;
+                multiply_block(out_bh, (long)NH * HD, p, ld, 1, v_bh, ld_v, 1, rows, HD, keys, 0);
+                for (int i = 0; i < rows; i++)
+                    for (int d = 0; d < HD; d++) out_bh[(long)i * NH * HD + d] *= norms[i];
             }
 }
 
@@ -1071,7 +1084,7 @@ static void attention_backward(float* dq, float* dk, float* dv, const float* dou
                         int seen = first + i + 1;
                         #pragma omp simd reduction(+ : D)
                         for (int d = 0; d < HD; d++) D += dout_bh[i * ld_out + d] * out_bh[i * ld_out + d];
-                        for (int j = 0; j < seen; j++) {
+                        for (int j = 0; j < (seen + 15) / 16 * 16; j++) {       // vectors without a rest: faster
                             p_i[j] = fast_exp(scale * p_i[j] - lse_i);
                             ds_i[j] = p_i[j] * (ds_i[j] - D) * scale;
                         }
