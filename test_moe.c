@@ -889,7 +889,7 @@ static double norm_plain(const double* x, const void* context) {
 }
 
 static void test_rmsnorm(int groups, int size) {
-    int N = 7, gap = 3; // rows of x are further apart than they are long
+    int N = RMSNORM_ROWS + 3, gap = 3; // two blocks of rows; rows of x are further apart than they are long
     long row = (long)groups * size, ld = row + gap, n = N * row;
     float *inputs = random_floats(n + size, 10), *x = random_floats(N * ld, 0), *out = random_floats(n, 0),
           *rstd = random_floats(N * groups, 0);
@@ -904,16 +904,16 @@ static void test_rmsnorm(int groups, int size) {
     check(worst < 2e-6, "rmsnorm, %d groups of %d: forward, error %.1e", groups, size, worst);
     free(c.out);
     c.out = NULL;
-    float* kept = random_floats(N * ld, 13);
+    float *kept = random_floats(N * ld, 13), *sums = random_floats(rmsnorm_sums_size(N, size), 14);
     memset(gradient, 0, sizeof(float) * (size_t)(n + size));
-    rmsnorm_backward(dx, ld, 1, gradient + n, dout, row, x, ld, weight, rstd, N, groups, size);
+    rmsnorm_backward(dx, ld, 1, gradient + n, dout, row, x, ld, weight, rstd, N, groups, size, sums);
     for (int r = 0; r < N; r++)
         for (long i = 0; i < row; i++) gradient[r * row + i] = dx[r * ld + i] - kept[r * ld + i];
     worst = gradient_error(norm_plain, inputs, gradient, n + size, 1, &c);
     check(worst < 2e-6, "rmsnorm, %d groups of %d: gradients, added to what was there, error %.1e", groups, size,
           worst);
     memset(gradient + n, 0, sizeof(float) * (size_t)size);
-    rmsnorm_backward(gradient, row, 0, gradient + n, dout, row, inputs, row, weight, rstd, N, groups, size);
+    rmsnorm_backward(gradient, row, 0, gradient + n, dout, row, inputs, row, weight, rstd, N, groups, size, sums);
     worst = gradient_error(norm_plain, inputs, gradient, n + size, 1, &c);
     check(worst < 2e-6, "rmsnorm, %d groups of %d: gradients, overwriting, error %.1e", groups, size, worst);
     free(inputs);
@@ -924,6 +924,7 @@ static void test_rmsnorm(int groups, int size) {
     free(gradient);
     free(dx);
     free(kept);
+    free(sums);
     free(point);
 }
 

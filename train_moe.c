@@ -138,13 +138,50 @@ static double seconds(void) {
 
 #ifdef _OPENMP
 static int thread_count(void) { return omp_get_max_threads(); }
-static int thread_number(void) { return omp_get_thread_num(); }    // who am I, 0 ..
-static int thread_team(void) { return omp_get_num_threads(); }     // .. and among how many
+static int thread_number(void) { return omp_get_thread_num(); }
 #else
 static int thread_count(void) { return 1; }
 static int thread_number(void) { return 0; }
-static int thread_team(void) { return 1; }
 #endif
+
+// Work for all threads, in units that take unequal time. Loops over tokens give the threads contiguous shares of the
+// rows (OpenMP's static schedule), and units are dealt out likewise: a thread first does those of its own share, whose
+// rows are in its own cache, and then helps the others. (With units for whoever was free, a step of a small model took
+// 4 % longer where the cores did not share a cache.)
+enum { MOST_SHARES = 256 };     // beyond that, threads share shares
+typedef struct {
+    int shares;
+    struct { int next, end, unused[14]; } share[MOST_SHARES];           // each in a line of the cache of its own
+} Work;
+
+static void work_begin(Work* w) {
+    w->shares = imin(thread_count(), MOST_SHARES);
+    for (int s = 0; s < w->shares; s++) w->share[s].next = w->share[s].end = 0;
+}
+
+// Adds the next unit, with its position among the rows, 0 to 1. Units are added in order, from number 0 on.
+static void work_add(Work* w, int unit, double position) {
+    int s = imin((int)(position * w->shares), w->shares - 1);
+    if (w->share[s].end == 0) w->share[s].next = unit;
+    w->share[s].end = unit + 1;
+}
+
+// Units 0 .. units - 1 that are spread evenly.
+static void work_deal(Work* w, int units) {
+    work_begin(w);
+    for (int unit = 0; unit < units; unit++) work_add(w, unit, (unit + 0.5) / units);
+}
+
+// A unit for this thread, or -1 if all are taken. `helped`, 0 at first, is how many shares it is through with.
+static int work_take(Work* w, int* helped) {
+    for (; *helped < w->shares; ++*helped) {
+        int s = (thread_number() + *helped) % w->shares, unit;
+        #pragma omp atomic capture
+        unit = w->share[s].next++;
+        if (unit < w->share[s].end) return unit;
+    }
+    return -1;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Configuration
@@ -566,14 +603,24 @@ ALWAYS_INLINE Rectangle rectangle(const float* start, long q_step, long k_step, 
     return k_step == 1 ? along_k : along_q;
 }
 
-// All tiles of a result (rows, columns) for `depth` values of k: result = [result if adding] + left right. `left` has a
-// tile every tile_floats, with left_step from one k to the next, or if tile_floats is 0 tiles start at their first row;
-// `right` has a panel every panel_floats, with right_step from one k to the next.
-// `copied`: the first tile is in `buffer` already. `after` is the tile that the caller computes next; after_rows of its
-// rows are copied, if there is time, and the function says so. `next` is what the caller packs next.
-static int multiply_panels(float* result, long result_step, int rows, int columns, int adding, const float* left,
-                           long tile_floats, long left_step, const float* right, long panel_floats, long right_step,
-                           int depth, float* buffer, int copied, const float* after, int after_rows, Rectangle next) {
+// One side of a product, as tiles read it: rows of `left` or columns of `right` beside each other, and `step` numbers
+// further on those of the next k. Packed, tile number t is at start + t*tile; not packed (tile = 0), it is at its first
+// row or column.
+typedef struct {
+    const float* start;
+    long tile, step;
+} Side;
+
+ALWAYS_INLINE const float* side_at(const Side* s, int t, int first) {
+    return s->start + (s->tile ? t * s->tile : first);
+}
+
+// All tiles of a result (rows, columns) for `depth` values of k: result = [result if adding] + left right. `copied`:
+// the first tile is in `buffer` already. `after` is the tile that the caller computes next; after_rows of its rows are
+// copied, if there is time, and the function says so. `next` is what the caller packs next.
+static int multiply_panels(float* result, long result_step, int rows, int columns, int adding, const Side* left,
+                           const Side* right, int depth, float* buffer, int copied, const float* after, int after_rows,
+                           Rectangle next) {
     int tiles = blocks_of(rows, TILE_ROWS), panels = blocks_of(columns, TILE_COLUMNS), looks = blocks_of(depth, STEP);
     int time_to_copy = depth >= COPY_DELAY + blocks_of(TILE_ROWS, LOOK_ROWS) * STEP, may_copy = adding && time_to_copy;
     Ahead a;
@@ -588,11 +635,11 @@ static int multiply_panels(float* result, long result_step, int rows, int column
     a.line = 0;
     for (int t = 0; t < tiles; t++) {
         int i = part_begin(t, tiles, rows), below = part_begin(t + 1, tiles, rows), height = below - i;
-        const float* tile = left + (tile_floats ? t * tile_floats : i);
+        const float* tile = side_at(left, t, i);
         for (int p = 0; p < panels; p++) {
             int j = p * TILE_COLUMNS, width = imin(TILE_COLUMNS, columns - j);
             float* r = result + i * result_step + j;
-            const float *start = copied ? buffer : adding ? r : NULL, *panel = right + p * panel_floats;
+            const float *start = copied ? buffer : adding ? r : NULL, *panel = side_at(right, p, j);
             if (p + 1 < panels) { // the next tile is to the right, or the first one below, or the caller's
                 a.result = r + TILE_COLUMNS;
                 a.copy_rows = may_copy && j + 2 * TILE_COLUMNS <= columns ? height : 0;
@@ -604,10 +651,10 @@ static int multiply_panels(float* result, long result_step, int rows, int column
                 a.copy_rows = time_to_copy && after != r ? after_rows : 0;
             }
             if (width < TILE_COLUMNS) {
-                multiply_edge(height, width, r, result_step, tile, left_step, panel, depth, adding, &a);
+                multiply_edge(height, width, r, result_step, tile, left->step, panel, depth, adding, &a);
             } else {
-                multiply_rows(height, r, result_step, start, copied ? TILE_COLUMNS : result_step, tile, left_step,
-                              panel, right_step, depth, &a);
+                multiply_rows(height, r, result_step, start, copied ? TILE_COLUMNS : result_step, tile, left->step,
+                              panel, right->step, depth, &a);
             }
             copied = a.copy_rows > 0;
         }
@@ -641,10 +688,10 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
     // chunks of about equal depth, all but the last of whole squares to transpose; tiles of `left`: see pack_left
     int chunk = blocks_of(blocks_of(depth, blocks_of(depth, most)), LINE) * LINE;
     int tile_floats = chunk * LEFT_WIDTH + LINE, panel_floats = chunk * TILE_COLUMNS;
-    int pass = LEFT_FLOATS / tile_floats / tiles * chunk;                            // values of k for which `left` fits
+    int pass = LEFT_FLOATS / tile_floats / tiles * chunk; // values of k for which `left` fits
     int group = right_direct ? columns : RIGHT_FLOATS / panel_floats * TILE_COLUMNS; // columns for which `right` fits
-    long left_step = left_direct ? left_k : LEFT_WIDTH, right_step = right_direct ? right_k : TILE_COLUMNS;
-    long tile_step = left_direct ? 0 : tile_floats, panel_step = right_direct ? TILE_COLUMNS : panel_floats;
+    Side left_side = {NULL, left_direct ? 0 : tile_floats, left_direct ? left_k : LEFT_WIDTH};
+    Side right_side = {packed_right, right_direct ? 0 : panel_floats, right_direct ? right_k : TILE_COLUMNS};
     for (int k0 = 0; k0 < depth; k0 += pass) {
         int k1 = imin(depth, k0 + pass), copied = 0;
         float* packed = scratch;
@@ -656,11 +703,11 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
             packed = scratch;
             for (int k = k0; k < k1; k += chunk, packed += tiles * tile_floats) {
                 int n = imin(chunk, k1 - k), next_k = k + chunk, next_j = j;
-                const float *r = right + k * right_k + j * right_j, *after;
+                const float *source = right + k * right_k + j * right_j, *after;
                 Rectangle next = {NULL, 0, 0, 0};
                 for (int p = 0; p < (right_direct ? 0 : blocks_of(width, TILE_COLUMNS)); p++) {
                     int first = p * TILE_COLUMNS;
-                    pack(packed_right + p * panel_floats, TILE_COLUMNS, r + first * right_j, right_j, right_k,
+                    pack(packed_right + p * panel_floats, TILE_COLUMNS, source + first * right_j, right_j, right_k,
                          imin(TILE_COLUMNS, width - first), n);
                 }
                 if (next_k >= k1) { next_k = k0; next_j += group; }
@@ -672,10 +719,11 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
                 }
                 after = result + (next_j < columns ? next_j : 0);
                 int next_adds = add || next_k > 0;
-                copied = multiply_panels(result + j, result_step, rows, width, add || k > 0,
-                                         left_direct ? left + k * left_k : packed, tile_step, left_step,
-                                         right_direct ? r : packed_right, panel_step, right_step, n, buffer, copied,
-                                         after, next_adds && next_j + TILE_COLUMNS <= columns ? first_rows : 0, next);
+                left_side.start = left_direct ? left + k * left_k : packed;
+                if (right_direct) right_side.start = source;
+                copied = multiply_panels(result + j, result_step, rows, width, add || k > 0, &left_side, &right_side, n,
+                                         buffer, copied, after,
+                                         next_adds && next_j + TILE_COLUMNS <= columns ? first_rows : 0, next);
             }
         }
     }
@@ -763,7 +811,8 @@ enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT };
 // or (dW, dy, x) backward.
 static void grouped_product(int kind, float* result, const float* left, const float* right, long weight_stride, int C,
                             int OC, int E, const int* offsets, int add) {
-    int threads = thread_count(), columns = kind == FORWARD ? OC : C, most_rows = 0, units, unit_rows, taken = 0;
+    int threads = thread_count(), columns = kind == FORWARD ? OC : C, most_rows = 0, units, unit_rows;
+    Work work;
 #define RESULT_ROWS(e) (kind == BACKWARD_WEIGHT ? OC : offsets[(e) + 1] - offsets[e])
     for (int e = 0; e < E; e++) most_rows = imax(most_rows, RESULT_ROWS(e));
     if (most_rows == 0) return;
@@ -783,10 +832,14 @@ static void grouped_product(int kind, float* result, const float* left, const fl
         else if (across < panels) across++;
         else break;
     }
-    // The first unit goes by the thread's number, so that a thread mostly gets the rows that it also has in other
-    // loops, and finds them in its cache (3 % of a step of a small model); the others go to whoever is free.
+    work_begin(&work);
+    for (int e = 0, unit = 0; e < E; e++) { // a unit belongs to where its expert's rows are, also for dW
+        int count = blocks_of(RESULT_ROWS(e), unit_rows) * across, rows = offsets[e + 1] - offsets[e];
+        for (int u = 0; u < count; u++)
+            work_add(&work, unit++, (offsets[e] + rows * (u + 0.5) / count) / imax(1, offsets[E]));
+    }
     #pragma omp parallel
-    for (int unit = thread_number(); unit < units;) {
+    for (int helped = 0, unit; (unit = work_take(&work, &helped)) >= 0;) {
         int e = 0, u = unit; // find expert e and the unit's number u among those of this expert
         for (; u >= blocks_of(RESULT_ROWS(e), unit_rows) * across; e++) {
             u -= blocks_of(RESULT_ROWS(e), unit_rows) * across;
@@ -807,9 +860,6 @@ static void grouped_product(int kind, float* result, const float* left, const fl
             multiply_unit(result + w + (long)i * C + j, C, left + first * OC + i, 1, OC, right + first * C + j, C, 1,
                           rows, width, offsets[e + 1] - offsets[e], 1);
         }
-        #pragma omp atomic capture
-        unit = taken++;
-        unit += thread_team();
     }
 #undef RESULT_ROWS
 }
@@ -928,38 +978,44 @@ static void rmsnorm_forward(float* out, long ld_out, float* rstd, const float* x
         }
 }
 
+// Rows whose share of a norm's dweight is summed up while they are at hand. Blocks of rows are then added in order, so
+// that the number of threads changes nothing.
+#define RMSNORM_ROWS 16
+static long rmsnorm_sums_size(int N, int size) { return (long)(N + RMSNORM_ROWS - 1) / RMSNORM_ROWS * size; }
+
 // With xhat = x rstd and s = mean(dout weight xhat):
 //     dweight += sum over rows of dout xhat        dx (+)= rstd (dout weight - xhat s)
 // add = 1 adds to dx, which then is the gradient that flows past the norm on the residual stream.
+// sums: rmsnorm_sums_size(N, size) floats of scratch.
 static void rmsnorm_backward(float* dx, long ld_dx, int add, float* dweight, const float* dout, long ld_dout,
                              const float* x, long ld_x, const float* weight, const float* rstd, int N, int groups,
-                             int size) {
+                             int size, float* sums) {
+    int blocks = (N + RMSNORM_ROWS - 1) / RMSNORM_ROWS;
     #pragma omp parallel for
-    for (int n = 0; n < N; n++)
-        for (int g = 0; g < groups; g++) {
-            const float *x_ng = x + n * ld_x + (long)g * size, *dout_ng = dout + n * ld_dout + (long)g * size;
-            float *dx_ng = dx + n * ld_dx + (long)g * size, r = rstd[(long)n * groups + g], s = 0;
-            #pragma omp simd reduction(+ : s)
-            for (int i = 0; i < size; i++) s += dout_ng[i] * weight[i] * x_ng[i];
-            s *= r * r / size;
-            for (int i = 0; i < size; i++) {
-                float d = r * (dout_ng[i] * weight[i] - x_ng[i] * s);
-                dx_ng[i] = add ? dx_ng[i] + d : d;
+    for (int b = 0; b < blocks; b++) {
+        float* sums_b = sums + (long)b * size;
+        memset(sums_b, 0, sizeof(float) * size);
+        for (int n = b * RMSNORM_ROWS; n < imin(N, (b + 1) * RMSNORM_ROWS); n++)
+            for (int g = 0; g < groups; g++) {
+                const float *x_ng = x + n * ld_x + (long)g * size, *dout_ng = dout + n * ld_dout + (long)g * size;
+                float *dx_ng = dx + n * ld_dx + (long)g * size, r = rstd[(long)n * groups + g], s = 0;
+                #pragma omp simd reduction(+ : s)
+                for (int i = 0; i < size; i++) s += dout_ng[i] * weight[i] * x_ng[i];
+                s *= r * r / size;
+                for (int i = 0; i < size; i++) {
+                    float d = r * (dout_ng[i] * weight[i] - x_ng[i] * s);
+                    sums_b[i] += dout_ng[i] * x_ng[i] * r;
+                    dx_ng[i] = add ? dx_ng[i] + d : d;
+                }
             }
-        }
-    // threads share the columns, so that each sum over rows has one order
+    }
     #pragma omp parallel for
     for (int column = 0; column < size; column += 16) {
         int width = imin(16, size - column);
-        float sums[16] = {0};
-        for (int n = 0; n < N; n++)
-            for (int g = 0; g < groups; g++) {
-                const float* x_ng = x + n * ld_x + (long)g * size + column;
-                const float* dout_ng = dout + n * ld_dout + (long)g * size + column;
-                float r = rstd[(long)n * groups + g];
-                for (int i = 0; i < width; i++) sums[i] += dout_ng[i] * x_ng[i] * r;
-            }
-        for (int i = 0; i < width; i++) dweight[column + i] += sums[i];
+        float total[16] = {0};
+        for (int b = 0; b < blocks; b++)
+            for (int i = 0; i < width; i++) total[i] += sums[(long)b * size + column + i];
+        for (int i = 0; i < width; i++) dweight[column + i] += total[i];
     }
 }
 
@@ -1015,36 +1071,37 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
                               float* scratch) {
     int blocks = (Tq + QUERY_BLOCK - 1) / QUERY_BLOCK;
     float scale = 1.0f / sqrtf((float)HD);
-    #pragma omp parallel for collapse(3) schedule(dynamic)
-    for (int b = 0; b < B; b++)
-        for (int h = 0; h < NH; h++)
-            for (int block = 0; block < blocks; block++) {
-                int first = block * QUERY_BLOCK, rows = imin(QUERY_BLOCK, Tq - first);
-                int past = Tk - Tq + first; // keys that even the block's first query sees, but for its own
-                int keys = past + rows, kv_head = h / (NH / NKV);
-                const float* q_bh = q + ((long)b * Tq + first) * ld_q + (long)h * HD;
-                const float* k_bh = k + (long)b * Tk * ld_k + (long)kv_head * HD;
-                const float* v_bh = v + (long)b * Tk * ld_v + (long)kv_head * HD;
-                float *p = attention_scratch(scratch, Tk), norms[QUERY_BLOCK];
-                long ld = score_stride(Tk);
-                multiply_block(p, ld, q_bh, ld_q, 1, k_bh, 1, ld_k, rows, keys, HD, 0);
-                for (int i = 0; i < rows; i++) {
-                    int seen = past + i + 1, padded = (seen + 15) / 16 * 16;
-                    float *p_i = p + i * ld, sum = 0;
-                    // up to a multiple of 16, so that the sum has the same order of additions in every call
-                    for (int j = seen; j < padded; j++) p_i[j] = -FLT_MAX;
-                    float max = max_of(p_i, padded);
-                    #pragma omp simd reduction(+ : sum)
-                    for (int j = 0; j < padded; j++) sum += p_i[j] = fast_exp(scale * (p_i[j] - max));
-                    for (int j = seen; j < keys; j++) p_i[j] = 0;
-                    norms[i] = 1.0f / sum;
-                    lse[((long)b * NH + h) * Tq + first + i] = scale * max + logf(sum);
-                }
-                float* out_bh = out + ((long)b * Tq + first) * NH * HD + (long)h * HD;
-                multiply_block(out_bh, (long)NH * HD, p, ld, 1, v_bh, ld_v, 1, rows, HD, keys, 0);
-                for (int i = 0; i < rows; i++)
-                    for (int d = 0; d < HD; d++) out_bh[(long)i * NH * HD + d] *= norms[i];
-            }
+    Work work;
+    work_deal(&work, B * NH * blocks);
+    #pragma omp parallel
+    for (int helped = 0, unit; (unit = work_take(&work, &helped)) >= 0;) {
+        int b = unit / (NH * blocks), h = unit / blocks % NH, block = unit % blocks;
+        int first = block * QUERY_BLOCK, rows = imin(QUERY_BLOCK, Tq - first);
+        int past = Tk - Tq + first; // keys that even the block's first query sees, but for its own
+        int keys = past + rows, kv_head = h / (NH / NKV);
+        const float* q_bh = q + ((long)b * Tq + first) * ld_q + (long)h * HD;
+        const float* k_bh = k + (long)b * Tk * ld_k + (long)kv_head * HD;
+        const float* v_bh = v + (long)b * Tk * ld_v + (long)kv_head * HD;
+        float *p = attention_scratch(scratch, Tk), norms[QUERY_BLOCK];
+        long ld = score_stride(Tk);
+        multiply_block(p, ld, q_bh, ld_q, 1, k_bh, 1, ld_k, rows, keys, HD, 0);
+        for (int i = 0; i < rows; i++) {
+            int seen = past + i + 1, padded = (seen + 15) / 16 * 16;
+            float *p_i = p + i * ld, sum = 0;
+            // up to a multiple of 16, so that the sum has the same order of additions in every call
+            for (int j = seen; j < padded; j++) p_i[j] = -FLT_MAX;
+            float max = max_of(p_i, padded);
+            #pragma omp simd reduction(+ : sum)
+            for (int j = 0; j < padded; j++) sum += p_i[j] = fast_exp(scale * (p_i[j] - max));
+            for (int j = seen; j < keys; j++) p_i[j] = 0;
+            norms[i] = 1.0f / sum;
+            lse[((long)b * NH + h) * Tq + first + i] = scale * max + logf(sum);
+        }
+        float* out_bh = out + ((long)b * Tq + first) * NH * HD + (long)h * HD;
+        multiply_block(out_bh, (long)NH * HD, p, ld, 1, v_bh, ld_v, 1, rows, HD, keys, 0);
+        for (int i = 0; i < rows; i++)
+            for (int d = 0; d < HD; d++) out_bh[(long)i * NH * HD + d] *= norms[i];
+    }
 }
 
 // The probabilities are made again from the scores and lse, which is cheaper than having kept T^2 of them. With
@@ -1058,44 +1115,43 @@ static void attention_backward(float* dq, float* dk, float* dv, const float* dou
                                long ld_dqk, long ld_dv, int B, int T, int NH, int NKV, int HD, float* scratch) {
     float scale = 1.0f / sqrtf((float)HD);
     long ld = score_stride(T), ld_out = (long)NH * HD;
-    #pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int b = 0; b < B; b++)
-        for (int kv_head = 0; kv_head < NKV; kv_head++) {
-            const float *k_b = k + (long)b * T * ld_k + (long)kv_head * HD,
-                        *v_b = v + (long)b * T * ld_v + (long)kv_head * HD;
-            float *dk_b = dk + (long)b * T * ld_dqk + (long)kv_head * HD,
-                  *dv_b = dv + (long)b * T * ld_dv + (long)kv_head * HD;
-            float *p = attention_scratch(scratch, T), *ds = p + QUERY_BLOCK * ld;
-            for (int t = 0; t < T; t++) {
-                memset(dk_b + t * ld_dqk, 0, sizeof(float) * HD);
-                memset(dv_b + t * ld_dv, 0, sizeof(float) * HD);
-            }
-            for (int h = kv_head * (NH / NKV); h < (kv_head + 1) * (NH / NKV); h++)
-                for (int first = 0; first < T; first += QUERY_BLOCK) {
-                    int rows = imin(QUERY_BLOCK, T - first), keys = first + rows;
-                    long row = (long)b * T + first;
-                    const float *q_bh = q + row * ld_q + (long)h * HD, *out_bh = out + row * ld_out + (long)h * HD;
-                    const float *dout_bh = dout + row * ld_out + (long)h * HD;
-                    multiply_block(p, ld, q_bh, ld_q, 1, k_b, 1, ld_k, rows, keys, HD, 0);
-                    multiply_block(ds, ld, dout_bh, ld_out, 1, v_b, 1, ld_v, rows, keys, HD, 0);       // dp
-                    for (int i = 0; i < rows; i++) {
-                        float *p_i = p + i * ld, *ds_i = ds + i * ld, D = 0;
-                        float lse_i = lse[((long)b * NH + h) * T + first + i];
-                        int seen = first + i + 1;
-                        #pragma omp simd reduction(+ : D)
-                        for (int d = 0; d < HD; d++) D += dout_bh[i * ld_out + d] * out_bh[i * ld_out + d];
-                        for (int j = 0; j < (seen + 15) / 16 * 16; j++) {       // vectors without a rest: faster
-                            p_i[j] = fast_exp(scale * p_i[j] - lse_i);
-                            ds_i[j] = p_i[j] * (ds_i[j] - D) * scale;
-                        }
-                        for (int j = seen; j < keys; j++) p_i[j] = ds_i[j] = 0;
+    Work work;
+    work_deal(&work, B * NKV);
+    #pragma omp parallel
+    for (int helped = 0, unit; (unit = work_take(&work, &helped)) >= 0;) {
+        int b = unit / NKV, kv_head = unit % NKV;
+        const float *k_b = k + (long)b * T * ld_k + (long)kv_head * HD,
+                    *v_b = v + (long)b * T * ld_v + (long)kv_head * HD;
+        float *dk_b = dk + (long)b * T * ld_dqk + (long)kv_head * HD,
+              *dv_b = dv + (long)b * T * ld_dv + (long)kv_head * HD;
+        float *p = attention_scratch(scratch, T), *ds = p + QUERY_BLOCK * ld;
+        // from the last block of queries, which see all keys: the very first products overwrite dk and dv
+        for (int h = kv_head * (NH / NKV), add = 0; h < (kv_head + 1) * (NH / NKV); h++)
+            for (int first = (T - 1) / QUERY_BLOCK * QUERY_BLOCK; first >= 0; first -= QUERY_BLOCK, add = 1) {
+                int rows = imin(QUERY_BLOCK, T - first), keys = first + rows;
+                long row = (long)b * T + first;
+                const float *q_bh = q + row * ld_q + (long)h * HD, *out_bh = out + row * ld_out + (long)h * HD;
+                const float *dout_bh = dout + row * ld_out + (long)h * HD;
+                multiply_block(p, ld, q_bh, ld_q, 1, k_b, 1, ld_k, rows, keys, HD, 0);
+                multiply_block(ds, ld, dout_bh, ld_out, 1, v_b, 1, ld_v, rows, keys, HD, 0);       // dp
+                for (int i = 0; i < rows; i++) {
+                    float *p_i = p + i * ld, *ds_i = ds + i * ld, D = 0;
+                    float lse_i = lse[((long)b * NH + h) * T + first + i];
+                    int seen = first + i + 1;
+                    #pragma omp simd reduction(+ : D)
+                    for (int d = 0; d < HD; d++) D += dout_bh[i * ld_out + d] * out_bh[i * ld_out + d];
+                    // whole vectors: what that computes beyond `seen` is cleared below or never read
+                    for (int j = 0; j < (seen + 15) / 16 * 16; j++) {
+                        p_i[j] = fast_exp(scale * p_i[j] - lse_i);
+                        ds_i[j] = p_i[j] * (ds_i[j] - D) * scale;
                     }
-                    multiply_block(dq + row * ld_dqk + (long)h * HD, ld_dqk, ds, ld, 1, k_b, ld_k, 1, rows, HD, keys,
-                                   0);
-                    multiply_block(dk_b, ld_dqk, ds, 1, ld, q_bh, ld_q, 1, keys, HD, rows, 1);
-                    multiply_block(dv_b, ld_dv, p, 1, ld, dout_bh, ld_out, 1, keys, HD, rows, 1);
+                    for (int j = seen; j < keys; j++) p_i[j] = ds_i[j] = 0;
                 }
-        }
+                multiply_block(dq + row * ld_dqk + (long)h * HD, ld_dqk, ds, ld, 1, k_b, ld_k, 1, rows, HD, keys, 0);
+                multiply_block(dk_b, ld_dqk, ds, 1, ld, q_bh, ld_q, 1, keys, HD, rows, add);
+                multiply_block(dv_b, ld_dv, p, 1, ld, dout_bh, ld_out, 1, keys, HD, rows, add);
+            }
+    }
 }
 
 // SwiGLU (Shazeer 2020):  act = silu(gate) * up,  silu(g) = g sigmoid(g)
@@ -1490,6 +1546,7 @@ typedef struct {
     float* attention;           // see attention_scratch_size
     double* balance;            // (E)          f of the balance loss
     double* prob_sums;          // (E)          sum over tokens of probs
+    float* norm_sums;           // see rmsnorm_backward
     double* norms;              // partial sums of the gradient's norm
     // router variants
     float* family_shift;        // (N, E)
@@ -1718,6 +1775,7 @@ static void take_activations(Model* m, Arena* a) {
         s->dattn = take_floats(a, N * NH * HD);
         s->dqkv = take_floats(a, N * qkv_width(c));
         s->drotated = take_floats(a, N * (NH + NKV) * HD);
+        s->norm_sums = take_floats(a, rmsnorm_sums_size((int)N, imax(H, NH * HD)));
         s->norms = (double*)take(a, sizeof(double) * (m->layout.total / NORM_BLOCK + 1));
     }
     if (c->family_penalty > 0) s->family_shift = take_floats(a, N * E);
@@ -1952,13 +2010,14 @@ static void attention_layer_backward(Model* m, int l) {
         for (int n = 0; n < N; n++) memcpy(t->dqkv + n * QKV, t->drotated + n * QK, sizeof(float) * QK);
     } else {
         rmsnorm_backward(t->dqkv, QKV, 0, dw->q_norm, t->drotated, QK, s->qkv, QKV, w->q_norm, s->q_rstd, N,
-                         row ? 1 : NH, row ? NH * HD : HD);
+                         row ? 1 : NH, row ? NH * HD : HD, t->norm_sums);
         rmsnorm_backward(t->dqkv + NH * HD, QKV, 0, dw->k_norm, t->drotated + NH * HD, QK, s->qkv + NH * HD, QKV,
-                         w->k_norm, s->k_rstd, N, row ? 1 : NKV, row ? NKV * HD : HD);
+                         w->k_norm, s->k_rstd, N, row ? 1 : NKV, row ? NKV * HD : HD, t->norm_sums);
     }
     matmul_backward_input(t->dnormed, t->dqkv, w->qkv, N, H, (int)QKV, 0);
     matmul_backward_weight(dw->qkv, t->dqkv, s->attn_in, N, H, (int)QKV);
-    rmsnorm_backward(t->dx, H, 1, dw->attn_norm, t->dnormed, H, s->x, H, w->attn_norm, s->attn_rstd, N, 1, H);
+    rmsnorm_backward(t->dx, H, 1, dw->attn_norm, t->dnormed, H, s->x, H, w->attn_norm, s->attn_rstd, N, 1, H,
+                     t->norm_sums);
 }
 
 // After routing: counts the load, and adds this layer's share to the balance losses.
@@ -2067,7 +2126,8 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
             matmul_backward_weight(dw->router, t->drouter, s->ffn_in, N, H, E);
         }
     }
-    rmsnorm_backward(t->dx, H, 1, dw->ffn_norm, t->dnormed, H, s->x_mid, H, w->ffn_norm, s->ffn_rstd, N, 1, H);
+    rmsnorm_backward(t->dx, H, 1, dw->ffn_norm, t->dnormed, H, s->x_mid, H, w->ffn_norm, s->ffn_rstd, N, 1, H,
+                     t->norm_sums);
 }
 
 // Runs B sequences of T tokens (B T) through the model. With targets (B T), the next tokens, it returns the mean
@@ -2121,7 +2181,7 @@ static void model_backward(Model* m, float scale) {
     matmul_backward_input(t->dnormed, m->logits, m->weights.lm_head, N, H, V, 0);
     matmul_backward_weight(m->dweights.lm_head, m->logits, m->final_out, N, H, V);
     rmsnorm_backward(t->dx, H, 0, m->dweights.final_norm, t->dnormed, H, m->final_in, H, m->weights.final_norm,
-                     m->final_rstd, N, 1, H);
+                     m->final_rstd, N, 1, H, t->norm_sums);
     for (int l = c->num_layers - 1; l >= 0; l--) {
         ffn_layer_backward(m, l, scale);
         attention_layer_backward(m, l);
