@@ -754,7 +754,8 @@ static void test_matmul_values(void) {
         check(ok, "three products, 0 to 530 rows, %d -> %d", C, OC);
     }
     static const int large[][3] = {{660, 530, 70}, {300, 70, 600}, {9, 320, 700}, {25, 320, 520},
-                                   {300, 320, 8},  {300, 330, 8},  {125, 58, 290}, {125, 20, 290}, {6, 512, 40}};
+                                   {300, 320, 8},  {300, 330, 8},  {125, 58, 290}, {125, 20, 290}, {6, 512, 40},
+                                   {20, 40, 1024}}; // the last: rows of dy are 4 KB apart, which dW packs
     for (size_t s = 0; s < sizeof large / sizeof large[0]; s++) {
         Product p = product_create(1, large[s], large[s][1], large[s][2]);
         check(product_check(&p, 0, &unfused, &fused), "three products, %d rows, %d -> %d", large[s][0], large[s][1],
@@ -815,8 +816,14 @@ static void test_matmul_bits(void) {
             same &= !memcmp(all, threads, sizeof(float) * (size_t)n);
             free(threads);
         }
-        set_threads(default_threads);
         check(same, "%s: 1, 2, 3 and 8 threads have equal bits", names[kind]);
+        threads = random_floats(n, 5);
+        #pragma omp parallel
+        #pragma omp single
+        product_run(&g, kind, 1, 1, threads); // a parallel region within another one gets a single thread
+        check(!memcmp(all, threads, sizeof(float) * (size_t)n), "%s: one thread where 8 were expected", names[kind]);
+        free(threads);
+        set_threads(default_threads);
         free(all);
         free(single);
     }
@@ -1163,6 +1170,26 @@ static void test_attention(int B, int T, int NH, int NKV, int HD) {
     free(direction);
 }
 
+// All scores of a query are -infinity: their softmax is not a number, and must not look like one.
+static void test_attention_overflow(int T) {
+    int HD = 8;
+    float *q = random_floats(T * HD, 0), *k = random_floats(T * HD, 0), *v = random_floats(T * HD, 0),
+          *out = random_floats(T * HD, 0), *lse = random_floats(T, 0),
+          *scratch = random_floats(attention_scratch_size(T), 56);
+    for (int i = 0; i < T * HD; i++) {
+        q[i] = 1e20f;
+        k[i] = -1e20f;
+    }
+    attention_forward(out, lse, q, HD, k, HD, v, HD, 1, T, T, 1, 1, HD, scratch);
+    check(isnan(out[(T - 1) * HD]), "attention, T = %d: scores that overflow show in the output", T);
+    free(q);
+    free(k);
+    free(v);
+    free(out);
+    free(lse);
+    free(scratch);
+}
+
 // A small model; 0 experts: dense.
 static Config tiny_config(Arch arch, int layers, int experts, int topk) {
     Config c;
@@ -1226,6 +1253,8 @@ static void test_gradients(void) {
     test_attention(2, 83, 6, 2, 10);
     test_attention(1, 100, 3, 3, 6);
     test_attention(1, 70, 4, 1, 16);
+    test_attention_overflow(15);
+    test_attention_overflow(16);
     test_accumulation();
 }
 

@@ -44,7 +44,6 @@ common subset of C11 (with gcc's vector types) and C++17, because the CUDA compi
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <float.h>
 #include <getopt.h>
 #include <glob.h>
 #include <inttypes.h>
@@ -150,8 +149,8 @@ static int thread_number(void) { return 0; }
 // 4 % longer where the cores did not share a cache.)
 enum { MOST_SHARES = 256 };     // beyond that, threads share shares
 typedef struct {
+    struct { int next, end, unused[14]; } share[MOST_SHARES];           // no two in one line of the cache
     int shares;
-    struct { int next, end, unused[14]; } share[MOST_SHARES];           // each in a line of the cache of its own
 } Work;
 
 static void work_begin(Work* w) {
@@ -159,14 +158,15 @@ static void work_begin(Work* w) {
     for (int s = 0; s < w->shares; s++) w->share[s].next = w->share[s].end = 0;
 }
 
-// Adds the next unit, with its position among the rows, 0 to 1. Units are added in order, from number 0 on.
+// Adds the next unit, with its position among the rows, 0 to 1. Units are added in order, from number 0 on, and
+// positions do not decrease.
 static void work_add(Work* w, int unit, double position) {
     int s = imin((int)(position * w->shares), w->shares - 1);
     if (w->share[s].end == 0) w->share[s].next = unit;
     w->share[s].end = unit + 1;
 }
 
-// Units 0 .. units - 1 that are spread evenly.
+// Units 0 .. units - 1 that are spread evenly (attention: sequences, then heads).
 static void work_deal(Work* w, int units) {
     work_begin(w);
     for (int unit = 0; unit < units; unit++) work_add(w, unit, (unit + 0.5) / units);
@@ -321,7 +321,7 @@ static long random_permutation(long i, long n, uint64_t key) {
 // Speed. The innermost routine, multiply_tile, keeps TILE_ROWS x TILE_COLUMNS sums in registers. For each k it loads
 // two vectors of `right`, and each number of `left` it broadcasts is used for two multiply-adds. Its operands are
 // copies ("packed"), made just before use in the order in which the tile reads them, small enough for the caches,
-// except where each number would be used once or twice only.
+// except where they lie that way already, or where each number would be used once or twice only.
 
 #if !defined(__GNUC__) // plain C for compilers without vector types
 #define VECTOR_LENGTH 1
@@ -460,10 +460,11 @@ ALWAYS_INLINE void pack(float* packed, const int width, const float* source, lon
 // The first of the things in part i, if n things are cut into `parts` parts of about equal size.
 ALWAYS_INLINE int part_begin(int i, int parts, int n) { return i * (n / parts) + imin(i, n % parts); }
 
-// Packs all tiles of `left` for a chunk of k. Where the rows of a tile are contiguous (dy in backward weight), the
-// source is read a whole row at a time, which is how processors foresee what comes: 3 times as fast as tile by tile.
-// The writes then go to all tiles in turn. If tiles began a multiple of 4 KB apart, each write would land in the same
-// set of the first-level cache; the empty line between tiles makes packing 4 times as fast.
+// Packs all tiles of `left` for a chunk of k. Where the rows of a tile are contiguous (dy in backward weight, if it is
+// packed at all, see multiply_unit), the source is read a whole row at a time, which is how processors foresee what
+// comes: 3 times as fast as tile by tile. The writes then go to all tiles in turn. If tiles began a multiple of 4 KB
+// apart, each write would land in the same set of the first-level cache; the empty line between tiles makes packing 4
+// times as fast.
 static void pack_left(float* packed, long tile_floats, const float* left, long left_i, long left_k, int rows, int tiles,
                       int depth) {
     int whole = 0; // tiles that can be read in full width, where rows are contiguous
@@ -497,8 +498,8 @@ typedef struct {
     long result_step;
     int fetch_rows, copy_rows;
     float* buffer;
-    // What will be packed next: `lines` more lines of the cache, of which each look fetches `fetch_lines`. A run is
-    // `run_lines` lines that follow each other, source_step to the next; `line` lines of the present one are done.
+    // What will be packed or read next: `lines` more lines of the cache, of which each look fetches `fetch_lines`. A run
+    // is `run_lines` lines that follow each other, source_step to the next; `line` lines of the present one are done.
     const float* source;
     long source_step;
     int lines, fetch_lines, run_lines, line;
@@ -617,7 +618,7 @@ ALWAYS_INLINE const float* side_at(const Side* s, int t, int first) {
 
 // All tiles of a result (rows, columns) for `depth` values of k: result = [result if adding] + left right. `copied`:
 // the first tile is in `buffer` already. `after` is the tile that the caller computes next; after_rows of its rows are
-// copied, if there is time, and the function says so. `next` is what the caller packs next.
+// copied, if there is time, and the function says so. `next` is what the caller packs or reads next.
 static int multiply_panels(float* result, long result_step, int rows, int columns, int adding, const Side* left,
                            const Side* right, int depth, float* buffer, int copied, const float* after, int after_rows,
                            Rectangle next) {
@@ -666,6 +667,7 @@ static int multiply_panels(float* result, long result_step, int rows, int column
 // left(i,k) = left[i*left_i + k*left_k] and right(k,j) = right[k*right_k + j*right_j]; 0 < rows <= UNIT_ROWS.
 // `left` is packed to the second-level cache, as many chunks of k as fit; `right` a panel of columns at a time to the
 // first level, or some panels if k has few values: then the result is walked through along its rows, as memory likes.
+// (Either may be read where it is instead.)
 static void multiply_unit(float* result, long result_step, const float* left, long left_i, long left_k,
                           const float* right, long right_k, long right_j, int rows, int columns, int depth, int add) {
     static __thread float* scratch = NULL; // one per thread, kept for the life of the thread
@@ -1089,7 +1091,7 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
             int seen = past + i + 1, padded = (seen + 15) / 16 * 16;
             float *p_i = p + i * ld, sum = 0;
             // up to a multiple of 16, so that the sum has the same order of additions in every call
-            for (int j = seen; j < padded; j++) p_i[j] = -FLT_MAX;
+            for (int j = seen; j < padded; j++) p_i[j] = -INFINITY;
             float max = max_of(p_i, padded);
             #pragma omp simd reduction(+ : sum)
             for (int j = 0; j < padded; j++) sum += p_i[j] = fast_exp(scale * (p_i[j] - max));
