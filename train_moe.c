@@ -498,8 +498,8 @@ typedef struct {
     long result_step;
     int fetch_rows, copy_rows;
     float* buffer;
-    // What will be packed or read next: `lines` more lines of the cache, of which each look fetches `fetch_lines`. A run
-    // is `run_lines` lines that follow each other, source_step to the next; `line` lines of the present one are done.
+    // What will be packed or read next: `lines` more lines of the cache, of which each look fetches `fetch_lines`. A
+    // run is `run_lines` lines that follow each other, source_step to the next; `line` lines of this run are done.
     const float* source;
     long source_step;
     int lines, fetch_lines, run_lines, line;
