@@ -679,12 +679,13 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
     if (depth == 0) return; // dW of an expert without tokens: there is nothing to add
     float *packed_right = scratch + LEFT_FLOATS, *buffer = packed_right + RIGHT_FLOATS;
     int tiles = blocks_of(rows, TILE_ROWS), first_rows = part_begin(1, tiles, rows);
-    // Where the numbers of a tile lie together as they are (dW), packing them costs more than it saves, 2 to 12 % of a
+    // Where the numbers of a tile lie together as they are (dW), packing them costs more than it saves, 1 to 12 % of a
     // product, unless rows are a multiple of 4 KB apart: then they push each other out of the cache (AVX2: - 28 %).
     int left_direct = left_i == 1 && left_k % 1024 != 0;
     // For a tile or two, the time is that of reading `right`, which goes faster in longer runs: 4 panels of 64 values
     // of k instead of one of 256 (dx for 16 rows an expert: + 40 %). For a single tile packed numbers would
-    // be used only once, so it reads them where they are, unless they must be transposed or cut off.
+    // be used only once, so it reads them where they are, in rows of all columns, unless they must be transposed or cut
+    // off.
     int right_direct = tiles == 1 && right_j == 1 && columns % TILE_COLUMNS == 0;
     int most = tiles <= 2 && right_j == 1 ? CHUNK / 4 : CHUNK;
     // chunks of about equal depth, all but the last of whole squares to transpose; tiles of `left`: see pack_left
@@ -820,7 +821,7 @@ static void grouped_product(int kind, float* result, const float* left, const fl
     if (most_rows == 0) return;
     // A unit of work is a block of a result. Start with large ones (less packing) and cut the longer side into more
     // until there are enough to go round: an equal number for each thread (a single product may be cut finer, to find
-    // such a number), or some for each, taken as threads become free. (For few rows one a thread: reading W goes
+    // such a number), or some for each, so that threads can help each other. (For few rows one a thread: reading W goes
     // fastest in long runs.) A large result is cut into `down` times `across` units.
     int enough = threads * (most_rows <= FEW_ROWS ? 1 : E > 1 ? UNITS_A_THREAD : 4 * UNITS_A_THREAD);
     int down = blocks_of(most_rows, UNIT_ROWS), across = blocks_of(columns, UNIT_COLUMNS);
@@ -1084,7 +1085,7 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
         const float* q_bh = q + ((long)b * Tq + first) * ld_q + (long)h * HD;
         const float* k_bh = k + (long)b * Tk * ld_k + (long)kv_head * HD;
         const float* v_bh = v + (long)b * Tk * ld_v + (long)kv_head * HD;
-        float *p = attention_scratch(scratch, Tk), norms[QUERY_BLOCK];
+        float *p = attention_scratch(scratch, Tk), inverse_sums[QUERY_BLOCK];
         long ld = score_stride(Tk);
         multiply_block(p, ld, q_bh, ld_q, 1, k_bh, 1, ld_k, rows, keys, HD, 0);
         for (int i = 0; i < rows; i++) {
@@ -1096,13 +1097,13 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
             #pragma omp simd reduction(+ : sum)
             for (int j = 0; j < padded; j++) sum += p_i[j] = fast_exp(scale * (p_i[j] - max));
             for (int j = seen; j < keys; j++) p_i[j] = 0;
-            norms[i] = 1.0f / sum;
+            inverse_sums[i] = 1.0f / sum;
             lse[((long)b * NH + h) * Tq + first + i] = scale * max + logf(sum);
         }
         float* out_bh = out + ((long)b * Tq + first) * NH * HD + (long)h * HD;
         multiply_block(out_bh, (long)NH * HD, p, ld, 1, v_bh, ld_v, 1, rows, HD, keys, 0);
         for (int i = 0; i < rows; i++)
-            for (int d = 0; d < HD; d++) out_bh[(long)i * NH * HD + d] *= norms[i];
+            for (int d = 0; d < HD; d++) out_bh[(long)i * NH * HD + d] *= inverse_sums[i];
     }
 }
 

@@ -3,8 +3,9 @@
 
     python3 dev/mutations.py [WORD]       only the mutations whose text contains WORD
 
-A test suite that stays green on a broken program proves nothing. Each mutation replaces a piece of text, which must stand in
-train_moe.c exactly once, by a wrong one. Prints a line a mutation and ends with `N passed, N failed`; passed means caught.
+A test suite that stays green on a broken program proves nothing. Each mutation replaces a piece of text, which must
+stand in train_moe.c exactly once, by a wrong one. Prints a line a mutation and ends with `N passed, N failed`; passed
+means caught.
 """
 import pathlib
 import subprocess
@@ -12,21 +13,32 @@ import sys
 import tempfile
 
 MUTATIONS = [
+    # matrix products and the threads' shares of them
+    ("w->share[s].end = unit + 1;", "w->share[s].end = unit;"),
+    ("for (; *helped < w->shares; ++*helped) {", "for (; *helped < 1; ++*helped) {"),
+    ("const float* s = left + k * left_k + part_begin(t, tiles, rows);",
+     "const float* s = left + k * left_k + part_begin(t, tiles, rows) + (t > 3);"),
+    ("s->start + (s->tile ? t * s->tile : first);", "s->start + (s->tile ? t * s->tile : t * TILE_ROWS);"),
     # layers
     ("s *= r * r / size;", "s *= r / size;"),
     ("float d = r * (dout_ng[i] * weight[i] - x_ng[i] * s);", "float d = r * (dout_ng[i] * weight[i] + x_ng[i] * s);"),
-    ("sums[i] += dout_ng[i] * x_ng[i] * r;", "sums[i] += dout_ng[i] * x_ng[i];"),
+    ("sums_b[i] += dout_ng[i] * x_ng[i] * r;", "sums_b[i] += dout_ng[i] * x_ng[i];"),
     ("dx_ng[i] = add ? dx_ng[i] + d : d;", "dx_ng[i] = d;"),
     ("float s = direction * sin_t[i],", "float s = sin_t[i],"),
     ("b[i] = b_i * cos_t[i] + a_i * s;", "b[i] = b_i * cos_t[i] - a_i * s;"),
     ("ds_i[j] = p_i[j] * (ds_i[j] - D) * scale;", "ds_i[j] = p_i[j] * (ds_i[j] + D) * scale;"),
     ("ds_i[j] = p_i[j] * (ds_i[j] - D) * scale;", "ds_i[j] = p_i[j] * (ds_i[j] - D);"),
     ("p_i[j] = fast_exp(scale * p_i[j] - lse_i);", "p_i[j] = fast_exp(p_i[j] - lse_i);"),
+    ("p_i[j] = -INFINITY;", "p_i[j] = -3e38f;"),
+    ("out_bh[(long)i * NH * HD + d] *= inverse_sums[i];", "out_bh[(long)i * NH * HD + d] *= 1;"),
+    ("first >= 0; first -= QUERY_BLOCK, add = 1)", "first >= 0; first -= QUERY_BLOCK)"),
     ("logits_n[targets[n]] -= scale;", "logits_n[targets[n]] += scale;"),
     ("lse[n] = max + logf(sum);\n        losses[n]", "lse[n] = logf(sum);\n        losses[n]"),
-    ("for (int i = 0; i < width; i++) drow[i] += dout_row[i];", "for (int i = 0; i < width; i++) drow[i] = dout_row[i];"),
+    ("for (int i = 0; i < width; i++) drow[i] += dout_row[i];",
+     "for (int i = 0; i < width; i++) drow[i] = dout_row[i];"),
     # experts and routing
-    ("dg[i] = gate * dact_r[i] * u_i * s * (1.0f + g[i] * (1.0f - s));", "dg[i] = gate * dact_r[i] * u_i * s * (1.0f - s);"),
+    ("dg[i] = gate * dact_r[i] * u_i * s * (1.0f + g[i] * (1.0f - s));",
+     "dg[i] = gate * dact_r[i] * u_i * s * (1.0f - s);"),
     ("du[i] = gate * dact_r[i] * silu;", "du[i] = dact_r[i] * silu;"),
     ("act[i] = gate * silu * u_i;", "act[i] = silu * u_i;"),
     ("dgate += dact_r[i] * silu * u_i;", "dgate += dact_r[i] * silu;"),
@@ -39,22 +51,29 @@ MUTATIONS = [
     ("row_of[a] = offsets[experts[a]]++;", "row_of[a] = offsets[experts[a]];"),
     # the model
     ("matmul_backward_weight(dw->attn_out, t->dx, s->attn,", "matmul_backward_weight(dw->attn_out, t->dx, s->x_mid,"),
-    ("matmul_backward_input(t->dnormed, t->drouter, w->router, N, H, E, 1);\n            matmul_backward_weight(dw->router",
+    ("matmul_backward_input(t->dnormed, t->drouter, w->router, N, H, E, 1);\n"
+     "            matmul_backward_weight(dw->router",
      "matmul_backward_weight(dw->router"),
-    ("float correction1 = (float)(1 - pow(o->beta1, (double)step))", "float correction1 = (float)(1 - pow(o->beta2, (double)step))"),
+    ("float correction1 = (float)(1 - pow(o->beta1, (double)step))",
+     "float correction1 = (float)(1 - pow(o->beta2, (double)step))"),
     ("scale = o->clip / (norm + 1e-6);", "scale = 1;"),
     # router variants
     ("dz_n[e] = dz_n[e] * s * (1.0f - s) +", "dz_n[e] = dz_n[e] * s +"),
-    ("norm_topk ? (dgates_n[k] - mean) / chosen_sum : dgates_n[k];", "norm_topk ? dgates_n[k] / chosen_sum : dgates_n[k];"),
+    ("norm_topk ? (dgates_n[k] - mean) / chosen_sum : dgates_n[k];",
+     "norm_topk ? dgates_n[k] / chosen_sum : dgates_n[k];"),
     ("dz_n[e] = (float)(lambda / r * (dz_n[e] - through_std));", "dz_n[e] = (float)(lambda / r * dz_n[e]);"),
-    ("dscore * (p[d] / p_length - score * mu[d] / length) / length;", "dscore * (p[d] / p_length + score * mu[d] / length) / length;"),
+    ("dscore * (p[d] / p_length - score * mu[d] / length) / length;",
+     "dscore * (p[d] / p_length + score * mu[d] / length) / length;"),
     ("dscore * (mu[d] / length - score * p[d] / p_length) / p_length;", "dscore * (mu[d] / length) / p_length;"),
     ("(g - along * x_i[d]) / square);", "g / square);"),
-    ("weight * c->lpr_kl / N * -0.5 * (1 - exp((double)logvar[d]))", "weight * c->lpr_kl / N * 0.5 * (1 - exp((double)logvar[d]))"),
+    ("weight * c->lpr_kl / N * -0.5 * (1 - exp((double)logvar[d]))",
+     "weight * c->lpr_kl / N * 0.5 * (1 - exp((double)logvar[d]))"),
     ("dz[(long)n * E + e] += p[e] * (dp[e] - mean);", "dz[(long)n * E + e] += p[e] * dp[e];"),
     ("rstd[n] * (du[i] * weight[i] - d_mean - xhat * d_along);", "rstd[n] * (du[i] * weight[i] - xhat * d_along);"),
     ("shift[(long)n * E + e] = best ? 0 : penalty;", "shift[(long)n * E + e] = best ? penalty : 0;"),
     ("(float)(over < 0 ? rate : over > 0 ? -rate : 0);", "(float)(over > 0 ? rate : over < 0 ? -rate : 0);"),
+    # files
+    ('text_print(&text, "[");', ""),
 ]
 
 
@@ -62,6 +81,10 @@ def main():
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     source, tests = pathlib.Path("train_moe.c").read_text(), pathlib.Path("test_moe.c").read_text()
     caught = missed = 0
+    for right, _ in MUTATIONS:  # all of them, also when only some are tried
+        if source.count(right) != 1:
+            print(f"FAILED stands {source.count(right)} times in train_moe.c: {right!r}")
+            missed += 1
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         (folder / "dev").symlink_to(pathlib.Path("dev").resolve())
@@ -70,22 +93,22 @@ def main():
                 (folder / name).write_text(pathlib.Path(name).read_text())
         (folder / "test_moe.c").write_text(tests)
         for right, wrong in MUTATIONS:
-            if word not in right + wrong:
-                continue
-            if source.count(right) != 1:
-                print(f"FAILED stands {source.count(right)} times in train_moe.c: {right!r}")
-                missed += 1
+            if word not in right + wrong or source.count(right) != 1:
                 continue
             (folder / "train_moe.c").write_text(source.replace(right, wrong))
-            build = ["cc", "-std=gnu11", "-O1", "-march=native", "-fno-math-errno", "-fopenmp", "test_moe.c", "-o", "test", "-lm"]
+            build = ["cc", "-std=gnu11", "-O1", "-march=native", "-fno-math-errno", "-fopenmp", "test_moe.c",
+                     "-o", "test", "-lm"]
             subprocess.run(build, cwd=folder, check=True, capture_output=True)
             red = False
-            for group in ("golden", "routers", "families", "gradients"):
+            for group in ("golden", "routers", "families", "gradients", "matmul", "checkpoints"):
+                if red:
+                    break
                 try:
-                    red = red or subprocess.run(["./test", group], cwd=folder, capture_output=True, timeout=300).returncode != 0
+                    run = subprocess.run(["./test", group], cwd=folder, capture_output=True, timeout=300)
+                    red = run.returncode != 0
                 except subprocess.TimeoutExpired:
                     red = True
-            print(f"{'ok    ' if red else 'FAILED'} {right.splitlines()[0]}  ->  {wrong.splitlines()[0]}", flush=True)
+            print(f"{'ok    ' if red else 'FAILED'} {right.splitlines()[0]}  ->  {wrong.split(chr(10))[0]}", flush=True)
             caught, missed = caught + red, missed + (not red)
     print(f"{caught} passed, {missed} failed")
     return missed > 0

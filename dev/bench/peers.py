@@ -85,13 +85,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--as-installed", action="store_true", help="leave MKL's choice of code to MKL")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(*options.worker, options.threads)
         return
     environment = dict(os.environ, OMP_NUM_THREADS=str(options.threads))
-    for_torch = dict(environment, LD_PRELOAD=FAST_MKL)
+    for_torch = environment if options.as_installed else dict(environment, LD_PRELOAD=FAST_MKL)
     print(f"tokens/s\n{'config':8} {'ours':>9}" + "".join(f" {way:>19}" for way in WAYS) + "   ours / best")
     for name in options.configs.split(","):
         tokens = CONFIGS[name][-1] * CONFIGS[name][-2]

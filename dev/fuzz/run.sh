@@ -1,7 +1,7 @@
 #!/bin/sh
-# Builds both fuzz targets with clang, makes a small corpus from the golden files and runs each for SECONDS (default 60).
-# The exit code is not 0 if anything was found; the input that shows it stays in build/fuzz. With a SEED (default: another
-# one each time) a run on a fresh build/fuzz tries the same inputs in the same order.
+# Builds both fuzz targets with clang, makes a small corpus from the golden files and runs each for SECONDS (default
+# 60). The exit code is not 0 if anything was found; the input that shows it stays in build/fuzz. With a SEED (default:
+# another one each time) a run on a fresh build/fuzz tries the same inputs in the same order.
 #     dev/fuzz/run.sh [SECONDS [SEED]]
 set -eu
 cd "$(dirname "$0")/../.."
@@ -36,8 +36,9 @@ printf '"\\\\u0000"\n"\\\\ud800"\n"\\\\udc00"\n"[["\n"{}"\n' >>$work/words
 
 for target in json safetensors; do
     echo "fuzz_$target: $seconds s"
-    if ! $work/fuzz_$target -max_total_time="$seconds" -seed="$seed" -max_len=4096 -timeout=10 -rss_limit_mb=2048 -dict=$work/words \
-            -artifact_prefix=$work/found_${target}_ -print_final_stats=1 $work/$target >$work/$target.log 2>&1; then
+    if ! $work/fuzz_$target -max_total_time="$seconds" -seed="$seed" -max_len=4096 -timeout=10 -rss_limit_mb=2048 \
+            -dict=$work/words -artifact_prefix=$work/found_${target}_ -print_final_stats=1 \
+            $work/$target >$work/$target.log 2>&1; then
         echo "fuzz_$target found something:"
         tail -n 40 $work/$target.log
         status=1
