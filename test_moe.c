@@ -2633,6 +2633,8 @@ static void test_signal(int signal_number, const char* name, const char* referen
     pid_t pid = start_training("b", arguments, 0);
     int in_time = wait_for_rows(pid, "b", 7);
     kill(pid, signal_number);
+    usleep(500);
+    kill(pid, signal_number);           // as timeout(1) does: first the process, then its group
     int code = finish_program(pid);
     long step = saved_step("b");
     check(in_time && code == 128 + signal_number && step >= 7 && step < steps, "%s: exit code %d, step %ld is saved",
@@ -3217,9 +3219,9 @@ static void test_bad_commands(void) {
                {"--steps", "--steps wants a value"},
                {"-x", "-x: unknown"},
                {"-xyz", "-x: unknown"},
-               {"--val-", "--val-: unknown or ambiguous"},
-               {"--expert 4", "--expert: unknown or ambiguous"},
-               {"--dense=1", "--dense=1: unknown"},
+               {"--val-", "--val-: may be any of --val-every, --val-batches"},
+               {"--expert 4", "--expert: may be any of --experts, --expert-ffn"},
+               {"--dense=1", "--dense=1: the option takes no value"},
                {"words", "words: unexpected"},
                {"--steps 5 more", "more: unexpected"},
                {"--steps five", "--steps five: expected a whole number from 0"},
@@ -3290,11 +3292,21 @@ static void test_bad_commands(void) {
                {"--model @/trained --eval", "--eval wants --data"},
                {"--model @/trained --dump @/new", "--dump wants --data"},
                {"--load", "--load and --trace go with --eval"},
-               {"--model @/trained --layers 3 --data @/corpus.txt", "--layers describes a new model"},
-               {"--model @/trained --topk 1 --data @/corpus.txt", "--topk describes a new model"},
+               {"--model @/trained --layers 3 --data @/corpus.txt", "described by --layers, but --model has one"},
+               {"--model @/trained --topk 1 --data @/corpus.txt", "described by --topk, but --model has one"},
                {"--model @/absent --data @/corpus.txt", "@/absent/config.json: No such file"},
                {"--out @/trained --data @/corpus.txt", "--resume goes on with that run"},
-               {"--out @/trained --resume --hidden 8", "--hidden describes a new model"},
+               {"--out @/trained --resume --hidden 8 --dense", "described by --hidden, --dense, but --out has one"},
+               {"--out @/bare --data @/corpus.txt", "but no run; to train this model give it as --model"},
+               {"--out @/bare --resume", "but a model; give it as --model"},
+               {"--model @/trained --eval --data @/corpus.txt --val none", "--val belongs to training"},
+               {"--model @/trained --eval --data @/corpus.txt --lr 1", "--lr belongs to training"},
+               {"--model @/trained --prompt x --out @/new", "--out belongs to training"},
+               {"--lr 1e-3 --min-lr 2e-3", "must not be above --lr, 0.001"},
+               {"--dense --aux 0.1", "--aux: a dense model has no router"},
+               {"--dense --topk-range 1:2", "--topk-range: a dense model has no router"},
+               {"--bias-rate 0.1", "only the router sigmoid has a bias"},
+               {"--ffn 96", "--expert-ffn is the width of an expert"},
                {"--out @/corpus.txt --data @/corpus.txt --steps 1", "Not a directory"},
                {"--out @/corpus.txt/x --data @/corpus.txt --steps 1", "Not a directory"},
                {"--model @/trained --data @/corpus.txt --eval --topk 6", "--topk 6: the model has 5"},
@@ -3317,7 +3329,8 @@ static void test_bad_commands(void) {
         const char* expected = bad[i].expected[0] == '@' ? bad[i].expected + 1 : bad[i].expected;
         char with_out[600];
         int writes = !strstr(bad[i].arguments, "--out") && !strstr(bad[i].arguments, "--resume") &&
-                     !strstr(bad[i].arguments, "--dump");
+                     !strstr(bad[i].arguments, "--dump") && !strstr(bad[i].arguments, "--eval") &&
+                     !strstr(bad[i].arguments, "--prompt");
         snprintf(with_out, sizeof with_out, "%s%s", writes ? "--out @/new " : "", bad[i].arguments);
         check_refused(2, with_out, expected);
     }
@@ -3561,6 +3574,8 @@ static void test_command_line(void) {
         c.max_position_embeddings = 1000;
         config_to_json(&t, &c);
         write_text(temp("window/config.json"), t.data);
+        check(mkdir(temp("bare"), 0777) == 0, "a directory with nothing but a config.json");
+        write_text(temp("bare/config.json"), t.data);
         free(t.data);
     }
     copy_directory(temp("trained"), temp("words"));
@@ -3568,6 +3583,7 @@ static void test_command_line(void) {
                "{\"decoder\": {\"type\": \"ByteLevel\"}, \"model\": {\"vocab\": {\"a\": 0}}}");
     test_help();
     test_bad_commands();
+    char arguments[1024];
     test_eval();
     test_trace();
     test_dump();
@@ -3579,6 +3595,26 @@ static void test_command_line(void) {
     code = run_program("--model %s --data %s --seq 24 --steps 1 --out %s", temp("words"), temp("ids.bin"), temp("new"));
     check(code == 0 && same_in("words", "new", "tokenizer.json"), "the tokenizer travels to the output");
     show_failure(code == 0);
+    // tokens that nobody can name are not taken for bytes
+    write_shard(temp("ids.bin"), SHARD_MAGIC_16, 1, 290, 2, 290, 0);
+    snprintf(arguments, sizeof arguments, "%s --vocab 300 --data %s --steps 1 --out %s", small_run, temp("ids.bin"),
+             temp("bpe"));
+    check(run_program("%s", arguments) == 0, "a model trained on token shards");
+    snprintf(arguments, sizeof arguments, "--model %s --data %s --seq 24 --eval", temp("bpe"), temp("corpus.txt"));
+    check(run_program("%s", arguments) == 2 && strstr(ran.err, "does not read bytes"), "text is refused there: %s",
+          ran.err);
+    code = run_program("--model %s --prompt x", temp("bpe"));
+    check(code == 2 && strstr(ran.err, "this model reads tokens"), "and so is a prompt: %s", ran.err);
+    unlink(temp("bpe/trainer.json"));
+    check(run_program("%s", arguments) == 0 && strstr(ran.err, "warning: nothing in"),
+          "with nothing to tell, text is read as bytes and the program says so: %s", ran.err);
+    code = run_program("--model %s --data %s --seq 24 --eval", temp("trained"), temp("corpus.txt"));
+    check(code == 0 && !strstr(ran.err, "warning"), "256 tokens are bytes");
+    // a run of no steps saves what it starts from
+    check(train_run("none", "--steps 0") == 0 && saved_step("none") == 0, "--steps 0 saves the model as it starts");
+    check(resume_run("none", "--steps 4 --save-every 2") == 0 && same_in("none", "trained", "model.safetensors"),
+          "and a run that goes on from there is one that started there");
+    show_failure(ran.code == 0);
     code = run_program("--model %s --prompt-ids 97,98 --tokens 5 --temperature 0", temp("trained"));
     check(code == 0 && strlen(ran.out) >= 6 && !strncmp(ran.out, "ab", 2),
           "--prompt-ids prints the prompt and goes on");
@@ -4687,6 +4723,7 @@ static void test_up_optimizer(void) {
     }
     // moments go where their weights go
     UP("{}/m3 {}/adam_shuffle --experts 4 --method shuffle --optimizer copy");
+    check(strstr(up_output, "--resume --steps N` uses them") != NULL, "the receipt says how moments are used");
     UP("{}/m3 {}/adam_drop --experts 4 --method drop --optimizer copy");
     float *w = up_expert("m3", 0, "up_proj"), *v = up_expert("adam_shuffle", 3, "up_proj"),
           *x = up_expert("adam_drop", 3, "up_proj");
@@ -5059,6 +5096,8 @@ static void test_up_safety(void) {
         }
         usleep(60000 + 50000 * (useconds_t)i);
         kill(pid, signals[i]);
+        usleep(500);
+        kill(pid, signals[i]);          // as timeout(1) does
         int status;
         waitpid(pid, &status, 0);
         if (signals[i] == SIGTERM)
@@ -5122,9 +5161,15 @@ static void test_up_refusals(void) {
                  {"{}/m3 {}/x --experts 6 --prune-weights 0.5", "--calibrate"},
                  {"{}/m3 {}/absent/x --experts 6", "parent"},
                  {GOLDEN "mixtral {}/x --experts 10 --optimizer copy", "optimizer.safetensors"},
-                 {GOLDEN "llama {}/x --experts 2 --sources " GOLDEN "qwen3", "class and sizes"},
+                 {GOLDEN "llama {}/x --experts 2 --sources " GOLDEN "qwen3", "has another model_type than"},
                  {GOLDEN "llama {}/x --experts 1 --sources " GOLDEN "llama", "each needs an expert"},
                  {"{}/m3 {}/x --experts 6 --cap 2", "score"},
+                 {"{}/m3 {}/x --experts 6 --check-batches 2", "there is no --check"},
+                 {"{}/m3 {}/x --experts 6 --batch 2", "there is no --calibrate or --check"},
+                 {"{}/m3 {}/x --experts 6 --data {}/short.bin", "--data goes with --inspect"},
+                 {"--inspect {}/m3 --experts 6", "--inspect only looks"},
+                 {"--inspect {}/m3 --seq 8", "there is no --data"},
+                 {GOLDEN "llama {}/x --experts 2 --sources {}/m3", "has another model_type than"},
                  {"{}/m3 {}/x --experts 6 --strength 2", "belongs to"},
                  {"{}/m3 {}/x --experts six", "whole number"}};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
@@ -5141,7 +5186,7 @@ static void test_up_receipt(void) {
     up_make_random_shard("few.bin", 600, 29);
     static const struct { const char *arguments, *function, *warning; double least, most; } cases[] = {
         {GOLDEN "llama {}/r%d --experts 4", "kept exactly", "no language-model gradient", 0, 1e-6},
-        {GOLDEN "qwen3 {}/r%d --experts 4 --norm-topk 0", "not kept", "shrinks by about N / K = 2", 1e-2, 2},
+        {GOLDEN "qwen3 {}/r%d --experts 4 --norm-topk 0", "not kept", "shrinks by about E / K = 2", 1e-2, 2},
         {GOLDEN "qwen3 {}/r%d --experts 4 --topk 1", "kept exactly", "never learns", 0, 1e-6},
         {GOLDEN "qwen3 {}/r%d --experts 6 --method granular --granularity 3", "kept exactly", NULL, 0, 1e-6},
         {GOLDEN "qwen3 {}/r%d --experts 4 --method drop", "not kept", NULL, 1e-3, 2},
@@ -5151,8 +5196,9 @@ static void test_up_receipt(void) {
         {GOLDEN "mixtral_top1 {}/r%d --experts 10", "kept exactly", "copies get no token", 0, 1e-6},
         {GOLDEN "mixtral {}/r%d --experts 3 --select weight", "not kept: 2 of 5 experts are gone", NULL, 1e-4, 2},
         {GOLDEN "mixtral {}/r%d --experts 5", "kept exactly", NULL, 0, 1e-6},
+        {GOLDEN "mixtral {}/r%d --experts 5 --method family", "kept exactly: nothing was added", NULL, 0, 1e-6},
         {GOLDEN "mixtral {}/r%d --experts 8 --method scaled", "not kept", "1 distinct source", 1e-4, 2}};
-    for (int i = 0; i < 12; i++) {
+    for (int i = 0; i < (int)(sizeof cases / sizeof cases[0]); i++) {
         char arguments[256], name[16];
         snprintf(name, sizeof name, "r%d", i);
         snprintf(arguments, sizeof arguments, "%.*s{}/%s%s --check {}/few.bin --seq 12 --batch 3",
@@ -5183,6 +5229,9 @@ static void test_up_receipt(void) {
               strstr(up_output, "within families 1.0000") && strstr(up_output, "copy, 5 -> 10 experts") &&
               strstr(up_output, "Gini"),
           "--inspect finds the twins, the lineage and the load");
+    UP(GOLDEN "mixtral {}/same --experts 5 --method family");
+    check(up_run("", "--inspect {}/same") == 0 && strstr(up_output, "MixtralForCausalLM"),
+          "no penalty, and so the class of before, where no expert is added");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

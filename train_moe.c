@@ -143,10 +143,11 @@ static int thread_count(void) { return 1; }
 static int thread_number(void) { return 0; }
 #endif
 
-// Work for all threads, in units that take unequal time. Loops over tokens give the threads contiguous shares of the
-// rows (OpenMP's static schedule), and units are dealt out likewise: a thread first does those of its own share, whose
-// rows are in its own cache, and then helps the others. (With units for whoever was free, a step of a small model took
-// 4 % longer where the cores did not share a cache.)
+// Work for all threads, in units that take unequal time: OpenMP's dynamic schedule, but with regard to where rows lie
+// (to be skipped on first reading). Loops over tokens give the threads contiguous shares of the rows (OpenMP's static
+// schedule), and units are dealt out likewise: a thread first does those of its own share, whose rows are in its own
+// cache, and then helps the others. (With units for whoever was free, a step of a small model took 4 % longer where the
+// cores did not share a cache.)
 enum { MOST_SHARES = 256 };     // beyond that, threads share shares
 typedef struct {
     struct { int next, end, unused[14]; } share[MOST_SHARES];           // no two in one line of the cache
@@ -310,7 +311,8 @@ static long random_permutation(long i, long n, uint64_t key) {
 //     forward          y  = x W^T       y (rows, OC), x (rows, C), W (OC, C)
 //     backward input   dx = dy W        dx (rows, C), or dx += dy W
 //     backward weight  dW += dy^T x     dW (OC, C)
-// All three are one product, result(i,j) = sum over k of left(i,k) * right(k,j): only the roles of i, j, k change.
+// All three are one product, result(i,j) = sum over k of left(i,k) * right(k,j): only the roles of i, j, k change. The
+// six functions at the end of the section are what the rest of the file calls; on first reading, go on with those.
 //
 // Order of summation. Every element of a result is the plain loop
 //     sum = 0 (or what the result held);  for k = 0, 1, 2, ...: sum = sum + left(i,k) * right(k,j)
@@ -618,7 +620,8 @@ ALWAYS_INLINE const float* side_at(const Side* s, int t, int first) {
 
 // All tiles of a result (rows, columns) for `depth` values of k: result = [result if adding] + left right. `copied`:
 // the first tile is in `buffer` already. `after` is the tile that the caller computes next; after_rows of its rows are
-// copied, if there is time, and the function says so. `next` is what the caller packs or reads next.
+// copied to `buffer`, if there is time. Returns 1 if that was done: the next call's `copied`. `next` is what the caller
+// packs or reads next.
 static int multiply_panels(float* result, long result_step, int rows, int columns, int adding, const Side* left,
                            const Side* right, int depth, float* buffer, int copied, const float* after, int after_rows,
                            Rectangle next) {
@@ -1035,8 +1038,8 @@ static void rope_table(float* cosines, float* sines, int positions, int HD, doub
 
 // Rotary positions (Su et al. 2021), in place, on `heads` heads of each of N = B T rows that are ld floats apart.
 // Element i of a head's first half and element i of its second half are a point in the plane (Hugging Face's
-// rotate_half), turned by position * theta^(-2 i / HD). The gradient of a rotation is the rotation back,
-// direction = -1.
+// rotate_half), turned by position * theta^(-2 i / HD). Row n is at position start + n % T of its sequence; the angles'
+// cosines and sines are rope_table's. The gradient of a rotation is the rotation back, direction = -1.
 static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, const float* cosines,
                  const float* sines, int direction) {
     int half = HD / 2;
@@ -1157,14 +1160,14 @@ static void attention_backward(float* dq, float* dk, float* dv, const float* dou
     }
 }
 
-// SwiGLU (Shazeer 2020):  act = silu(gate) * up,  silu(g) = g sigmoid(g)
-// gate_up (rows, 2, I): gate, then up; act (rows, I)
+// SwiGLU (Shazeer 2020):  act = silu(g) * u,  silu(g) = g sigmoid(g)
+// gate_up (rows, 2, I): g = W_gate x, then u = W_up x; act (rows, I)
 static void swiglu_forward(float* act, const float* gate_up, int rows, int I) {
     #pragma omp parallel for if (rows > 8)
     for (int r = 0; r < rows; r++) {
-        const float *gate = gate_up + (long)r * 2 * I, *up = gate + I;
+        const float *g = gate_up + (long)r * 2 * I, *u = g + I;
         float* act_r = act + (long)r * I;
-        for (int i = 0; i < I; i++) act_r[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
+        for (int i = 0; i < I; i++) act_r[i] = g[i] / (1.0f + fast_exp(-g[i])) * u[i];
     }
 }
 
@@ -1207,8 +1210,8 @@ static void choose_topk(int* chosen, const float* scores, int E, int K) {
         for (int e = 0; e < E; e++) {
             // after the k-th choice come the smaller scores, and equal ones with a higher index
             float last = k ? scores[chosen[k - 1]] : 0;
-            int left = k == 0 || scores[e] < last || (scores[e] == last && e > chosen[k - 1]);
-            if (left && (best < 0 || scores[e] > scores[best])) best = e;
+            int available = k == 0 || scores[e] < last || (scores[e] == last && e > chosen[k - 1]);
+            if (available && (best < 0 || scores[e] > scores[best])) best = e;
         }
         chosen[k] = best < 0 ? 0 : best;        // nothing is left only among NaN, which the loss will show too
     }
@@ -1289,7 +1292,8 @@ static void combine_rows(float* out, const float* residual, const float* y, cons
     }
 }
 
-// The backward pass of gate * down(silu(g) * u) for the rows of all experts, between the two matrix products. Given
+// The backward pass of gate * down(silu(g) * u) for the rows of all experts, between the two matrix products. Here gate
+// is the router's number for the row, and g and u are as in swiglu_forward. Given
 // dact (rows, I) = W_down^T dy, with dy the gradient of the layer's output at the row's token:
 //     dgate = <dy, W_down act> = <dact, act>, so the experts' outputs need not have been kept (SonicMoE, 2512.14080)
 //     dgate_up: g' = gate dact u silu'(g),  u' = gate dact silu(g),     silu'(g) = s (1 + g (1 - s)),  s = sigmoid(g)
@@ -1330,7 +1334,8 @@ static void sum_columns(double* sums, const float* x, int N, int E) {
 }
 
 // Adds both gradients to dlogits (N, E). aux_weight and f (E) belong to one of
-//     AUX_SWITCH: coefficient E / N, counts / (N K)    AUX_HF: coefficient E / tokens, counts / tokens, over all layers
+//     AUX_SWITCH: coefficient E / N, counts / (N K)
+//     AUX_HF:     coefficient E / M, counts of all layers / M,  M = N times the number of sparse layers
 // and z_weight is 2 coefficient / N. lse (N), probs (N, E).
 static void balance_backward(float* dlogits, const float* lse, const float* probs, const double* f, double aux_weight,
                              double z_weight, int N, int E) {
@@ -1388,7 +1393,7 @@ static long tensor_size(const Tensor* t) { return tensor_is_matrix(t) ? t->rows 
 typedef struct {
     Tensor* tensors;            // (count), in the order of layout_walk
     int count;
-    long matrices, total;       // floats in all matrices; in all parameters
+    long matrices, total;       // floats in all matrices; in all parameters (while they are counted: in all vectors)
     float* block;               // the parameters' memory, or NULL where only names and sizes are wanted
 } Layout;
 
@@ -1601,7 +1606,7 @@ typedef struct {
     void (*plan)(Model* m);             // counts the memory: Model.bytes and its parts
     void (*allocate)(Model* m);         // takes it
     void (*release)(Model* m);          // and gives it back
-    // model_forward, model_backward and model_update below; but losses are to be had from take_losses
+    // model_forward, model_backward and model_update below; but a GPU's losses come later, so take_losses fetches them
     void (*forward)(Model* m, const int* tokens, const int* targets, int B, int T);
     void (*backward)(Model* m, float scale);
     double (*update)(Model* m, const AdamW* o, double lr, long step);
@@ -1643,6 +1648,7 @@ struct Model {
     // router variants
     int* family;                // (L, E)       the family of each expert: the copies of one expert share it
     int has_families;           // 1: some experts do
+    int reads_bytes;            // 1: its tokens are the bytes of a text, for trainer.json
     long family_start;          // the step in which the copies were made, for trainer.json
     long* step_load;            // (L, E)       assignments of this optimizer step
     double* aux_coefficients;   // (L)
@@ -1676,10 +1682,10 @@ static void* take(Arena* a, size_t bytes) {
 }
 static float* take_floats(Arena* a, long n) { return (float*)take(a, sizeof(float) * n); }
 
-static void layer_activations_take(Arena* a, LayerActivations* s, const Config* c, int l, int most, long N, int B,
+static void layer_activations_take(Arena* a, LayerActivations* s, const Config* c, int l, int max_topk, long N, int B,
                                    int T) {
     long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads;
-    long E = layer_experts(c, l), K = c->sparse[l] ? most : 1, I = layer_width(c, l), D = c->lpr_latent_dim;
+    long E = layer_experts(c, l), K = c->sparse[l] ? max_topk : 1, I = layer_width(c, l), D = c->lpr_latent_dim;
     s->x = take_floats(a, N * H);
     s->attn_in = take_floats(a, N * H);
     s->attn_rstd = take_floats(a, N);
@@ -2066,7 +2072,8 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     LayerActivations* s = &m->layers[l];
     int N = m->batch * m->length, H = c->hidden_size, sparse = c->sparse[l];
     int E = layer_experts(c, l), K = m->topk[l], I = layer_width(c, l);
-    const float *rows_in = s->ffn_in, *experts_in = s->ffn_in;
+    const float* experts_in = s->ffn_in;        // (N, H)       what the experts read, in the order of the tokens;
+    const float* rows_in = s->ffn_in;           // (N K, H)     the same, sorted by expert
     rmsnorm_forward(s->ffn_in, H, s->ffn_rstd, s->x_mid, H, w->ffn_norm, N, 1, H, (float)c->rms_norm_eps);
     if (sparse) {
         if (has_router_variant(c)) {
@@ -2329,7 +2336,7 @@ static void data_file_open(DataFile* f, const char* path, int T, Part part, int 
     } else {
         struct stat st;
         f->fd = open(path, O_RDONLY);
-        if (f->fd < 0) die(2, "%s: %s; --data and --val want a text or a .bin file of tokens", path, strerror(errno));
+        if (f->fd < 0) die(2, "%s: %s; expected a text or a .bin file of tokens", path, strerror(errno));
         if (fstat(f->fd, &st) || !S_ISREG(st.st_mode)) die(2, "%s: not a regular file", path);
         size = (long)st.st_size;
     }
@@ -2555,11 +2562,17 @@ static const char* checkpoint_save(const Model* m, const char* out, long step);
 static void print_sample(Model* generator, const Model* trained, uint64_t seed, int tokens);
 
 static volatile sig_atomic_t stop_signal = 0;
-// The first Ctrl-C or SIGTERM ends the run after the step at hand, the second one at once: saves are whole or not at
-// all.
+// The first Ctrl-C or SIGTERM ends the run after the step at hand, a second one at once: saves are whole or not at all.
+// (What comes within a second is the same one: timeout(1) signals the process and then its group.)
 static void on_signal(int signal_number) {
-    stop_signal = signal_number;
-    signal(signal_number, SIG_DFL);
+    static double first;
+    if (!stop_signal) {
+        stop_signal = signal_number;
+        first = seconds();
+    } else if (seconds() - first > 1) {
+        signal(signal_number, SIG_DFL);
+        raise(signal_number);
+    }
 }
 
 // Opens OUT/name for appending. A run that continues at `step` first drops the rows of later steps, which it will make
@@ -2608,6 +2621,11 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     if (first_step >= run->steps) printf("nothing left to do: step %ld of %ld is reached\n", first_step, run->steps);
+    const char* unsaved = out && run->steps == 0 ? checkpoint_save(m, out, 0) : NULL;     // the model as it starts
+    if (unsaved) {
+        fprintf(stderr, "%s: the model could not be saved: %s\n", program_name, unsaved);
+        exit_code = 1;
+    }
     for (long step = first_step; step < run->steps && !stopping; step++) {
         double t0 = seconds(), lr = learning_rate(run, step), norm = NAN;
         const char* problem = NULL;
@@ -3327,12 +3345,13 @@ static LayerFigures layer_figures(const Model* m, int l) {
     return f;
 }
 
+static int count_families(const Model* m);
 static void print_figures(const Model* m, const char* name, const LayerFigures* f) {
     printf("%s: Gini %.3f, min/max %.3f, MaxVio %.2f, dead %d, entropy %.3f, top gate %.3f", name, f->load.gini,
            f->load.min_max, f->load.max_vio, f->load.dead, f->entropy, f->top_gate);
-    if (m->has_families)
-        printf(", twins' cosine %.4f, chosen together %.3f, sources/token %.3f", f->twin_cosine, f->twins_together,
-               f->sources);
+    if (m->has_families) printf(", twins' cosine %.4f", f->twin_cosine);
+    if (m->has_families && count_families(m) > 1)       // copies of one FFN are always chosen together
+        printf(", chosen together %.3f, sources/token %.3f", f->twins_together, f->sources);
 }
 
 // Prints a line of means over the sparse layers (of dead experts: the sum), with each = 1 also one for each layer, and
@@ -5078,6 +5097,21 @@ static int choice_index(const char* choices, const char* text) {
     }
 }
 
+// Ends the program because getopt_long knew no single option for `argument`, --name or --name=value.
+static void option_unknown(const char* argument, const struct option* longs) {
+    char candidates[256] = "";
+    size_t length = strcspn(argument, "=");
+    int found = 0;
+    for (; longs->name; longs++) {
+        if (length <= 2 || strncmp(argument + 2, longs->name, length - 2)) continue;
+        size_t n = strlen(candidates);
+        snprintf(candidates + n, sizeof candidates - n, "%s--%s", found++ ? ", " : "", longs->name);
+    }
+    if (found > 1) die(2, "%s: may be any of %s", argument, candidates);
+    if (found == 1) die(2, "%s: the option takes no value", argument);
+    die(2, "%s: unknown option; see --help", argument);
+}
+
 static void option_set(Option* o, const char* text) {
     char* end;
     if (o->type == OPT_TEXT) {
@@ -5161,7 +5195,7 @@ static void options_parse(int argc, char** argv) {
         int index = c - 256;
         if (c == ':') die(2, "%s wants a value; see --help", argv[optind - 1]);
         if (c == '?' && optopt > 0 && optopt < 256) die(2, "-%c: unknown option; see --help", optopt);
-        if (c == '?') die(2, "%s: unknown or ambiguous option; see --help", argv[optind - 1]);
+        if (c == '?') option_unknown(argv[optind - 1], longs);
         if (index == NUM_OPTIONS) {
             print_help();
             exit(0);
@@ -5179,8 +5213,8 @@ static void options_parse(int argc, char** argv) {
 // trainer.json: the options of the run, the step it has reached, and the load counted since the last validation.
 static void trainer_to_json(Text* t, const Model* m, long step) {
     const Config* c = &m->config;
-    text_print(t, "{\n  \"version\": \"%s\",\n  \"step\": %ld,\n  \"family_start\": %ld,\n  \"options\": {", VERSION,
-               step, m->family_start);
+    text_print(t, "{\n  \"version\": \"%s\",\n  \"step\": %ld,\n  \"family_start\": %ld,\n  \"reads_bytes\": %d,\n"
+               "  \"options\": {", VERSION, step, m->family_start, m->reads_bytes);
     for (int i = 0, listed = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];
         int is_text = o->type == OPT_TEXT || o->type == OPT_CHOICE;
@@ -5227,7 +5261,12 @@ static long trainer_read(const char* out, Json** kept) {
     Error error = {""};
     join_path(path, out, "trainer.json");
     *kept = json_read(path, &error);
-    if (access(path, F_OK)) die(2, "--out %s holds no checkpoint to go on from; leave out --resume to start", out);
+    char model[PATH_SIZE];
+    if (access(path, F_OK))
+        die(2, access(join_path(model, out, "config.json"), F_OK)
+                   ? "--out %s holds no checkpoint to go on from; leave out --resume to start"
+                   : "--out %s holds no checkpoint to go on from, but a model; give it as --model and another --out",
+            out);
     if (!*kept) die(2, "%s", error.text);
     const Json* saved = json_get(*kept, "options");
     long step = json_whole(json_get(*kept, "step"), LONG_MAX);
@@ -5284,6 +5323,8 @@ static void config_from_options(Config* c) {
     for (int i = 2; c->router != ROUTER_LPR && i < 8; i++)
         if (option_given(variants[i])) die(2, "--%s: belongs to --router lpr", variants[i]);
     if (dense) return;
+    if (options.sparse_step == 1 && option_given("ffn"))
+        die(2, "--ffn: every layer is sparse, so there is no dense one; --expert-ffn is the width of an expert");
     c->num_experts = (int)options.experts;
     c->num_experts_per_tok = options.topk == UNSET ? imin(2, c->num_experts) : (int)options.topk;
     c->moe_intermediate_size = options.expert_ffn == UNSET ? 2 * c->hidden_size : (int)options.expert_ffn;
@@ -5323,6 +5364,21 @@ static int has_tokenizer(const char* dir) {
     int found = 0;
     for (int i = 0; i < 3; i++) found |= !access(join_path(path, dir, signs[i]), F_OK);
     return found;
+}
+
+// 1 if the tokens of the model in `dir` are bytes. A tokenizer or the run that made the model tells; where neither is
+// left and there are more tokens than bytes, it is taken for granted, but not in silence.
+static int reads_bytes(const Config* c, const char* dir) {
+    char path[PATH_SIZE];
+    Error ignored = {""};
+    if (has_tokenizer(dir) || c->vocab_size < 256) return 0;
+    Json* trainer = access(join_path(path, dir, "trainer.json"), F_OK) ? NULL : json_read(path, &ignored);
+    long told = json_whole(json_get(trainer, "reads_bytes"), 1);
+    json_free(trainer);
+    if (told < 0 && c->vocab_size > 256)
+        fprintf(stderr, "%s: warning: nothing in %s says what its %d tokens mean; text is read as bytes\n",
+                program_name, dir, c->vocab_size);
+    return told != 0;
 }
 
 // Longer sequences than the model was made for are computed all the same, but not in silence.
@@ -5374,16 +5430,13 @@ static Balance balance_from_options(const Config* c) {
     return b;
 }
 
-static int data_is_text(const Config* c) {
-    return !(options.model && has_tokenizer(options.model)) && c->vocab_size >= 256;
-}
 
 static int run_eval(Config* c) {
     if (!options.model) die(2, "--eval wants --model DIR");
     if (!options.data) die(2, "--eval wants --data FILE");
     if (!option_given("seq")) options.seq = imin(1024, c->max_position_embeddings);
     int B = (int)options.batch, T = (int)options.seq;
-    Dataset* d = dataset_open(options.data, T, c->vocab_size, WHOLE, data_is_text(c));
+    Dataset* d = dataset_open(options.data, T, c->vocab_size, WHOLE, reads_bytes(c, options.model));
     check_length(c, T);
     Model* m = load_model(c, options.model, FOR_SCORING, B, T, T);
     Batch batch = batch_create(B, T);
@@ -5413,7 +5466,7 @@ static int run_eval(Config* c) {
 static int run_dump(Config* c) {
     if (!options.data) die(2, "--dump wants --data FILE");
     int B = (int)options.batch, T = (int)options.seq, V = c->vocab_size, count = 0;
-    Dataset* d = dataset_open(options.data, T, V, WHOLE, data_is_text(c));
+    Dataset* d = dataset_open(options.data, T, V, WHOLE, reads_bytes(c, options.model));
     if (d->windows < B) die(2, "--batch %d: %s has only %ld windows of %d tokens", B, options.data, d->windows, T + 1);
     check_length(c, T);
     Model* m = load_model(c, options.model, FOR_TRAINING, B, T, T);
@@ -5481,13 +5534,13 @@ static int run_prompt(Config* c) {
             s = *end ? end + 1 : end;
         }
     } else {
-        if (has_tokenizer(options.model))
-            die(2,
-                "--prompt: this model reads tokens; encode the text with dev/reference/encode.py and give "
-                "--prompt-ids");
         if (c->vocab_size < 256)
             die(2, "--prompt: this model's vocabulary has %d tokens, too few for bytes; give --prompt-ids",
                 c->vocab_size);
+        if (!reads_bytes(c, options.model))
+            die(2,
+                "--prompt: this model reads tokens; encode the text with dev/reference/encode.py and give "
+                "--prompt-ids");
         for (const char* s = options.prompt; *s; s++) ids[prompt++] = (unsigned char)*s;
     }
     if (prompt == 0) die(2, "the prompt is empty; give at least one token to go on from");
@@ -5553,7 +5606,9 @@ static void open_out(const char* out) {
     for (int i = 0; !options.resume && i < 4; i++) {
         join_path(path, out, signs[i]);
         if (!access(path, F_OK))
-            die(2, "--out %s: holds %s; --resume goes on with that run, another --out starts a new one", out, signs[i]);
+            die(2, i < 2 ? "--out %s: holds %s; --resume goes on with that run, another --out starts a new one"
+                         : "--out %s: holds %s, but no run; to train this model give it as --model and another --out",
+                out, signs[i]);
     }
 }
 
@@ -5562,7 +5617,7 @@ static int run_train(Config* c, long first_step) {
     Error error = {""};
     if (options.resume) options.model = options.out;
     check_length(c, T);
-    int bytes_are_tokens = options.model ? data_is_text(c) : c->vocab_size == 0 || c->vocab_size >= 256;
+    int bytes_are_tokens = options.model ? reads_bytes(c, options.model) : c->vocab_size == 0 || c->vocab_size >= 256;
     if (!options.data) options.data = "<embedded>";
     int split = !options.val;
     Dataset *data = dataset_open(options.data, T, INT_MAX, split ? TRAIN_PART : WHOLE, bytes_are_tokens), *val = NULL;
@@ -5584,6 +5639,13 @@ static int run_train(Config* c, long first_step) {
 
     // what was not given and depends on more
     if (options.lr == UNSET) options.lr = options.model ? 2e-4 : 2e-3;
+    if (options.min_lr > options.lr)
+        die(2, "--min-lr %g: the decay ends there, so it must not be above --lr, %g", options.min_lr, options.lr);
+    static const char* of_routers[] = {"aux", "aux-form", "z-loss", "aux-adaptive", "topk-range"};
+    for (int i = 0; i < 5 && c->num_experts == 0; i++)
+        if (option_given(of_routers[i])) die(2, "--%s: a dense model has no router", of_routers[i]);
+    if (option_given("bias-rate") && c->router != ROUTER_SIGMOID)
+        die(2, "--bias-rate: only the router sigmoid has a bias");
     if (options.warmup == UNSET) options.warmup = lmin(100, options.steps / 20);
     if (options.aux == UNSET)
         options.aux = options.model ? c->router_aux_loss_coef : c->router == ROUTER_SOFTMAX ? 0.01 : 0;
@@ -5636,6 +5698,7 @@ static int run_train(Config* c, long first_step) {
     }
     m->balance = balance_from_options(c);
     m->family_start = run.family_start;
+    m->reads_bytes = data->raw;
     for (int l = 0; l < c->num_layers; l++) m->aux_coefficients[l] = m->balance.aux;
     if (!options.model) model_init(m, run.seed);
     else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);
@@ -5644,9 +5707,14 @@ static int run_train(Config* c, long first_step) {
     if (generator) generator->source = m->source;
     if (options.out && !options.resume) open_out(options.out);      // not before everything else is known to be right
     printf("data: %s, %ld tokens, %ld windows of %d\n", options.data, data->tokens, data->windows, T + 1);
+    if (val) {
+        long seen = run.val_batches > 0 ? lmin(val->windows, run.val_batches * B) : val->windows;
+        printf("validation: %s, %ld of %ld windows%s\n", split ? "the last tenth" : options.val, seen, val->windows,
+               seen < val->windows ? "; --val-batches 0 takes all" : "");
+    }
     if (!options.out) printf("nothing will be saved: there is no --out\n");
     else if (!is_ordinary(c))
-        printf("no Hugging Face class has this router: it will be saved with model_type train_moe\n");
+        printf("no Hugging Face class is like this model: it will be saved with model_type train_moe\n");
     fflush(stdout);
     if (options.resume) {
         trainer_restore(m, trainer_state);
@@ -5676,15 +5744,27 @@ static int run_command(void) {
         die(2, "--eval, --dump, --prompt and --prompt-ids: only one of them at a time");
     if (!training && !options.model)
         die(2, "--%s wants --model DIR", options.eval ? "eval" : options.dump ? "dump" : "prompt");
+    // some of what a run remembers has a meaning elsewhere, too; the rest would be ignored in silence
+    static const char* meant[] = {"data", "batch", "seq", "seed", "aux", "aux-form", "aux-adaptive", "z-loss"};
+    for (int i = 0; i < NUM_OPTIONS && !training; i++) {
+        const Option* o = &option_table[i];
+        int ignored = o->use == USE_RUN || o->value == &options.out || o->value == &options.resume;
+        for (int k = 0; k < 8; k++) ignored &= strcmp(o->name, meant[k]) != 0;
+        if (o->given && ignored)
+            die(2, "--%s belongs to training, and --eval, --dump and --prompt do not train", o->name);
+    }
     if (options.resume && !options.out) die(2, "--resume wants --out DIR, the run to go on with");
     if (options.resume && options.model) die(2, "--resume goes on with the model in --out; leave out --model");
-    for (int i = 0; i < NUM_OPTIONS; i++) {
+    char shape[512] = "";
+    for (int i = 0; i < NUM_OPTIONS && (options.model || options.resume); i++) {
         const Option* o = &option_table[i];
-        if (o->given && (o->use == USE_SHAPE || (training && !strcmp(o->name, "topk"))) &&
-            (options.model || options.resume))
-            die(2, "--%s describes a new model, but %s has a model already", o->name,
-                options.resume ? "--out" : "--model");
+        size_t n = strlen(shape);
+        if (o->given && (o->use == USE_SHAPE || (training && !strcmp(o->name, "topk"))))
+            snprintf(shape + n, sizeof shape - n, "%s--%s", n ? ", " : "", o->name);
     }
+    if (shape[0])
+        die(2, "a new model is described by %s, but %s has one already; leave out what describes it", shape,
+            options.resume ? "--out" : "--model");
     long first_step = 0;
     if (options.resume) {
         open_out(options.out);

@@ -99,7 +99,8 @@ typedef enum { MOMENTS_RESET, MOMENTS_COPY, MOMENTS_SCALE, MOMENTS_INTERPOLATE }
 
 static Option ask_table[] = {
     {"experts", OPT_WHOLE, USE_OTHER, &ask.experts, 1, 1 << 16, NULL, "N", "experts of each sparse layer in DST", 0},
-    {"topk", OPT_WHOLE, USE_OTHER, &ask.topk, 1, 1 << 16, NULL, "K", "experts per token (SRC's; dense SRC: 2)", 0},
+    {"topk", OPT_WHOLE, USE_OTHER, &ask.topk, 1, 1 << 16, NULL, "K",
+     "experts per token (SRC's; dense SRC: 2, granular: G)", 0},
     {"method", OPT_CHOICE, USE_OTHER, &ask.method, 0, 0, "copy", METHODS, "", 0},
     {"seed", OPT_WHOLE, USE_OTHER, &ask.seed, 0, BIG, "1", "S", "of every random draw", 0},
     {"dtype", OPT_CHOICE, USE_OTHER, &ask.dtype, 0, 0, "keep", "keep|f32|bf16", "numbers in DST", 0},
@@ -131,7 +132,7 @@ static Option ask_table[] = {
      "which experts get copies, or stay (uniform)", 0},
     {"score-on", OPT_CHOICE, USE_OTHER, &ask.score_on, 0, 0, "all", SCORED_PARTS, "matrices that count", 0},
     {"allocate", OPT_CHOICE, USE_OTHER, &ask.allocate, 0, 0, "greedy", "greedy|sample", "", 0},
-    {"cap", OPT_WHOLE, USE_OTHER, &ask.cap, 1, 1 << 16, "3", "N", "most extra copies of an expert", 0},
+    {"cap", OPT_WHOLE, USE_OTHER, &ask.cap, 1, 1 << 16, "3", "N", "most extra copies of an expert a round", 0},
     {"router", OPT_CHOICE, USE_OTHER, &ask.router, 0, 0, NULL, ROUTERS,
      "rows of copies (bias if SRC has one, else copy)", 0},
     {"router-delta", OPT_REAL, USE_OTHER, &ask.router_delta, 0, 1e6, NULL, "D", "strength of --router (bias: 0.001)",
@@ -682,8 +683,6 @@ static double observed_forward(Model* m, const int* tokens, const int* targets, 
     for (int n = 0; n < N; n++) m->loss += m->losses[n];
     return m->loss /= N;
 }
-
-static int reads_bytes(const Config* c, const char* dir) { return !has_tokenizer(dir) && c->vocab_size >= 256; }
 
 static int sequence_length(Config* c) {
     int T = asked("seq") ? (int)ask.seq : imin(1024, c->max_position_embeddings);
@@ -2353,12 +2352,19 @@ static void open_sources(Plan* p, const char* src) {
         if (!*name) die(2, "--sources %s: a directory is missing between commas", ask.sources);
         Source* s = open_or_die(name, "");
         const Config *a = &p->sources[0]->config, *b = &s->config;
-        if (a->arch != b->arch || a->num_layers != b->num_layers || a->hidden_size != b->hidden_size ||
-            a->num_heads != b->num_heads || a->num_kv_heads != b->num_kv_heads || a->head_dim != b->head_dim ||
-            a->intermediate_size != b->intermediate_size || a->vocab_size != b->vocab_size ||
-            a->tie_word_embeddings != b->tie_word_embeddings || a->rope_theta != b->rope_theta ||
-            a->rms_norm_eps != b->rms_norm_eps)
-            die(2, "--sources: %s does not have the class and sizes of %s", name, src);
+        const char* differs = a->arch != b->arch                               ? "model_type"
+                              : a->num_layers != b->num_layers                 ? "num_hidden_layers"
+                              : a->hidden_size != b->hidden_size               ? "hidden_size"
+                              : a->num_heads != b->num_heads                   ? "num_attention_heads"
+                              : a->num_kv_heads != b->num_kv_heads             ? "num_key_value_heads"
+                              : a->head_dim != b->head_dim                     ? "head_dim"
+                              : a->intermediate_size != b->intermediate_size   ? "intermediate_size"
+                              : a->vocab_size != b->vocab_size                 ? "vocab_size"
+                              : a->tie_word_embeddings != b->tie_word_embeddings ? "tie_word_embeddings"
+                              : a->rope_theta != b->rope_theta                 ? "rope_theta"
+                              : a->rms_norm_eps != b->rms_norm_eps             ? "rms_norm_eps"
+                                                                               : NULL;
+        if (differs) die(2, "--sources: %s has another %s than %s; sources must be alike", name, differs, src);
         p->sources[p->num_sources++] = s;
     }
     free(names);
@@ -2592,7 +2598,7 @@ static Plan* plan_create(const char* src) {
     if (p->method == FAMILY && p->config.num_experts_per_tok > p->E)
         die(2, "--topk %d: a token gets one member of a family at most, and there are %d families",
             p->config.num_experts_per_tok, p->E);
-    if (p->method == FAMILY) p->config.family_penalty = INFINITY; // train_moe lowers it
+    if (p->method == FAMILY && p->N > p->E) p->config.family_penalty = INFINITY; // train_moe lowers it
     if (p->method == FAMILY && p->router != ROUTER_COPY)
         die(2, "--router %s: --method family keeps the function exactly, which needs --router copy", ask.router);
     if (ask.router && shrinks) die(2, "--router is for copies, and DST has fewer experts than SRC");
@@ -2766,10 +2772,12 @@ static void find_properties(const Plan* p, Findings* f) {
                 "Experts separate because different tokens reach them; --method drop makes them differ from the start");
         if (norm && K == 1)
             warn(f, "K = 1 with renormalised gates: every gate is 1, so the router never learns from the loss; %s",
-                 to->arch == MIXTRAL ? "--topk 2 avoids it" : "--norm-topk 0 or --topk 2 avoid it");
+                 N == 1                ? "with one expert nothing avoids it"
+                 : to->arch == MIXTRAL ? "--topk 2 avoids it"
+                                       : "--norm-topk 0 or --topk 2 avoid it");
         if (!norm && p->method != GRANULAR && p->method != PARTITION)
             warn(f,
-                 "gates are not renormalised: the FFN's output shrinks by about N / K = %.3g at step 0; --norm-topk 1 "
+                 "gates are not renormalised: the FFN's output shrinks by about E / K = %.3g at step 0; --norm-topk 1 "
                  "avoids it",
                  (double)N / K);
         if (ask.router_init && !strcmp(ask.router_init, "zero") && p->method != GRANULAR && p->method != PARTITION)
@@ -2795,8 +2803,8 @@ static void find_properties(const Plan* p, Findings* f) {
         FUNCTION("that of SRC with %d experts per token while train_moe's family penalty is infinite", K);
     else if (p->method == FAMILY)
         FUNCTION(
-            "kept exactly%s while train_moe's family penalty is infinite (t = 0 of --family-steps), for every K; any "
-            "other program sees plain copies",
+            "kept exactly%s while train_moe's family penalty is infinite (t = 0 of --family-steps), for every K; only "
+            "train_moe opens it until the penalty has ended",
             rounding);
     else if (!uses(p->method,
                    "copy|shuffle|copy-noise|scaled|drop|interpolate|orthogonal|svd-perturb|svd-mix|sparse-code-mix") ||
@@ -3342,7 +3350,7 @@ static void ask_parse(int argc, char** argv) {
     int index = -1, c;
     while ((c = getopt_long(argc, argv, ":", longs, &index)) != -1) {
         if (c == ':') die(2, "%s wants a value; see --help", argv[optind - 1]);
-        if (c != 0) die(2, "%s: unknown or ambiguous option; see --help", argv[optind - 1]);
+        if (c != 0) option_unknown(argv[optind - 1], longs);
         if (index == NUM_ASKED) {
             print_upcycle_help();
             exit(0);
@@ -3379,6 +3387,19 @@ static int upcycle_main(int argc, char** argv) {
 #ifdef SIGXFSZ
     signal(SIGXFSZ, SIG_IGN); // a file over the limit is an error of write
 #endif
+    static const char* of_inspect[] = {"inspect", "data", "calibrate-batches", "batch", "seq", "threads"};
+    for (int i = 0; i < NUM_ASKED; i++) {
+        int fits = !ask.inspect;
+        for (int k = 0; k < 6; k++) fits |= !strcmp(ask_table[i].name, of_inspect[k]);
+        if (ask_table[i].given && !fits) die(2, "--%s: --inspect only looks; leave it out", ask_table[i].name);
+    }
+    static const char* of_data[] = {"batch", "seq", "calibrate-batches", "check-batches"};
+    for (int i = 0; i < 4; i++) {
+        const char* wanted = ask.inspect ? "data" : i == 2 ? "calibrate" : i == 3 ? "check" : "calibrate or --check";
+        int used = ask.data || (i != 3 && ask.calibrate) || (i != 2 && ask.check);
+        if (asked(of_data[i]) && !used) die(2, "--%s is about data, and there is no --%s", of_data[i], wanted);
+    }
+    if (ask.data && !ask.inspect) die(2, "--data goes with --inspect; --check and --calibrate are for an upcycle");
     if (ask.inspect) {
         if (optind < argc) die(2, "%s: --inspect DIR takes no SRC and DST", argv[optind]);
         free(arguments);
@@ -3408,7 +3429,7 @@ static int upcycle_main(int argc, char** argv) {
         printf("files   %d with %d tensors, %.1f MB; memory while writing at most about %.0f MB\n", p->num_files,
                p->num_outputs, (double)progress.total * 1e-6, plan_memory(p) * 1e-6);
         print_findings(&findings);
-        printf("nothing was written: --dry-run\n");
+        printf("nothing was written%s: --dry-run\n", ask.check ? " and nothing checked" : "");
     } else {
         begin_saving(dst);
         long room = statvfs(saving_path, &disk) ? LONG_MAX : (long)disk.f_bavail * (long)disk.f_frsize;
@@ -3431,6 +3452,9 @@ static int upcycle_main(int argc, char** argv) {
         }
         finish_saving(dst);
         print_findings(&findings);
+        if (p->carry != MOMENTS_RESET)
+            printf("moments: --optimizer %s; `train_moe --out %s --resume --steps N` uses them, --model does not\n",
+                   ask.optimizer, dst);
     }
     plan_free(p);
     free(arguments);
