@@ -104,10 +104,10 @@ static Option ask_table[] = {
     {"method", OPT_CHOICE, USE_OTHER, &ask.method, 0, 0, "copy", METHODS, "", 0},
     {"seed", OPT_WHOLE, USE_OTHER, &ask.seed, 0, BIG, "1", "S", "of every random draw", 0},
     {"dtype", OPT_CHOICE, USE_OTHER, &ask.dtype, 0, 0, "keep", "keep|f32|bf16", "numbers in DST", 0},
-    {"shard-size", OPT_TEXT, USE_OTHER, &ask.shard_size, 0, 0, "5G", "SIZE", "most bytes of a file", 0},
+    {"shard-size", OPT_TEXT, USE_OTHER, &ask.shard_size, 0, 0, "5G", "SIZE", "most bytes of weights in a file", 0},
     {"arch", OPT_CHOICE, USE_OTHER, &ask.arch, 0, 0, NULL, "qwen3|mixtral|olmoe", "(what SRC's class becomes)", 0},
     {"check", OPT_TEXT, USE_OTHER, &ask.check, 0, 0, NULL, "F", "loss and logits on F before and after", 0},
-    {"check-batches", OPT_WHOLE, USE_OTHER, &ask.check_batches, 0, BIG, "10", "N", "batches of it; 0: all", 0},
+    {"check-batches", OPT_WHOLE, USE_OTHER, &ask.check_batches, 0, INT_MAX, "10", "N", "batches of it; 0: all", 0},
     {"dry-run", OPT_FLAG, USE_OTHER, &ask.dry_run, 0, 0, "0", "", "print the plan, write nothing", 0},
     {"force", OPT_FLAG, USE_OTHER, &ask.force, 0, 0, "0", "", "replace the checkpoint in DST", 0},
     {"threads", OPT_WHOLE, USE_OTHER, &ask.threads, 1, 4096, NULL, "N", "all cores by default", 0},
@@ -140,12 +140,13 @@ static Option ask_table[] = {
     {"optimizer", OPT_CHOICE, USE_OTHER, &ask.optimizer, 0, 0, "reset", "reset|copy|scale|interpolate",
      "AdamW's moments", 0},
     {"calibrate", OPT_TEXT, USE_OTHER, &ask.calibrate, 0, 0, NULL, "F,..", "text or token shards for scores", 0},
-    {"calibrate-batches", OPT_WHOLE, USE_OTHER, &ask.calibrate_batches, 1, BIG, "10", "N", "", 0},
+    {"calibrate-batches", OPT_WHOLE, USE_OTHER, &ask.calibrate_batches, 1, INT_MAX, "10", "N", "", 0},
     {"batch", OPT_WHOLE, USE_OTHER, &ask.batch, 1, 65536, "8", "B", "sequences in a batch", 0},
     {"seq", OPT_WHOLE, USE_OTHER, &ask.seq, 1, 1 << 20, NULL, "T", "tokens in one (at most 1024)", 0},
     {"reference", OPT_TEXT, USE_OTHER, &ask.reference, 0, 0, NULL, "DIR",
      "the model before fine-tuning, for router-norm", 0},
-    {"prune-weights", OPT_REAL, USE_OTHER, &ask.prune_weights, 0, 1, NULL, "P", "share of expert weights to zero", 0},
+    {"prune-weights", OPT_REAL, USE_OTHER, &ask.prune_weights, 1e-9, 1, NULL, "P",
+     "share of expert weights to zero", 0},
 
     {"inspect", OPT_TEXT, USE_OTHER, &ask.inspect, 0, 0, NULL, "DIR", "look at DIR, write nothing", 0},
     {"data", OPT_TEXT, USE_OTHER, &ask.data, 0, 0, NULL, "F", "with --inspect: load on F", 0},
@@ -258,7 +259,7 @@ static Role role_of(const char* name) {
     int at = 0;
     if (sscanf(name, "model.layers.%d.%n", &r.layer, &at) != 1 || !at) return r;
     const char *rest = name + at, *experts = strstr(rest, ".experts.");
-    if (experts || !strncmp(rest, "mlp.", 4)) {
+    if (experts || (!strncmp(rest, "mlp.", 4) && !strstr(rest, "shared_experts."))) { // (Dots1's have width 0)
         static const struct {
             const char* end;
             int matrix;
@@ -459,7 +460,7 @@ static Source* source_open(const char* dir, const char* suffix, Error* error) {
         if (t->used || ends_with(t->name, "rotary_emb.inv_freq") || (*suffix && ends_with(t->name, other))) continue;
         if (c->tie_word_embeddings && !*suffix && !strcmp(t->name, "lm_head.weight")) { // redundant: must be the same
             View head = {s->files, t, 0, c->vocab_size, c->hidden_size};
-            if (t->ndim != 2 || t->dtype > DTYPE_F16 ||
+            if (t->ndim != 2 || t->dtype > DTYPE_F16 || t->shape[0] != c->vocab_size || t->shape[1] != c->hidden_size ||
                 !views_equal(&head, source_find(s, "model.embed_tokens.weight")))
                 set_error(&inner, "lm_head.weight differs from the embedding, but tie_word_embeddings is true");
         } else {
@@ -522,8 +523,7 @@ typedef struct {
     void* clusters; // see section 9
     Output* outputs;
     int num_outputs, num_files, model_files;
-    int whole; // 1: an operator that needs whole matrices in memory
-    char warnings[4096];
+    Json *parent, *trainer; // SRC's upcycle.json and trainer.json, or NULL
 } Plan;
 
 static int plan_source(const Plan* p, int l, int j) { return p->source[(long)l * p->N + j]; }
@@ -744,6 +744,7 @@ static double sum_of_squares(const float* x, long n) {
 }
 
 enum { CHUNK_FLOATS = 1 << 20 }; // rows are worked on in pieces of about 4 MB
+enum { DRAWS = 256 }; // random numbers made at a time, which gcc turns into vector code
 
 static double view_sum_of_squares(const View* v) {
     long rows = CHUNK_FLOATS / v->cols < 1 ? 1 : CHUNK_FLOATS / v->cols;
@@ -840,7 +841,8 @@ static void observe_usage(void* state, const Model* m, int l) {
         if (u->load) u->load[(long)l * E + e] += s->offsets[e + 1] - s->offsets[e];
         double* squares = u->squares ? u->squares + ((long)l * E + e) * (H + I) : NULL;
         for (int r = s->offsets[e]; squares && r < s->offsets[e + 1]; r++) {
-            const float *x = s->ffn_in + s->assignment[r] / K * H, *hidden = m->scratch.act + r * I;
+            const float* in = c->router == ROUTER_LPR ? s->lpr_input : s->ffn_in;
+            const float *x = in + s->assignment[r] / K * H, *hidden = m->scratch.act + r * I;
             double g = s->gates[s->assignment[r]], g2 = g * g;
             for (long i = 0; i < H; i++) squares[i] += g2 * x[i] * x[i];
             for (long i = 0; i < I; i++) squares[H + i] += g2 * hidden[i] * hidden[i];
@@ -865,8 +867,8 @@ static void router_norm_scores(double* score, const Source* s) {
     Source* reference = open_or_die(ask.reference, "");
     const Config *a = &s->config, *b = &reference->config;
     if (a->num_layers != b->num_layers || a->num_experts != b->num_experts || a->hidden_size != b->hidden_size ||
-        memcmp(a->sparse, b->sparse, (size_t)L))
-        die(2, "--reference %s: has other layers, experts or hidden size than %s", ask.reference, s->dir);
+        a->lpr_latent_dim != b->lpr_latent_dim || memcmp(a->sparse, b->sparse, (size_t)L))
+        die(2, "--reference %s: has other layers, experts, hidden size or router than %s", ask.reference, s->dir);
     for (int l = 0; l < L; l++) {
         if (!s->config.sparse[l]) continue;
         const View *now = &s->views[s->router[l]], *before = &reference->views[reference->router[l]];
@@ -895,9 +897,10 @@ static void score_experts(Plan* p) {
     double *w = NULL, *g = NULL, *v = NULL;
     Usage usage = {p->score, NULL};
     switch (p->selection) {
-        case BY_CHANCE:
+        case BY_CHANCE: // equal scores for the lots; a smaller model keeps those that drew the largest
             for (long i = 0; i < n; i++)
-                p->score[i] = random_uniform(stream_key(p, "select", (int)(i / E), (int)(i % E), 0));
+                p->score[i] =
+                    p->N > E ? 0 : random_uniform(stream_key(p, "select", (int)(i / E), (int)(i % E), 0));
             return;
         case LOAD: measure_usage(s, &usage, why); return;
         case ROUTER_NORM: router_norm_scores(p->score, s); return;
@@ -1154,23 +1157,32 @@ static void make_rows(const Maker* k, long row, long rows, float* out) {
                 for (long c = 0; c < cols; c++) out[r * cols + c] = in[r * wide + k->units[c]];
         free(in);
     }
+    const unsigned char* marks = k->fresh ? k->fresh : k->noisy;
     int drawing = !k->from.stored || k->fresh || k->noise > 0 || k->replace > 0;
     if (!k->whole && (drawing || k->factor != 1)) {
         uint64_t again = mix64(k->key ^ hash_string("replace"));
         #pragma omp parallel for schedule(static)
-        for (long r = 0; r < rows; r++)
-            for (long c = 0; c < cols; c++) {
-                uint64_t element = (uint64_t)((row + r) * cols + c);
-                long u = k->by_column ? c : row + r;
-                float* x = &out[r * cols + c];
-                if (!k->from.stored || (k->fresh && k->fresh[u]) ||
-                    (k->replace > 0 && random_uniform(mix64(again ^ element)) < k->replace))
-                    *x = k->std == 0 ? (float)k->mean
-                                     : (float)(k->mean + k->std * random_normal(mix64(k->key ^ element)));
-                else if (k->noise > 0 && (!k->noisy || k->noisy[u]))
-                    *x = (float)(*x + k->noise * random_normal(mix64(k->key ^ element)));
-                *x = (float)(*x * k->factor);
+        for (long r = 0; r < rows; r++) {
+            int row_drawn = drawing && (!marks || k->by_column || marks[row + r]);
+            for (long first = 0; first < cols; first += DRAWS) {
+                int n = (int)lmin(DRAWS, cols - first);
+                float* x = out + r * cols + first;
+                double drawn[DRAWS] = {0};
+                uint64_t element = (uint64_t)((row + r) * cols + first);
+                if (row_drawn && (k->std != 0 || k->noise > 0)) // all, used or not: a loop without branches
+                    for (int i = 0; i < n; i++) drawn[i] = random_normal(mix64(k->key ^ (element + (uint64_t)i)));
+                for (int i = 0; i < n && row_drawn; i++) {
+                    long u = k->by_column ? first + i : row + r;
+                    if (!k->from.stored || (k->fresh && k->fresh[u]) ||
+                        (k->replace > 0 && random_uniform(mix64(again ^ (element + (uint64_t)i))) < k->replace))
+                        x[i] = (float)(k->mean + k->std * drawn[i]);
+                    else if (k->noise > 0 && (!k->noisy || k->noisy[u]))
+                        x[i] = (float)(x[i] + k->noise * drawn[i]);
+                }
+                if (k->factor != 1)
+                    for (int i = 0; i < n; i++) x[i] = (float)(x[i] * k->factor);
             }
+        }
     }
     if (k->prune_count > 0) {
         #pragma omp parallel
@@ -1231,7 +1243,7 @@ static void slice_statistics(const View* v, const unsigned char* marked, int by_
 static unsigned char* draw_units(long n, double share, uint64_t key) {
     unsigned char* marked = (unsigned char*)checked_malloc((size_t)n);
     memset(marked, 0, (size_t)n);
-    long count = (long)floor(share * (double)n + 1e-9); // 0.7 * 10 is 7
+    long count = lmin(n, (long)floor(share * (double)n + 1e-9)); // 0.7 * 10 is 7
     for (long i = 0; i < count; i++) marked[random_permutation(i, n, key)] = 1;
     return marked;
 }
@@ -1417,7 +1429,9 @@ static Maker expert_maker(Plan* p, int l, int j, int matrix, long rows, long col
     }
     // Twins share the tokens of their source: each sees about 1 / copies of its gradient.
     if (half >= 0 && p->carry == MOMENTS_SCALE) {
-        double n = p->copies[(long)l * p->E + s];
+        double n = p->method == GRANULAR    ? p->groups
+                   : p->method == PARTITION ? 1
+                                            : p->copies[(long)l * p->E + s];
         k.factor /= half ? n * n : n;
     }
     if (half >= 0 && p->carry == MOMENTS_INTERPOLATE && is_copy && next && p->method != SHUFFLE) {
@@ -1503,12 +1517,14 @@ static Maker expert_maker(Plan* p, int l, int j, int matrix, long rows, long col
 static void new_router_row(const Plan* p, float* row, int l, int number, long cols) {
     uint64_t key = stream_key(p, "router", l, number, 3);
     const char* how = ask.router_init ? ask.router_init : p->method == DROP ? "uniform" : "normal";
+    // rows of LPR are prototypes, whose length counts in what is read out
+    double std = p->config.router == ROUTER_LPR && !asked("router-std") ? 1 : ask.router_std;
     for (long c = 0; c < cols; c++) {
         uint64_t element = mix64(key ^ (uint64_t)c);
         row[c] =
             !strcmp(how, "zero")
                 ? 0
-                : (float)(ask.router_std * (!strcmp(how, "normal") ? random_normal(element)
+                : (float)(std * (!strcmp(how, "normal") ? random_normal(element)
                                                                    : sqrt(12.0) * (random_uniform(element) - 0.5)));
     }
 }
@@ -1958,7 +1974,7 @@ static void write_output(Plan* p, const Output* o, int fd, const char* path, Buf
         }
     } else {
         long wide = k.from.stored && k.from.cols > k.cols ? k.from.cols : k.cols,
-             rows = b->capacity / wide < 1 ? 1 : b->capacity / wide;
+             rows = wide == 0 || b->capacity / wide < 1 ? 1 : b->capacity / wide;
         for (long r = 0; r < k.rows; r += rows) {
             long n = lmin(rows, k.rows - r);
             make_rows(&k, r, n, b->floats);
@@ -2057,6 +2073,14 @@ static void write_index(const Plan* p, const char* dir) {
     free(t.data);
 }
 
+// x with `digits` digits; JSON has no word for what is not a number.
+static void text_json_number(Text* t, double x, int digits) {
+    if (isfinite(x))
+        text_print(t, "%.*g", digits, x);
+    else
+        text_print(t, "null");
+}
+
 // What a value looked like, members in the order of their names.
 static void text_json_value(Text* t, const Json* j) {
     static const char* words[] = {"null", "false", "true"};
@@ -2087,10 +2111,7 @@ static void write_trainer(const Plan* p, const char* dir) {
     char path[PATH_SIZE];
     Error error = {""};
     Text t = {NULL, 0, 0};
-    join_path(path, p->sources[0]->dir, "trainer.json");
-    Json* j = json_read(path, &error);
-    if (!j || j->type != JSON_OBJECT)
-        die(2, "--optimizer %s: %s", ask.optimizer, error.text[0] ? error.text : "trainer.json is no object");
+    const Json* j = p->trainer;
     text_print(&t, "{");
     for (int i = 0; i < j->count; i++) {
         text_print(&t, "%s\n  ", i ? "," : "");
@@ -2108,7 +2129,6 @@ static void write_trainer(const Plan* p, const char* dir) {
     join_path(path, dir, "trainer.json");
     if (!write_file(path, t.data, t.length, &error)) die(1, "%s", error.text);
     free(t.data);
-    json_free(j);
 }
 
 // config.json of the result. It names the format of most of its numbers.
@@ -2156,6 +2176,7 @@ static int paths_overlap(const char* a, const char* b) {
     return !strncmp(a, b, shorter) && (n == k || a[shorter] == '/' || b[shorter] == '/');
 }
 
+#define SAVING_MARKER ".upcycle"
 static int belongs_to_checkpoint(const char* name) {
     static const char* endings[] = {".safetensors", ".json", ".csv", ".lock"};
     size_t n = strlen(name);
@@ -2165,7 +2186,7 @@ static int belongs_to_checkpoint(const char* name) {
         known |= n > k && !strcmp(name + n - k, endings[i]);
     }
     for (int i = 0; travelling_files[i]; i++) known |= !strcmp(name, travelling_files[i]);
-    return known;
+    return known || !strcmp(name, SAVING_MARKER);
 }
 
 // DST without slashes at its end; it must not exist, or hold a checkpoint and --force be given. The source is never
@@ -2222,7 +2243,6 @@ static void check_destination(const char* dst, char* clean, Source** sources, in
     if (files && !config) die(2, "%s holds no config.json; --force replaces checkpoints only", dst);
 }
 
-#define SAVING_MARKER ".upcycle"
 static void begin_saving(const char* dst) {
     char path[PATH_SIZE], marker[PATH_SIZE];
     Error error = {""};
@@ -2274,13 +2294,19 @@ static void finish_saving(const char* dst) {
     char parent[PATH_SIZE];
     const char* slash = strrchr(dst, '/');
     snprintf(parent, sizeof parent, "%.*s", slash == dst ? 1 : slash ? (int)(slash - dst) : 1, slash ? dst : ".");
-    char marker[PATH_SIZE];
+    char marker[PATH_SIZE], old_marker[PATH_SIZE];
     unlink(join_path(marker, saving_path, SAVING_MARKER));
     if (!flush_directory(saving_path, &error)) die(1, "%s", error.text);
     heed_signals();
     int replace = !access(dst, F_OK) && ask.force;
-    if (rename_flags(saving_path, dst, replace ? RENAME_EXCHANGE : RENAME_NOREPLACE))
-        die(1, "%s: %s", dst, strerror(errno));
+    // what is replaced gets the marker: killed before it is removed, it is known as what upcycle may remove
+    join_path(old_marker, dst, SAVING_MARKER);
+    if (replace && !write_file(old_marker, "", 0, &error)) die(1, "%s", error.text);
+    if (rename_flags(saving_path, dst, replace ? RENAME_EXCHANGE : RENAME_NOREPLACE)) {
+        int reason = errno;
+        if (replace) unlink(old_marker);
+        die(1, "%s: %s", dst, strerror(reason));
+    }
     if (replace) remove_saving(); // now holds what was replaced
     saving_path[0] = 0;
     if (saving_lock >= 0) close(saving_lock);
@@ -2341,7 +2367,10 @@ static void check_options(const Plan* p, const char* src) {
             asked("router-init") ? "init" : "std", ask.method);
     if (p->method == CLUSTER && (asked("router-init") || asked("router-std")))
         die(2, "--router-init: the router of --method cluster is made of the centroids");
-    if (ask.data) die(2, "--data belongs to --inspect; --calibrate and --check name data for an upcycle");
+    if (uses(p->method, "svd-mix|sparse-code-mix") && asked("strength") && ask.strength > 1)
+        die(2, "--strength %g: for --method %s it is the share that is exchanged, 0 to 1", ask.strength, ask.method);
+    if (p->method == RANDOM && asked("prune-weights"))
+        die(2, "--prune-weights goes by the inputs of experts, and the new ones of --method random have seen none");
 }
 
 static void open_sources(Plan* p, const char* src) {
@@ -2417,11 +2446,19 @@ static void plan_config(Plan* p) {
     } else if (asked("topk")) {
         c->num_experts_per_tok = (int)ask.topk;
     }
+    if (!p->dense && count_sparse(c) == 0)
+        die(2, "%s: has experts in name only: no layer is sparse", p->sources[0]->dir);
+    if (c->sliding_window && c->arch == QWEN3_MOE)
+        die(2, "%s: has sliding_window %d, which would be lost: Qwen3-MoE's is another one", p->sources[0]->dir,
+            c->sliding_window);
     c->num_experts = N;
     for (int i = 0; ask.arch && i < 3; i++)
         if (!strcmp(ask.arch, targets[i].name) && c->arch != targets[i].arch)
-            die(2, "--arch %s cannot express a %s source's norms; %s fits", ask.arch, archs[from->arch].model_type,
-                c->arch == QWEN3_MOE ? "qwen3" : archs[c->arch].model_type);
+            die(2, "--arch %s cannot express a %s source%s", ask.arch, archs[from->arch].model_type,
+                c->arch == QWEN3_MOE ? "'s norms; qwen3 fits"
+                : c->arch == MIXTRAL ? "'s norms; mixtral fits"
+                : c->arch == OLMOE   ? "'s norms; olmoe fits"
+                                     : "; leave it out");
     if (c->num_experts_per_tok > N)
         die(2, "--topk %d: there are only %d experts; --topk %d fits", c->num_experts_per_tok, N, N);
 }
@@ -2458,7 +2495,7 @@ static void plan_experts(Plan* p) {
         } else {
             if (!score)
                 allocate_uniform(counts, E, N);
-            else if (!strcmp(ask.allocate, "sample"))
+            else if (!strcmp(ask.allocate, "sample") || p->selection == BY_CHANCE)
                 allocate_sample(counts, score, E, N, (int)ask.cap, stream_key(p, "allocate", l, 0, 0));
             else
                 allocate_greedy(counts, score, E, N, (int)ask.cap);
@@ -2534,6 +2571,24 @@ static void plan_outputs(Plan* p, long most) {
     p->num_files = file + 1;
 }
 
+// What SRC tells of itself and DST will repeat, read now: a broken file is better found before the long work.
+static void read_records(Plan* p) {
+    enum { GENERATIONS = 12 }; // each is some levels of JSON, and readers know 64
+    char path[PATH_SIZE];
+    Error error = {""};
+    join_path(path, p->sources[0]->dir, "upcycle.json");
+    if (!access(path, F_OK)) p->parent = json_read(path, &error);
+    if (error.text[0]) die(2, "%s", error.text);
+    Json* ancestor = p->parent;
+    for (int i = 0; ancestor && i < GENERATIONS; i++) ancestor = (Json*)json_get(ancestor, "parent");
+    if (ancestor) ancestor->type = JSON_NULL;
+    if (p->carry == MOMENTS_RESET) return;
+    join_path(path, p->sources[0]->dir, "trainer.json");
+    p->trainer = json_read(path, &error);
+    if (!p->trainer || p->trainer->type != JSON_OBJECT)
+        die(2, "--optimizer %s: %s", ask.optimizer, error.text[0] ? error.text : "trainer.json is no object");
+}
+
 static Plan* plan_create(const char* src) {
     Plan* p = (Plan*)checked_malloc(sizeof(Plan));
     Config c;
@@ -2570,14 +2625,18 @@ static Plan* plan_create(const char* src) {
             ask.select);
     if (shrinks && p->method != COPY)
         die(2, "--method %s makes copies, but DST has fewer experts than SRC; leave it out", ask.method);
+    if (!p->dense && p->N == p->E && p->method != COPY)
+        die(2, "--method %s makes copies, but DST has as many experts as SRC, %d", ask.method, p->E);
     if (shrinks && p->config.num_experts_per_tok == p->N && p->N < c.num_experts_per_tok)
         p->config.num_experts_per_tok = p->N;
     if (ask.reference && p->selection != ROUTER_NORM) die(2, "--reference belongs to --select router-norm");
     if (asked("score-on") && (p->selection < WEIGHT || p->selection > FISHER))
         die(2, "--score-on belongs to --select weight, saliency, grad2 or fisher");
     if ((asked("allocate") || asked("cap")) && (p->selection == UNIFORM || shrinks))
-        die(2, "--%s hands out copies by a score; --select random, weight, saliency, grad2 or fisher has one",
+        die(2, "--%s hands out copies by a score; --select weight, saliency, grad2 or fisher has one",
             asked("cap") ? "cap" : "allocate");
+    if (asked("allocate") && p->selection == BY_CHANCE)
+        die(2, "--allocate: --select random draws lots; weight, saliency, grad2 or fisher have scores");
     int calibrated =
         p->method == CLUSTER || asked("prune-weights") || (p->selection >= SALIENCY && p->selection <= LOAD);
     if (ask.calibrate && !calibrated)
@@ -2598,10 +2657,11 @@ static Plan* plan_create(const char* src) {
     if (p->method == FAMILY && p->config.num_experts_per_tok > p->E)
         die(2, "--topk %d: a token gets one member of a family at most, and there are %d families",
             p->config.num_experts_per_tok, p->E);
-    if (p->method == FAMILY && p->N > p->E) p->config.family_penalty = INFINITY; // train_moe lowers it
+    if (p->method == FAMILY) p->config.family_penalty = INFINITY; // train_moe lowers it
     if (p->method == FAMILY && p->router != ROUTER_COPY)
         die(2, "--router %s: --method family keeps the function exactly, which needs --router copy", ask.router);
-    if (ask.router && shrinks) die(2, "--router is for copies, and DST has fewer experts than SRC");
+    if (ask.router && p->N <= p->E && !(p->N == p->E && p->router == ROUTER_NOISE))
+        die(2, "--router %s is for copies, and DST has no more experts than SRC", ask.router);
     if (asked("router-delta") && p->router == ROUTER_COPY) die(2, "--router-delta: --router copy has no strength");
     if (asked("router-delta") && p->router == ROUTER_TEMPERATURE && ask.router_delta == 0)
         die(2, "--router-delta 0: --router temperature divides by it; expected a positive number");
@@ -2613,9 +2673,12 @@ static Plan* plan_create(const char* src) {
             "--optimizer %s: the experts of this method have no weights that moments could go with; --optimizer reset "
             "fits",
             ask.optimizer);
+    if (p->carry == MOMENTS_INTERPOLATE && (p->dense || p->method == SHUFFLE))
+        die(2, "--optimizer interpolate: %s has no next expert to interpolate with; --optimizer copy fits",
+            p->dense ? "a dense model" : "a permuted copy");
     for (int half = 0; p->carry != MOMENTS_RESET && half < 2; half++)
         p->moments[half] = open_or_die(src, half ? ".exp_avg_sq" : ".exp_avg");
-    p->whole = uses(p->method, "orthogonal|svd-perturb|svd-mix|sparse-code-mix|cluster");
+    read_records(p);
 
     if (p->method == CLUSTER) find_clusters(p);
     plan_experts(p);
@@ -2659,6 +2722,8 @@ static void plan_free(Plan* p) {
     free(p->input_norms);
     free(p->centroids);
     free(p->outputs);
+    json_free(p->parent);
+    json_free(p->trainer);
     free(p);
 }
 
@@ -2975,8 +3040,13 @@ static double plan_memory(const Plan* p) {
     if (p->method == ORTHOGONAL) matrix = 12 * H * I;
     if (p->method == SVD_PERTURB) matrix = 12 * H * I + 8 * n * n;
     if (p->method == SVD_MIX) matrix = 24 * H * I + 16 * n * n;
-    if (p->method == SPARSE_CODE_MIX) matrix = 8 * H * I + 8.0 * 64 * (H + 3 * I);
-    if (p->method == CLUSTER) matrix = 24 * H * I + 8 * I * I;
+    if (p->method == SPARSE_CODE_MIX) matrix = 8 * H * I + 8.0 * 64 * (H + I + 2 * fmax(H, I));
+    if (p->method == CLUSTER) { // the tokens' FFN inputs of all layers and their clusters; two matrices of one cluster
+        double tokens = ((const Clusters*)p->clusters)->tokens, L = count_sparse(&p->config);
+        matrix = L * tokens * (4 * H + 4) + 4 * L * p->N * H + 4 * tokens * (H + 3 * I) + 24 * H * I + 16 * n * n +
+                 8 * fmax(H, I) * fmax(H, I);
+    }
+    if (p->num_sources > 1) matrix += 8.0 * CHUNK_FLOATS; // their sum
     return 3.0 * 4 * CHUNK_FLOATS + router + matrix;
 }
 
@@ -3002,8 +3072,9 @@ static void write_receipt(const Plan* p, const char* dir, const Findings* f, con
     text_print(&t, "],\n  \"class\": [\"%s\", \"%s\"],\n", class_of(from), class_of(to));
     text_print(&t, "  \"experts\": [%d, %d],\n  \"experts_per_token\": [%d, %d],\n", from->num_experts, to->num_experts,
                from->num_experts_per_tok, to->num_experts_per_tok);
-    text_print(&t, "  \"parameters\": [%ld, %ld],\n  \"active_parameters\": [%ld, %ld],\n  \"function\": ", total[0],
-               total[1], active[0], active[1]);
+    text_print(&t, "  \"parameters\": [%ld, %ld],\n  \"active_parameters\": [%ld, %ld],\n", total[0], total[1],
+               active[0], active[1]);
+    text_print(&t, "  \"bytes\": [%ld, %ld],\n  \"function\": ", stored_bytes(p->sources[0]), model_bytes(p));
     text_json_string(&t, f->function);
     text_print(&t, ",\n  \"warnings\": [");
     for (int i = 0; i < f->count; i++) {
@@ -3012,8 +3083,12 @@ static void write_receipt(const Plan* p, const char* dir, const Findings* f, con
     }
     text_print(&t, "],\n");
     if (proof && proof->done) {
-        text_print(&t, "  \"check\": {\"tokens\": %ld, \"loss\": [%.6f, %.6f], \"logits\": %.3e", proof->tokens,
-                   proof->loss_before, proof->loss_after, proof->logits);
+        text_print(&t, "  \"check\": {\"tokens\": %ld, \"loss\": [", proof->tokens);
+        text_json_number(&t, proof->loss_before, 7);
+        text_print(&t, ", ");
+        text_json_number(&t, proof->loss_after, 7);
+        text_print(&t, "], \"logits\": ");
+        text_json_number(&t, proof->logits, 4);
         if (proof->distinct > 0) text_print(&t, ", \"distinct_sources\": %.4f", proof->distinct);
         text_print(&t, "},\n");
     }
@@ -3025,21 +3100,18 @@ static void write_receipt(const Plan* p, const char* dir, const Findings* f, con
         text_print(&t, "], \"family\": [");
         for (int j = 0; j < p->N; j++) text_print(&t, "%s%d", j ? ", " : "", p->family[(long)l * p->N + j]);
         text_print(&t, "]");
-        for (int e = 0; p->score && e < p->E; e++)
-            text_print(&t, "%s%.6e%s", e ? ", " : ", \"score\": [", p->score[(long)l * p->E + e],
-                       e + 1 == p->E ? "]" : "");
-        text_print(&t, "}");
+        for (int e = 0; p->score && e < p->E; e++) {
+            text_print(&t, e ? ", " : ", \"score\": [");
+            text_json_number(&t, p->score[(long)l * p->E + e], 7);
+        }
+        text_print(&t, p->score ? "]}" : "}");
     }
     text_print(&t, "\n  ],\n  \"parent\": ");
-    join_path(path, p->sources[0]->dir, "upcycle.json");
-    Json* parent = access(path, F_OK) ? NULL : json_read(path, &error);
-    if (error.text[0]) die(2, "%s", error.text);
-    if (parent)
-        text_json_value(&t, parent);
+    if (p->parent)
+        text_json_value(&t, p->parent);
     else
         text_print(&t, "null");
     text_print(&t, "\n}\n");
-    json_free(parent);
     join_path(path, dir, "upcycle.json");
     if (!write_file(path, t.data, t.length, &error)) die(1, "%s", error.text);
     free(t.data);
@@ -3109,7 +3181,7 @@ static void prove(const Plan* p, const char* dir, Proof* proof) {
     proof->tokens = windows * T;
     proof->loss_before /= (double)windows;
     proof->loss_after /= (double)windows;
-    proof->logits = norm > 0 ? sqrt(difference / norm) : 0;
+    proof->logits = norm == 0 && difference == 0 ? 0 : sqrt(difference / norm);
     if ((!p->dense || p->num_sources > 1) && distinct.tokens)
         proof->distinct = distinct.distinct / (double)distinct.tokens;
     printf("check   %s, %ld tokens: loss %.4f before, %.4f after; relative change of the logits %.1e\n", ask.check,
@@ -3381,9 +3453,7 @@ static int upcycle_main(int argc, char** argv) {
     if (ask.threads != UNSET) omp_set_num_threads((int)ask.threads);
 #endif
     for (int i = 1; i < optind; i++) arguments[num_arguments++] = argv[i];
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-    signal(SIGHUP, on_signal);
+    catch_signals();
 #ifdef SIGXFSZ
     signal(SIGXFSZ, SIG_IGN); // a file over the limit is an error of write
 #endif
@@ -3426,8 +3496,8 @@ static int upcycle_main(int argc, char** argv) {
     find_properties(p, &findings);
     print_plan(p, dst);
     if (ask.dry_run) {
-        printf("files   %d with %d tensors, %.1f MB; memory while writing at most about %.0f MB\n", p->num_files,
-               p->num_outputs, (double)progress.total * 1e-6, plan_memory(p) * 1e-6);
+        printf("files   %d with %d tensors, %.1f MB; memory at most about %.0f MB beside the program's 3\n",
+               p->num_files, p->num_outputs, (double)progress.total * 1e-6, plan_memory(p) * 1e-6);
         print_findings(&findings);
         printf("nothing was written%s: --dry-run\n", ask.check ? " and nothing checked" : "");
     } else {
@@ -3448,6 +3518,9 @@ static int upcycle_main(int argc, char** argv) {
         fflush(stdout);
         if (ask.check) {
             prove(p, saving_path, &proof);
+            if (!isfinite(proof.logits))
+                warn(&findings, "the logits on %s are not numbers, or infinite; does SRC hold weights that are not?",
+                     ask.check);
             write_receipt(p, saving_path, &findings, &proof, arguments, num_arguments);
         }
         finish_saving(dst);
