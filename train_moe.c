@@ -2536,6 +2536,7 @@ typedef struct {
     AdamW adamw;
     uint64_t seed;
     long val_every, val_batches, save_every, sample_every;
+    int sample_tokens;
     // router variants, section 9
     double bias_rate;                   // of the sigmoid router's bias
     int topk_low, topk_high;            // each layer draws its K in every step; 0: the model's K
@@ -2733,7 +2734,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         }
         if (generator && run->sample_every > 0 && done % run->sample_every == 0 && !last) {
             fprintf(stderr, "%s", terminal ? "\n" : "");
-            print_sample(generator, m, run->seed, 200);
+            print_sample(generator, m, run->seed, run->sample_tokens);
         }
         stopping = stop_signal && !last;        // looked at once a step: a signal that comes later stops the next one
         if (out && (last || stopping || (run->save_every > 0 && done % run->save_every == 0))) {
@@ -5721,6 +5722,7 @@ static int run_train(Config* c, long first_step) {
     run.val_batches = options.val_batches;
     run.save_every = options.save_every;
     run.sample_every = options.sample_every;
+    run.sample_tokens = option_given("tokens") ? (int)options.tokens : 200;
     run.bias_rate = options.bias_rate;
     topk_range_from_options(c, &run);
     if (c->family_penalty > 0 || options.family_penalty != UNSET || options.family_steps != UNSET) {
