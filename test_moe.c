@@ -3866,6 +3866,11 @@ static void up_make_random_shard(const char* name, int n, int vocabulary) {
 
 // Every finite BF16 and F16 number comes back from its float; halfway between two neighbours the even one is nearest.
 static void test_up_formats(void) {
+    static const float large[] = {1, 65519, 65520, -70000, INFINITY, 3.4e38f};
+    unsigned char bytes[24];
+    check(floats_to_bytes(bytes, large, 6, DTYPE_F16) == 3 && floats_to_bytes(bytes, large, 6, DTYPE_BF16) == 1 &&
+              floats_to_bytes(bytes, large, 6, DTYPE_F32) == 0,
+          "numbers that become infinite are counted");
     up_begin();
     for (int f16 = 0; f16 < 2; f16++) {
         int wrong = 0, wrong_round = 0;

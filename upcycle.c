@@ -222,15 +222,19 @@ static uint16_t float_to_f16(float x) {
     return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13));
 }
 
-static void floats_to_bytes(unsigned char* out, const float* x, long n, Dtype dtype) {
+// Returns how many finite numbers are too large for the format and became infinite.
+static long floats_to_bytes(unsigned char* out, const float* x, long n, Dtype dtype) {
+    long overflows = 0;
     if (dtype == DTYPE_F32)
         memcpy(out, x, sizeof(float) * (size_t)n);
     else
         for (long i = 0; i < n; i++) {
             uint16_t h = dtype == DTYPE_BF16 ? float_to_bf16(x[i]) : float_to_f16(x[i]);
+            overflows += (h & 0x7FFF) == (dtype == DTYPE_BF16 ? 0x7F80 : 0x7C00) && isfinite(x[i]);
             out[2 * i] = (unsigned char)h;
             out[2 * i + 1] = (unsigned char)(h >> 8);
         }
+    return overflows;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1913,7 +1917,8 @@ static void remove_saving(void) {
 }
 
 static struct {
-    long done, total;
+    long done, total; // bytes
+    long overflows; // numbers that the format could not hold
     double started, shown;
 } progress;
 
@@ -1978,7 +1983,7 @@ static void write_output(Plan* p, const Output* o, int fd, const char* path, Buf
         for (long r = 0; r < k.rows; r += rows) {
             long n = lmin(rows, k.rows - r);
             make_rows(&k, r, n, b->floats);
-            floats_to_bytes(b->bytes, b->floats, n * k.cols, o->dtype);
+            progress.overflows += floats_to_bytes(b->bytes, b->floats, n * k.cols, o->dtype);
             write_all(fd, path, b->bytes, (size_t)(n * k.cols * dtype_size(o->dtype)));
             progress_add(n * k.cols * dtype_size(o->dtype));
         }
@@ -3512,6 +3517,9 @@ static int upcycle_main(int argc, char** argv) {
         if (p->carry != MOMENTS_RESET) write_trainer(p, saving_path);
         copy_travelling_files(src, saving_path);
         find_properties(p, &findings); // cluster knows its ranks only now
+        if (progress.overflows)
+            warn(&findings, "%ld numbers are too large for their format and became infinite; --dtype f32 holds them",
+                 progress.overflows);
         write_receipt(p, saving_path, &findings, NULL, arguments, num_arguments);
         printf("written %.1f MB in %d file%s in %.1f s\n", progress.total * 1e-6, p->num_files,
                p->num_files > 1 ? "s" : "", elapsed);
