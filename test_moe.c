@@ -2878,9 +2878,9 @@ static void test_windows(void) {
     for (int i = 0; i < 250; i++) text[i] = (unsigned char)i;
     write_bytes(temp("text"), text, 250);
     // T = 8: windows of 9 tokens start every 8; the last tenth, 25 bytes, is for validation
-    Dataset *all = dataset_open(temp("text"), 8, 256, WHOLE, 1),
-            *part = dataset_open(temp("text"), 8, 256, TRAIN_PART, 1);
-    Dataset* val = dataset_open(temp("text"), 8, 256, VAL_PART, 1);
+    Dataset *all = dataset_open(temp("text"), 8, 256, WHOLE, BYTES),
+            *part = dataset_open(temp("text"), 8, 256, TRAIN_PART, BYTES);
+    Dataset* val = dataset_open(temp("text"), 8, 256, VAL_PART, BYTES);
     check(all->raw && all->tokens == 250 && all->windows == 31 && window_is(all, 0, 0) && window_is(all, 1, 8) &&
               window_is(all, 30, 240),
           "text: windows of T + 1 tokens start every T");
@@ -2892,18 +2892,18 @@ static void test_windows(void) {
     dataset_close(part);
     dataset_close(val);
     write_bytes(temp("text"), text, 60);
-    part = dataset_open(temp("text"), 8, 256, TRAIN_PART, 1);
-    val = dataset_open(temp("text"), 8, 256, VAL_PART, 1);
+    part = dataset_open(temp("text"), 8, 256, TRAIN_PART, BYTES);
+    val = dataset_open(temp("text"), 8, 256, VAL_PART, BYTES);
     check(part->tokens == 51 && val->tokens == 9 && val->windows == 1 && window_is(val, 0, 51),
           "short text: validation has one whole window");
     dataset_close(part);
     dataset_close(val);
     write_bytes(temp("text"), text, 9);
-    all = dataset_open(temp("text"), 8, 256, WHOLE, 1);
+    all = dataset_open(temp("text"), 8, 256, WHOLE, BYTES);
     check(all->windows == 1 && window_is(all, 0, 0), "a text of T + 1 bytes is one window");
     dataset_close(all);
     write_bytes(temp("text"), text, 17);
-    all = dataset_open(temp("text"), 8, 256, WHOLE, 1);
+    all = dataset_open(temp("text"), 8, 256, WHOLE, BYTES);
     check(all->windows == 2 && window_is(all, 1, 8), "a text of 2 T + 1 bytes is two windows");
     dataset_close(all);
 }
@@ -2912,16 +2912,16 @@ static void test_shards(void) {
     write_shard(temp("s_1.bin"), SHARD_MAGIC_16, 1, 9, 2, 9, 60000); // exactly one window
     write_shard(temp("s_0.bin"), SHARD_MAGIC_32, 7, 30, 4, 30, 100000); // 3 windows, 5 tokens are left over
     write_shard(temp("other.bin"), SHARD_MAGIC_16, 1, 17, 2, 17, 500);
-    Dataset* d = dataset_open(temp("s_1.bin"), 8, 70000, TRAIN_PART, 0);
+    Dataset* d = dataset_open(temp("s_1.bin"), 8, 70000, TRAIN_PART, NO_BYTES);
     check(!d->raw && d->windows == 1 && d->tokens == 9 && window_is(d, 0, 60000),
           "uint16 shard of T + 1 tokens: used whole, one window");
     dataset_close(d);
-    d = dataset_open(temp("s_0.bin"), 8, 200000, VAL_PART, 0);
+    d = dataset_open(temp("s_0.bin"), 8, 200000, VAL_PART, NO_BYTES);
     check(d->windows == 3 && d->tokens == 30 && window_is(d, 2, 100016), "uint32 shard");
     dataset_close(d);
     char list[2000];
     snprintf(list, sizeof list, "%s,%s", temp("other.bin"), temp("s_*.bin"));
-    d = dataset_open(list, 8, 200000, WHOLE, 0);
+    d = dataset_open(list, 8, 200000, WHOLE, NO_BYTES);
     check(d->num_files == 3 && d->windows == 6 && window_is(d, 0, 500) && window_is(d, 1, 508) &&
               window_is(d, 2, 100000) && window_is(d, 4, 100016) && window_is(d, 5, 60000),
           "a list and a pattern: in the list's order, a pattern's files by name");
@@ -3424,7 +3424,7 @@ static void test_not_finite(void) {
 static void test_eval(void) {
     int T = 24, B = 3, tokens[24], targets[24];
     char expected[100];
-    Dataset* d = dataset_open(temp("corpus.txt"), T, 256, WHOLE, 1);
+    Dataset* d = dataset_open(temp("corpus.txt"), T, 256, WHOLE, BYTES);
     Model *batch_model = open_model(temp("trained"), FOR_SCORING, B, T),
           *m = open_model(temp("trained"), FOR_SCORING, 1, T);
     double sum = 0;
@@ -3481,7 +3481,7 @@ static void test_dump(void) {
     check(code == 0 && s, "--dump writes a file %s", error.text);
     if (!s) return;
     Model* m = open_model(temp("trained"), FOR_TRAINING, B, T);
-    Dataset* d = dataset_open(temp("corpus.txt"), T, V, WHOLE, 1);
+    Dataset* d = dataset_open(temp("corpus.txt"), T, V, WHOLE, BYTES);
     Batch batch = batch_create(B, T);
     for (int b = 0; b < B; b++) dataset_window(d, b, batch.tokens + b * T, batch.targets + b * T);
     int *tokens = reference_ints(s, "tokens", NULL), *targets = reference_ints(s, "targets", NULL);
@@ -3538,7 +3538,7 @@ static void test_trace(void) {
     Model* m = model_create(&config, FOR_SCORING, 1, T, T, NULL);
     if (!checkpoint_load(m, temp("trained"), &error)) die(1, "%s", error.text);
     const Config* c = &config;
-    Dataset* d = dataset_open(temp("corpus.txt"), T, c->vocab_size, WHOLE, 1);
+    Dataset* d = dataset_open(temp("corpus.txt"), T, c->vocab_size, WHOLE, BYTES);
     FILE* f = fopen(temp("trace.csv"), "r");
     char line[512] = "";
     int *experts = (int*)checked_malloc(sizeof(int) * (size_t)(c->num_layers * T * K)), same = 1, tokens[T], targets[T];
@@ -3642,15 +3642,18 @@ static void test_command_line(void) {
     code = run_program("--model %s --prompt x", temp("bpe"));
     check(code == 2 && strstr(ran.err, "this model reads tokens"), "and so is a prompt: %s", ran.err);
     unlink(temp("bpe/trainer.json"));
-    check(run_program("%s", arguments) == 0 && strstr(ran.err, "warning: nothing in"),
+    check(run_program("%s", arguments) == 0 && strstr(ran.err, "is read as bytes, but nothing says"),
           "with nothing to tell, text is read as bytes and the program says so: %s", ran.err);
     code = run_program("--model %s --data %s --seq 24 --eval", temp("trained"), temp("corpus.txt"));
     check(code == 0 && !strstr(ran.err, "warning"), "256 tokens are bytes");
+    code = run_program("--model %s --data %s --seq 24 --eval", temp("bpe"), temp("ids.bin"));
+    check(code == 0 && !strstr(ran.err, "warning"), "and nothing is said of bytes where token shards are read");
     // a run of no steps saves what it starts from
     check(train_run("none", "--steps 0") == 0 && saved_step("none") == 0, "--steps 0 saves the model as it starts");
     check(resume_run("none", "--steps 4 --save-every 2") == 0 && same_in("none", "trained", "model.safetensors"),
           "and a run that goes on from there is one that started there");
     show_failure(ran.code == 0);
+    check(resume_run("none", "--steps 0") == 0 && saved_step("none") == 4, "which --steps 0 does not undo");
     code = run_program("--model %s --prompt-ids 97,98 --tokens 5 --temperature 0", temp("trained"));
     check(code == 0 && strlen(ran.out) >= 6 && !strncmp(ran.out, "ab", 2),
           "--prompt-ids prints the prompt and goes on");
@@ -4863,7 +4866,7 @@ static void test_up_pruning(void) {
     config_read(&c, up_path("big"), &error);
     Model* m = model_create(&c, FOR_TRAINING, 1, 16, 16, NULL);
     checkpoint_load(m, up_path("big"), &error);
-    Dataset* d = dataset_open(up_path("random.bin"), 16, 256, TRAIN_PART, 1);
+    Dataset* d = dataset_open(up_path("random.bin"), 16, 256, TRAIN_PART, BYTES);
     double load[5] = {0}, in[5][24] = {{0}}, hidden[5][40] = {{0}};
     for (int sequence = 0; sequence < 6; sequence++) {
         int tokens[16], targets[16];

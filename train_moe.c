@@ -2358,8 +2358,16 @@ static int read_at(int fd, void* buffer, size_t n, long offset) {
     return 1;
 }
 
+// Whether the model's tokens are the bytes of a text. PERHAPS: nothing says so, and nothing says otherwise.
+typedef enum { NO_BYTES, BYTES, PERHAPS_BYTES } BytesAllowed;
+
+static void warn_of_bytes(const char* text, int vocab_size) {
+    fprintf(stderr, "%s: warning: %s is read as bytes, but nothing says what the model's %d tokens mean\n",
+            program_name, text, vocab_size);
+}
+
 // Finds out what a file is and which part of it is used. Bad files end the program with one line.
-static void data_file_open(DataFile* f, const char* path, int T, Part part, int raw_allowed) {
+static void data_file_open(DataFile* f, const char* path, int T, Part part, BytesAllowed raw_allowed) {
     memset(f, 0, sizeof *f);
     f->path = copy_string(path);
     long size;
@@ -2411,8 +2419,8 @@ static void data_file_open(DataFile* f, const char* path, int T, Part part, int 
 }
 
 // Opens the files of a comma-separated list of names and patterns; each pattern's files are sorted by name.
-// raw_allowed = 0 refuses text: the model has a tokenizer, or fewer than 256 tokens.
-static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part, int raw_allowed) {
+// raw_allowed = NO_BYTES refuses text: the model has a tokenizer, or fewer than 256 tokens.
+static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part, BytesAllowed raw_allowed) {
     Dataset* d = (Dataset*)checked_malloc(sizeof(Dataset));
     memset(d, 0, sizeof *d);
     d->T = T;
@@ -2443,6 +2451,7 @@ static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part,
         globfree(&found);
     }
     free(names);
+    if (d->raw && raw_allowed == PERHAPS_BYTES && part != VAL_PART) warn_of_bytes(list, vocab_size);
     return d;
 }
 
@@ -2665,7 +2674,8 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
     }
     catch_signals();
     if (first_step >= run->steps) printf("nothing left to do: step %ld of %ld is reached\n", first_step, run->steps);
-    const char* unsaved = out && run->steps == 0 ? checkpoint_save(m, out, 0) : NULL;     // the model as it starts
+    // a run of no steps saves the model as it starts
+    const char* unsaved = out && run->steps == 0 && first_step == 0 ? checkpoint_save(m, out, 0) : NULL;
     if (unsaved) {
         fprintf(stderr, "%s: the model could not be saved: %s\n", program_name, unsaved);
         exit_code = 1;
@@ -5417,19 +5427,16 @@ static int has_tokenizer(const char* dir) {
     return found;
 }
 
-// 1 if the tokens of the model in `dir` are bytes. A tokenizer or the run that made the model tells; where neither is
-// left and there are more tokens than bytes, it is taken for granted, but not in silence.
-static int reads_bytes(const Config* c, const char* dir) {
+// Whether the tokens of the model in `dir` are bytes. A tokenizer tells, or the run that made the model. With neither,
+// and more tokens than bytes, that is taken for granted, but not in silence.
+static BytesAllowed reads_bytes(const Config* c, const char* dir) {
     char path[PATH_SIZE];
     Error ignored = {""};
-    if (has_tokenizer(dir) || c->vocab_size < 256) return 0;
+    if (has_tokenizer(dir) || c->vocab_size < 256) return NO_BYTES;
     Json* trainer = access(join_path(path, dir, "trainer.json"), F_OK) ? NULL : json_read(path, &ignored);
     long told = json_whole(json_get(trainer, "reads_bytes"), 1);
     json_free(trainer);
-    if (told < 0 && c->vocab_size > 256)
-        fprintf(stderr, "%s: warning: nothing in %s says what its %d tokens mean; text is read as bytes\n",
-                program_name, dir, c->vocab_size);
-    return told != 0;
+    return told == 0 ? NO_BYTES : told > 0 || c->vocab_size == 256 ? BYTES : PERHAPS_BYTES;
 }
 
 // Longer sequences than the model was made for are computed all the same, but not in silence.
@@ -5588,10 +5595,12 @@ static int run_prompt(Config* c) {
         if (c->vocab_size < 256)
             die(2, "--prompt: this model's vocabulary has %d tokens, too few for bytes; give --prompt-ids",
                 c->vocab_size);
-        if (!reads_bytes(c, options.model))
+        BytesAllowed bytes = reads_bytes(c, options.model);
+        if (bytes == NO_BYTES)
             die(2,
                 "--prompt: this model reads tokens; encode the text with dev/reference/encode.py and give "
                 "--prompt-ids");
+        if (bytes == PERHAPS_BYTES) warn_of_bytes("--prompt", c->vocab_size);
         for (const char* s = options.prompt; *s; s++) ids[prompt++] = (unsigned char)*s;
     }
     if (prompt == 0) die(2, "the prompt is empty; give at least one token to go on from");
@@ -5668,7 +5677,9 @@ static int run_train(Config* c, long first_step) {
     Error error = {""};
     if (options.resume) options.model = options.out;
     check_length(c, T);
-    int bytes_are_tokens = options.model ? reads_bytes(c, options.model) : c->vocab_size == 0 || c->vocab_size >= 256;
+    BytesAllowed bytes_are_tokens = options.model                                    ? reads_bytes(c, options.model)
+                                    : c->vocab_size == 0 || c->vocab_size >= 256 ? BYTES
+                                                                                   : NO_BYTES;
     if (!options.data) options.data = "<embedded>";
     int split = !options.val;
     Dataset *data = dataset_open(options.data, T, INT_MAX, split ? TRAIN_PART : WHOLE, bytes_are_tokens), *val = NULL;

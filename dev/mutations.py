@@ -77,8 +77,8 @@ MUTATIONS = [
     ("else if (n > 0) text_add(t, s, (size_t)n);", "else if (n > 0) text_add(t, s, 1);"),
     # random numbers, the command line, signals
     ("p = p * t2 + 2.0 / 13;", "p = p * t2 + 2.0 / 14;"),
-    ("return told != 0;", "return 1;"),
-    ("out && run->steps == 0 ? checkpoint_save(m, out, 0) : NULL;", "NULL;"),
+    ("return told == 0 ? NO_BYTES :", "return"),
+    ("out && run->steps == 0 && first_step == 0 ?", "out && run->steps == 0 ?"),
     ('if (found == 1) die(2, "%s: the option takes no value", argument);', ""),
     ("} else if (seconds() - first > 1) {", "} else {"),
 ]
