@@ -3641,7 +3641,16 @@ static void test_command_line(void) {
           ran.err);
     code = run_program("--model %s --prompt x", temp("bpe"));
     check(code == 2 && strstr(ran.err, "this model reads tokens"), "and so is a prompt: %s", ran.err);
+    // an upcycle passes on what was told
+    char command[5 * PATH_SIZE];
+    snprintf(command, sizeof command, "%s --as-upcycle %s %s --experts 12 > /dev/null", self_path, temp("bpe"),
+             temp("bpe12"));
+    check(system(command) == 0, "an upcycle of the model whose tokens are no bytes");
+    check(run_program("--model %s --data %s --seq 24 --eval", temp("bpe12"), temp("corpus.txt")) == 2 &&
+              strstr(ran.err, "does not read bytes"),
+          "text is refused there, too: %s", ran.err);
     unlink(temp("bpe/trainer.json"));
+    snprintf(arguments, sizeof arguments, "--model %s --data %s --seq 24 --eval", temp("bpe"), temp("corpus.txt"));
     check(run_program("%s", arguments) == 0 && strstr(ran.err, "is read as bytes, but nothing says"),
           "with nothing to tell, text is read as bytes and the program says so: %s", ran.err);
     code = run_program("--model %s --data %s --seq 24 --eval", temp("trained"), temp("corpus.txt"));
@@ -3649,11 +3658,26 @@ static void test_command_line(void) {
     code = run_program("--model %s --data %s --seq 24 --eval", temp("bpe"), temp("ids.bin"));
     check(code == 0 && !strstr(ran.err, "warning"), "and nothing is said of bytes where token shards are read");
     // a run of no steps saves what it starts from
-    check(train_run("none", "--steps 0") == 0 && saved_step("none") == 0, "--steps 0 saves the model as it starts");
-    check(resume_run("none", "--steps 4 --save-every 2") == 0 && same_in("none", "trained", "model.safetensors"),
+    check(train_run("none", "--steps 0") == 0 && saved_step("none") == 0 && strstr(ran.out, "as it starts"),
+          "--steps 0 saves the model as it starts");
+    char small[512]; // without --warmup, which follows from the number of steps
+    snprintf(small, sizeof small, "--data %s --layers 1 --hidden 16 --experts 3 --seq 16 --batch 2",
+             temp("corpus.txt"));
+    check(run_program("%s --steps 40 --out %s", small, temp("once")) == 0 &&
+              run_program("%s --steps 0 --out %s", small, temp("twice")) == 0 &&
+              resume_run("twice", "--steps 40") == 0 && same_in("once", "twice", "model.safetensors"),
           "and a run that goes on from there is one that started there");
     show_failure(ran.code == 0);
-    check(resume_run("none", "--steps 0") == 0 && saved_step("none") == 4, "which --steps 0 does not undo");
+    check(resume_run("twice", "--steps 0") == 0 && saved_step("twice") == 40, "which --steps 0 does not undo");
+    // bytes stay bytes when training goes on with shards of them
+    write_shard(temp("as_ids.bin"), SHARD_MAGIC_16, 1, 200, 2, 200, 0);
+    run_program("--model %s --data %s --seq 24 --batch 2 --steps 1 --out %s", temp("trained"), temp("as_ids.bin"),
+                temp("still"));
+    check(run_program("--model %s --data %s --seq 24 --eval", temp("still"), temp("corpus.txt")) == 0,
+          "256 tokens are bytes, whatever the last data were: %s", ran.err);
+    snprintf(command, sizeof command, "%s --as-train-moe %s --steps 3 --out %s 2>/dev/null | head -n 1 > %s", self_path,
+             small, temp("piped"), temp("piped.txt"));
+    check(system(command) == 0 && saved_step("piped") == 3, "a pipe that is closed early does not stop a run");
     code = run_program("--model %s --prompt-ids 97,98 --tokens 5 --temperature 0", temp("trained"));
     check(code == 0 && strlen(ran.out) >= 6 && !strncmp(ran.out, "ab", 2),
           "--prompt-ids prints the prompt and goes on");
@@ -5295,7 +5319,6 @@ static void test_up_pruning_lpr(void) {
     free(w);
 }
 
-// One line, exit 2, nothing left behind.
 // Sources that are not right, for the refusals below.
 static void up_make_bad_sources(void) {
     Config c;
@@ -5349,6 +5372,7 @@ static void up_make_bad_sources(void) {
     model_free(m);
 }
 
+// One line, exit 2, nothing left behind.
 static void test_up_refusals(void) {
     up_begin();
     up_make("m3", QWEN3_MOE, 2, 24, 40, 3, 2, 1, 5);
@@ -5387,6 +5411,8 @@ static void test_up_refusals(void) {
                  {"{}/m3 {}/x --experts 6 --drop-ratio 0.3", "belongs to --method drop"},
                  {"{}/m3 {}/x --experts 6 --method drop --drop-ratio 1.5", "from 0 to 1"},
                  {"{}/m3 {}/x --experts 6 --methd copy", "unknown"},
+                 {"{}/m3 {}/x --experts 6 --s 5", "--s: may be any of --seed"},
+                 {"{}/m3 {}/x -k2 --experts 6", "-k: unknown"},
                  {"{}/m3 {}/x --experts 6 --shard-size 5X", "5G"},
                  {"{}/m3 {}/x --experts 6 --prune-weights 0.5", "--calibrate"},
                  {"{}/m3 {}/absent/x --experts 6", "parent"},
@@ -5415,7 +5441,7 @@ static void test_up_refusals(void) {
                  {"{}/dots {}/x --experts 8 --arch olmoe", "leave it out"},
                  {"{}/m3 {}/x --experts 6 --batch 2", "there is no --calibrate or --check"},
                  {"{}/m3 {}/x --experts 6 --data {}/short.bin", "--data goes with --inspect"},
-                 {"--inspect {}/m3 --experts 6", "--inspect only looks"},
+                 {"--inspect {}/m3 --experts 6", "leave out --experts"},
                  {"--inspect {}/m3 --seq 8", "there is no --data"},
                  {GOLDEN "llama {}/x --experts 2 --sources {}/m3", "has another model_type than"},
                  {"{}/m3 {}/x --experts 6 --strength 2", "belongs to"},

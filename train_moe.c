@@ -2545,7 +2545,6 @@ typedef struct {
     AdamW adamw;
     uint64_t seed;
     long val_every, val_batches, save_every, sample_every;
-    int sample_tokens;
     // router variants, section 9
     double bias_rate;                   // of the sigmoid router's bias
     int topk_low, topk_high;            // each layer draws its K in every step; 0: the model's K
@@ -2612,21 +2611,19 @@ static volatile sig_atomic_t stop_signal = 0;
 static void on_signal(int signal_number) {
     static double first;
     if (!stop_signal) {
-        stop_signal = signal_number;
         first = seconds();
+        stop_signal = signal_number;
     } else if (seconds() - first > 1) {
         signal(signal_number, SIG_DFL);
         raise(signal_number);
     }
 }
 
-// Also for a terminal that is closed, unless nohup has seen to that. A pipe that is closed (`| head`) is no reason to
-// lose the work.
+// Also for a terminal that is closed, unless nohup has seen to that.
 static void catch_signals(void) {
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     if (signal(SIGHUP, on_signal) == SIG_IGN) signal(SIGHUP, SIG_IGN);
-    signal(SIGPIPE, SIG_IGN);
 }
 
 // Opens OUT/name for appending. A run that continues at `step` first drops the rows of later steps, which it will make
@@ -2673,12 +2670,13 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         load_log = log_open(out, "load.csv", LOAD_HEADER, first_step);
     }
     catch_signals();
-    if (first_step >= run->steps) printf("nothing left to do: step %ld of %ld is reached\n", first_step, run->steps);
-    // a run of no steps saves the model as it starts
-    const char* unsaved = out && run->steps == 0 && first_step == 0 ? checkpoint_save(m, out, 0) : NULL;
-    if (unsaved) {
-        fprintf(stderr, "%s: the model could not be saved: %s\n", program_name, unsaved);
-        exit_code = 1;
+    if (out && run->steps == 0 && first_step == 0) { // a run of no steps saves the model as it starts
+        const char* error = checkpoint_save(m, out, 0);
+        if (error) fprintf(stderr, "%s: the model could not be saved: %s\n", program_name, error);
+        else printf("no steps: the model is saved in %s as it starts\n", out);
+        exit_code = error != NULL;
+    } else if (first_step >= run->steps) {
+        printf("nothing left to do: step %ld of %ld is reached\n", first_step, run->steps);
     }
     for (long step = first_step; step < run->steps && !stopping; step++) {
         double t0 = seconds(), lr = learning_rate(run, step), norm = NAN;
@@ -2744,7 +2742,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         }
         if (generator && run->sample_every > 0 && done % run->sample_every == 0 && !last) {
             fprintf(stderr, "%s", terminal ? "\n" : "");
-            print_sample(generator, m, run->seed, run->sample_tokens);
+            print_sample(generator, m, run->seed, 200);
         }
         stopping = stop_signal && !last;        // looked at once a step: a signal that comes later stops the next one
         if (out && (last || stopping || (run->save_every > 0 && done % run->save_every == 0))) {
@@ -5427,16 +5425,21 @@ static int has_tokenizer(const char* dir) {
     return found;
 }
 
-// Whether the tokens of the model in `dir` are bytes. A tokenizer tells, or the run that made the model. With neither,
-// and more tokens than bytes, that is taken for granted, but not in silence.
+// Whether the tokens of the model in `dir` are bytes: never with a tokenizer or fewer tokens than bytes, always with
+// 256. Otherwise the run that made the model told, or the upcycle after it, or nobody.
 static BytesAllowed reads_bytes(const Config* c, const char* dir) {
+    static const char* records[] = {"trainer.json", "upcycle.json"};
     char path[PATH_SIZE];
     Error ignored = {""};
     if (has_tokenizer(dir) || c->vocab_size < 256) return NO_BYTES;
-    Json* trainer = access(join_path(path, dir, "trainer.json"), F_OK) ? NULL : json_read(path, &ignored);
-    long told = json_whole(json_get(trainer, "reads_bytes"), 1);
-    json_free(trainer);
-    return told == 0 ? NO_BYTES : told > 0 || c->vocab_size == 256 ? BYTES : PERHAPS_BYTES;
+    if (c->vocab_size == 256) return BYTES;
+    long told = -1;
+    for (int i = 0; i < 2 && told < 0; i++) {
+        Json* record = access(join_path(path, dir, records[i]), F_OK) ? NULL : json_read(path, &ignored);
+        told = json_whole(json_get(record, "reads_bytes"), 1);
+        json_free(record);
+    }
+    return told == 0 ? NO_BYTES : told == 1 ? BYTES : PERHAPS_BYTES;
 }
 
 // Longer sequences than the model was made for are computed all the same, but not in silence.
@@ -5487,7 +5490,6 @@ static Balance balance_from_options(const Config* c) {
         die(2, "--aux-adaptive: a coefficient for each layer wants --aux-form switch");
     return b;
 }
-
 
 static int run_eval(Config* c) {
     if (!options.model) die(2, "--eval wants --model DIR");
@@ -5675,6 +5677,7 @@ static void open_out(const char* out) {
 static int run_train(Config* c, long first_step) {
     int B = (int)options.batch, T = (int)options.seq, demonstration = !options.data && !options.out && !options.model;
     Error error = {""};
+    signal(SIGPIPE, SIG_IGN); // that nobody reads what is printed (`| head`) is no reason to lose the work
     if (options.resume) options.model = options.out;
     check_length(c, T);
     BytesAllowed bytes_are_tokens = options.model                                    ? reads_bytes(c, options.model)
@@ -5701,14 +5704,14 @@ static int run_train(Config* c, long first_step) {
 
     // what was not given and depends on more
     if (options.lr == UNSET) options.lr = options.model ? 2e-4 : 2e-3;
-    if (options.min_lr > options.lr)
+    if (options.min_lr > options.lr && (option_given("min-lr") || option_given("lr")))
         die(2, "--min-lr %g: the decay ends there, so it must not be above --lr, %g", options.min_lr, options.lr);
     static const char* of_routers[] = {"aux", "aux-form", "z-loss", "aux-adaptive", "topk-range"};
     for (int i = 0; i < 5 && c->num_experts == 0; i++)
         if (option_given(of_routers[i])) die(2, "--%s: a dense model has no router", of_routers[i]);
     if (option_given("bias-rate") && c->router != ROUTER_SIGMOID)
         die(2, "--bias-rate: only the router sigmoid has a bias");
-    if (options.warmup == UNSET) options.warmup = lmin(100, options.steps / 20);
+    if (options.warmup == UNSET && options.steps > 0) options.warmup = lmin(100, options.steps / 20);
     if (options.aux == UNSET)
         options.aux = options.model ? c->router_aux_loss_coef : c->router == ROUTER_SOFTMAX ? 0.01 : 0;
     c->router_aux_loss_coef = options.aux;
@@ -5733,7 +5736,6 @@ static int run_train(Config* c, long first_step) {
     run.val_batches = options.val_batches;
     run.save_every = options.save_every;
     run.sample_every = options.sample_every;
-    run.sample_tokens = option_given("tokens") ? (int)options.tokens : 200;
     run.bias_rate = options.bias_rate;
     topk_range_from_options(c, &run);
     if (c->family_penalty > 0 || options.family_penalty != UNSET || options.family_steps != UNSET) {
@@ -5747,10 +5749,11 @@ static int run_train(Config* c, long first_step) {
         long start = json_whole(json_get(trainer_state, "family_start"), first_step), half;
         run.family_start = start > 0 ? start : 0;
         half = (options.steps - run.family_start) / 2;
-        if (options.family_steps == UNSET) options.family_steps = half > 1 ? half : 1;
+        if (options.family_steps == UNSET && options.steps > 0) options.family_steps = half > 1 ? half : 1;
         run.family_strength = options.family_penalty;
         run.family_steps = options.family_steps;
-        c->family_penalty = family_penalty_at(run.family_strength, first_step - run.family_start, run.family_steps);
+        if (options.steps > 0)
+            c->family_penalty = family_penalty_at(run.family_strength, first_step - run.family_start, run.family_steps);
     }
 
     Model *m = model_plan(c, FOR_TRAINING, B, T, T, NULL), *generator = NULL;
@@ -5761,7 +5764,7 @@ static int run_train(Config* c, long first_step) {
     }
     m->balance = balance_from_options(c);
     m->family_start = run.family_start;
-    m->reads_bytes = data->raw;
+    m->reads_bytes = data->raw || (options.model && bytes_are_tokens == BYTES);     // for good
     for (int l = 0; l < c->num_layers; l++) m->aux_coefficients[l] = m->balance.aux;
     if (!options.model) model_init(m, run.seed);
     else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);
@@ -5807,7 +5810,7 @@ static int run_command(void) {
         die(2, "--eval, --dump, --prompt and --prompt-ids: only one of them at a time");
     if (!training && !options.model)
         die(2, "--%s wants --model DIR", options.eval ? "eval" : options.dump ? "dump" : "prompt");
-    // some of what a run remembers has a meaning elsewhere, too; the rest would be ignored in silence
+    // what a run remembers would be ignored in silence, but for these, which mean something to one of the three
     static const char* meant[] = {"data", "batch", "seq", "seed", "aux", "aux-form", "aux-adaptive", "z-loss"};
     for (int i = 0; i < NUM_OPTIONS && !training; i++) {
         const Option* o = &option_table[i];

@@ -132,7 +132,7 @@ static Option ask_table[] = {
      "which experts get copies, or stay (uniform)", 0},
     {"score-on", OPT_CHOICE, USE_OTHER, &ask.score_on, 0, 0, "all", SCORED_PARTS, "matrices that count", 0},
     {"allocate", OPT_CHOICE, USE_OTHER, &ask.allocate, 0, 0, "greedy", "greedy|sample", "", 0},
-    {"cap", OPT_WHOLE, USE_OTHER, &ask.cap, 1, 1 << 16, "3", "N", "most extra copies of an expert a round", 0},
+    {"cap", OPT_WHOLE, USE_OTHER, &ask.cap, 1, 1 << 16, "3", "N", "extra copies of an expert before others' turn", 0},
     {"router", OPT_CHOICE, USE_OTHER, &ask.router, 0, 0, NULL, ROUTERS,
      "rows of copies (bias if SRC has one, else copy)", 0},
     {"router-delta", OPT_REAL, USE_OTHER, &ask.router_delta, 0, 1e6, NULL, "D", "strength of --router (bias: 0.001)",
@@ -1525,11 +1525,8 @@ static void new_router_row(const Plan* p, float* row, int l, int number, long co
     double std = p->config.router == ROUTER_LPR && !asked("router-std") ? 1 : ask.router_std;
     for (long c = 0; c < cols; c++) {
         uint64_t element = mix64(key ^ (uint64_t)c);
-        row[c] =
-            !strcmp(how, "zero")
-                ? 0
-                : (float)(std * (!strcmp(how, "normal") ? random_normal(element)
-                                                                   : sqrt(12.0) * (random_uniform(element) - 0.5)));
+        double draw = !strcmp(how, "normal") ? random_normal(element) : sqrt(12.0) * (random_uniform(element) - 0.5);
+        row[c] = !strcmp(how, "zero") ? 0 : (float)(std * draw);
     }
 }
 
@@ -2454,8 +2451,8 @@ static void plan_config(Plan* p) {
     if (!p->dense && count_sparse(c) == 0)
         die(2, "%s: has experts in name only: no layer is sparse", p->sources[0]->dir);
     if (c->sliding_window && c->arch == QWEN3_MOE)
-        die(2, "%s: has sliding_window %d, which would be lost: Qwen3-MoE's is another one", p->sources[0]->dir,
-            c->sliding_window);
+        die(2, "%s: has sliding_window %d, and DST would look back without limit; if that is meant, set "
+            "use_sliding_window to false in its config.json", p->sources[0]->dir, c->sliding_window);
     c->num_experts = N;
     for (int i = 0; ask.arch && i < 3; i++)
         if (!strcmp(ask.arch, targets[i].name) && c->arch != targets[i].arch)
@@ -2665,7 +2662,7 @@ static Plan* plan_create(const char* src) {
     if (p->method == FAMILY) p->config.family_penalty = INFINITY; // train_moe lowers it
     if (p->method == FAMILY && p->router != ROUTER_COPY)
         die(2, "--router %s: --method family keeps the function exactly, which needs --router copy", ask.router);
-    if (ask.router && p->N <= p->E && !(p->N == p->E && p->router == ROUTER_NOISE))
+    if (p->router != ROUTER_COPY && ask.router && p->N <= p->E && !(p->N == p->E && p->router == ROUTER_NOISE))
         die(2, "--router %s is for copies, and DST has no more experts than SRC", ask.router);
     if (asked("router-delta") && p->router == ROUTER_COPY) die(2, "--router-delta: --router copy has no strength");
     if (asked("router-delta") && p->router == ROUTER_TEMPERATURE && ask.router_delta == 0)
@@ -3037,8 +3034,8 @@ static void print_findings(const Findings* f) {
     fflush(stdout);
 }
 
-// An upper bound of the memory that writing needs beside the tables of names: the buffers, and whole matrices for four
-// operators.
+// An upper bound of the memory that writing needs beside the tables of names: the buffers, whole matrices for four
+// operators, the tokens' inputs for clusters, and a sum of several sources.
 static double plan_memory(const Plan* p) {
     double H = p->config.hidden_size, I = p->config.moe_intermediate_size, n = H < I ? H : I, router = 8.0 * p->N * H,
            matrix = 0;
@@ -3074,7 +3071,10 @@ static void write_receipt(const Plan* p, const char* dir, const Findings* f, con
         text_print(&t, "%s", i ? ", " : "");
         text_json_string(&t, arguments[i]);
     }
-    text_print(&t, "],\n  \"class\": [\"%s\", \"%s\"],\n", class_of(from), class_of(to));
+    text_print(&t, "],\n");
+    BytesAllowed bytes = reads_bytes(from, p->sources[0]->dir);
+    if (bytes != PERHAPS_BYTES) text_print(&t, "  \"reads_bytes\": %d,\n", bytes == BYTES);
+    text_print(&t, "  \"class\": [\"%s\", \"%s\"],\n", class_of(from), class_of(to));
     text_print(&t, "  \"experts\": [%d, %d],\n  \"experts_per_token\": [%d, %d],\n", from->num_experts, to->num_experts,
                from->num_experts_per_tok, to->num_experts_per_tok);
     text_print(&t, "  \"parameters\": [%ld, %ld],\n  \"active_parameters\": [%ld, %ld],\n", total[0], total[1],
@@ -3105,11 +3105,12 @@ static void write_receipt(const Plan* p, const char* dir, const Findings* f, con
         text_print(&t, "], \"family\": [");
         for (int j = 0; j < p->N; j++) text_print(&t, "%s%d", j ? ", " : "", p->family[(long)l * p->N + j]);
         text_print(&t, "]");
-        for (int e = 0; p->score && e < p->E; e++) {
+        int scored = p->score && p->selection != BY_CHANCE;
+        for (int e = 0; scored && e < p->E; e++) {
             text_print(&t, e ? ", " : ", \"score\": [");
             text_json_number(&t, p->score[(long)l * p->E + e], 7);
         }
-        text_print(&t, p->score ? "]}" : "}");
+        text_print(&t, scored ? "]}" : "}");
     }
     text_print(&t, "\n  ],\n  \"parent\": ");
     if (p->parent)
@@ -3422,12 +3423,15 @@ static void ask_parse(int argc, char** argv) {
     }
     longs[NUM_ASKED].name = "help";
     longs[NUM_ASKED + 1].name = "version";
+    for (int i = 0; i < NUM_ASKED + 2; i++) longs[i].val = 256 + i; // see options_parse
     opterr = 0;
     optind = 0;
-    int index = -1, c;
-    while ((c = getopt_long(argc, argv, ":", longs, &index)) != -1) {
+    int c;
+    while ((c = getopt_long(argc, argv, ":", longs, NULL)) != -1) {
+        int index = c - 256;
         if (c == ':') die(2, "%s wants a value; see --help", argv[optind - 1]);
-        if (c != 0) option_unknown(argv[optind - 1], longs);
+        if (c == '?' && optopt > 0 && optopt < 256) die(2, "-%c: unknown option; see --help", optopt);
+        if (c == '?') option_unknown(argv[optind - 1], longs);
         if (index == NUM_ASKED) {
             print_upcycle_help();
             exit(0);
@@ -3459,6 +3463,7 @@ static int upcycle_main(int argc, char** argv) {
 #endif
     for (int i = 1; i < optind; i++) arguments[num_arguments++] = argv[i];
     catch_signals();
+    signal(SIGPIPE, SIG_IGN); // that nobody reads what is printed (`| head`) is no reason to lose the work
 #ifdef SIGXFSZ
     signal(SIGXFSZ, SIG_IGN); // a file over the limit is an error of write
 #endif
@@ -3466,7 +3471,7 @@ static int upcycle_main(int argc, char** argv) {
     for (int i = 0; i < NUM_ASKED; i++) {
         int fits = !ask.inspect;
         for (int k = 0; k < 6; k++) fits |= !strcmp(ask_table[i].name, of_inspect[k]);
-        if (ask_table[i].given && !fits) die(2, "--%s: --inspect only looks; leave it out", ask_table[i].name);
+        if (ask_table[i].given && !fits) die(2, "--inspect only looks; leave out --%s", ask_table[i].name);
     }
     static const char* of_data[] = {"batch", "seq", "calibrate-batches", "check-batches"};
     for (int i = 0; i < 4; i++) {
@@ -3501,7 +3506,7 @@ static int upcycle_main(int argc, char** argv) {
     find_properties(p, &findings);
     print_plan(p, dst);
     if (ask.dry_run) {
-        printf("files   %d with %d tensors, %.1f MB; memory at most about %.0f MB beside the program's 3\n",
+        printf("files   %d with %d tensors, %.1f MB; memory while writing at most about %.0f MB and the program's 3\n",
                p->num_files, p->num_outputs, (double)progress.total * 1e-6, plan_memory(p) * 1e-6);
         print_findings(&findings);
         printf("nothing was written%s: --dry-run\n", ask.check ? " and nothing checked" : "");
