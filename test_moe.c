@@ -2675,6 +2675,22 @@ static void test_signal(int signal_number, const char* name, const char* referen
     show_failure(code == 0);
 }
 
+// Under nohup a run survives the end of its terminal; SIGTERM still ends it.
+static void test_nohup(void) {
+    char arguments[512];
+    snprintf(arguments, sizeof arguments, "%s %s --steps 100000", small_run, small_experts);
+    remove_tree(temp("b"));
+    signal(SIGHUP, SIG_IGN); // which the run inherits
+    pid_t pid = start_training("b", arguments, 0);
+    signal(SIGHUP, SIG_DFL);
+    int running = wait_for_rows(pid, "b", 3);
+    kill(pid, SIGHUP);
+    usleep(50000);
+    kill(pid, SIGTERM);
+    int code = finish_program(pid);
+    check(running && code == 128 + SIGTERM, "nohup: SIGHUP is ignored, SIGTERM is not: exit code %d", code);
+}
+
 // kill -9 at random moments of a run that saves every step: the last checkpoint is always whole.
 static void test_kill(void) {
     int ok = train_run("a", "--steps 25 --save-every 1") == 0, kills = 0, finished = 0, unreadable = 0, backwards = 0,
@@ -2780,6 +2796,8 @@ static void test_determinism(void) {
     train_run("a", "--steps 60");
     test_signal(SIGTERM, "SIGTERM", "a", 60);
     test_signal(SIGINT, "SIGINT", "a", 60);
+    test_signal(SIGHUP, "SIGHUP", "a", 60);
+    test_nohup();
     test_kill();
     test_ready();
     test_lock();
@@ -3675,6 +3693,22 @@ static void test_command_line(void) {
                 temp("still"));
     check(run_program("--model %s --data %s --seq 24 --eval", temp("still"), temp("corpus.txt")) == 0,
           "256 tokens are bytes, whatever the last data were: %s", ran.err);
+    // a text model of more tokens stays one, too
+    run_program("%s --vocab 300 --steps 1 --out %s", small, temp("spare"));
+    run_program("--model %s --data %s --seq 16 --batch 2 --steps 1 --out %s", temp("spare"), temp("ids.bin"),
+                temp("spare2"));
+    code = run_program("--model %s --data %s --seq 16 --eval", temp("spare2"), temp("corpus.txt"));
+    check(code == 0 && !strstr(ran.err, "warning"), "a text model that went on with shards reads bytes: %s", ran.err);
+    // copies of one FFN are always chosen together, which says nothing; those of several experts are not
+    for (int dense = 0; dense < 2; dense++) {
+        const char *from = temp(dense ? "flat" : "once"), *to = temp(dense ? "flat_up" : "once_up");
+        if (dense) run_program("%s --dense --steps 1 --out %s", small, from);
+        snprintf(command, sizeof command, "%s --as-upcycle %s %s --experts 6 > /dev/null", self_path, from, to);
+        check(system(command) == 0, "an upcycle of %s", dense ? "a dense model" : "a mixture");
+        code = run_program("--model %s --data %s --seq 16 --batch 2 --steps 1", to, temp("corpus.txt"));
+        check(code == 0 && strstr(ran.out, "twins' cosine") && (strstr(ran.out, "chosen together") == NULL) == dense,
+              "twins chosen together: %s", dense ? "not said of copies of one FFN" : "said of copies of experts");
+    }
     snprintf(command, sizeof command, "%s --as-train-moe %s --steps 3 --out %s 2>/dev/null | head -n 1 > %s", self_path,
              small, temp("piped"), temp("piped.txt"));
     check(system(command) == 0 && saved_step("piped") == 3, "a pipe that is closed early does not stop a run");
@@ -5265,6 +5299,15 @@ static void test_up_records(void) {
               bytes->items[1]->number < (double)st.st_size && bytes->items[1]->number > 0.9 * (double)st.st_size,
           "it names the bytes of both");
     json_free(j);
+    checkpoint_load(m = model_create(&c, FOR_TRAINING, 1, 4, 4, NULL), up_path("m3"), &error);
+    m->weights.layers[1].down[3] = 3.4e38f; // BF16 ends at 3.39e38
+    mkdir(up_path("huge"), 0777);
+    check(checkpoint_save(m, up_path("huge"), 1) == NULL, "a model with a large number");
+    model_free(m);
+    UP("{}/huge {}/huge2 --experts 3 --dtype bf16");
+    check(strstr(up_output, "1 numbers are too large") != NULL, "that BF16 does not hold it is said");
+    UP("{}/huge {}/huge3 --experts 3");
+    check(!strstr(up_output, "too large"), "and nothing where it is held");
     // a long line of ancestors
     char from[PATH_SIZE], to[PATH_SIZE];
     snprintf(from, sizeof from, "%s", up_path("m3"));
@@ -5436,8 +5479,8 @@ static void test_up_refusals(void) {
                  {"{}/m3 {}/x --experts 6 --select random --allocate greedy", "draws lots"},
                  {"{}/m3 {}/x --experts 6 --method shuffle --optimizer interpolate", "no next expert"},
                  {"{}/llama7 {}/x --experts 6 --optimizer interpolate", "no next expert"},
-                 {"{}/broken {}/x --experts 6", "upcycle.json"},
-                 {"{}/broken_trainer {}/x --experts 6 --optimizer copy", "trainer.json"},
+                 {"{}/broken {}/x --experts 6 --dry-run", "upcycle.json"},
+                 {"{}/broken_trainer {}/x --experts 6 --optimizer copy --dry-run", "trainer.json"},
                  {"{}/dots {}/x --experts 8 --arch olmoe", "leave it out"},
                  {"{}/m3 {}/x --experts 6 --batch 2", "there is no --calibrate or --check"},
                  {"{}/m3 {}/x --experts 6 --data {}/short.bin", "--data goes with --inspect"},

@@ -3397,7 +3397,7 @@ static LayerFigures layer_figures(const Model* m, int l) {
     return f;
 }
 
-static int count_families(const Model* m);
+static int count_families(const Model* m);          // section 12
 static void print_figures(const Model* m, const char* name, const LayerFigures* f) {
     printf("%s: Gini %.3f, min/max %.3f, MaxVio %.2f, dead %d, entropy %.3f, top gate %.3f", name, f->load.gini,
            f->load.min_max, f->load.max_vio, f->load.dead, f->entropy, f->top_gate);
@@ -5764,7 +5764,8 @@ static int run_train(Config* c, long first_step) {
     }
     m->balance = balance_from_options(c);
     m->family_start = run.family_start;
-    m->reads_bytes = data->raw || (options.model && bytes_are_tokens == BYTES);     // for good
+    // what a model's tokens mean does not change when training goes on with other data
+    m->reads_bytes = data->raw || (options.model && bytes_are_tokens == BYTES);
     for (int l = 0; l < c->num_layers; l++) m->aux_coefficients[l] = m->balance.aux;
     if (!options.model) model_init(m, run.seed);
     else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);
@@ -5810,7 +5811,7 @@ static int run_command(void) {
         die(2, "--eval, --dump, --prompt and --prompt-ids: only one of them at a time");
     if (!training && !options.model)
         die(2, "--%s wants --model DIR", options.eval ? "eval" : options.dump ? "dump" : "prompt");
-    // what a run remembers would be ignored in silence, but for these, which mean something to one of the three
+    // --eval, --dump and --prompt would ignore what describes a run, but for what means something to one of them
     static const char* meant[] = {"data", "batch", "seq", "seed", "aux", "aux-form", "aux-adaptive", "z-loss"};
     for (int i = 0; i < NUM_OPTIONS && !training; i++) {
         const Option* o = &option_table[i];
