@@ -44,6 +44,10 @@ CULIBS  = -L$(CUBLAS)/lib -l:$(notdir $(firstword $(wildcard $(CUBLAS)/lib/libcu
           -Xlinker -rpath=$(CUBLAS)/lib -Xlinker -rpath-link=$(CUBLAS)/lib
 endif
 
+# What the programs include; the text that ./train_moe trains on is these files and test_moe.c, in this order.
+LIB     = train_moe.c $(sort $(wildcard dev/lib/*.h))
+UPCYCLE = upcycle.c $(sort $(wildcard dev/upcycle/*.h))
+
 all: train_moe upcycle
 	@echo "compiler: $(CC)"
 ifeq ($(OPENMP),)
@@ -60,13 +64,13 @@ else
 endif
 	@echo "next:     ./train_moe (a minute), make run (a few), make test, ./train_moe --help, ./upcycle --help"
 
-train_moe: train_moe.c build/embedded.h
+train_moe: $(LIB) build/embedded.h
 	$(CC) $(FLAGS) train_moe.c -o $@ -lm
 
-upcycle: upcycle.c train_moe.c build/embedded.h
+upcycle: $(UPCYCLE) $(LIB) build/embedded.h
 	$(CC) $(FLAGS) upcycle.c -o $@ -lm
 
-test_moe: test_moe.c upcycle.c train_moe.c build/embedded.h
+test_moe: test_moe.c $(UPCYCLE) $(LIB) build/embedded.h
 	$(CC) $(FLAGS) test_moe.c -o $@ -lm
 
 # Says what is missing, and refuses kernels that spill registers to memory.
@@ -81,16 +85,16 @@ $(NVCC) $(CUFLAGS) -Xptxas -v $(1) -o $@ $(CULIBS) 2>build/$@.log || { grep -v "
 	{ rm -f $@; echo "with SPILLS=allow it is built all the same, and slower"; exit 1; }
 endef
 
-train_moe_cu: train_moe.cu train_moe.c build/embedded.h
+train_moe_cu: train_moe.cu $(LIB) build/embedded.h
 	$(call nvcc,train_moe.cu)
 
-test_moe_cu: test_moe.c train_moe.cu upcycle.c train_moe.c build/embedded.h
+test_moe_cu: test_moe.c train_moe.cu $(UPCYCLE) $(LIB) build/embedded.h
 	$(call nvcc,-DTEST_GPU -x cu test_moe.c)
 
 # The tests on a CPU that plays a GPU; its headers come with nvcc. SANITIZE=-fsanitize=address,undefined
 STANDIN_FILES = $(addprefix dev/cuda/standin/,standin.h standin.cpp cublas.cpp translate.py)
 CUDA_TOP = $(or $(CUDA_HOME),$(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#$$ TOP=//p'))
-build/test_standin: test_moe.c train_moe.cu upcycle.c train_moe.c build/embedded.h $(STANDIN_FILES)
+build/test_standin: test_moe.c train_moe.cu $(UPCYCLE) $(LIB) build/embedded.h $(STANDIN_FILES)
 	python3 dev/cuda/standin/translate.py test_moe.c >build/test_standin.cpp
 	$(CXX) -std=gnu++17 -O1 $(ARCH) $(MATH) $(OPENMP) $(SANITIZE) -DTEST_GPU -I. -Idev/cuda/standin \
 		-include standin.h $(if $(CUBLAS),-I$(CUBLAS)/include) -I$(CUDA_TOP)/include build/test_standin.cpp \
@@ -100,9 +104,9 @@ test_standin: build/test_standin
 	build/test_standin "gpu $(STANDIN)"
 
 # The text that ./train_moe trains on without --data: the project's own source files, also as an array.
-build/embedded.txt: train_moe.c upcycle.c test_moe.c
+build/embedded.txt: $(LIB) $(UPCYCLE) test_moe.c
 	@mkdir -p build
-	@cat train_moe.c upcycle.c test_moe.c >$@
+	@cat $(LIB) $(UPCYCLE) test_moe.c >$@
 
 build/embedded.h: build/embedded.txt
 	@{ echo "static const unsigned char embedded_text[] = {"; od -An -v -tu1 build/embedded.txt | \
@@ -119,14 +123,14 @@ test_gpu: test_moe_cu
 	./test_moe_cu
 
 # how fast training is, in about two minutes; BENCH=--short: only whether it works
-build/bench: dev/bench/bench.c dev/bench/timed.h train_moe.c build/embedded.h
+build/bench: dev/bench/bench.c dev/bench/timed.h $(LIB) build/embedded.h
 	$(CC) $(FLAGS) dev/bench/bench.c -o $@ -lm
 
 bench: build/bench
 	build/bench $(BENCH)
 
 # our matrix products beside those of other libraries; BLAS="libmkl_rt.so libopenblas.so": which
-build/products: dev/bench/products.c train_moe.c build/embedded.h
+build/products: dev/bench/products.c $(LIB) build/embedded.h
 	$(CC) $(FLAGS) -rdynamic dev/bench/products.c -o $@ -lm -ldl
 
 products: build/products

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Breaks train_moe.c in one place at a time and checks that the tests notice. Run from the project's folder:
+"""Breaks train_moe.c and dev/lib in one place at a time and checks that the tests notice. Run from the project's folder:
 
     python3 dev/mutations.py [WORD]       only the mutations whose text contains WORD
 
 A test suite that stays green on a broken program proves nothing. Each mutation replaces a piece of text, which must
-stand in train_moe.c exactly once, by a wrong one. Prints a line a mutation and ends with `N passed, N failed`; passed
+stand in these files exactly once, by a wrong one. Prints a line a mutation and ends with `N passed, N failed`; passed
 means caught.
 """
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,23 +88,23 @@ MUTATIONS = [
 
 def main():
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    source, tests = pathlib.Path("train_moe.c").read_text(), pathlib.Path("test_moe.c").read_text()
+    files = {str(path): path.read_text() for path in [pathlib.Path("train_moe.c"), *sorted(pathlib.Path("dev/lib").glob("*.h"))]}
+    source = "\0".join(files.values())
     caught = missed = 0
     for right, _ in MUTATIONS:  # all of them, also when only some are tried
         if source.count(right) != 1:
-            print(f"FAILED stands {source.count(right)} times in train_moe.c: {right!r}")
+            print(f"FAILED stands {source.count(right)} times in train_moe.c and dev/lib: {right!r}")
             missed += 1
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        (folder / "dev").symlink_to(pathlib.Path("dev").resolve())
-        for name in ("upcycle.c",):
-            if pathlib.Path(name).exists():
-                (folder / name).write_text(pathlib.Path(name).read_text())
-        (folder / "test_moe.c").write_text(tests)
+        shutil.copytree("dev", folder / "dev")
+        for name in ("train_moe.c", "upcycle.c", "test_moe.c"):
+            shutil.copy(name, folder / name)
         for right, wrong in MUTATIONS:
             if word not in right + wrong or source.count(right) != 1:
                 continue
-            (folder / "train_moe.c").write_text(source.replace(right, wrong))
+            broken = next(path for path, text in files.items() if right in text)
+            (folder / broken).write_text(files[broken].replace(right, wrong))
             build = ["cc", "-std=gnu11", "-O1", "-march=native", "-fno-math-errno", "-fopenmp", "test_moe.c",
                      "-o", "test", "-lm"]
             subprocess.run(build, cwd=folder, check=True, capture_output=True)
@@ -117,6 +118,7 @@ def main():
                     red = run.returncode != 0
                 except subprocess.TimeoutExpired:
                     red = True
+            (folder / broken).write_text(files[broken])
             print(f"{'ok    ' if red else 'FAILED'} {right.splitlines()[0]}  ->  {wrong.split(chr(10))[0]}", flush=True)
             caught, missed = caught + red, missed + (not red)
     print(f"{caught} passed, {missed} failed")

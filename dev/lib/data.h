@@ -1,0 +1,226 @@
+// data.h: texts and shards of tokens, read in windows. Needs util.h and random.h.
+//
+// Raw text, in which every byte is a token, or shards of tokens as llm.c writes them: a header of 256 int32 (magic,
+// version, number of tokens), then the tokens. Windows of T + 1 tokens start every T tokens and never cross files.
+#pragma once
+#include "random.h"
+
+enum { SHARD_HEADER = 1024, SHARD_MAGIC_16 = 20240520, SHARD_MAGIC_32 = 20240801 };
+
+// The text that is trained on when no --data is given: the project's own source files, written into this header when
+// the program is built. Without `make` there is none.
+#if defined(__has_include)
+#if __has_include("../../build/embedded.h")
+#include "../../build/embedded.h"
+#define HAVE_EMBEDDED 1
+#endif
+#endif
+#ifndef HAVE_EMBEDDED
+static const unsigned char embedded_text[1] = {0};
+static const long embedded_size = 0;
+#endif
+
+typedef enum { WHOLE, TRAIN_PART, VAL_PART } Part;      // of a raw text: all, all but the last tenth, the last tenth
+
+typedef struct {
+    char* path;
+    int fd;                 // -1: the embedded text
+    int width;              // bytes in a token: 1 raw text, 2 or 4 in shards
+    long start;             // where this part's tokens start in the file, in bytes
+    long count;             // tokens in this part
+    long windows;
+} DataFile;
+
+typedef struct {
+    DataFile* files;
+    int num_files;
+    int T, vocab_size, raw;             // raw = 1: bytes are tokens
+    long windows, tokens;
+    unsigned char* buffer;              // (T + 1, 4) a window as it is in the file
+    char error[512];                    // what was wrong with the last window
+} Dataset;
+
+static int32_t read_i32(const unsigned char* p) {
+    return (int32_t)((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
+}
+
+// reads exactly n bytes at an offset; 0 if the file ends before or cannot be read
+static int read_at(int fd, void* buffer, size_t n, long offset) {
+    for (size_t done = 0; done < n;) {
+        ssize_t got = pread(fd, (char*)buffer + done, n - done, offset + (long)done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return 0;
+        done += (size_t)got;
+    }
+    return 1;
+}
+
+// Whether the model's tokens are the bytes of a text. PERHAPS: nothing says so, and nothing says otherwise.
+typedef enum { NO_BYTES, BYTES, PERHAPS_BYTES } BytesAllowed;
+
+static void warn_of_bytes(const char* text, int vocab_size) {
+    fprintf(stderr, "%s: warning: %s is read as bytes, but nothing says what the model's %d tokens mean\n",
+            program_name, text, vocab_size);
+}
+
+// Finds out what a file is and which part of it is used. Bad files end the program with one line.
+static void data_file_open(DataFile* f, const char* path, int T, Part part, BytesAllowed raw_allowed) {
+    memset(f, 0, sizeof *f);
+    f->path = copy_string(path);
+    long size;
+    unsigned char header[SHARD_HEADER];
+    if (!strcmp(path, "<embedded>")) {
+        f->fd = -1;
+        size = embedded_size;
+        if (size == 0) die(2, "this build has no embedded text: build with `make`, or name a text with --data FILE");
+    } else {
+        struct stat st;
+        f->fd = open(path, O_RDONLY);
+        if (f->fd < 0) die(2, "%s: %s; expected a text or a .bin file of tokens", path, strerror(errno));
+        if (fstat(f->fd, &st) || !S_ISREG(st.st_mode)) die(2, "%s: not a regular file", path);
+        size = (long)st.st_size;
+    }
+    int magic = size >= 4 && f->fd >= 0 && read_at(f->fd, header, 4, 0) ? read_i32(header) : 0;
+    size_t length = strlen(path);
+    int named_bin = length > 4 && !strcmp(path + length - 4, ".bin");
+    if (magic == SHARD_MAGIC_16 || magic == SHARD_MAGIC_32) {
+        int version = magic == SHARD_MAGIC_16 ? 1 : 7;
+        if (!read_at(f->fd, header, SHARD_HEADER, 0))
+            die(2, "%s: the header ends at byte %ld; a token shard's has 1024", path, size);
+        if (read_i32(header + 4) != version)
+            die(2, "%s: version %d at byte 4, expected %d for magic %d", path, read_i32(header + 4), version, magic);
+        f->width = magic == SHARD_MAGIC_16 ? 2 : 4;
+        f->start = SHARD_HEADER;
+        f->count = read_i32(header + 8);
+        if (f->count < 0 || SHARD_HEADER + f->count * f->width != size)
+            die(2, "%s: the header at byte 8 promises %ld tokens, which makes %ld bytes, but the file has %ld", path,
+                f->count, SHARD_HEADER + f->count * f->width, size);
+        if (f->count < T + 1) die(2, "%s: %ld tokens, but --seq %d needs at least %d", path, f->count, T, T + 1);
+    } else {
+        if (named_bin)
+            die(2, "%s: magic %d at byte 0; a .bin file of tokens starts with %d (uint16) or %d (uint32)", path, magic,
+                SHARD_MAGIC_16, SHARD_MAGIC_32);
+        if (!raw_allowed)
+            die(2, "%s: text, but this model does not read bytes; make token shards with data/tokenize_text.py", path);
+        f->width = 1;
+        long val = size / 10 > T + 1 ? size / 10 : T + 1;          // the last tenth, at least one window
+        f->start = part == VAL_PART ? size - val : 0;
+        f->count = part == WHOLE ? size : part == VAL_PART ? val : size - val;
+        if (part == WHOLE && size < T + 1)
+            die(2, "%s: %ld bytes, but --seq %d needs at least %d", path, size, T, T + 1);
+        if (part != WHOLE && size < 2L * (T + 1))
+            die(2, "%s: %ld bytes, but --seq %d needs at least %d (half of them for validation; --val none uses all)",
+                path, size, T, 2 * (T + 1));
+    }
+    f->windows = (f->count - 1) / T;
+}
+
+// Opens the files of a comma-separated list of names and patterns; each pattern's files are sorted by name.
+// raw_allowed = NO_BYTES refuses text: the model has a tokenizer, or fewer than 256 tokens.
+static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part, BytesAllowed raw_allowed) {
+    Dataset* d = (Dataset*)checked_malloc(sizeof(Dataset));
+    memset(d, 0, sizeof *d);
+    d->T = T;
+    d->vocab_size = vocab_size;
+    d->buffer = (unsigned char*)checked_malloc(4 * ((size_t)T + 1));
+    struct rlimit limit;            // each shard stays open: allow as many as the system does
+    if (!getrlimit(RLIMIT_NOFILE, &limit) && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+    char *names = copy_string(list), *rest = names, *name;
+    while ((name = strsep(&rest, ",")) != NULL) {
+        glob_t found;
+        memset(&found, 0, sizeof found);
+        // a name without a match stands for itself, so that opening it says what is wrong
+        if (glob(name, GLOB_NOCHECK, NULL, &found)) die(2, "%s: the file name or pattern cannot be read", name);
+        for (size_t i = 0; i < found.gl_pathc; i++) {
+            d->files = (DataFile*)realloc(d->files, sizeof(DataFile) * (d->num_files + 1));
+            if (!d->files) die(1, "out of memory");
+            DataFile* f = &d->files[d->num_files++];
+            data_file_open(f, found.gl_pathv[i], T, part, raw_allowed);
+            if (d->num_files > 1 && (f->width == 1) != d->raw)
+                die(2, "%s: text and token shards cannot be mixed in one run", f->path);
+            d->raw = f->width == 1;
+            d->windows += f->windows;
+            d->tokens += f->count;
+        }
+        globfree(&found);
+    }
+    free(names);
+    if (d->raw && raw_allowed == PERHAPS_BYTES && part != VAL_PART) warn_of_bytes(list, vocab_size);
+    return d;
+}
+
+static void dataset_close(Dataset* d) {
+    for (int i = 0; i < d->num_files; i++) {
+        if (d->files[i].fd >= 0) close(d->files[i].fd);
+        free(d->files[i].path);
+    }
+    free(d->files);
+    free(d->buffer);
+    free(d);
+}
+
+// Window number w (in file order): tokens (T) and targets (T), the tokens that follow them. 0 and d->error if it cannot
+// be read or holds a token that the vocabulary does not have.
+static int dataset_read(Dataset* d, long w, int* tokens, int* targets) {
+    DataFile* f = d->files;
+    for (; w >= f->windows; f++) w -= f->windows;
+    int T = d->T;
+    long offset = f->start + w * T * f->width;
+    const unsigned char* p = embedded_text + offset;
+    if (f->fd >= 0) {
+        p = d->buffer;
+        if (!read_at(f->fd, d->buffer, ((size_t)T + 1) * f->width, offset)) {
+            snprintf(d->error, sizeof d->error, "%.300s: cannot read %d tokens at byte %ld; has the file changed?",
+                     f->path, T + 1, offset);
+            return 0;
+        }
+    }
+    for (int t = 0; t <= T; t++) {
+        long token = f->width == 1 ? p[t] : f->width == 2 ? p[2 * t] | p[2 * t + 1] << 8 : read_i32(p + 4L * t);
+        if (token < 0 || token >= d->vocab_size) {
+            snprintf(d->error, sizeof d->error, "%.300s: token %ld at byte %ld; the vocabulary has 0 to %d", f->path,
+                     token, offset + (long)t * f->width, d->vocab_size - 1);
+            return 0;
+        }
+        if (t < T) tokens[t] = (int)token;
+        if (t > 0) targets[t - 1] = (int)token;
+    }
+    return 1;
+}
+
+// The same where there is nothing to lose: bad data ends the program.
+static void dataset_window(Dataset* d, long w, int* tokens, int* targets) {
+    if (!dataset_read(d, w, tokens, targets)) die(2, "%s", d->error);
+}
+
+// Reads all shards once before a new run starts: a token that the vocabulary does not have is better found now than in
+// the middle of the night. (A text's bytes are all in its vocabulary.)
+static void dataset_check(Dataset* d) {
+    enum { MOST = 16384 };
+    unsigned char buffer[MOST * 4];
+    for (int i = 0; i < d->num_files && !d->raw; i++) {
+        const DataFile* f = &d->files[i];
+        for (long first = 0; first < f->count; first += MOST) {
+            long n = lmin(MOST, f->count - first), offset = f->start + first * f->width;
+            if (!read_at(f->fd, buffer, (size_t)(n * f->width), offset))
+                die(1, "%s: cannot be read at byte %ld", f->path, offset);
+            for (long k = 0; k < n; k++) {
+                long token = f->width == 2 ? buffer[2 * k] | buffer[2 * k + 1] << 8 : read_i32(buffer + 4 * k);
+                if (token < 0 || token >= d->vocab_size)
+                    die(2, "%s: token %ld at byte %ld; the vocabulary has 0 to %d", f->path, token,
+                        offset + k * f->width, d->vocab_size - 1);
+            }
+        }
+    }
+}
+
+// Sequence number `index` of training: every window once an epoch, in an order that (seed, epoch) fixes. So the
+// position in the data is a function of the step, and a resumed run needs to remember nothing else. Returns as
+// dataset_read.
+static int dataset_training_sequence(Dataset* d, uint64_t seed, long index, int* tokens, int* targets) {
+    uint64_t key = random_key(seed, hash_string("order"), (uint64_t)(index / d->windows), 0);
+    return dataset_read(d, random_permutation(index % d->windows, d->windows, key), tokens, targets);
+}

@@ -1,0 +1,855 @@
+// options.h: the command line: one table of options, and what they ask for. Needs everything above.
+#pragma once
+
+// Everything that can be given. Text is NULL, a number is UNSET, where nothing was given and the default depends on
+// more.
+#define UNSET (-1)
+static struct {
+    // data and run
+    const char *data, *val, *model, *out;
+    long steps, batch, seq, accum, val_every, val_batches, save_every, sample_every, seed, threads;
+    long resume, eval, load;
+    const char *dump, *trace, *precision;
+    // model from scratch
+    long layers, hidden, heads, kv_heads, head_dim, ffn, experts, topk, expert_ffn, vocab, dense, tie, norm_topk,
+        sparse_step;
+    const char *qk_norm, *arch;
+    // router
+    double aux, z_loss, bias_rate, logit_norm, family_penalty;
+    const char *aux_form, *router, *topk_range, *lpr_align_form;
+    long aux_adaptive, family_steps, lpr_dim;
+    double lpr_weight, lpr_diversity, lpr_kl, lpr_align;
+    // optimiser
+    double lr, min_lr, decay_frac, weight_decay, beta1, beta2, eps, clip;
+    long warmup;
+    const char* schedule;
+    // sampling
+    const char *prompt, *prompt_ids;
+    long tokens, top_k;
+    double temperature, top_p;
+} options;
+
+typedef enum { OPT_FLAG, OPT_WHOLE, OPT_REAL, OPT_TEXT, OPT_CHOICE } OptionType;
+// What an option describes decides where it may stand: SHAPE only for a new model, RUN is remembered by --resume.
+typedef enum { USE_RUN, USE_SHAPE, USE_OTHER } OptionUse;
+
+typedef struct {
+    const char* name;
+    OptionType type;
+    OptionUse use;
+    void* value;
+    double low, high;               // range of a number
+    const char* start;              // default; NULL: see UNSET
+    const char* argument;           // as --help shows it; the choices of an OPT_CHOICE
+    const char* help;
+    int given;
+} Option;
+
+#ifndef PRECISIONS      // train_moe.cu has more
+#define PRECISIONS "fp32"
+#define DEFAULT_PRECISION "fp32"
+#endif
+
+#define BIG 1e15
+static Option option_table[] = {
+    {"data", OPT_TEXT, USE_RUN, &options.data, 0, 0, NULL, "F,..", "text or shards; names, patterns", 0},
+    {"val", OPT_TEXT, USE_RUN, &options.val, 0, 0, NULL, "F|none", "validation data (last tenth of text)", 0},
+    {"model", OPT_TEXT, USE_OTHER, &options.model, 0, 0, NULL, "DIR", "a Hugging Face directory", 0},
+    {"out", OPT_TEXT, USE_OTHER, &options.out, 0, 0, NULL, "DIR", "for checkpoints and logs", 0},
+    {"resume", OPT_FLAG, USE_OTHER, &options.resume, 0, 0, "0", "", "go on with the run in --out", 0},
+    {"steps", OPT_WHOLE, USE_RUN, &options.steps, 0, BIG, "1000", "N", "training steps in all", 0},
+    {"batch", OPT_WHOLE, USE_RUN, &options.batch, 1, 65536, "8", "B", "sequences in a batch", 0},
+    {"seq", OPT_WHOLE, USE_RUN, &options.seq, 1, 1 << 20, "128", "T", "tokens in one (--eval: at most 1024)", 0},
+    {"accum", OPT_WHOLE, USE_RUN, &options.accum, 1, 65536, "1", "A", "batches in a step", 0},
+    {"val-every", OPT_WHOLE, USE_RUN, &options.val_every, 0, BIG, "250", "N", "steps; 0: only at the end", 0},
+    {"val-batches", OPT_WHOLE, USE_RUN, &options.val_batches, 0, INT_MAX, "20", "N", "batches in one; 0: all", 0},
+    {"save-every", OPT_WHOLE, USE_RUN, &options.save_every, 0, BIG, "500", "N", "steps; 0: only at the end", 0},
+    {"sample-every", OPT_WHOLE, USE_RUN, &options.sample_every, 0, BIG, "0", "N", "steps; 0: never", 0},
+    {"seed", OPT_WHOLE, USE_RUN, &options.seed, 0, BIG, "1", "S", "of weights, data order, samples", 0},
+    {"threads", OPT_WHOLE, USE_OTHER, &options.threads, 1, 4096, NULL, "N", "all cores by default", 0},
+    {"precision", OPT_CHOICE, USE_OTHER, &options.precision, 0, 0, DEFAULT_PRECISION, PRECISIONS, "of products", 0},
+
+    {"arch", OPT_CHOICE, USE_SHAPE, &options.arch, 0, 0, "qwen3", "qwen3|mixtral|olmoe", "class",
+     0},
+    {"layers", OPT_WHOLE, USE_SHAPE, &options.layers, 1, MAX_LAYERS, "4", "L", "layers", 0},
+    {"hidden", OPT_WHOLE, USE_SHAPE, &options.hidden, 1, 1 << 20, "128", "H", "hidden size", 0},
+    {"heads", OPT_WHOLE, USE_SHAPE, &options.heads, 1, 1 << 14, "4", "NH", "attention heads", 0},
+    {"kv-heads", OPT_WHOLE, USE_SHAPE, &options.kv_heads, 1, 1 << 14, NULL, "NKV", "key/value heads (NH / 2)", 0},
+    {"head-dim", OPT_WHOLE, USE_SHAPE, &options.head_dim, 2, 1 << 14, NULL, "HD", "head size (H / NH)", 0},
+    {"ffn", OPT_WHOLE, USE_SHAPE, &options.ffn, 1, 1 << 20, NULL, "I", "dense layers' width (3 H)", 0},
+    {"experts", OPT_WHOLE, USE_SHAPE, &options.experts, 0, 1 << 16, "8", "E", "0: a dense model", 0},
+    {"topk", OPT_WHOLE, USE_OTHER, &options.topk, 1, 1 << 16, NULL, "K", "experts per token (2)", 0},
+    {"expert-ffn", OPT_WHOLE, USE_SHAPE, &options.expert_ffn, 1, 1 << 20, NULL, "I", "experts' width (2 H)", 0},
+    {"sparse-step", OPT_WHOLE, USE_SHAPE, &options.sparse_step, 1, MAX_LAYERS, "1", "S", "every S-th layer is sparse",
+     0},
+    {"dense", OPT_FLAG, USE_SHAPE, &options.dense, 0, 0, "0", "", "as --experts 0", 0},
+    {"vocab", OPT_WHOLE, USE_SHAPE, &options.vocab, 1, 1 << 24, NULL, "V", "vocabulary (text: 256)", 0},
+    {"tie", OPT_FLAG, USE_SHAPE, &options.tie, 0, 0, "0", "", "LM head = embedding", 0},
+    {"qk-norm", OPT_CHOICE, USE_SHAPE, &options.qk_norm, 0, 0, NULL, "none|head|row", "(the class's)", 0},
+    {"norm-topk", OPT_WHOLE, USE_SHAPE, &options.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1)", 0},
+
+    {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C", "balance (0.01 softmax; the model's)", 0},
+    {"aux-form", OPT_CHOICE, USE_RUN, &options.aux_form, 0, 0, "switch", "switch|hf", "per layer, or all layers", 0},
+    {"z-loss", OPT_REAL, USE_RUN, &options.z_loss, 0, 1e6, "0", "C", "keeps router logits small", 0},
+    {"aux-adaptive", OPT_FLAG, USE_RUN, &options.aux_adaptive, 0, 0, "0", "", "--aux follows each layer's load", 0},
+    {"router", OPT_CHOICE, USE_SHAPE, &options.router, 0, 0, "softmax", "softmax|sigmoid|lpr", "", 0},
+    {"bias-rate", OPT_REAL, USE_RUN, &options.bias_rate, 0, 1, "0.001", "G", "of sigmoid's bias", 0},
+    {"logit-norm", OPT_REAL, USE_SHAPE, &options.logit_norm, 0, 1e6, "0", "LAMBDA", "normalises logits; 0: off", 0},
+    {"topk-range", OPT_TEXT, USE_RUN, &options.topk_range, 0, 0, NULL, "LO:HI", "draw K per layer and step", 0},
+    {"family-penalty", OPT_REAL, USE_RUN, &options.family_penalty, 0, 1e6, NULL, "B", "of copies (1, if they are new)",
+     0},
+    {"family-steps", OPT_WHOLE, USE_RUN, &options.family_steps, 1, BIG, NULL, "S", "until it is 0 (half of all)", 0},
+    {"lpr-dim", OPT_WHOLE, USE_SHAPE, &options.lpr_dim, 1, 1 << 14, "16", "D", "latent dimensions", 0},
+    {"lpr-weight", OPT_REAL, USE_SHAPE, &options.lpr_weight, 0, 1e6, "0.01", "C", "of all LPR losses", 0},
+    {"lpr-diversity", OPT_REAL, USE_SHAPE, &options.lpr_diversity, 0, 1e6, "1", "C", "of diversity", 0},
+    {"lpr-kl", OPT_REAL, USE_SHAPE, &options.lpr_kl, 0, 1e6, "0.01", "C", "of the KL divergence", 0},
+    {"lpr-align", OPT_REAL, USE_SHAPE, &options.lpr_align, 0, 1e6, "0.05", "C", "of alignment", 0},
+    {"lpr-align-form", OPT_CHOICE, USE_SHAPE, &options.lpr_align_form, 0, 0, "sum", "sum|mean", "over tokens", 0},
+
+    {"lr", OPT_REAL, USE_RUN, &options.lr, 0, 1e6, NULL, "X", "rate (2e-3; 2e-4 with --model)", 0},
+    {"min-lr", OPT_REAL, USE_RUN, &options.min_lr, 0, 1e6, "0", "X", "at the end of the decay", 0},
+    {"warmup", OPT_WHOLE, USE_RUN, &options.warmup, 0, BIG, NULL, "N", "steps (a 20th of all, at most 100)", 0},
+    {"schedule", OPT_CHOICE, USE_RUN, &options.schedule, 0, 0, "wsd", "wsd|cosine|constant", "", 0},
+    {"decay-frac", OPT_REAL, USE_RUN, &options.decay_frac, 0, 1, "0.1", "X", "last part of the steps, wsd", 0},
+    {"weight-decay", OPT_REAL, USE_RUN, &options.weight_decay, 0, 1e6, "0.1", "X", "of matrices", 0},
+    {"beta1", OPT_REAL, USE_RUN, &options.beta1, 0, 0.999999, "0.9", "X", "AdamW", 0},
+    {"beta2", OPT_REAL, USE_RUN, &options.beta2, 0, 0.999999, "0.95", "X", "AdamW", 0},
+    {"eps", OPT_REAL, USE_RUN, &options.eps, 1e-30, 1, "1e-8", "X", "AdamW", 0},
+    {"clip", OPT_REAL, USE_RUN, &options.clip, 0, 1e6, "1", "X", "gradient norm; 0: never", 0},
+
+    {"eval", OPT_FLAG, USE_OTHER, &options.eval, 0, 0, "0", "", "loss of --model on --data", 0},
+    {"load", OPT_FLAG, USE_OTHER, &options.load, 0, 0, "0", "", "and each layer's load", 0},
+    {"trace", OPT_TEXT, USE_OTHER, &options.trace, 0, 0, NULL, "F.csv", "and each token's experts", 0},
+    {"dump", OPT_TEXT, USE_OTHER, &options.dump, 0, 0, NULL, "F", "logits, gradients of a batch", 0},
+    {"prompt", OPT_TEXT, USE_OTHER, &options.prompt, 0, 0, NULL, "TEXT", "continue this", 0},
+    {"prompt-ids", OPT_TEXT, USE_OTHER, &options.prompt_ids, 0, 0, NULL, "1,2,..", "the same as tokens", 0},
+    {"tokens", OPT_WHOLE, USE_OTHER, &options.tokens, 0, 1 << 24, "256", "N", "to generate", 0},
+    {"temperature", OPT_REAL, USE_OTHER, &options.temperature, 0, 100, "0.8", "X", "0: greedy", 0},
+    {"top-p", OPT_REAL, USE_OTHER, &options.top_p, 0, 1, "1", "X", "nucleus", 0},
+    {"top-k", OPT_WHOLE, USE_OTHER, &options.top_k, 0, 1 << 24, "0", "N", "likeliest; 0: all", 0},
+};
+enum { NUM_OPTIONS = sizeof option_table / sizeof option_table[0] };
+
+static Option* option_find(const char* name) {
+    for (int i = 0; i < NUM_OPTIONS; i++)
+        if (!strcmp(option_table[i].name, name)) return &option_table[i];
+    return NULL;
+}
+
+static int option_given(const char* name) { return option_find(name)->given; }
+
+// the position of a choice among "a|b|c", or -1
+static int choice_index(const char* choices, const char* text) {
+    size_t n = strlen(text);
+    for (int i = 0;; i++) {
+        const char* end = strchr(choices, '|');
+        size_t length = end ? (size_t)(end - choices) : strlen(choices);
+        if (n == length && !strncmp(choices, text, n)) return i;
+        if (!end) return -1;
+        choices = end + 1;
+    }
+}
+
+// Ends the program because getopt_long knew no single option for `argument`, --name or --name=value.
+static void option_unknown(const char* argument, const struct option* longs) {
+    char candidates[256] = "";
+    size_t length = strcspn(argument, "=");
+    int found = 0;
+    for (; longs->name; longs++) {
+        if (length <= 2 || strncmp(argument + 2, longs->name, length - 2)) continue;
+        size_t n = strlen(candidates);
+        snprintf(candidates + n, sizeof candidates - n, "%s--%s", found++ ? ", " : "", longs->name);
+    }
+    if (found > 1) die(2, "%s: may be any of %s", argument, candidates);
+    if (found == 1) die(2, "%s: the option takes no value", argument);
+    die(2, "%s: unknown option; see --help", argument);
+}
+
+static void option_set(Option* o, const char* text) {
+    char* end;
+    if (o->type == OPT_TEXT) {
+        *(const char**)o->value = text;
+    } else if (o->type == OPT_CHOICE) {
+        if (choice_index(o->argument, text) < 0) {
+            if (!strcmp(o->name, "precision")) die(2, "--precision %s: the CPU program computes in fp32", text);
+            die(2, "--%s %s: expected one of %s", o->name, text, o->argument);
+        }
+        *(const char**)o->value = text;
+    } else if (o->type == OPT_REAL) {
+        errno = 0;
+        double x = strtod(text, &end);
+        if (end == text || *end || !(x >= o->low && x <= o->high))
+            die(2, "--%s %s: expected a number from %g to %g", o->name, text, o->low, o->high);
+        *(double*)o->value = x;
+    } else {
+        errno = 0;
+        long x = strtol(text, &end, 10);
+        if (end == text || *end || errno || (o->type == OPT_WHOLE && (x < o->low || x > o->high)))
+            die(2, "--%s %s: expected a whole number from %.0f to %.0f", o->name, text, o->low, o->high);
+        *(long*)o->value = x;
+    }
+}
+
+static void options_reset(void) {
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        Option* o = &option_table[i];
+        o->given = 0;
+        if (o->start) option_set(o, o->start);
+        else if (o->type == OPT_WHOLE) *(long*)o->value = UNSET;
+        else if (o->type == OPT_REAL) *(double*)o->value = UNSET;
+        else *(const char**)o->value = NULL;
+    }
+}
+
+static void print_help(void) {
+    static const struct {
+        const char *first, *title;
+    } groups[] = {{"data", "Data and run"},
+                  {"arch", "A new model"},
+                  {"aux", "Router"},
+                  {"lr", "Optimiser"},
+                  {"eval", "Instead of training"}};
+    printf("train_moe %s: trains, evaluates and samples mixture-of-experts GPTs. Without options: a demonstration.\n",
+           VERSION);
+    int column = 0;         // two options in a line
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        const Option* o = &option_table[i];
+        char name[64], text[160], start[40] = "";
+        for (size_t g = 0; g < sizeof groups / sizeof groups[0]; g++)
+            if (!strcmp(o->name, groups[g].first)) {
+                printf("%s%s\n", column ? "\n" : "", groups[g].title);
+                column = 0;
+            }
+        snprintf(name, sizeof name, "--%s %s", o->name, o->argument);
+        if (o->start && o->type != OPT_FLAG) snprintf(start, sizeof start, " (%s)", o->start);
+        snprintf(text, sizeof text, "  %-19s %s%s", name, o->help, start);
+        printf(column ? "%s\n" : "%-59s", text);
+        column = !column;
+    }
+    printf("%s", column ? "\n" : "");
+}
+
+static void options_parse(int argc, char** argv) {
+    struct option longs[NUM_OPTIONS + 3];
+    memset(longs, 0, sizeof longs);
+    options_reset();
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        longs[i].name = option_table[i].name;
+        longs[i].has_arg = option_table[i].type == OPT_FLAG ? no_argument : required_argument;
+    }
+    longs[NUM_OPTIONS].name = "help";
+    longs[NUM_OPTIONS + 1].name = "version";
+    // beyond any character; were they equal, getopt would not see that an abbreviation is ambiguous
+    for (int i = 0; i < NUM_OPTIONS + 2; i++) longs[i].val = 256 + i;
+    opterr = 0;
+    optind = 1;
+    int c;
+    while ((c = getopt_long(argc, argv, ":", longs, NULL)) != -1) {
+        int index = c - 256;
+        if (c == ':') die(2, "%s wants a value; see --help", argv[optind - 1]);
+        if (c == '?' && optopt > 0 && optopt < 256) die(2, "-%c: unknown option; see --help", optopt);
+        if (c == '?') option_unknown(argv[optind - 1], longs);
+        if (index == NUM_OPTIONS) {
+            print_help();
+            exit(0);
+        }
+        if (index == NUM_OPTIONS + 1) {
+            printf("%s %s\n", program_name, VERSION);
+            exit(0);
+        }
+        option_set(&option_table[index], option_table[index].type == OPT_FLAG ? "1" : optarg);
+        option_table[index].given = 1;
+    }
+    if (optind < argc) die(2, "%s: unexpected argument; options start with --, see --help", argv[optind]);
+}
+
+// trainer.json: the options of the run, the step it has reached, and the load counted since the last validation.
+static void trainer_to_json(Text* t, const Model* m, long step) {
+    const Config* c = &m->config;
+    text_print(t, "{\n  \"version\": \"%s\",\n  \"step\": %ld,\n  \"family_start\": %ld,\n  \"reads_bytes\": %d,\n"
+               "  \"options\": {", VERSION, step, m->family_start, m->reads_bytes);
+    for (int i = 0, listed = 0; i < NUM_OPTIONS; i++) {
+        const Option* o = &option_table[i];
+        int is_text = o->type == OPT_TEXT || o->type == OPT_CHOICE;
+        if (o->use != USE_RUN || (is_text && !*(const char**)o->value)) continue;
+        if (!is_text && (o->type == OPT_REAL ? *(double*)o->value : (double)*(long*)o->value) == UNSET) continue;
+        text_print(t, "%s\n    \"%s\": ", listed++ ? "," : "", o->name);
+        if (is_text) text_json_string(t, *(const char**)o->value);
+        else if (o->type == OPT_REAL) text_json_double(t, *(double*)o->value);
+        else text_print(t, "%ld", *(long*)o->value);
+    }
+    text_print(t, "\n  },\n  \"load\": [");
+    for (long i = 0; i < (long)c->num_layers * c->num_experts; i++) text_print(t, "%s%ld", i ? "," : "", m->load[i]);
+    text_print(t, "],\n  \"observed\": [");
+    for (int i = 0; i < OBSERVED_NUMBERS * c->num_layers && c->num_experts > 0; i++) {
+        text_print(t, i ? "," : "");
+        text_json_double(t, ((const double*)m->observed)[i]);
+    }
+    text_print(t, "],\n  \"aux_coefficients\": [");
+    for (int l = 0; l < c->num_layers && m->balance.adaptive; l++) {
+        text_print(t, l ? "," : "");
+        text_json_double(t, m->aux_coefficients[l]);
+    }
+    text_print(t, "]\n}\n");
+}
+
+// The reverse of the lists at the end of trainer_to_json.
+static void trainer_restore(Model* m, const Json* state) {
+    const Config* c = &m->config;
+    const Json *load = json_get(state, "load"), *observed = json_get(state, "observed"),
+               *aux = json_get(state, "aux_coefficients");
+    for (int i = 0; load && i < load->count && i < c->num_layers * c->num_experts; i++)
+        m->load[i] = (long)load->items[i]->number;
+    for (int i = 0; observed && i < observed->count && i < OBSERVED_NUMBERS * c->num_layers; i++)
+        ((double*)m->observed)[i] = observed->items[i]->number;
+    for (int l = 0; aux && l < aux->count && l < c->num_layers; l++) m->aux_coefficients[l] = aux->items[l]->number;
+}
+
+static Json* trainer_state = NULL;          // what --resume read
+
+// Takes the options that were not given from OUT/trainer.json and returns the step that it has reached. The parsed file
+// holds the texts of the options, and the load for the model, so it is kept.
+static long trainer_read(const char* out, Json** kept) {
+    char path[PATH_SIZE];
+    Error error = {""};
+    join_path(path, out, "trainer.json");
+    *kept = json_read(path, &error);
+    char model[PATH_SIZE];
+    if (access(path, F_OK))
+        die(2, access(join_path(model, out, "config.json"), F_OK)
+                   ? "--out %s holds no checkpoint to go on from; leave out --resume to start"
+                   : "--out %s holds no checkpoint to go on from, but a model; give it as --model and another --out",
+            out);
+    if (!*kept) die(2, "%s", error.text);
+    const Json* saved = json_get(*kept, "options");
+    long step = json_whole(json_get(*kept, "step"), LONG_MAX);
+    if (!saved || step < 0) die(2, "%s: no options or step; this is not the trainer.json of a run", path);
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        Option* o = &option_table[i];
+        const Json* value = json_get(saved, o->name);
+        if (o->use == USE_RUN && !o->given && value && value->string) option_set(o, value->string);
+    }
+    return step;
+}
+
+// A new model as the options describe it. vocab_size stays 0 if it was not given; the data decides.
+static void config_from_options(Config* c) {
+    memset(c, 0, sizeof *c);
+    int dense = options.dense || options.experts == 0, kind = choice_index("qwen3|mixtral|olmoe", options.arch);
+    if (kind == 2 && dense) die(2, "--arch olmoe: has no dense form; --arch qwen3 or mixtral (then a Llama) have one");
+    c->arch = kind == 0 ? (dense ? QWEN3 : QWEN3_MOE) : kind == 1 ? (dense ? LLAMA : MIXTRAL) : OLMOE;
+    c->num_layers = (int)options.layers;
+    c->hidden_size = (int)options.hidden;
+    c->num_heads = (int)options.heads;
+    int kv = options.heads % 2 ? (int)options.heads : (int)options.heads / 2;
+    c->num_kv_heads = options.kv_heads == UNSET ? kv : (int)options.kv_heads;
+    c->head_dim = options.head_dim == UNSET ? c->hidden_size / c->num_heads : (int)options.head_dim;
+    c->intermediate_size = options.ffn == UNSET ? 3 * c->hidden_size : (int)options.ffn;
+    c->vocab_size = options.vocab == UNSET ? 0 : (int)options.vocab;
+    c->max_position_embeddings = (int)options.seq;
+    c->tie_word_embeddings = (int)options.tie;
+    c->rope_theta = 10000;
+    c->rms_norm_eps = 1e-6;
+    c->qk_norm = kind == 0 ? QK_NORM_HEAD : kind == 1 ? QK_NORM_NONE : QK_NORM_ROW;
+    static const char* fits[] = {"mixtral", "qwen3", "olmoe"};          // by kind of norm
+    if (options.qk_norm && choice_index("none|head|row", options.qk_norm) != (int)c->qk_norm)
+        die(2, "--qk-norm %s: --arch %s has no such norm; --arch %s does", options.qk_norm, options.arch,
+            fits[choice_index("none|head|row", options.qk_norm)]);
+    if (c->num_heads % c->num_kv_heads)
+        die(2, "--kv-heads %d: --heads %d is no multiple of it", c->num_kv_heads, c->num_heads);
+    if (options.head_dim == UNSET && c->hidden_size % c->num_heads)
+        die(2, "--hidden %d: no multiple of --heads %d; give --head-dim", c->hidden_size, c->num_heads);
+    if (c->head_dim % 2 || c->head_dim < 2) die(2, "--head-dim %d: rotary positions need an even one", c->head_dim);
+    if (kind == 2 && c->head_dim * c->num_heads != c->hidden_size)
+        die(2, "--head-dim %d: --arch olmoe has hidden / heads; --arch qwen3 is free in it", c->head_dim);
+    for (int i = 0; i < 3; i++) strcpy(c->token_ids[i], "null");
+    static const char* moe_only[] = {"topk", "expert-ffn", "norm-topk", "sparse-step"};
+    for (int i = 0; dense && i < 4; i++)
+        if (option_given(moe_only[i]))
+            die(2, "--%s: a dense model has no experts; leave out --dense or --experts 0", moe_only[i]);
+    static const char* variants[] = {"router",        "logit-norm", "lpr-dim",   "lpr-weight",
+                                     "lpr-diversity", "lpr-kl",     "lpr-align", "lpr-align-form"};
+    c->router = (Router)choice_index("softmax|sigmoid|lpr", options.router);
+    for (int i = 0; dense && i < 8; i++)
+        if (option_given(variants[i]))
+            die(2, "--%s: a dense model has no router; leave out --dense or --experts 0", variants[i]);
+    for (int i = 2; c->router != ROUTER_LPR && i < 8; i++)
+        if (option_given(variants[i])) die(2, "--%s: belongs to --router lpr", variants[i]);
+    if (dense) return;
+    if (options.sparse_step == 1 && option_given("ffn"))
+        die(2, "--ffn: every layer is sparse, so there is no dense one; --expert-ffn is the width of an expert");
+    c->num_experts = (int)options.experts;
+    c->num_experts_per_tok = options.topk == UNSET ? imin(2, c->num_experts) : (int)options.topk;
+    c->moe_intermediate_size = options.expert_ffn == UNSET ? 2 * c->hidden_size : (int)options.expert_ffn;
+    c->norm_topk_prob = options.norm_topk == UNSET ? 1 : (int)options.norm_topk;
+    if (c->num_experts_per_tok > c->num_experts)
+        die(2, "--topk %d: there are only %d experts", c->num_experts_per_tok, c->num_experts);
+    if (kind == 1 && !c->norm_topk_prob)
+        die(2, "--norm-topk 0: --arch mixtral always renormalises; --arch qwen3 or olmoe fit");
+    if (kind != 0 && options.sparse_step > 1)
+        die(2, "--sparse-step %ld: in --arch %s all layers are sparse; --arch qwen3 fits", options.sparse_step,
+            options.arch);
+    for (int l = 0; l < c->num_layers; l++) c->sparse[l] = (l + 1) % options.sparse_step == 0;
+    c->logit_norm = options.logit_norm;
+    if (c->router == ROUTER_LPR) {
+        if (c->logit_norm > 0)
+            die(2, "--logit-norm: LPR's scores are cosines already; use it with --router softmax or sigmoid");
+        c->norm_topk_prob = 1;
+        c->lpr_latent_dim = (int)options.lpr_dim;
+        c->lpr_weight = options.lpr_weight;
+        c->lpr_diversity = options.lpr_diversity;
+        c->lpr_kl = options.lpr_kl;
+        c->lpr_align = options.lpr_align;
+        c->lpr_align_mean = !strcmp(options.lpr_align_form, "mean");
+    }
+    // Qwen3-MoE with sigmoid scores is Dots1, which knows dense layers only below the sparse ones
+    if (kind == 0 && c->router == ROUTER_SIGMOID && c->logit_norm == 0 && options.sparse_step == 1 &&
+        c->num_experts > 1)
+        c->arch = DOTS1;
+    if (count_sparse(c) == 0)
+        die(2, "--sparse-step %ld: leaves no sparse layer among %d; --dense does that", options.sparse_step,
+            c->num_layers);
+}
+
+static int has_tokenizer(const char* dir) {
+    static const char* signs[] = {"tokenizer.json", "tokenizer.model", "vocab.json"};
+    char path[PATH_SIZE];
+    int found = 0;
+    for (int i = 0; i < 3; i++) found |= !access(join_path(path, dir, signs[i]), F_OK);
+    return found;
+}
+
+// Whether the tokens of the model in `dir` are bytes: never with a tokenizer or fewer tokens than bytes, always with
+// 256. Otherwise the run that made the model told, or the upcycle after it, or nobody.
+static BytesAllowed reads_bytes(const Config* c, const char* dir) {
+    static const char* records[] = {"trainer.json", "upcycle.json"};
+    char path[PATH_SIZE];
+    Error ignored = {""};
+    if (has_tokenizer(dir) || c->vocab_size < 256) return NO_BYTES;
+    if (c->vocab_size == 256) return BYTES;
+    long told = -1;
+    for (int i = 0; i < 2 && told < 0; i++) {
+        Json* record = access(join_path(path, dir, records[i]), F_OK) ? NULL : json_read(path, &ignored);
+        told = json_whole(json_get(record, "reads_bytes"), 1);
+        json_free(record);
+    }
+    return told == 0 ? NO_BYTES : told == 1 ? BYTES : PERHAPS_BYTES;
+}
+
+// Longer sequences than the model was made for are computed all the same, but not in silence.
+static void check_length(Config* c, int T) {
+    if (c->sliding_window && c->sliding_window < T)
+        die(2, "--seq %d: the model has sliding_window %d, which is not supported; use a shorter --seq", T,
+            c->sliding_window);
+    if (T <= c->max_position_embeddings) return;
+    fprintf(stderr, "%s: warning: --seq %d goes beyond the model's max_position_embeddings, %d\n", program_name, T,
+            c->max_position_embeddings);
+    c->max_position_embeddings = T;
+}
+
+static void print_model(const Model* m) {
+    const Config* c = &m->config;
+    long total, active;
+    count_parameters(c, &total, &active);
+    printf("model: %s, %d layers, hidden %d, %d/%d heads x %d, vocabulary %d", archs[c->arch].model_type, c->num_layers,
+           c->hidden_size, c->num_heads, c->num_kv_heads, c->head_dim, c->vocab_size);
+    if (c->num_experts)
+        printf(", %d experts of width %d, %d per token", c->num_experts, c->moe_intermediate_size,
+               c->num_experts_per_tok);
+    printf("\nparameters: %ld, %ld of them active for a token\n", total, active);
+    printf("memory: %.1f MB = parameters %.1f + gradients and moments %.1f + activations %.1f\n",
+           (m->bytes_params + m->bytes_optimizer + m->bytes_activations) / 1e6, m->bytes_params / 1e6,
+           m->bytes_optimizer / 1e6, m->bytes_activations / 1e6);
+    fflush(stdout);
+}
+
+// A model with the parameters of --model.
+static Model* load_model(Config* c, const char* dir, Purpose purpose, int B, int T, int positions) {
+    Error error = {""};
+    Model* m = model_plan(c, purpose, B, T, positions, NULL);
+    if (purpose != FOR_GENERATION) print_model(m);      // what is generated stands alone
+    model_allocate(m);
+    if (!checkpoint_load(m, dir, &error)) die(2, "%s", error.text);
+    m->backend->send(m, PARAMETERS);
+    return m;
+}
+
+static Balance balance_from_options(const Config* c) {
+    Balance b;
+    b.aux = (float)(options.aux == UNSET ? c->router_aux_loss_coef : options.aux);
+    b.z = (float)options.z_loss;
+    b.aux_form = (AuxForm)choice_index("switch|hf", options.aux_form);
+    b.adaptive = (int)options.aux_adaptive;
+    if (b.adaptive && b.aux_form == AUX_HF)
+        die(2, "--aux-adaptive: a coefficient for each layer wants --aux-form switch");
+    return b;
+}
+
+static int run_eval(Config* c) {
+    if (!options.model) die(2, "--eval wants --model DIR");
+    if (!options.data) die(2, "--eval wants --data FILE");
+    if (!option_given("seq")) options.seq = imin(1024, c->max_position_embeddings);
+    int B = (int)options.batch, T = (int)options.seq;
+    Dataset* d = dataset_open(options.data, T, c->vocab_size, WHOLE, reads_bytes(c, options.model));
+    check_length(c, T);
+    Model* m = load_model(c, options.model, FOR_SCORING, B, T, T);
+    Batch batch = batch_create(B, T);
+    m->counting_load = options.load || options.trace;
+    if (m->counting_load && count_sparse(c) == 0)
+        die(2, "--%s: a dense model has no experts", options.trace ? "trace" : "load");
+    if (options.trace) {
+        m->trace = fopen(options.trace, "w");
+        if (!m->trace) die(2, "--trace %s: %s", options.trace, strerror(errno));
+        fprintf(m->trace, "window,position,token,layer");
+        for (int k = 0; k < c->num_experts_per_tok; k++) fprintf(m->trace, ",expert_%d", k + 1);
+        for (int k = 0; k < c->num_experts_per_tok; k++) fprintf(m->trace, ",gate_%d", k + 1);
+        fprintf(m->trace, "\n");
+    }
+    double start = seconds(), loss = evaluate(m, d, 0, batch), elapsed = seconds() - start;
+    if (m->trace && fclose(m->trace)) die(1, "--trace %s: %s", options.trace, strerror(errno));
+    printf("loss %.6f | perplexity %.4f", loss, exp(loss));
+    if (d->raw) printf(" | bits per byte %.4f", loss / M_LN2);
+    printf(" | %ld tokens, %.0f tokens/s\n", d->windows * T, d->windows * T / elapsed);
+    if (options.load) report_load(m, 1, NULL, 0);
+    free(batch.tokens);
+    dataset_close(d);
+    model_free(m);
+    return 0;
+}
+
+static int run_dump(Config* c) {
+    if (!options.data) die(2, "--dump wants --data FILE");
+    int B = (int)options.batch, T = (int)options.seq, V = c->vocab_size, count = 0;
+    Dataset* d = dataset_open(options.data, T, V, WHOLE, reads_bytes(c, options.model));
+    if (d->windows < B) die(2, "--batch %d: %s has only %ld windows of %d tokens", B, options.data, d->windows, T + 1);
+    check_length(c, T);
+    Model* m = load_model(c, options.model, FOR_TRAINING, B, T, T);
+    Batch batch = batch_create(B, T);
+    for (int b = 0; b < B; b++) dataset_window(d, b, batch.tokens + (long)b * T, batch.targets + (long)b * T);
+    m->balance = balance_from_options(c);
+    m->backend->forward(m, batch.tokens, batch.targets, B, T);
+    m->backend->read_back(m, LOGITS | ROUTING);
+    float* logits = (float*)checked_malloc(sizeof(float) * (size_t)B * T * V);      // the backward pass overwrites them
+    memcpy(logits, m->logits, sizeof(float) * (size_t)B * T * V);
+    m->backend->backward(m, 1);
+    m->backend->read_back(m, GRADIENTS);
+    Losses losses = take_losses(m);
+    OutTensor* out = (OutTensor*)checked_malloc(sizeof(OutTensor) * (size_t)(5 + c->num_layers + m->layout.count));
+    char(*names)[128] = (char(*)[128])checked_malloc(sizeof(*names) * (size_t)(c->num_layers + m->layout.count));
+    float loss = (float)losses.loss, aux_loss = (float)losses.aux;
+    OutTensor first[] = {{"tokens", "I32", 2, {B, T, 0}, batch.tokens}, {"targets", "I32", 2, {B, T, 0}, batch.targets},
+                         {"logits", "F32", 3, {B, T, V}, logits}, {"loss", "F32", 1, {1, 0, 0}, &loss},
+                         {"aux_loss", "F32", 1, {1, 0, 0}, &aux_loss}};
+    for (; count < 5; count++) out[count] = first[count];
+    for (int l = 0; l < c->num_layers; l++) {
+        if (!c->sparse[l]) continue;
+        snprintf(names[count - 5], sizeof names[0], "router.%d", l);
+        OutTensor o = {names[count - 5], "I32", 2, {(long)B * T, c->num_experts_per_tok, 0}, m->layers[l].experts};
+        out[count++] = o;
+    }
+    for (int i = 0; i < m->layout.count; i++) {
+        const Tensor* t = &m->layout.tensors[i];
+        if (strstr(t->name, "e_score_correction_bias")) continue;       // is not trained by a gradient
+        snprintf(names[count - 5], sizeof names[0], "grad.%s", t->name);
+        OutTensor o = {
+            names[count - 5], "F32", tensor_is_matrix(t) ? 2 : 1, {t->rows, t->cols, 0}, m->grads + t->offset};
+        out[count++] = o;
+    }
+    Error error = {""};
+    char temporary[PATH_SIZE];
+    snprintf(temporary, sizeof temporary, "%s.saving", options.dump);
+    if (!safetensors_write(temporary, out, count, &error) || rename(temporary, options.dump)) {
+        unlink(temporary);
+        die(1, "%s", error.text[0] ? error.text : strerror(errno));
+    }
+    printf("loss %.6f, aux loss %.6f; %d tensors in %s\n", losses.loss, losses.aux, count, options.dump);
+    free(logits);
+    free(out);
+    free(names);
+    free(batch.tokens);
+    dataset_close(d);
+    model_free(m);
+    return 0;
+}
+
+static int run_prompt(Config* c) {
+    Tokenizer* tokenizer = tokenizer_open(options.model, c->vocab_size);
+    int prompt = 0, tokens = (int)options.tokens;
+    size_t room = strlen(options.prompt ? options.prompt : options.prompt_ids) + (size_t)tokens + 1;
+    int* ids = (int*)checked_malloc(sizeof(int) * room);
+    if (options.prompt_ids) {
+        for (const char* s = options.prompt_ids; *s;) {
+            char* end;
+            long id = strtol(s, &end, 10);
+            if (end == s || (*end && *end != ',') || id < 0 || id >= c->vocab_size)
+                die(2, "--prompt-ids: expected numbers from 0 to %d with commas between them, found %.20s",
+                    c->vocab_size - 1, s);
+            ids[prompt++] = (int)id;
+            s = *end ? end + 1 : end;
+        }
+    } else {
+        if (c->vocab_size < 256)
+            die(2, "--prompt: this model's vocabulary has %d tokens, too few for bytes; give --prompt-ids",
+                c->vocab_size);
+        BytesAllowed bytes = reads_bytes(c, options.model);
+        if (bytes == NO_BYTES)
+            die(2,
+                "--prompt: this model reads tokens; encode the text with dev/reference/encode.py and give "
+                "--prompt-ids");
+        if (bytes == PERHAPS_BYTES) warn_of_bytes("--prompt", c->vocab_size);
+        for (const char* s = options.prompt; *s; s++) ids[prompt++] = (unsigned char)*s;
+    }
+    if (prompt == 0) die(2, "the prompt is empty; give at least one token to go on from");
+    int positions = imin(prompt + tokens, c->max_position_embeddings);
+    if (c->sliding_window && c->sliding_window < positions)
+        die(2, "--tokens %d: the model has sliding_window %d, which is not supported; ask for fewer", tokens,
+            c->sliding_window);
+    Model* g = load_model(c, options.model, FOR_GENERATION, 1, imin(positions, 256), positions);
+    Sampling how = {options.temperature, options.top_p, (int)options.top_k, (uint64_t)options.seed};
+    signal(SIGINT, on_signal);
+    double start = seconds();
+    int made = generate(g, tokenizer, ids, prompt, tokens, &how, stdout);
+    fprintf(stderr, "\n%d tokens, %.1f tokens/s\n", made, made / (seconds() - start));
+    free(ids);
+    tokenizer_close(tokenizer);
+    model_free(g);
+    return stop_signal ? 130 : 0;
+}
+
+// The generator shares the parameters of the model in training; what else decides its routing is copied.
+static void print_sample(Model* generator, const Model* trained, uint64_t seed, int tokens) {
+    generator->has_families = trained->has_families;
+    generator->config.family_penalty = trained->config.family_penalty;
+    memcpy(generator->family, trained->family,
+           sizeof(int) * (size_t)trained->config.num_layers * (size_t)trained->config.num_experts);
+    generator->backend->send(generator, 0);
+    Tokenizer* tokenizer = tokenizer_open(generator->source, generator->config.vocab_size);
+    int* ids = (int*)checked_malloc(sizeof(int) * (size_t)(tokens + 1));
+    Sampling how = {options.temperature, options.top_p, (int)options.top_k, seed};
+    int bos = atoi(generator->config.token_ids[0]);     // "" and null, as in byte models, give 0
+    ids[0] = tokenizer->pieces && bos < generator->config.vocab_size ? bos : '\n' % generator->config.vocab_size;
+    generate(generator, tokenizer, ids, 1, tokens, &how, stdout);
+    printf("\n");
+    free(ids);
+    tokenizer_close(tokenizer);
+}
+
+// --topk-range LO:HI
+static void topk_range_from_options(Config* c, Run* run) {
+    char rest;
+    if (!options.topk_range) return;
+    if (sscanf(options.topk_range, "%d:%d%c", &run->topk_low, &run->topk_high, &rest) != 2 || run->topk_low < 1 ||
+        run->topk_high < run->topk_low || run->topk_high > c->num_experts)
+        die(2, "--topk-range %s: expected LO:HI with 1 <= LO <= HI <= %d experts", options.topk_range, c->num_experts);
+    c->topk_limit = run->topk_high;
+}
+
+// Makes OUT if it is not there, takes the lock that keeps a second run out (the system drops it when this one ends,
+// however it ends), and refuses to write over a run.
+static void open_out(const char* out) {
+    char path[PATH_SIZE];
+    Error error = {""};
+    for (const char* end = strchr(out + 1, '/'); end && !options.resume; end = strchr(end + 1, '/')) {    // its parents
+        snprintf(path, sizeof path, "%.*s", (int)(end - out), out);
+        mkdir(path, 0777);
+    }
+    if (!options.resume && mkdir(out, 0777) && errno != EEXIST) die(2, "--out %s: %s", out, strerror(errno));
+    int fd = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) die(2, "--out %s: %s", out, strerror(errno));
+    if (flock(fd, LOCK_EX | LOCK_NB)) die(2, "--out %s: another run is writing there", out);
+    if (options.resume && !finish_save(out, &error)) die(1, "%s", error.text);
+    static const char* signs[] = {"trainer.json", ".ready", "config.json", "model.safetensors"};
+    for (int i = 0; !options.resume && i < 4; i++) {
+        join_path(path, out, signs[i]);
+        if (!access(path, F_OK))
+            die(2, i < 2 ? "--out %s: holds %s; --resume goes on with that run, another --out starts a new one"
+                         : "--out %s: holds %s, but no run; to train this model give it as --model and another --out",
+                out, signs[i]);
+    }
+}
+
+static int run_train(Config* c, long first_step) {
+    int B = (int)options.batch, T = (int)options.seq, demonstration = !options.data && !options.out && !options.model;
+    Error error = {""};
+    signal(SIGPIPE, SIG_IGN); // that nobody reads what is printed (`| head`) is no reason to lose the work
+    if (options.resume) options.model = options.out;
+    check_length(c, T);
+    BytesAllowed bytes_are_tokens = options.model                                    ? reads_bytes(c, options.model)
+                                    : c->vocab_size == 0 || c->vocab_size >= 256 ? BYTES
+                                                                                   : NO_BYTES;
+    if (!options.data) options.data = "<embedded>";
+    int split = !options.val;
+    Dataset *data = dataset_open(options.data, T, INT_MAX, split ? TRAIN_PART : WHOLE, bytes_are_tokens), *val = NULL;
+    if (c->vocab_size == 0 && !data->raw)
+        die(2, "--vocab is missing: token shards do not say how many tokens there are");
+    if (c->vocab_size == 0) c->vocab_size = 256;
+    data->vocab_size = c->vocab_size;
+    if (split && data->raw) val = dataset_open(options.data, T, c->vocab_size, VAL_PART, bytes_are_tokens);
+    if (options.val && strcmp(options.val, "none"))
+        val = dataset_open(options.val, T, c->vocab_size, WHOLE, bytes_are_tokens);
+    if (data->windows < 1) die(2, "%s: no window of %d tokens", options.data, T + 1);
+    if (val && val->raw != data->raw)
+        die(2, "--val %s: --data is %s, and so --val must be", options.val, data->raw ? "text" : "token shards");
+
+    if (!options.resume) {
+        dataset_check(data);
+        if (val) dataset_check(val);
+    }
+
+    // what was not given and depends on more
+    if (options.lr == UNSET) options.lr = options.model ? 2e-4 : 2e-3;
+    if (options.min_lr > options.lr && (option_given("min-lr") || option_given("lr")))
+        die(2, "--min-lr %g: the decay ends there, so it must not be above --lr, %g", options.min_lr, options.lr);
+    static const char* of_routers[] = {"aux", "aux-form", "z-loss", "aux-adaptive", "topk-range"};
+    for (int i = 0; i < 5 && c->num_experts == 0; i++)
+        if (option_given(of_routers[i])) die(2, "--%s: a dense model has no router", of_routers[i]);
+    if (option_given("bias-rate") && c->router != ROUTER_SIGMOID)
+        die(2, "--bias-rate: only the router sigmoid has a bias");
+    if (options.warmup == UNSET && options.steps > 0) options.warmup = lmin(100, options.steps / 20);
+    if (options.aux == UNSET)
+        options.aux = options.model ? c->router_aux_loss_coef : c->router == ROUTER_SOFTMAX ? 0.01 : 0;
+    c->router_aux_loss_coef = options.aux;
+    Run run;
+    memset(&run, 0, sizeof run);
+    run.steps = options.steps;
+    run.B = B;
+    run.T = T;
+    run.accum = (int)options.accum;
+    run.lr = options.lr;
+    run.min_lr = options.min_lr;
+    run.decay_frac = options.decay_frac;
+    run.warmup = options.warmup;
+    run.schedule = (Schedule)choice_index("wsd|cosine|constant", options.schedule);
+    run.adamw.beta1 = options.beta1;
+    run.adamw.beta2 = options.beta2;
+    run.adamw.eps = options.eps;
+    run.adamw.weight_decay = options.weight_decay;
+    run.adamw.clip = options.clip;
+    run.seed = (uint64_t)options.seed;
+    run.val_every = options.val_every;
+    run.val_batches = options.val_batches;
+    run.save_every = options.save_every;
+    run.sample_every = options.sample_every;
+    run.bias_rate = options.bias_rate;
+    topk_range_from_options(c, &run);
+    if (c->family_penalty > 0 || options.family_penalty != UNSET || options.family_steps != UNSET) {
+        if (!options.model)
+            die(2, "--family-penalty: a new model has no families; they come with a --model from upcycle");
+        if (c->num_experts == 0 || c->router == ROUTER_LPR)
+            die(2, "--family-penalty: a model %s has no families to penalise",
+                c->num_experts ? "with the router lpr" : "without experts");
+        if (options.family_penalty == UNSET) options.family_penalty = 1;
+        // a run whose moments upcycle carried over goes on at its source's step, and the penalty starts there
+        long start = json_whole(json_get(trainer_state, "family_start"), first_step), half;
+        run.family_start = start > 0 ? start : 0;
+        half = (options.steps - run.family_start) / 2;
+        if (options.family_steps == UNSET && options.steps > 0) options.family_steps = half > 1 ? half : 1;
+        run.family_strength = options.family_penalty;
+        run.family_steps = options.family_steps;
+        if (options.steps > 0)
+            c->family_penalty = family_penalty_at(run.family_strength, first_step - run.family_start, run.family_steps);
+    }
+
+    Model *m = model_plan(c, FOR_TRAINING, B, T, T, NULL), *generator = NULL;
+    print_model(m);
+    model_allocate(m);
+    if (demonstration || run.sample_every > 0) {
+        generator = model_create(c, FOR_GENERATION, 1, T, T, m);
+    }
+    m->balance = balance_from_options(c);
+    m->family_start = run.family_start;
+    // what a model's tokens mean does not change when training goes on with other data
+    m->reads_bytes = data->raw || (options.model && bytes_are_tokens == BYTES);
+    for (int l = 0; l < c->num_layers; l++) m->aux_coefficients[l] = m->balance.aux;
+    if (!options.model) model_init(m, run.seed);
+    else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);
+    if (options.resume && !optimizer_load(m, options.out, &error)) die(2, "%s", error.text);
+    m->backend->send(m, PARAMETERS | (options.resume ? MOMENTS : 0));
+    if (generator) generator->source = m->source;
+    if (options.out && !options.resume) open_out(options.out);      // not before everything else is known to be right
+    printf("data: %s, %ld tokens, %ld windows of %d\n", options.data, data->tokens, data->windows, T + 1);
+    if (val) {
+        long seen = run.val_batches > 0 ? lmin(val->windows, run.val_batches * B) : val->windows;
+        printf("validation: %s, %ld of %ld windows%s\n", split ? "the last tenth" : options.val, seen, val->windows,
+               seen < val->windows ? "; --val-batches 0 takes all" : "");
+    }
+    if (!options.out) printf("nothing will be saved: there is no --out\n");
+    else if (!is_ordinary(c))
+        printf("no Hugging Face class is like this model: it will be saved with model_type train_moe\n");
+    fflush(stdout);
+    if (options.resume) {
+        trainer_restore(m, trainer_state);
+    }
+    int code = train(m, &run, data, val, generator, options.out, first_step);
+    if (code == 0 && demonstration) {
+        printf("\na sample:\n");
+        print_sample(generator, m, run.seed, 600);
+    }
+    dataset_close(data);
+    if (val) dataset_close(val);
+    if (generator) model_free(generator);
+    model_free(m);
+    json_free(trainer_state);
+    return code ? code : stop_signal ? 128 + stop_signal : 0;
+}
+
+// Does what the options say, with default_backend; returns the exit code.
+static int run_command(void) {
+    Config config;
+    Error error = {""};
+#ifdef _OPENMP
+    if (options.threads != UNSET) omp_set_num_threads((int)options.threads);
+#endif
+    int prompting = options.prompt || options.prompt_ids, training = !options.eval && !options.dump && !prompting;
+    if ((options.eval != 0) + (options.dump != NULL) + (options.prompt != NULL) + (options.prompt_ids != NULL) > 1)
+        die(2, "--eval, --dump, --prompt and --prompt-ids: only one of them at a time");
+    if (!training && !options.model)
+        die(2, "--%s wants --model DIR", options.eval ? "eval" : options.dump ? "dump" : "prompt");
+    // --eval, --dump and --prompt would ignore what describes a run, but for what means something to one of them
+    static const char* meant[] = {"data", "batch", "seq", "seed", "aux", "aux-form", "aux-adaptive", "z-loss"};
+    for (int i = 0; i < NUM_OPTIONS && !training; i++) {
+        const Option* o = &option_table[i];
+        int ignored = o->use == USE_RUN || o->value == &options.out || o->value == &options.resume;
+        for (int k = 0; k < 8; k++) ignored &= strcmp(o->name, meant[k]) != 0;
+        if (o->given && ignored)
+            die(2, "--%s belongs to training, and --eval, --dump and --prompt do not train", o->name);
+    }
+    if (options.resume && !options.out) die(2, "--resume wants --out DIR, the run to go on with");
+    if (options.resume && options.model) die(2, "--resume goes on with the model in --out; leave out --model");
+    char shape[512] = "";
+    for (int i = 0; i < NUM_OPTIONS && (options.model || options.resume); i++) {
+        const Option* o = &option_table[i];
+        size_t n = strlen(shape);
+        if (o->given && (o->use == USE_SHAPE || (training && !strcmp(o->name, "topk"))))
+            snprintf(shape + n, sizeof shape - n, "%s--%s", n ? ", " : "", o->name);
+    }
+    if (shape[0])
+        die(2, "a new model is described by %s, but %s has one already; leave out what describes it", shape,
+            options.resume ? "--out" : "--model");
+    long first_step = 0;
+    if (options.resume) {
+        open_out(options.out);
+        first_step = trainer_read(options.out, &trainer_state);
+    }
+    const char* dir = options.resume ? options.out : options.model;
+    if (dir) {
+        if (!config_read(&config, dir, &error)) die(2, "%s", error.text);
+    } else {
+        config_from_options(&config);
+    }
+    if ((options.load || options.trace) && !options.eval) die(2, "--load and --trace go with --eval");
+    if (dir && options.topk != UNSET) {
+        if (options.topk > config.num_experts)
+            die(2, "--topk %ld: the model has %d experts", options.topk, config.num_experts);
+        config.num_experts_per_tok = (int)options.topk;
+    }
+    // rows of tokens, and of the experts that they are sent to, are numbered with ints
+    int per_token = config.num_experts > 0 ? config.num_experts : 1;
+    if ((double)options.batch * (double)options.seq * per_token > INT_MAX)
+        die(2, "--batch %ld: with --seq %ld and %d experts it must not exceed %ld; see --accum", options.batch,
+            options.seq, per_token, INT_MAX / per_token / options.seq);
+    return options.eval   ? run_eval(&config)
+           : options.dump ? run_dump(&config)
+           : prompting    ? run_prompt(&config)
+                          : run_train(&config, first_step);
+}

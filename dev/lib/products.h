@@ -1,0 +1,594 @@
+// products.h: the sums of train_moe.c's section 2, fast and with the same bits. Needs util.h's threads and imin.
+#pragma once
+#include "util.h"
+
+// Work for all threads, in units that take unequal time: OpenMP's dynamic schedule, but with regard to where rows lie
+// (to be skipped on first reading). Loops over tokens give the threads contiguous shares of the rows (OpenMP's static
+// schedule), and units are dealt out likewise: a thread first does those of its own share, whose rows are in its own
+// cache, and then helps the others. (With units for whoever was free, a step of a small model took 4 % longer where the
+// cores did not share a cache.)
+enum { MOST_SHARES = 256 };     // beyond that, threads share shares
+typedef struct {
+    struct { int next, end, unused[14]; } share[MOST_SHARES];           // no two in one line of the cache
+    int shares;
+} Work;
+
+static void work_begin(Work* w) {
+    w->shares = imin(thread_count(), MOST_SHARES);
+    for (int s = 0; s < w->shares; s++) w->share[s].next = w->share[s].end = 0;
+}
+
+// Adds the next unit, with its position among the rows, 0 to 1. Units are added in order, from number 0 on, and
+// positions do not decrease.
+static void work_add(Work* w, int unit, double position) {
+    int s = imin((int)(position * w->shares), w->shares - 1);
+    if (w->share[s].end == 0) w->share[s].next = unit;
+    w->share[s].end = unit + 1;
+}
+
+// Units 0 .. units - 1 that are spread evenly (attention: sequences, then heads).
+static void work_deal(Work* w, int units) {
+    work_begin(w);
+    for (int unit = 0; unit < units; unit++) work_add(w, unit, (unit + 0.5) / units);
+}
+
+// A unit for this thread, or -1 if all are taken. `helped`, 0 at first, is how many shares it is through with.
+static int work_take(Work* w, int* helped) {
+    for (; *helped < w->shares; ++*helped) {
+        int s = (thread_number() + *helped) % w->shares, unit;
+        #pragma omp atomic capture
+        unit = w->share[s].next++;
+        if (unit < w->share[s].end) return unit;
+    }
+    return -1;
+}
+
+// Speed. The innermost routine, multiply_tile, keeps TILE_ROWS x TILE_COLUMNS sums in registers. For each k it loads
+// two vectors of `right`, and each number of `left` it broadcasts is used for two multiply-adds. Its operands are
+// copies ("packed"), made just before use in the order in which the tile reads them, small enough for the caches,
+// except where they lie that way already, or where each number would be used once or twice only.
+
+#if !defined(__GNUC__) // plain C for compilers without vector types
+#define VECTOR_LENGTH 1
+#elif defined(__AVX512F__)
+#define VECTOR_LENGTH 16
+#elif defined(__AVX__)
+#define VECTOR_LENGTH 8
+#else
+#define VECTOR_LENGTH 4 // SSE, NEON; other machines: the compiler splits vectors into what they have
+#endif
+
+#if VECTOR_LENGTH == 1
+typedef float vector;
+#define UNROLL
+#define ALWAYS_INLINE static inline
+#define PREFETCH(address)
+#else
+typedef float vector __attribute__((vector_size(4 * VECTOR_LENGTH), aligned(4), may_alias)); // any float's address
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define PREFETCH(address) __builtin_prefetch(address) // a hint to the cache: any address is allowed
+#if defined(__CUDACC__)
+#define UNROLL // unknown to nvcc's front end; the host compiler unrolls short loops by itself
+#elif defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#endif
+
+// gcc, tuning for some processors (seen for Zen 2 and Zen 3), splits the multiply-add into two roundings in a loop that
+// adds to a single sum, but not in loops with several. That would break the promise above, so where there can be a
+// single sum it is hidden from gcc: an empty piece of assembly "changes" it in its register.
+#if VECTOR_LENGTH > 1 && defined(__x86_64__)
+#define HIDE(sum) __asm__("" : "+v"(sum))
+#elif VECTOR_LENGTH > 1 && defined(__aarch64__)
+#define HIDE(sum) __asm__("" : "+w"(sum))
+#else
+#define HIDE(sum)
+#endif
+
+enum {
+    TILE_VECTORS = 2,                            // vectors in a row of the tile; with one, see HIDE
+    TILE_COLUMNS = TILE_VECTORS * VECTOR_LENGTH,
+#if VECTOR_LENGTH == 16 || defined(__aarch64__)
+    TILE_ROWS = 14,                              // 14*2 sums + 2 of right + 1 of left = 31 of 32 vector registers
+    FEW_ROWS = 8,                                // 16 of W + 8 sums + some for the transpose
+#else
+    TILE_ROWS = 6,                               // 6*2 sums + 2 of right + 1 of left = 15 of 16 vector registers
+    FEW_ROWS = 4,                                // 8 of W + 4 sums + some for the transpose
+#endif
+    // numbers of `left` stored for each k: TILE_ROWS rounded up to whole vectors
+    LEFT_WIDTH = (TILE_ROWS + VECTOR_LENGTH - 1) / VECTOR_LENGTH * VECTOR_LENGTH,
+    LINE = 16,                                   // floats in a line of the cache
+    CHUNK = 256,                                 // most values of k done at a time, a multiple of LINE
+    // most packed floats of `right`: one panel of TILE_COLUMNS columns for a whole chunk, or several for a shallow one.
+    // With AVX-512 32 KB: on the processors measured `left` passes beside it through a first-level cache of 48 KB.
+    RIGHT_FLOATS = CHUNK * TILE_COLUMNS,
+    // most packed floats of `left`: 768 KB of the 1 to 2 MB of second-level cache that servers with AVX-512 have;
+    // elsewhere 512 KB, which is faster than 256 KB with 1 MB of cache (it has not been measured with less)
+    LEFT_FLOATS = VECTOR_LENGTH == 16 ? 3 << 16 : 1 << 17,
+    // most rows and columns in a thread's unit of work: the rows of which one chunk can be packed (a tile is followed
+    // by an empty line, see pack_left), and so few columns that the unit's part of the result is not far away in the
+    // caches when the next pass over k adds to it
+    UNIT_ROWS = LEFT_FLOATS / (CHUNK * LEFT_WIDTH + LINE) * TILE_ROWS,
+    UNIT_COLUMNS = 1024,
+    UNITS_A_THREAD = 4,                          // so many units that nobody waits long for the last one
+    // a tile looks ahead (see Ahead) every STEP values of k, often enough for all its rows within a chunk; what it
+    // asked for is copied COPY_DELAY values of k later, LOOK_ROWS rows each time
+    STEP = TILE_ROWS == 14 ? 8 : 32,
+    COPY_DELAY = 64,
+    LOOK_ROWS = 2
+};
+
+ALWAYS_INLINE int blocks_of(int n, int size) { return (n + size - 1) / size; }
+
+// Transposes a square of VECTOR_LENGTH vectors. One round interleaves vector i with vector i + VECTOR_LENGTH/2, as a
+// perfect shuffle of cards; log2(VECTOR_LENGTH) rounds move every element to its place.
+ALWAYS_INLINE void transpose(vector* r) {
+#if VECTOR_LENGTH > 1
+#if VECTOR_LENGTH == 16
+#define LOW_HALVES  0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif VECTOR_LENGTH == 8
+#define LOW_HALVES  0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW_HALVES  0, 4, 1, 5
+#define HIGH_HALVES 2, 6, 3, 7
+#endif
+    vector t[VECTOR_LENGTH];
+    UNROLL
+    for (int half = 1; half < VECTOR_LENGTH; half *= 2) {
+        UNROLL
+        for (int i = 0; i < VECTOR_LENGTH / 2; i++) {
+            t[2 * i] = __builtin_shufflevector(r[i], r[i + VECTOR_LENGTH / 2], LOW_HALVES);
+            t[2 * i + 1] = __builtin_shufflevector(r[i], r[i + VECTOR_LENGTH / 2], HIGH_HALVES);
+        }
+        UNROLL
+        for (int i = 0; i < VECTOR_LENGTH; i++) r[i] = t[i];
+    }
+#else
+    (void)r;
+#endif
+}
+
+// Copies packed[k*width + q] = source[q*q_step + k*k_step] for q < count, k < depth, and fills up with zeros to whole
+// vectors. (Vectors beyond that, in a panel cut off, keep what they held: only columns that are thrown away see it.)
+// One of the steps is 1: if it is k_step, squares are transposed.
+ALWAYS_INLINE void pack(float* packed, const int width, const float* source, long q_step, long k_step, int count,
+                        int depth) {
+    for (int q = 0; q < count; q += VECTOR_LENGTH) {
+        int valid = imin(VECTOR_LENGTH, count - q), k = 0;
+        const float* s = source + q * q_step;
+        float* p = packed + q;
+        if (k_step == 1) {
+            for (; k + VECTOR_LENGTH <= depth; k += VECTOR_LENGTH) {
+                vector square[VECTOR_LENGTH], zero = {0};
+                UNROLL
+                for (int i = 0; i < VECTOR_LENGTH; i++)
+                    square[i] = i < valid ? *(const vector*)(s + i * q_step + k) : zero;
+                transpose(square);
+                UNROLL
+                for (int i = 0; i < VECTOR_LENGTH; i++) *(vector*)(p + (k + i) * width) = square[i];
+            }
+        } else if (valid == VECTOR_LENGTH) {
+            for (; k < depth; k++) *(vector*)(p + k * width) = *(const vector*)(s + k * k_step);
+        }
+        for (; k < depth; k++) { // what is left over at the edges
+            vector zero = {0};
+            *(vector*)(p + k * width) = zero;
+            for (int i = 0; i < valid; i++) p[k * width + i] = s[i * q_step + k * k_step];
+        }
+    }
+}
+
+// The first of the things in part i, if n things are cut into `parts` parts of about equal size.
+ALWAYS_INLINE int part_begin(int i, int parts, int n) { return i * (n / parts) + imin(i, n % parts); }
+
+// Packs all tiles of `left` for a chunk of k. Where the rows of a tile are contiguous (dy in backward weight, if it is
+// packed at all, see multiply_unit), the source is read a whole row at a time, which is how processors foresee what
+// comes: 3 times as fast as tile by tile. The writes then go to all tiles in turn. If tiles began a multiple of 4 KB
+// apart, each write would land in the same set of the first-level cache; the empty line between tiles makes packing 4
+// times as fast.
+static void pack_left(float* packed, long tile_floats, const float* left, long left_i, long left_k, int rows, int tiles,
+                      int depth) {
+    int whole = 0; // tiles that can be read in full width, where rows are contiguous
+    if (left_k != 1) {
+        while (whole < tiles && part_begin(whole, tiles, rows) + LEFT_WIDTH <= rows) whole++;
+        for (int k = 0; k < depth; k++) {
+            for (int t = 0; t < whole; t++) {
+                const float* s = left + k * left_k + part_begin(t, tiles, rows);
+                PREFETCH(s + 4 * left_k); // brings up to 6 % in dW
+                UNROLL
+                for (int v = 0; v < LEFT_WIDTH; v += VECTOR_LENGTH) {
+                    *(vector*)(packed + t * tile_floats + k * LEFT_WIDTH + v) = *(const vector*)(s + v);
+                }
+            }
+        }
+    }
+    for (int t = whole; t < tiles; t++) {
+        int i = part_begin(t, tiles, rows), width = imin(LEFT_WIDTH, rows - i); // full width is quicker than the tile's
+        pack(packed + t * tile_floats, LEFT_WIDTH, left + i * left_i, left_i, left_k, width, depth);
+    }
+}
+
+// What a tile does, between its multiplications, for what comes after it. Its loop leaves room for that, and nothing is
+// waited for: without that, 5 to 15 % of a product's time would be spent waiting for numbers to come from memory.
+typedef struct {
+    // The tile of the result that comes next. Each look fetches `fetch_rows` of its rows to the cache; later looks copy
+    // its first `copy_rows` rows to `buffer`, from where the next tile starts. If it started from its own place, and
+    // rows were a multiple of 4 KB apart, it would have to wait for the stores of the tile above, since processors
+    // cannot tell in time whether an address that is read has just been written (6 % at 1024 columns, 2 % at 512).
+    const float* result;
+    long result_step;
+    int fetch_rows, copy_rows;
+    float* buffer;
+    // What will be packed or read next: `lines` more lines of the cache, of which each look fetches `fetch_lines`. A
+    // run is `run_lines` lines that follow each other, source_step to the next; `line` lines of this run are done.
+    const float* source;
+    long source_step;
+    int lines, fetch_lines, run_lines, line;
+} Ahead;
+
+ALWAYS_INLINE void look_ahead(Ahead* a, int k) {
+    int look = k / STEP, fetch_row = look * a->fetch_rows, copy_row = (k - COPY_DELAY) / STEP * LOOK_ROWS;
+    for (int n = imin(a->fetch_lines, a->lines); n > 0; n--) {
+        PREFETCH(a->source + a->line * LINE);
+        if (++a->line == a->run_lines) {
+            a->line = 0;
+            a->source += a->source_step;
+        }
+    }
+    a->lines -= a->fetch_lines;
+    for (int i = fetch_row; i < imin(TILE_ROWS, fetch_row + a->fetch_rows); i++) {
+        PREFETCH(a->result + i * a->result_step);
+        PREFETCH(a->result + i * a->result_step + TILE_COLUMNS - 1);
+    }
+    for (int i = imax(copy_row, 0); i < imin(a->copy_rows, copy_row + LOOK_ROWS); i++) {
+        UNROLL
+        for (int v = 0; v < TILE_COLUMNS; v += VECTOR_LENGTH) {
+            *(vector*)(a->buffer + i * TILE_COLUMNS + v) = *(const vector*)(a->result + i * a->result_step + v);
+        }
+    }
+}
+
+// result(i,j) = start(i,j) + sum over k of left(i,k) * right(k,j), i < rows, j < TILE_COLUMNS; start may be NULL for
+// zeros. left(i,k) = left[k*left_step + i] and right(k,j) = right[k*right_step + j], packed or where they are. `rows`
+// is a constant wherever this is inlined, so that the sums live in registers.
+ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step, const float* start, long start_step,
+                                 const float* left, long left_step, const float* right, long right_step, int depth,
+                                 Ahead* ahead) {
+    vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        UNROLL
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            sum[i][v] = start ? *(const vector*)(start + i * start_step + v * VECTOR_LENGTH) : zero;
+        }
+    }
+    for (int k = 0; k < depth; k += STEP) {
+        look_ahead(ahead, k);
+        for (int n = imin(STEP, depth - k); n > 0; n--) {
+            vector r[TILE_VECTORS];
+            UNROLL
+            for (int v = 0; v < TILE_VECTORS; v++) r[v] = *(const vector*)(right + v * VECTOR_LENGTH);
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                UNROLL
+                for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += left[i] * r[v];
+            }
+            left += left_step;
+            right += right_step;
+        }
+    }
+    UNROLL
+    for (int i = 0; i < rows; i++) {
+        UNROLL
+        for (int v = 0; v < TILE_VECTORS; v++) *(vector*)(result + i * result_step + v * VECTOR_LENGTH) = sum[i][v];
+    }
+}
+
+// The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (imin only keeps cases
+// that cannot occur on machines with a smaller tile within the bounds of `sum`.)
+static void multiply_rows(int rows, float* result, long result_step, const float* start, long start_step,
+                          const float* left, long left_step, const float* right, long right_step, int depth,
+                          Ahead* ahead) {
+    switch (rows) {
+#define TILE_CASE(n) \
+        case n: multiply_tile(imin(n, TILE_ROWS), result, result_step, start, start_step, left, left_step, right, \
+                              right_step, depth, ahead); break;
+        TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4) TILE_CASE(5) TILE_CASE(6) TILE_CASE(7)
+        TILE_CASE(8) TILE_CASE(9) TILE_CASE(10) TILE_CASE(11) TILE_CASE(12) TILE_CASE(13) TILE_CASE(14)
+#undef TILE_CASE
+    }
+}
+
+// A tile cut off at the right edge is computed in a full tile of its own, from which the valid columns are copied.
+static void multiply_edge(int rows, int columns, float* result, long result_step, const float* left, long left_step,
+                          const float* right, int depth, int add, Ahead* ahead) {
+    float full[TILE_ROWS * TILE_COLUMNS] = {0};
+    for (int i = 0; i < rows && add; i++) {
+        memcpy(full + i * TILE_COLUMNS, result + i * result_step, columns * sizeof(float));
+    }
+    multiply_rows(rows, full, TILE_COLUMNS, full, TILE_COLUMNS, left, left_step, right, TILE_COLUMNS, depth, ahead);
+    for (int i = 0; i < rows; i++) {
+        memcpy(result + i * result_step, full + i * TILE_COLUMNS, columns * sizeof(float));
+    }
+}
+
+// A rectangle in memory: `runs` runs of `floats` numbers, `step` numbers from one to the next.
+typedef struct {
+    const float* start;
+    long step;
+    int runs, floats;
+} Rectangle;
+
+// The numbers start[q*q_step + k*k_step], q < count, k < depth; one of the steps is 1.
+ALWAYS_INLINE Rectangle rectangle(const float* start, long q_step, long k_step, int count, int depth) {
+    Rectangle along_k = {start, q_step, count, depth}, along_q = {start, k_step, depth, count};
+    return k_step == 1 ? along_k : along_q;
+}
+
+// One side of a product, as tiles read it: rows of `left` or columns of `right` beside each other, and `step` numbers
+// further on those of the next k. Packed, tile number t is at start + t*tile; not packed (tile = 0), it is at its first
+// row or column.
+typedef struct {
+    const float* start;
+    long tile, step;
+} Side;
+
+ALWAYS_INLINE const float* side_at(const Side* s, int t, int first) {
+    return s->start + (s->tile ? t * s->tile : first);
+}
+
+// All tiles of a result (rows, columns) for `depth` values of k: result = [result if adding] + left right. `copied`:
+// the first tile is in `buffer` already. `after` is the tile that the caller computes next; after_rows of its rows are
+// copied to `buffer`, if there is time. Returns 1 if that was done: the next call's `copied`. `next` is what the caller
+// packs or reads next.
+static int multiply_panels(float* result, long result_step, int rows, int columns, int adding, const Side* left,
+                           const Side* right, int depth, float* buffer, int copied, const float* after, int after_rows,
+                           Rectangle next) {
+    int tiles = blocks_of(rows, TILE_ROWS), panels = blocks_of(columns, TILE_COLUMNS), looks = blocks_of(depth, STEP);
+    int time_to_copy = depth >= COPY_DELAY + blocks_of(TILE_ROWS, LOOK_ROWS) * STEP, may_copy = adding && time_to_copy;
+    Ahead a;
+    a.result_step = result_step;
+    a.fetch_rows = imax(LOOK_ROWS, blocks_of(TILE_ROWS, looks));
+    a.buffer = buffer;
+    a.source = next.start;
+    a.source_step = next.step;
+    a.run_lines = blocks_of(next.floats, LINE);
+    a.lines = next.runs * a.run_lines;
+    a.fetch_lines = blocks_of(a.lines, tiles * panels * looks);
+    a.line = 0;
+    for (int t = 0; t < tiles; t++) {
+        int i = part_begin(t, tiles, rows), below = part_begin(t + 1, tiles, rows), height = below - i;
+        const float* tile = side_at(left, t, i);
+        for (int p = 0; p < panels; p++) {
+            int j = p * TILE_COLUMNS, width = imin(TILE_COLUMNS, columns - j);
+            float* r = result + i * result_step + j;
+            const float *start = copied ? buffer : adding ? r : NULL, *panel = side_at(right, p, j);
+            if (p + 1 < panels) { // the next tile is to the right, or the first one below, or the caller's
+                a.result = r + TILE_COLUMNS;
+                a.copy_rows = may_copy && j + 2 * TILE_COLUMNS <= columns ? height : 0;
+            } else if (t + 1 < tiles) {
+                a.result = result + below * result_step;
+                a.copy_rows = may_copy && columns >= TILE_COLUMNS ? part_begin(t + 2, tiles, rows) - below : 0;
+            } else {
+                a.result = after; // a single tile follows itself and is not finished yet
+                a.copy_rows = time_to_copy && after != r ? after_rows : 0;
+            }
+            if (width < TILE_COLUMNS) {
+                multiply_edge(height, width, r, result_step, tile, left->step, panel, depth, adding, &a);
+            } else {
+                multiply_rows(height, r, result_step, start, copied ? TILE_COLUMNS : result_step, tile, left->step,
+                              panel, right->step, depth, &a);
+            }
+            copied = a.copy_rows > 0;
+        }
+    }
+    return copied;
+}
+
+// One unit of work, by one thread: result (rows, columns) = [result if add] + left right, where
+// left(i,k) = left[i*left_i + k*left_k] and right(k,j) = right[k*right_k + j*right_j]; 0 < rows <= UNIT_ROWS.
+// `left` is packed to the second-level cache, as many chunks of k as fit; `right` a panel of columns at a time to the
+// first level, or some panels if k has few values: then the result is walked through along its rows, as memory likes.
+// (Either may be read where it is instead.)
+static void multiply_unit(float* result, long result_step, const float* left, long left_i, long left_k,
+                          const float* right, long right_k, long right_j, int rows, int columns, int depth, int add) {
+    static __thread float* scratch = NULL; // one per thread, kept for the life of the thread
+    if (!scratch) {
+        int buffer_floats = blocks_of(TILE_ROWS * TILE_COLUMNS, LINE) * LINE;
+        scratch = (float*)aligned_alloc(64, sizeof(float) * (size_t)(LEFT_FLOATS + RIGHT_FLOATS + buffer_floats));
+    }
+    if (!scratch) { fprintf(stderr, "out of memory\n"); exit(EXIT_FAILURE); }
+    if (depth == 0) return; // dW of an expert without tokens: there is nothing to add
+    float *packed_right = scratch + LEFT_FLOATS, *buffer = packed_right + RIGHT_FLOATS;
+    int tiles = blocks_of(rows, TILE_ROWS), first_rows = part_begin(1, tiles, rows);
+    // Where the numbers of a tile lie together as they are (dW), packing them costs more than it saves, 1 to 12 % of a
+    // product, unless rows are a multiple of 4 KB apart: then they push each other out of the cache (AVX2: - 28 %).
+    int left_direct = left_i == 1 && left_k % 1024 != 0;
+    // For a tile or two, the time is that of reading `right`, which goes faster in longer runs: 4 panels of 64 values
+    // of k instead of one of 256 (dx for 16 rows an expert: + 40 %). For a single tile packed numbers would
+    // be used only once, so it reads them where they are, in rows of all columns, unless they must be transposed or cut
+    // off.
+    int right_direct = tiles == 1 && right_j == 1 && columns % TILE_COLUMNS == 0;
+    int most = tiles <= 2 && right_j == 1 ? CHUNK / 4 : CHUNK;
+    // chunks of about equal depth, all but the last of whole squares to transpose; tiles of `left`: see pack_left
+    int chunk = blocks_of(blocks_of(depth, blocks_of(depth, most)), LINE) * LINE;
+    int tile_floats = chunk * LEFT_WIDTH + LINE, panel_floats = chunk * TILE_COLUMNS;
+    int pass = LEFT_FLOATS / tile_floats / tiles * chunk; // values of k for which `left` fits
+    int group = right_direct ? columns : RIGHT_FLOATS / panel_floats * TILE_COLUMNS; // columns for which `right` fits
+    Side left_side = {NULL, left_direct ? 0 : tile_floats, left_direct ? left_k : LEFT_WIDTH};
+    Side right_side = {packed_right, right_direct ? 0 : panel_floats, right_direct ? right_k : TILE_COLUMNS};
+    for (int k0 = 0; k0 < depth; k0 += pass) {
+        int k1 = imin(depth, k0 + pass), copied = 0;
+        float* packed = scratch;
+        for (int k = k0; k < k1 && !left_direct; k += chunk, packed += tiles * tile_floats) {
+            pack_left(packed, tile_floats, left + k * left_k, left_i, left_k, rows, tiles, imin(chunk, k1 - k));
+        }
+        for (int j = 0; j < columns; j += group) {
+            int width = imin(group, columns - j);
+            packed = scratch;
+            for (int k = k0; k < k1; k += chunk, packed += tiles * tile_floats) {
+                int n = imin(chunk, k1 - k), next_k = k + chunk, next_j = j;
+                const float *source = right + k * right_k + j * right_j, *after;
+                Rectangle next = {NULL, 0, 0, 0};
+                for (int p = 0; p < (right_direct ? 0 : blocks_of(width, TILE_COLUMNS)); p++) {
+                    int first = p * TILE_COLUMNS;
+                    pack(packed_right + p * panel_floats, TILE_COLUMNS, source + first * right_j, right_j, right_k,
+                         imin(TILE_COLUMNS, width - first), n);
+                }
+                if (next_k >= k1) { next_k = k0; next_j += group; }
+                if (next_j < columns) {
+                    next = rectangle(right + next_k * right_k + next_j * right_j, right_j, right_k,
+                                     imin(group, columns - next_j), imin(chunk, k1 - next_k));
+                } else if (k1 < depth) {
+                    next = rectangle(left + k1 * left_k, left_i, left_k, rows, imin(pass, depth - k1));
+                }
+                after = result + (next_j < columns ? next_j : 0);
+                int next_adds = add || next_k > 0;
+                left_side.start = left_direct ? left + k * left_k : packed;
+                if (right_direct) right_side.start = source;
+                copied = multiply_panels(result + j, result_step, rows, width, add || k > 0, &left_side, &right_side, n,
+                                         buffer, copied, after,
+                                         next_adds && next_j + TILE_COLUMNS <= columns ? first_rows : 0, next);
+            }
+        }
+    }
+}
+
+// The same for any number of rows: attention's products, which are small and have strides of their own.
+static void multiply_block(float* result, long result_step, const float* left, long left_i, long left_k,
+                           const float* right, long right_k, long right_j, int rows, int columns, int depth, int add) {
+    for (int i = 0; i < rows; i += UNIT_ROWS)
+        multiply_unit(result + i * result_step, result_step, left + i * left_i, left_i, left_k, right, right_k, right_j,
+                      imin(UNIT_ROWS, rows - i), columns, depth, add);
+}
+
+// y = x W^T for a few rows of x, as in generation: the time is that of reading W, and packed numbers would be used only
+// once. So squares of W are transposed in registers and used for all rows. The order of summation is the same.
+// These are too many streams for the hardware to foresee: fetching ahead brings 25 % at 1 row, 90 % at 8 (AVX-512).
+ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_row, long y_column, const float* x, const float* W,
+                                    int C, int columns) {
+    for (int o = 0; o < columns; o += VECTOR_LENGTH) {
+        int valid = imin(VECTOR_LENGTH, columns - o), c = 0;
+        const float* w = W + (long)o * C;
+        vector sum[FEW_ROWS], zero = {0};
+        float edge[VECTOR_LENGTH] = {0};
+        UNROLL
+        for (int i = 0; i < rows; i++) sum[i] = zero;
+        for (; c + VECTOR_LENGTH <= C; c += VECTOR_LENGTH) {
+            vector square[VECTOR_LENGTH];
+            UNROLL
+            for (int q = 0; q < VECTOR_LENGTH; q++) {
+                square[q] = q < valid ? *(const vector*)(w + (long)q * C + c) : zero;
+                PREFETCH(w + (long)(q + VECTOR_LENGTH) * C + c);
+            }
+            transpose(square);
+            UNROLL
+            for (int q = 0; q < VECTOR_LENGTH; q++) {
+                UNROLL
+                for (int i = 0; i < rows; i++) {
+                    sum[i] += x[(long)i * C + c + q] * square[q];
+                    HIDE(sum[i]);
+                }
+            }
+        }
+        for (; c < C; c++) {
+            for (int q = 0; q < valid; q++) edge[q] = w[(long)q * C + c];
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                sum[i] += x[(long)i * C + c] * *(const vector*)edge;
+                HIDE(sum[i]);
+            }
+        }
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            *(vector*)edge = sum[i];
+            for (int q = 0; q < valid; q++) y[i * y_row + (o + q) * y_column] = edge[q];
+        }
+    }
+}
+
+// For few rows of W, as routers have, the same is computed as y^T = W x^T: x and W change places, and so do the roles
+// of rows and columns.
+static void forward_unit(float* y, long y_step, const float* x, const float* W, int C, int rows, int columns) {
+    long y_row = y_step, y_column = 1;
+    int few = rows;
+    if (columns <= FEW_ROWS && columns < rows) {
+        const float* swap = x;
+        x = W;
+        W = swap;
+        few = columns;
+        columns = rows;
+        y_row = 1;
+        y_column = y_step;
+    }
+    switch (few <= FEW_ROWS ? few : 0) {
+#define FEW_CASE(n) \
+        case n: forward_few_rows(n < FEW_ROWS ? n : FEW_ROWS, y, y_row, y_column, x, W, C, columns); break;
+        FEW_CASE(1) FEW_CASE(2) FEW_CASE(3) FEW_CASE(4) FEW_CASE(5) FEW_CASE(6) FEW_CASE(7) FEW_CASE(8)
+#undef FEW_CASE
+        default: multiply_unit(y, y_step, x, C, 1, W, 1, C, rows, columns, C, 0);
+    }
+}
+
+enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT };
+
+// The work behind the functions below, in one parallel region. (result, left, right) is (y, x, W) forward, (dx, dy, W)
+// or (dW, dy, x) backward.
+static void grouped_product(int kind, float* result, const float* left, const float* right, long weight_stride, int C,
+                            int OC, int E, const int* offsets, int add) {
+    int threads = thread_count(), columns = kind == FORWARD ? OC : C, most_rows = 0, units, unit_rows;
+    Work work;
+#define RESULT_ROWS(e) (kind == BACKWARD_WEIGHT ? OC : offsets[(e) + 1] - offsets[e])
+    for (int e = 0; e < E; e++) most_rows = imax(most_rows, RESULT_ROWS(e));
+    if (most_rows == 0) return;
+    // A unit of work is a block of a result. Start with large ones (less packing) and cut the longer side into more
+    // until there are enough to go round: an equal number for each thread (a single product may be cut finer, to find
+    // such a number), or some for each, so that threads can help each other. (For few rows one a thread: reading W goes
+    // fastest in long runs.) A large result is cut into `down` times `across` units.
+    int enough = threads * (most_rows <= FEW_ROWS ? 1 : E > 1 ? UNITS_A_THREAD : 4 * UNITS_A_THREAD);
+    int down = blocks_of(most_rows, UNIT_ROWS), across = blocks_of(columns, UNIT_COLUMNS);
+    int tiles = blocks_of(most_rows, TILE_ROWS), panels = blocks_of(columns, TILE_COLUMNS);
+    for (;;) {
+        unit_rows = blocks_of(tiles, down) * TILE_ROWS;
+        units = 0;
+        for (int e = 0; e < E; e++) units += blocks_of(RESULT_ROWS(e), unit_rows) * across;
+        if (((E == 1 || threads == 1) && units % threads == 0) || units >= enough) break;
+        if (down < tiles && (unit_rows > columns / across || across == panels)) down++;
+        else if (across < panels) across++;
+        else break;
+    }
+    work_begin(&work);
+    for (int e = 0, unit = 0; e < E; e++) { // a unit belongs to where its expert's rows are, also for dW
+        int count = blocks_of(RESULT_ROWS(e), unit_rows) * across, rows = offsets[e + 1] - offsets[e];
+        for (int u = 0; u < count; u++)
+            work_add(&work, unit++, (offsets[e] + rows * (u + 0.5) / count) / imax(1, offsets[E]));
+    }
+    #pragma omp parallel
+    for (int helped = 0, unit; (unit = work_take(&work, &helped)) >= 0;) {
+        int e = 0, u = unit; // find expert e and the unit's number u among those of this expert
+        for (; u >= blocks_of(RESULT_ROWS(e), unit_rows) * across; e++) {
+            u -= blocks_of(RESULT_ROWS(e), unit_rows) * across;
+        }
+        int blocks = blocks_of(RESULT_ROWS(e), unit_rows);
+        int i = part_begin(u / across, blocks, RESULT_ROWS(e));
+        int rows = part_begin(u / across + 1, blocks, RESULT_ROWS(e)) - i;
+        int j = part_begin(u % across, across, panels) * TILE_COLUMNS;
+        int width = imin(columns, part_begin(u % across + 1, across, panels) * TILE_COLUMNS) - j;
+        long first = offsets[e], w = e * weight_stride;
+        if (kind == FORWARD) {
+            forward_unit(result + (first + i) * OC + j, OC, left + (first + i) * C, right + w + (long)j * C, C, rows,
+                         width);
+        } else if (kind == BACKWARD_INPUT) {
+            multiply_unit(result + (first + i) * C + j, C, left + (first + i) * OC, OC, 1, right + w + j, C, 1,
+                          rows, width, OC, add);
+        } else {
+            multiply_unit(result + w + (long)i * C + j, C, left + first * OC + i, 1, OC, right + first * C + j, C, 1,
+                          rows, width, offsets[e + 1] - offsets[e], 1);
+        }
+    }
+#undef RESULT_ROWS
+}

@@ -1,0 +1,321 @@
+// safetensors.h: tensors in files, with every check that a hostile file needs. Needs json.h.
+//
+// A file is 8 bytes with the length of a JSON header, the header, and the tensors' bytes. A model is one file, or
+// several ("shards") with an index that names the file of each tensor.
+#pragma once
+#include "json.h"
+
+typedef enum { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_I32, DTYPE_OTHER } Dtype; // OTHER is known but never converted
+
+typedef struct {
+    char* name;
+    int file;                       // which of the opened files
+    Dtype dtype;
+    int ndim;
+    long shape[4];
+    long count;                     // numbers in the tensor
+    long offset, bytes;             // where its bytes are in the file
+    int used;                       // for the caller
+} StoredTensor;
+
+typedef struct {
+    int num_files, num_tensors;
+    int* fds;
+    char** paths;
+    StoredTensor* tensors;          // sorted by name
+    Json* metadata;                 // of the first file, or NULL
+} SafeTensors;
+
+static void safetensors_close(SafeTensors* s) {
+    if (!s) return;
+    for (int i = 0; i < s->num_files; i++) {
+        if (s->fds[i] >= 0) close(s->fds[i]);
+        free(s->paths[i]);
+    }
+    for (int i = 0; i < s->num_tensors; i++) free(s->tensors[i].name);
+    free(s->fds);
+    free(s->paths);
+    free(s->tensors);
+    json_free(s->metadata);
+    free(s);
+}
+
+static int compare_tensor_names(const void* a, const void* b) {
+    return strcmp(((const StoredTensor*)a)->name, ((const StoredTensor*)b)->name);
+}
+
+static int compare_tensor_offsets(const void* a, const void* b) {
+    const StoredTensor *x = (const StoredTensor*)a, *y = (const StoredTensor*)b;
+    if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
+    return (x->bytes > y->bytes) - (x->bytes < y->bytes);       // empty tensors first
+}
+
+// A whole number in 0 .. limit from JSON; -1 if it is none.
+static long json_whole(const Json* j, long limit) {
+    if (!j || j->type != JSON_NUMBER || strpbrk(j->string, "-.eE") || j->length > 18) return -1;
+    long value = atol(j->string);
+    return value <= limit ? value : -1;
+}
+
+// One entry of the header. `data` bytes of tensors follow the header.
+static int parse_tensor(StoredTensor* t, const Json* entry, long data, Error* error) {
+    static const struct { const char* name; int bytes; Dtype dtype; } known[] = {
+        {"F32", 4, DTYPE_F32}, {"BF16", 2, DTYPE_BF16}, {"F16", 2, DTYPE_F16}, {"I32", 4, DTYPE_I32},
+        {"F64", 8, DTYPE_OTHER}, {"I64", 8, DTYPE_OTHER}, {"U64", 8, DTYPE_OTHER}, {"U32", 4, DTYPE_OTHER},
+        {"I16", 2, DTYPE_OTHER}, {"U16", 2, DTYPE_OTHER}, {"I8", 1, DTYPE_OTHER}, {"U8", 1, DTYPE_OTHER},
+        {"BOOL", 1, DTYPE_OTHER}, {"F8_E4M3", 1, DTYPE_OTHER}, {"F8_E5M2", 1, DTYPE_OTHER}};
+    const Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape"),
+               *offsets = json_get(entry, "data_offsets");
+    const char* name = entry->key;
+    int size = 0;
+    if (!dtype || dtype->type != JSON_STRING) return set_error(error, "tensor %.100s: no dtype", name);
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
+        if (!strcmp(dtype->string, known[i].name)) {
+            size = known[i].bytes;
+            t->dtype = known[i].dtype;
+        }
+    if (!size) return set_error(error, "tensor %.100s: unknown dtype %.20s", name, dtype->string);
+    if (!shape || shape->type != JSON_ARRAY || shape->count > 4)
+        return set_error(error, "tensor %.100s: shape is not a list of at most 4 numbers", name);
+    t->ndim = shape->count;
+    t->count = 1;
+    for (int i = 0; i < shape->count; i++) {
+        t->shape[i] = json_whole(shape->items[i], LONG_MAX);
+        if (t->shape[i] < 0) return set_error(error, "tensor %.100s: shape is not a list of whole numbers", name);
+        if (__builtin_mul_overflow(t->count, t->shape[i], &t->count))
+            return set_error(error, "tensor %.100s: the shape overflows", name);
+    }
+    if (__builtin_mul_overflow(t->count, (long)size, &t->bytes))
+        return set_error(error, "tensor %.100s: the shape overflows", name);
+    long begin =
+        offsets && offsets->type == JSON_ARRAY && offsets->count == 2 ? json_whole(offsets->items[0], LONG_MAX) : -1;
+    long end = begin >= 0 ? json_whole(offsets->items[1], LONG_MAX) : -1;
+    if (begin < 0 || end < begin) return set_error(error, "tensor %.100s: data_offsets are not [begin, end]", name);
+    if (end > data)
+        return set_error(error,
+                         "tensor %.100s: its data end at byte %ld, but the file has %ld bytes of data (truncated?)",
+                         name, end, data);
+    if (end - begin != t->bytes)
+        return set_error(error, "tensor %.100s: its shape needs %ld bytes, data_offsets give %ld", name, t->bytes,
+                         end - begin);
+    t->offset = begin;
+    return 1;
+}
+
+// Appends the tensors of one file. The tensors must fill the file from end to end, without holes and overlaps.
+static int safetensors_add_file(SafeTensors* s, const char* path, Error* error) {
+    Error inner = {""};
+    struct stat st;
+    unsigned char prefix[8];
+    s->fds = (int*)realloc(s->fds, sizeof(int) * (size_t)(s->num_files + 1));
+    s->paths = (char**)realloc(s->paths, sizeof(char*) * (size_t)(s->num_files + 1));
+    if (!s->fds || !s->paths) die(1, "out of memory");
+    int fd = open(path, O_RDONLY), file = s->num_files++;
+    s->fds[file] = fd;
+    s->paths[file] = copy_string(path);
+    if (fd < 0 || fstat(fd, &st)) return set_error(error, "%s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) return set_error(error, "%s: not a regular file", path);
+    long size = (long)st.st_size, length = 0;
+    if (size < 8 || !read_at(fd, prefix, 8, 0))
+        return set_error(error, "%s: %ld bytes are too short for safetensors", path, size);
+    for (int i = 7; i >= 0; i--)
+        length = i == 7 && prefix[i] > 127 ? LONG_MAX : length == LONG_MAX ? length : length << 8 | prefix[i];
+    if (length > 100000000)
+        return set_error(error, "%s: the header's length is over 100 MB; is this a safetensors file?", path);
+    if (8 + length > size)
+        return set_error(error, "%s: the header's %ld bytes go past the end of the file", path, length);
+    char* text = (char*)checked_malloc((size_t)length + 1);
+    Json* header = NULL;
+    if (!read_at(fd, text, (size_t)length, 8)) set_error(error, "%s: the header cannot be read", path);
+    else if (length == 0 || text[0] != '{') set_error(error, "%s: the header does not start with {", path);
+    else header = json_parse(text, (size_t)length, &inner);
+    free(text);
+    if (!header) return set_error(error, "%s: %s", path, inner.text);
+    int first = s->num_tensors;
+    s->tensors = (StoredTensor*)realloc(s->tensors, sizeof(StoredTensor) * (size_t)(first + header->count + 1));
+    if (!s->tensors) die(1, "out of memory");
+    long at = 0;
+    for (int i = 0; i < header->count; i++) {
+        Json* entry = header->items[i];
+        if (!strcmp(entry->key, "__metadata__")) {
+            for (int k = 0; k < entry->count || entry->type != JSON_OBJECT; k++)
+                if (entry->type != JSON_OBJECT || entry->items[k]->type != JSON_STRING) {
+                    set_error(error, "%s: __metadata__ is not a map of strings", path);
+                    break;
+                }
+            if (file == 0) {
+                s->metadata = entry;
+                header->items[i] = (Json*)checked_malloc(sizeof(Json));         // taken out of the tree
+                memset(header->items[i], 0, sizeof(Json));
+            }
+            continue;
+        }
+        StoredTensor* t = &s->tensors[s->num_tensors];
+        memset(t, 0, sizeof *t);
+        t->file = file;
+        if (!parse_tensor(t, entry, size - 8 - length, &inner)) break;
+        t->name = copy_string(entry->key);
+        s->num_tensors++;
+    }
+    json_free(header);
+    qsort(s->tensors + first, (size_t)(s->num_tensors - first), sizeof(StoredTensor), compare_tensor_offsets);
+    for (int i = first; i < s->num_tensors && !inner.text[0]; i++) {
+        StoredTensor* t = &s->tensors[i];
+        if (t->offset != at)
+            set_error(&inner, "tensor %.100s starts at byte %ld of the data, expected %ld: %s", t->name, t->offset, at,
+                      t->offset > at ? "a hole" : "an overlap");
+        at = t->offset + t->bytes;
+        t->offset += 8 + length;
+    }
+    if (!inner.text[0] && 8 + length + at != size)
+        set_error(&inner, "%ld bytes follow the last tensor", size - 8 - length - at);
+    if (inner.text[0]) set_error(error, "%s: %s", path, inner.text);
+    return !error->text[0];
+}
+
+// The tensor of that name, or NULL.
+static StoredTensor* safetensors_find(const SafeTensors* s, const char* name) {
+    StoredTensor key;
+    key.name = (char*)name;
+    return (StoredTensor*)bsearch(&key, s->tensors, (size_t)s->num_tensors, sizeof(StoredTensor), compare_tensor_names);
+}
+
+static int safetensors_finish(SafeTensors* s, Error* error) {
+    qsort(s->tensors, (size_t)s->num_tensors, sizeof(StoredTensor), compare_tensor_names);
+    for (int i = 1; i < s->num_tensors; i++)
+        if (!strcmp(s->tensors[i - 1].name, s->tensors[i].name))
+            return set_error(error, "tensor %.100s is in two files: %s and %s", s->tensors[i].name,
+                             s->paths[s->tensors[i - 1].file], s->paths[s->tensors[i].file]);
+    return !error->text[0];
+}
+
+// Opens one file. NULL and an error if anything about it is wrong.
+static SafeTensors* safetensors_open(const char* path, Error* error) {
+    SafeTensors* s = (SafeTensors*)checked_malloc(sizeof(SafeTensors));
+    memset(s, 0, sizeof *s);
+    if (safetensors_add_file(s, path, error) && safetensors_finish(s, error)) return s;
+    safetensors_close(s);
+    return NULL;
+}
+
+// Opens DIR/model.safetensors, or the shards that DIR/model.safetensors.index.json names.
+static SafeTensors* safetensors_open_model(const char* dir, Error* error) {
+    char path[PATH_SIZE], index_path[PATH_SIZE];
+    join_path(path, dir, "model.safetensors");
+    join_path(index_path, dir, "model.safetensors.index.json");
+    if (access(index_path, F_OK) || !access(path, F_OK)) return safetensors_open(path, error);
+    Json* index = json_read(index_path, error);
+    if (!index) return NULL;
+    const Json* map = json_get(index, "weight_map");
+    SafeTensors* s = (SafeTensors*)checked_malloc(sizeof(SafeTensors));
+    memset(s, 0, sizeof *s);
+    if (!map || map->type != JSON_OBJECT || map->count == 0) set_error(error, "%s: no weight_map", index_path);
+    for (int i = 0; map && i < map->count && !error->text[0]; i++) {
+        const char* file = map->items[i]->type == JSON_STRING ? map->items[i]->string : "";
+        if (!*file || strchr(file, '/') || strchr(file, '\\') || file[0] == '.' || strlen(file) > 255) {
+            set_error(error, "%s: weight_map sends %.80s to \"%.80s\", which is not a file name in this directory",
+                      index_path, map->items[i]->key, file);
+            break;
+        }
+        join_path(path, dir, file);
+        int known = 0;
+        for (int k = 0; k < s->num_files; k++) known |= !strcmp(s->paths[k], path);
+        if (!known) safetensors_add_file(s, path, error);
+    }
+    if (!error->text[0]) safetensors_finish(s, error);
+    for (int i = 0; map && i < map->count && !error->text[0]; i++) {
+        StoredTensor* t = safetensors_find(s, map->items[i]->key);
+        const char* file = t ? strrchr(s->paths[t->file], '/') + 1 : NULL;
+        if (!t || strcmp(file, map->items[i]->string))
+            set_error(error, "%s: tensor %.100s is not in %.80s", index_path, map->items[i]->key,
+                      map->items[i]->string);
+    }
+    if (!error->text[0] && map->count != s->num_tensors)
+        set_error(error, "%s: the shards hold %d tensors, weight_map lists %d", index_path, s->num_tensors, map->count);
+    json_free(index);
+    if (!error->text[0]) return s;
+    safetensors_close(s);
+    return NULL;
+}
+
+static float bf16_to_float(uint16_t h) {
+    union { uint32_t bits; float value; } u;
+    u.bits = (uint32_t)h << 16;
+    return u.value;
+}
+
+static float f16_to_float(uint16_t h) {
+    union { uint32_t bits; float value; } u;
+    uint32_t exponent = (h >> 10) & 31, fraction = h & 1023u;
+    if (exponent == 0) u.value = (float)fraction * 5.9604644775390625e-08f;             // subnormal: fraction 2^-24
+    else u.bits = (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;      // 112 = 127 - 15, the biases
+    u.bits |= (uint32_t)(h & 0x8000) << 16;
+    return u.value;
+}
+
+// Reads `count` numbers from number `first` of a tensor on, as floats.
+static int safetensors_read(const SafeTensors* s, const StoredTensor* t, long first, long count, float* out,
+                            Error* error) {
+    int size = t->dtype == DTYPE_F32 ? 4 : 2;
+    if (t->dtype != DTYPE_F32 && t->dtype != DTYPE_BF16 && t->dtype != DTYPE_F16)
+        return set_error(error, "tensor %.100s: only F32, BF16 and F16 can be read", t->name);
+    unsigned char buffer[65536];
+    for (long done = 0; done < count;) {
+        long n = lmin(count - done, (long)sizeof buffer / size);
+        if (!read_at(s->fds[t->file], buffer, (size_t)(n * size), t->offset + (first + done) * size))
+            return set_error(error, "%s: tensor %.100s cannot be read", s->paths[t->file], t->name);
+        if (size == 4) memcpy(out + done, buffer, (size_t)n * 4);
+        else
+            for (long i = 0; i < n; i++) {
+                uint16_t h = (uint16_t)(buffer[2 * i] | buffer[2 * i + 1] << 8);
+                out[done + i] = t->dtype == DTYPE_BF16 ? bf16_to_float(h) : f16_to_float(h);
+            }
+        done += n;
+    }
+    return 1;
+}
+
+// A tensor to be written.
+typedef struct {
+    const char* name;
+    const char* dtype;              // "F32" or "I32"
+    int ndim;
+    long shape[3];
+    const void* data;
+} OutTensor;
+
+static long out_tensor_bytes(const OutTensor* t) {
+    long bytes = 4;
+    for (int i = 0; i < t->ndim; i++) bytes *= t->shape[i];
+    return bytes;
+}
+
+// Writes a file and flushes it to the disk. On failure the error says why, and the file must not be used.
+static int safetensors_write(const char* path, const OutTensor* tensors, int count, Error* error) {
+    Text header = {NULL, 0, 0};
+    text_print(&header, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (long i = 0, at = 0; i < count; i++) {
+        const OutTensor* t = &tensors[i];
+        text_print(&header, ",");
+        text_json_string(&header, t->name);
+        text_print(&header, ":{\"dtype\":\"%s\",\"shape\":[", t->dtype);
+        for (int k = 0; k < t->ndim; k++) text_print(&header, "%s%ld", k ? "," : "", t->shape[k]);
+        text_print(&header, "],\"data_offsets\":[%ld,%ld]}", at, at + out_tensor_bytes(t));
+        at += out_tensor_bytes(t);
+    }
+    text_print(&header, "}");
+    while (header.length % 8) text_print(&header, " ");
+    unsigned char prefix[8];
+    for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)header.length >> (8 * i));
+    FILE* f = fopen(path, "wb");
+    int ok = f && fwrite(prefix, 8, 1, f) == 1 && fwrite(header.data, header.length, 1, f) == 1;
+    for (int i = 0; i < count && ok; i++) {
+        size_t bytes = (size_t)out_tensor_bytes(&tensors[i]);
+        ok = bytes == 0 || fwrite(tensors[i].data, bytes, 1, f) == 1;
+    }
+    ok = ok && fflush(f) == 0 && fsync(fileno(f)) == 0;
+    if (!ok) set_error(error, "%s: %s", path, strerror(errno));
+    if (f && fclose(f) && ok) ok = set_error(error, "%s: %s", path, strerror(errno));
+    free(header.data);
+    return ok;
+}

@@ -1,0 +1,221 @@
+// sampling.h: generation with a key/value cache, and what each token prints. Needs json.h and a Model.
+#pragma once
+
+// From tokenizer.json: what each token prints. Without one, a token is a byte, if there are 256 of them.
+typedef struct {
+    int count;                      // the model's vocabulary
+    char** pieces;                  // NULL: prints nothing (special tokens)
+    int* lengths;
+    int byte_level; // 1: pieces are in GPT-2's alphabet of bytes; 0: in SentencePiece's, with ▁ for a space
+    int eos[8], num_eos;
+} Tokenizer;
+
+// GPT-2's alphabet gives every byte a printable character: the printable bytes of Latin-1 are themselves, the others
+// are numbered from 256 on.
+static int byte_of_character(uint32_t c) {
+    if ((c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255)) return (int)c;
+    for (int b = 0, n = 256; b < 256; b++) {
+        int printable = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || (b >= 174 && b <= 255);
+        if (!printable && (uint32_t)n++ == c) return b;
+    }
+    return -1;
+}
+
+static int json_contains_type(const Json* j, const char* type) {
+    const Json* t = json_get(j, "type");
+    if (t && t->type == JSON_STRING && !strcmp(t->string, type)) return 1;
+    for (int i = 0; j && i < j->count; i++)
+        if (json_contains_type(j->items[i], type)) return 1;
+    return 0;
+}
+
+static void tokenizer_add(Tokenizer* t, long id, const char* piece, int special) {
+    if (id < 0 || id >= t->count) return;
+    free(t->pieces[id]);
+    t->pieces[id] = NULL;
+    if (special) return;
+    char *out = (char*)checked_malloc(strlen(piece) + 1), *p = out;
+    const char* end = piece + strlen(piece);
+    unsigned byte;
+    int used = 0;
+    if (!t->byte_level && sscanf(piece, "<0x%2X>%n", &byte, &used) == 1 && used == 6 && piece[6] == 0) {
+        *p++ = (char)byte;
+    } else {
+        while (piece < end) {
+            int n = utf8_length(piece, end);
+            if (n == 0) n = 1;
+            const unsigned char* u = (const unsigned char*)piece;
+            uint32_t c = n == 1 ? u[0] : n == 2 ? (uint32_t)(u[0] & 31) << 6 | (u[1] & 63) : 0xFFFF;
+            int b = t->byte_level ? byte_of_character(c) : -1;
+            if (b >= 0) *p++ = (char)b;
+            else if (!t->byte_level && n == 3 && !memcmp(piece, "\xE2\x96\x81", 3)) *p++ = ' ';
+            else {
+                memcpy(p, piece, (size_t)n);
+                p += n;
+            }
+            piece += n;
+        }
+    }
+    t->pieces[id] = out;
+    t->lengths[id] = (int)(p - out);
+}
+
+static void tokenizer_add_eos(Tokenizer* t, const Json* j) {
+    if (json_whole(j, INT_MAX) >= 0 && t->num_eos < 8) t->eos[t->num_eos++] = (int)json_whole(j, INT_MAX);
+    for (int i = 0; j && j->type == JSON_ARRAY && i < j->count; i++) tokenizer_add_eos(t, j->items[i]);
+}
+
+// Reads DIR's tokenizer.json, if any, and the end-of-sequence tokens; dir may be NULL.
+static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
+    Tokenizer* t = (Tokenizer*)checked_malloc(sizeof(Tokenizer));
+    char path[PATH_SIZE];
+    Error error = {""};
+    memset(t, 0, sizeof *t);
+    t->count = vocab_size;
+    static const char* eos_files[] = {"generation_config.json", "config.json"};
+    for (int i = 0; dir && i < 2 && t->num_eos == 0; i++) {
+        join_path(path, dir, eos_files[i]);
+        Json* j = access(path, F_OK) ? NULL : json_read(path, &error);
+        tokenizer_add_eos(t, json_get(j, "eos_token_id"));
+        json_free(j);
+    }
+    join_path(path, dir ? dir : "", "tokenizer.json");
+    if (!dir || access(path, F_OK)) return t;
+    Json* j = json_read(path, &error);
+    if (!j) die(2, "%s", error.text);
+    const Json *vocab = json_get(json_get(j, "model"), "vocab"), *added = json_get(j, "added_tokens");
+    t->byte_level = json_contains_type(json_get(j, "decoder"), "ByteLevel");
+    t->pieces = (char**)checked_malloc(sizeof(char*) * (size_t)vocab_size);
+    t->lengths = (int*)checked_malloc(sizeof(int) * (size_t)vocab_size);
+    memset(t->pieces, 0, sizeof(char*) * (size_t)vocab_size);
+    memset(t->lengths, 0, sizeof(int) * (size_t)vocab_size);
+    if (!vocab) die(2, "%s: no model.vocab", path);
+    for (int i = 0; i < vocab->count; i++) {
+        const Json* v = vocab->items[i];
+        if (vocab->type == JSON_OBJECT && v->type == JSON_NUMBER) tokenizer_add(t, json_whole(v, INT_MAX), v->key, 0);
+        // Unigram: a list of [piece, score]
+        if (vocab->type == JSON_ARRAY && v->count > 0 && v->items[0]->type == JSON_STRING)
+            tokenizer_add(t, i, v->items[0]->string, 0);
+    }
+    for (int i = 0; added && i < added->count; i++) {
+        const Json *id = json_get(added->items[i], "id"), *content = json_get(added->items[i], "content");
+        const Json* special = json_get(added->items[i], "special");
+        if (id && content && content->type == JSON_STRING)
+            tokenizer_add(t, json_whole(id, INT_MAX), content->string, special && special->type == JSON_TRUE);
+    }
+    json_free(j);
+    return t;
+}
+
+static void tokenizer_close(Tokenizer* t) {
+    for (int i = 0; i < t->count && t->pieces; i++) free(t->pieces[i]);
+    free(t->pieces);
+    free(t->lengths);
+    free(t);
+}
+
+// Prints a token to `out`. SentencePiece puts a space before the first word, which is not part of the text.
+static void tokenizer_print(const Tokenizer* t, int token, int first, FILE* out) {
+    if (!t->pieces) {
+        if (t->count == 256) fputc(token, out);
+        else fprintf(out, "%s%d", first ? "" : " ", token);         // what its numbers mean nobody has told
+    } else if (token < t->count && t->pieces[token]) {
+        int skip = first && !t->byte_level && t->lengths[token] > 0 && t->pieces[token][0] == ' ';
+        fwrite(t->pieces[token] + skip, 1, (size_t)(t->lengths[token] - skip), out);
+    }
+}
+
+typedef struct {
+    float probability;
+    int token;
+} Candidate;
+
+static int compare_candidates(const void* a, const void* b) {
+    const Candidate *x = (const Candidate*)a, *y = (const Candidate*)b;
+    if (x->probability != y->probability) return x->probability > y->probability ? -1 : 1;
+    return x->token - y->token;
+}
+
+// A token drawn from softmax(logits / temperature), limited to the top_k likeliest (0: all) and to the smallest set
+// whose probability reaches top_p. temperature = 0: the likeliest. uniform is a random number in (0, 1); candidates has
+// room for V.
+static int sample_token(const float* logits, int V, double temperature, int top_k, double top_p, double uniform,
+                        Candidate* candidates) {
+    int best = 0;
+    for (int v = 1; v < V; v++)
+        if (logits[v] > logits[best]) best = v;
+    if (temperature <= 0) return best;
+    double sum = 0, kept = 0;
+    for (int v = 0; v < V; v++) {
+        candidates[v].token = v;
+        candidates[v].probability = (float)exp((logits[v] - logits[best]) / temperature);
+        sum += candidates[v].probability;
+    }
+    int n = V;
+    if (top_k > 0 || top_p < 1) {
+        qsort(candidates, (size_t)V, sizeof(Candidate), compare_candidates);
+        if (top_k > 0 && top_k < n) {       // top-p is then of what is left
+            n = top_k;
+            sum = 0;
+            for (int i = 0; i < n; i++) sum += candidates[i].probability;
+        }
+        for (int i = 0; i < n; i++) {
+            kept += candidates[i].probability;
+            if (kept >= top_p * sum) n = i + 1;
+        }
+        sum = kept;
+    }
+    double target = uniform * sum, reached = 0;
+    for (int i = 0; i < n; i++) {
+        reached += candidates[i].probability;
+        if (target < reached) return candidates[i].token;
+    }
+    return candidates[n - 1].token;
+}
+
+typedef struct {
+    double temperature, top_p;
+    int top_k;
+    uint64_t seed;
+} Sampling;
+
+// Feeds tokens to the cache, at most T at a time. When the cache is full, it starts again from the later half of what
+// it held: so the model never sees positions beyond those it was made for. `history` holds all `count` tokens so far.
+static void generator_feed(Model* g, const int* history, int fed, int count) {
+    while (fed < count) {
+        if (g->cached == g->positions) {
+            int keep = g->positions / 2;
+            g->cached = 0;
+            fed -= keep;
+        }
+        int n = imin(imin(count - fed, g->T), g->positions - g->cached);
+        g->backend->forward(g, history + fed, NULL, 1, n);
+        fed += n;
+    }
+    g->backend->read_back(g, LOGITS);
+}
+
+// Continues the prompt (ids: room for prompt + tokens) by up to `tokens` tokens and prints all of it. Returns the
+// number of tokens made, which is smaller if the model ended the sequence.
+static int generate(Model* g, const Tokenizer* tokenizer, int* ids, int prompt, int tokens, const Sampling* how,
+                    FILE* out) {
+    int V = g->config.vocab_size, count = prompt;
+    Candidate* candidates = (Candidate*)checked_malloc(sizeof(Candidate) * (size_t)V);
+    g->cached = 0;
+    int first = tokenizer->pieces && !tokenizer->pieces[ids[0]] ? 1 : 0;        // after a begin-of-sequence token
+    for (int i = 0; i < prompt; i++) tokenizer_print(tokenizer, ids[i], i <= first, out);
+    generator_feed(g, ids, 0, count);
+    for (int i = 0; i < tokens && !stop_signal; i++) {
+        double uniform = random_uniform(random_key(how->seed, hash_string("sample"), (uint64_t)i, 0));
+        int token = sample_token(g->logits, V, how->temperature, how->top_k, how->top_p, uniform, candidates),
+            ended = 0;
+        for (int k = 0; k < tokenizer->num_eos; k++) ended |= token == tokenizer->eos[k];
+        if (ended) break;
+        ids[count++] = token;
+        tokenizer_print(tokenizer, token, count - 1 <= first, out);
+        fflush(out);
+        if (i + 1 < tokens) generator_feed(g, ids, count - 1, count);
+    }
+    free(candidates);
+    return count - prompt;
+}

@@ -1,0 +1,125 @@
+// util.h: what every file needs: the system's headers, messages that end the program, paths, an arena, time, threads.
+#pragma once
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <glob.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+enum { ARRAY_GAP = 64 };        // bytes between arrays, which nothing may touch
+#else
+#define ASAN_POISON_MEMORY_REGION(p, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(p, bytes)
+enum { ARRAY_GAP = 0 };
+#endif
+
+#define VERSION "0.1"
+
+// The CUDA compiler reads this file as part of train_moe.cu, whose kernels draw the same random numbers.
+#ifdef __CUDACC__
+#define ALSO_ON_GPU __host__ __device__
+#else
+#define ALSO_ON_GPU
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Small helpers
+
+static const char* program_name = "train_moe";
+
+// Bad input ends the program with one line and exit code 2 (the user's to mend), a failure while running with 1.
+#if defined(__GNUC__)
+__attribute__((noreturn, format(printf, 2, 3)))
+#endif
+static void die(int code, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fprintf(stderr, "%s: ", program_name);
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    va_end(args);
+    exit(code);
+}
+
+static void* checked_malloc(size_t bytes) {
+    void* p = malloc(bytes ? bytes : 1);
+    if (!p) die(1, "out of memory: %zu bytes wanted", bytes);
+    return p;
+}
+
+static char* copy_string(const char* s) {
+    char* p = (char*)checked_malloc(strlen(s) + 1);
+    strcpy(p, s);
+    return p;
+}
+
+// "dir/name" in `path`, which has room for PATH_SIZE bytes
+enum { PATH_SIZE = 4096 };
+static const char* join_path(char* path, const char* dir, const char* name) {
+    size_t n = strlen(dir), k = strlen(name);
+    if (n + k + 2 > PATH_SIZE) die(2, "the path %.60s.../%s is too long", dir, name);
+    memcpy(path, dir, n);
+    path[n] = '/';
+    memcpy(path + n + 1, name, k + 1);
+    return path;
+}
+
+static int imin(int a, int b) { return a < b ? a : b; }
+static int imax(int a, int b) { return a > b ? a : b; }
+static long lmin(long a, long b) { return a < b ? a : b; }
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+#ifdef _OPENMP
+static int thread_count(void) { return omp_get_max_threads(); }
+static int thread_number(void) { return omp_get_thread_num(); }
+#else
+static int thread_count(void) { return 1; }
+static int thread_number(void) { return 0; }
+#endif
+
+// One allocation serves everything. The walk over what is needed is made twice: with base = NULL to count the bytes,
+// then with the memory to hand it out.
+typedef struct {
+    char* base;
+    size_t used;
+} Arena;
+
+static void* take(Arena* a, size_t bytes) {
+    char* p = a->base ? a->base + a->used : NULL;
+    a->used += (bytes + 63) / 64 * 64 + ARRAY_GAP;
+    if (p) {
+        ASAN_POISON_MEMORY_REGION(p + bytes, a->base + a->used - (p + bytes));
+    }
+    return p;
+}
+static float* take_floats(Arena* a, long n) { return (float*)take(a, sizeof(float) * n); }

@@ -1,0 +1,165 @@
+// inspect.h: --inspect: what a checkpoint's experts are like and where they come from.
+#pragma once
+
+// Cosines between the experts of a layer, all their weights taken as one vector: gram (E, E) of inner products; hash
+// (E) is equal for experts that are equal in every number.
+static void expert_gram(const Source* s, int l, double* gram, uint64_t* hash) {
+    int E = s->config.num_experts;
+    long n = CHUNK_FLOATS / E < 1 ? 1 : CHUNK_FLOATS / E;
+    float* x = (float*)checked_malloc(sizeof(float) * (size_t)(n * E));
+    float* products = (float*)checked_malloc(sizeof(float) * (size_t)E * (size_t)E);
+    Error error = {""};
+    memset(gram, 0, sizeof(double) * (size_t)E * (size_t)E);
+    memset(hash, 0, sizeof(uint64_t) * (size_t)E);
+    for (int matrix = GATE; matrix <= DOWN; matrix++) {
+        long size = source_ffn(s, l, 0, matrix)->rows * source_ffn(s, l, 0, matrix)->cols;
+        for (long first = 0; first < size; first += n) {
+            long count = lmin(n, size - first);
+            for (int e = 0; e < E; e++) {
+                const View* v = source_ffn(s, l, e, matrix);
+                if (!safetensors_read(v->files, v->stored, v->first + first, count, x + e * count, &error))
+                    die(1, "%s", error.text);
+                for (long i = 0; i < count; i++) {
+                    uint32_t bits;
+                    memcpy(&bits, x + e * count + i, 4);
+                    hash[e] = (hash[e] ^ bits) * 0x9E3779B97F4A7C15ull;
+                    hash[e] ^= hash[e] >> 29;
+                }
+            }
+            matmul_forward(products, x, x, E, (int)count, E);
+            for (long i = 0; i < (long)E * E; i++) gram[i] += products[i];
+        }
+    }
+    free(x);
+    free(products);
+}
+
+static void print_lineage(const char* dir) {
+    char path[PATH_SIZE];
+    Error error = {""};
+    join_path(path, dir, "upcycle.json");
+    if (access(path, F_OK)) return;
+    Json* j = json_read(path, &error);
+    if (!j) die(2, "%s", error.text);
+    printf("lineage (the latest step first):\n");
+    for (const Json* r = j; r && r->type == JSON_OBJECT; r = json_get(r, "parent")) {
+        const Json *method = json_get(r, "method"), *sources = json_get(r, "sources"),
+                   *experts = json_get(r, "experts"), *f = json_get(r, "function");
+        printf("  %s", method && method->type == JSON_STRING ? method->string : "?");
+        if (experts && experts->type == JSON_ARRAY && experts->count == 2 && experts->items[0]->string &&
+            experts->items[1]->string)
+            printf(", %s -> %s experts", strcmp(experts->items[0]->string, "0") ? experts->items[0]->string : "dense",
+                   experts->items[1]->string);
+        for (int i = 0; sources && i < sources->count; i++)
+            if (sources->items[i]->type == JSON_STRING) printf("%s%s", i ? ", " : " from ", sources->items[i]->string);
+        if (f && f->type == JSON_STRING) printf("\n    function: %s", f->string);
+        printf("\n");
+    }
+    json_free(j);
+}
+
+static int run_inspect(void) {
+    Source* s = open_or_die(ask.inspect, "");
+    const Config* c = &s->config;
+    int E = c->num_experts, L = c->num_layers;
+    char path[PATH_SIZE];
+    Error error = {""};
+    print_config_line("model", s->dir, c, stored_bytes(s));
+    long by_type[3] = {0, 0, 0};
+    for (int i = 0; i < s->files->num_tensors; i++)
+        if (s->files->tensors[i].dtype <= DTYPE_F16) by_type[s->files->tensors[i].dtype] += s->files->tensors[i].bytes;
+    printf("        %d tensors in %d file%s:", s->files->num_tensors, s->files->num_files,
+           s->files->num_files > 1 ? "s" : "");
+    for (int i = 0; i < 3; i++)
+        if (by_type[i]) printf(" %s %.1f MB", dtype_names[i], by_type[i] * 1e-6);
+    printf("\n");
+    print_lineage(s->dir);
+    if (E == 0) {
+        if (ask.data) die(2, "--data: %s is dense, it has no load", s->dir);
+        source_close(s);
+        return 0;
+    }
+    double *load = NULL, *gram = (double*)checked_malloc(sizeof(double) * (size_t)E * (size_t)E);
+    long* whole_load = (long*)checked_malloc(sizeof(long) * (size_t)E);
+    uint64_t* hash = (uint64_t*)checked_malloc(sizeof(uint64_t) * (size_t)E);
+    if (ask.data) {
+        Config config = *c;
+        int T = sequence_length(&config), B = (int)ask.batch;
+        Dataset* d = dataset_open(ask.data, T, c->vocab_size, WHOLE, reads_bytes(c, s->dir));
+        long windows = lmin(d->windows, ask.calibrate_batches * B);
+        Model* m = model_create(&config, FOR_SCORING, B, T, T, NULL);
+        if (!checkpoint_load(m, s->dir, &error)) die(2, "%s", error.text);
+        Batch batch = batch_create(B, T);
+        load = (double*)checked_malloc(sizeof(double) * (size_t)L * (size_t)E);
+        memset(load, 0, sizeof(double) * (size_t)L * (size_t)E);
+        Usage usage = {load, NULL};
+        double loss = 0;
+        for (long w = 0; w < windows; w += B) {
+            int rows = (int)lmin(B, windows - w);
+            for (int b = 0; b < rows; b++)
+                dataset_window(d, w + b, batch.tokens + (long)b * T, batch.targets + (long)b * T);
+            loss += observed_forward(m, batch.tokens, batch.targets, rows, T, observe_usage, &usage) * rows;
+        }
+        printf("data    %s, %ld tokens: loss %.4f\n", ask.data, windows * T, loss / (double)windows);
+        free(batch.tokens);
+        dataset_close(d);
+        model_free(m);
+    }
+    join_path(path, s->dir, "upcycle.json");
+    Json* receipt = access(path, F_OK) ? NULL : json_read(path, &error);
+    const Json* layers = json_get(receipt, "layers");
+    printf("similarity of experts (cosine of all weights), pairs that are equal in every number%s\n",
+           load ? "; load (share of the mean)" : "");
+    for (int l = 0; l < L; l++) {
+        if (!c->sparse[l]) continue;
+        double mean = 0, most = -1, twin_mean = 0;
+        long pairs = 0, equal = 0, twins = 0;
+        const Json* family = NULL;
+        for (int i = 0; layers && i < layers->count; i++)
+            if (json_whole(json_get(layers->items[i], "layer"), MAX_LAYERS) == l)
+                family = json_get(layers->items[i], "family");
+        if (family && family->count != E) family = NULL;
+        expert_gram(s, l, gram, hash);
+        for (int a = 0; a < E; a++)
+            for (int b = 0; b < a; b++) {
+                double size = sqrt(gram[(long)a * E + a] * gram[(long)b * E + b]),
+                       cosine = size > 0 ? gram[(long)a * E + b] / size : 0;
+                mean += cosine;
+                if (cosine > most) most = cosine;
+                equal += hash[a] == hash[b];
+                pairs++;
+                if (family && family->items[a]->string && family->items[b]->string &&
+                    !strcmp(family->items[a]->string, family->items[b]->string)) {
+                    twin_mean += cosine;
+                    twins++;
+                }
+            }
+        printf("  layer %d:", l);
+        if (pairs) printf(" mean %.4f, max %.4f, %ld of %ld pairs equal", mean / (double)pairs, most, equal, pairs);
+        if (twins) printf(", within families %.4f", twin_mean / (double)twins);
+        if (load) {
+            const double* x = load + (long)l * E;
+            double sum = 0;
+            for (int e = 0; e < E; e++) {
+                whole_load[e] = (long)x[e];
+                sum += x[e];
+            }
+            LoadFigures figures = load_figures(whole_load, E);
+            printf("; Gini %.3f, MaxVio %.2f, %d dead", figures.gini, figures.max_vio, figures.dead);
+            if (E <= 16) {
+                printf(", load");
+                for (int e = 0; e < E; e++) printf(" %.2f", sum > 0 ? x[e] * E / sum : 0);
+            }
+        }
+        printf("\n");
+        fflush(stdout);
+        heed_signals();
+    }
+    json_free(receipt);
+    free(load);
+    free(whole_load);
+    free(gram);
+    free(hash);
+    source_close(s);
+    return 0;
+}

@@ -1,0 +1,421 @@
+// writer.h: the result is written whole or not at all.
+//
+// Everything is written into the directory DST.saving, flushed, and renamed to DST at the end. What a killed run left
+// behind there is removed by the next; the system drops the lock on it when a run ends, however it ends.
+#pragma once
+
+static char saving_path[PATH_SIZE]; // empty: there is nothing to remove
+static int saving_lock = -1;
+
+static void remove_saving(void) {
+    Error ignored = {""};
+    if (!saving_path[0]) return;
+    move_files(saving_path, NULL, &ignored);
+    rmdir(saving_path);
+    saving_path[0] = 0;
+    if (saving_lock >= 0) close(saving_lock);
+    saving_lock = -1;
+}
+
+static struct {
+    long done, total; // bytes
+    long overflows; // numbers that the format could not hold
+    double started, shown;
+} progress;
+
+static void progress_add(long bytes) {
+    progress.done += bytes;
+    heed_signals();
+    double now = seconds();
+    if (!isatty(2) || now - progress.shown < 0.2) return;
+    progress.shown = now;
+    char bar[31];
+    double share = progress.total ? (double)progress.done / (double)progress.total : 1,
+           rate = (double)progress.done / (now - progress.started + 1e-9);
+    for (int i = 0; i < 30; i++) bar[i] = i < share * 30 ? '#' : '.';
+    bar[30] = 0;
+    fprintf(stderr, "\r%s %3.0f %% | %.2f of %.2f GB | %.0f MB/s | ", bar, 100 * share, progress.done * 1e-9,
+            progress.total * 1e-9, rate * 1e-6);
+    print_duration((double)(progress.total - progress.done) / (rate + 1e-9));
+    fprintf(stderr, "\033[K");
+}
+
+static void write_all(int fd, const char* path, const void* data, size_t n) {
+    for (size_t done = 0; done < n;) {
+        ssize_t put = write(fd, (const char*)data + done, n - done);
+        if (put < 0 && errno == EINTR) continue;
+        if (put <= 0) die(1, "%s: %s; nothing was made", path, put < 0 ? strerror(errno) : "the disk takes no more");
+        done += (size_t)put;
+    }
+}
+
+// Asks the system to begin with the disk's work, so that the flush at the end does not wait for all of it.
+static void start_flushing(int fd, long from, long to) {
+#ifdef SYNC_FILE_RANGE_WRITE
+    if (to > from) sync_file_range(fd, from, to - from, SYNC_FILE_RANGE_WRITE);
+#else
+    (void)fd, (void)from, (void)to;
+#endif
+}
+
+typedef struct {
+    float* floats; // (CHUNK_FLOATS), or one row if that is longer
+    unsigned char* bytes; // room for the same in any format
+    long capacity; // floats
+} Buffers;
+
+// Streams one tensor to the end of a file.
+static void write_output(Plan* p, const Output* o, int fd, const char* path, Buffers* b) {
+    Maker k = maker_for(p, o);
+    long capacity_bytes = b->capacity * 4;
+    if (maker_copies(&k) && k.from.stored->dtype == o->dtype) { // bit for bit
+        long at = k.from.stored->offset + k.from.first * dtype_size(o->dtype);
+        for (long done = 0; done < o->bytes;) {
+            long n = lmin(capacity_bytes, o->bytes - done);
+            if (!read_at(k.from.files->fds[k.from.stored->file], b->bytes, (size_t)n, at + done))
+                die(1, "%s: tensor %s cannot be read", k.from.files->paths[k.from.stored->file], k.from.stored->name);
+            write_all(fd, path, b->bytes, (size_t)n);
+            progress_add(n);
+            done += n;
+        }
+    } else {
+        long wide = k.from.stored && k.from.cols > k.cols ? k.from.cols : k.cols,
+             rows = wide == 0 || b->capacity / wide < 1 ? 1 : b->capacity / wide;
+        for (long r = 0; r < k.rows; r += rows) {
+            long n = lmin(rows, k.rows - r);
+            make_rows(&k, r, n, b->floats);
+            progress.overflows += floats_to_bytes(b->bytes, b->floats, n * k.cols, o->dtype);
+            write_all(fd, path, b->bytes, (size_t)(n * k.cols * dtype_size(o->dtype)));
+            progress_add(n * k.cols * dtype_size(o->dtype));
+        }
+    }
+    maker_free(&k);
+}
+
+static void output_file_name(const Plan* p, int file, char* name, size_t size) {
+    if (file >= p->model_files)
+        snprintf(name, size, "optimizer.safetensors");
+    else if (p->model_files == 1)
+        snprintf(name, size, "model.safetensors");
+    else
+        snprintf(name, size, "model-%05d-of-%05d.safetensors", file + 1, p->model_files);
+}
+
+static void output_header(const Plan* p, int file, Text* header) {
+    text_print(header, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (int i = 0; i < p->num_outputs; i++) {
+        const Output* o = &p->outputs[i];
+        if (o->file != file) continue;
+        text_print(header, ",");
+        text_json_string(header, o->name);
+        text_print(header, ":{\"dtype\":\"%s\",\"shape\":[%ld", dtype_names[o->dtype], o->tensor->rows);
+        if (tensor_is_matrix(o->tensor)) text_print(header, ",%ld", o->tensor->cols);
+        text_print(header, "],\"data_offsets\":[%ld,%ld]}", o->offset, o->offset + o->bytes);
+    }
+    text_print(header, "}");
+    while (header->length % 8) text_print(header, " ");
+}
+
+static void write_tensors(Plan* p, const char* dir) {
+    Buffers b;
+    b.capacity = CHUNK_FLOATS;
+    for (int i = 0; i < p->num_outputs; i++) {
+        const Tensor* t = p->outputs[i].tensor;
+        long wide = t->cols * (p->method == GRANULAR || p->method == PARTITION ? ask.granularity : 1);
+        if (wide > b.capacity) b.capacity = wide;
+    }
+    b.floats = (float*)checked_malloc(sizeof(float) * (size_t)b.capacity);
+    b.bytes = (unsigned char*)checked_malloc(4 * (size_t)b.capacity);
+    progress.started = seconds();
+    progress.shown = progress.started - 1;
+    for (int file = 0; file < p->num_files; file++) {
+        char path[PATH_SIZE], name[64];
+        unsigned char prefix[8];
+        Text header = {NULL, 0, 0};
+        long flushed = 0, written;
+        output_file_name(p, file, name, sizeof name);
+        join_path(path, dir, name);
+        int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0666);
+        if (fd < 0) die(1, "%s: %s", path, strerror(errno));
+        output_header(p, file, &header);
+        for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)header.length >> (8 * i));
+        write_all(fd, path, prefix, 8);
+        write_all(fd, path, header.data, header.length);
+        written = 8 + (long)header.length;
+        free(header.data);
+        for (int i = 0; i < p->num_outputs; i++) {
+            if (p->outputs[i].file != file) continue;
+            write_output(p, &p->outputs[i], fd, path, &b);
+            written += p->outputs[i].bytes;
+            if (written - flushed < 32 << 20) continue;
+            start_flushing(fd, flushed, written);
+            flushed = written;
+        }
+        if (fsync(fd) || close(fd)) die(1, "%s: %s; nothing was made", path, strerror(errno));
+    }
+    if (isatty(2)) fprintf(stderr, "\r\033[K");
+    free(b.floats);
+    free(b.bytes);
+}
+
+// model.safetensors.index.json, for a model in several files
+static void write_index(const Plan* p, const char* dir) {
+    char path[PATH_SIZE], name[64];
+    Error error = {""};
+    Text t = {NULL, 0, 0};
+    long total = 0;
+    for (int i = 0; i < p->num_outputs; i++) total += p->outputs[i].half < 0 ? p->outputs[i].bytes : 0;
+    text_print(&t, "{\n  \"metadata\": {\"total_size\": %ld},\n  \"weight_map\": {", total);
+    for (int i = 0, listed = 0; i < p->num_outputs; i++) {
+        if (p->outputs[i].half >= 0) continue;
+        output_file_name(p, p->outputs[i].file, name, sizeof name);
+        text_print(&t, "%s\n    ", listed++ ? "," : "");
+        text_json_string(&t, p->outputs[i].name);
+        text_print(&t, ": \"%s\"", name);
+    }
+    text_print(&t, "\n  }\n}\n");
+    join_path(path, dir, "model.safetensors.index.json");
+    if (!write_file(path, t.data, t.length, &error)) die(1, "%s", error.text);
+    free(t.data);
+}
+
+// x with `digits` digits; JSON has no word for what is not a number.
+static void text_json_number(Text* t, double x, int digits) {
+    if (isfinite(x))
+        text_print(t, "%.*g", digits, x);
+    else
+        text_print(t, "null");
+}
+
+// What a value looked like, members in the order of their names.
+static void text_json_value(Text* t, const Json* j) {
+    static const char* words[] = {"null", "false", "true"};
+    if (j->type == JSON_STRING)
+        text_json_string(t, j->string);
+    else if (j->type == JSON_NUMBER)
+        text_print(t, "%s", j->string);
+    else if (j->type < JSON_NUMBER)
+        text_print(t, "%s", words[j->type]);
+    else {
+        text_print(t, j->type == JSON_ARRAY ? "[" : "{");
+        for (int i = 0; i < j->count; i++) {
+            if (i) text_print(t, ", ");
+            if (j->type == JSON_OBJECT) {
+                text_json_string(t, j->items[i]->key);
+                text_print(t, ": ");
+            }
+            text_json_value(t, j->items[i]);
+        }
+        text_print(t, j->type == JSON_ARRAY ? "]" : "}");
+    }
+}
+
+// With moments carried over, the run goes on where it was: ./train_moe --resume --out DST continues the step count, the
+// schedule and the bias correction. Only what was counted since the last validation starts again, and the penalty of
+// families, if there are new ones.
+static void write_trainer(const Plan* p, const char* dir) {
+    char path[PATH_SIZE];
+    Error error = {""};
+    Text t = {NULL, 0, 0};
+    const Json* j = p->trainer;
+    text_print(&t, "{");
+    for (int i = 0; i < j->count; i++) {
+        text_print(&t, "%s\n  ", i ? "," : "");
+        text_json_string(&t, j->items[i]->key);
+        text_print(&t, ": ");
+        // what was counted since the last validation was counted of other experts
+        if (!strcmp(j->items[i]->key, "load") || !strcmp(j->items[i]->key, "observed"))
+            text_print(&t, "[]");
+        else if (!strcmp(j->items[i]->key, "family_start") && p->method == FAMILY)
+            text_print(&t, "%ld", json_whole(json_get(j, "step"), LONG_MAX));
+        else
+            text_json_value(&t, j->items[i]);
+    }
+    text_print(&t, "\n}\n");
+    join_path(path, dir, "trainer.json");
+    if (!write_file(path, t.data, t.length, &error)) die(1, "%s", error.text);
+    free(t.data);
+}
+
+// config.json of the result. It names the format of most of its numbers.
+static void write_config(const Plan* p, const char* dir) {
+    char path[PATH_SIZE];
+    Error error = {""};
+    Text t = {NULL, 0, 0}, out = {NULL, 0, 0};
+    long bytes[3] = {0, 0, 0};
+    for (int i = 0; i < p->num_outputs; i++)
+        if (p->outputs[i].half < 0) bytes[p->outputs[i].dtype] += p->outputs[i].bytes;
+    int most = bytes[1] > bytes[0] && bytes[1] >= bytes[2] ? 1 : bytes[2] > bytes[0] ? 2 : 0;
+    config_to_json(&t, &p->config);
+    for (const char *s = t.data, *found;; s = found + 7) {
+        found = strstr(s, "float32");
+        if (!found) {
+            text_add(&out, s, strlen(s));
+            break;
+        }
+        text_add(&out, s, (size_t)(found - s));
+        text_add(&out, torch_names[most], strlen(torch_names[most]));
+    }
+    join_path(path, dir, "config.json");
+    if (!write_file(path, out.data, out.length, &error)) die(1, "%s", error.text);
+    free(t.data);
+    free(out.data);
+}
+
+static void copy_travelling_files(const char* from, const char* to) {
+    for (int i = 0; travelling_files[i]; i++) {
+        char path[PATH_SIZE];
+        size_t length;
+        Error error = {""};
+        join_path(path, from, travelling_files[i]);
+        if (!strcmp(travelling_files[i], "upcycle.json") || access(path, F_OK)) continue;
+        char* data = read_file(path, (size_t)1 << 30, &length, &error);
+        join_path(path, to, travelling_files[i]);
+        if (!data || !write_file(path, data, length, &error)) die(1, "%s", error.text);
+        free(data);
+    }
+}
+
+// 1 if one of two directories is the other or holds it; both are as realpath gives them
+static int paths_overlap(const char* a, const char* b) {
+    size_t n = strlen(a), k = strlen(b), shorter = n < k ? n : k;
+    return !strncmp(a, b, shorter) && (n == k || a[shorter] == '/' || b[shorter] == '/');
+}
+
+#define SAVING_MARKER ".upcycle"
+static int belongs_to_checkpoint(const char* name) {
+    static const char* endings[] = {".safetensors", ".json", ".csv", ".lock"};
+    size_t n = strlen(name);
+    int known = 0;
+    for (int i = 0; i < 4; i++) {
+        size_t k = strlen(endings[i]);
+        known |= n > k && !strcmp(name + n - k, endings[i]);
+    }
+    for (int i = 0; travelling_files[i]; i++) known |= !strcmp(name, travelling_files[i]);
+    return known || !strcmp(name, SAVING_MARKER);
+}
+
+// DST without slashes at its end; it must not exist, or hold a checkpoint and --force be given. The source is never
+// touched.
+static void check_destination(const char* dst, char* clean, Source** sources, int num_sources) {
+    char saving[PATH_SIZE], real_saving[PATH_SIZE] = "";
+    char parent[PATH_SIZE], real_parent[PATH_SIZE], real[PATH_SIZE], path[PATH_SIZE];
+    size_t n = strlen(dst);
+    struct stat st;
+    while (n > 1 && dst[n - 1] == '/') n--;
+    if (n + 16 > PATH_SIZE) die(2, "the path %.60s... is too long", dst);
+    memcpy(clean, dst, n);
+    clean[n] = 0;
+    const char *slash = strrchr(clean, '/'), *base = slash ? slash + 1 : clean;
+    if (!*base || !strcmp(base, ".") || !strcmp(base, "..")) die(2, "%s: expected the name of a new directory", dst);
+    snprintf(parent, sizeof parent, "%.*s", slash == clean ? 1 : slash ? (int)(slash - clean) : 1, slash ? clean : ".");
+    if (!realpath(parent, real_parent)) die(2, "%s: %s; DST's parent directory must exist", parent, strerror(errno));
+    if (access(real_parent, W_OK)) die(2, "%s: %s", parent, strerror(errno));
+    join_path(path, strcmp(real_parent, "/") ? real_parent : "", base);
+    int exists = !lstat(clean, &st);
+    if (exists && !realpath(clean, path)) die(2, "%s: %s", dst, strerror(errno));
+    // DST is written in DST.saving, which may be left from a run that was killed, but must be nothing else
+    snprintf(saving, sizeof saving, "%.4000s.saving", clean);
+    int stale = !lstat(saving, &st);
+    if (stale && (!S_ISDIR(st.st_mode) || !realpath(saving, real_saving)))
+        die(2, "%s is in the way and is not a directory; remove it, or choose another DST", saving);
+    for (int i = 0; i < num_sources + (ask.reference != NULL); i++) {
+        const char* source = i < num_sources ? sources[i]->dir : ask.reference;
+        if (!realpath(source, real)) die(2, "%s: %s", source, strerror(errno));
+        if (paths_overlap(path, real))
+            die(2, "%s: DST must lie outside of the source %s, which is never changed", dst, source);
+        if (stale && paths_overlap(real_saving, real))
+            die(2, "%s is the source %s, but DST is written there first; choose another DST", saving, source);
+    }
+    if (exists) exists = !lstat(clean, &st);
+    if (!exists) return;
+    if (!ask.force) die(2, "%s exists; choose another DST, or --force replaces it", dst);
+    if (!S_ISDIR(st.st_mode)) die(2, "%s is not a directory; --force replaces checkpoints only", dst);
+    DIR* d = opendir(clean);
+    struct dirent* entry;
+    int files = 0, config = 0;
+    while (d && (entry = readdir(d)) != NULL) {
+        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
+        join_path(path, clean, entry->d_name);
+        if (!lstat(path, &st) && S_ISDIR(st.st_mode))
+            die(2, "%s holds the directory %s; --force replaces plain checkpoints only", dst, entry->d_name);
+        if (!belongs_to_checkpoint(entry->d_name))
+            die(2, "%s holds %s, which is no part of a checkpoint; --force replaces checkpoints only", dst,
+                entry->d_name);
+        files++;
+        config |= !strcmp(entry->d_name, "config.json");
+    }
+    if (d) closedir(d);
+    if (files && !config) die(2, "%s holds no config.json; --force replaces checkpoints only", dst);
+}
+
+static void begin_saving(const char* dst) {
+    char path[PATH_SIZE], marker[PATH_SIZE];
+    Error error = {""};
+    static int registered = 0;
+    snprintf(path, sizeof path, "%.4000s.saving", dst);
+    int made = !mkdir(path, 0777);
+    if (!made && errno != EEXIST) die(2, "%s: %s", path, strerror(errno));
+    // a marker tells what a killed run has left from a directory that somebody else has made (an empty one is no harm)
+    join_path(marker, path, SAVING_MARKER);
+    if (!made && access(marker, F_OK) && (rmdir(path) || mkdir(path, 0777)))
+        die(2, "%s is in the way and was not made by upcycle; remove it, or choose another DST", path);
+    saving_lock = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    if (saving_lock < 0) die(1, "%s: %s", path, strerror(errno));
+    if (flock(saving_lock, LOCK_EX | LOCK_NB)) die(2, "%s: another run is writing there", path);
+    move_files(path, NULL, &error);
+    if (error.text[0] || !write_file(marker, "", 0, &error)) die(1, "%s", error.text);
+    strcpy(saving_path, path);
+    if (!registered) atexit(remove_saving);
+    registered = 1;
+}
+
+#ifndef RENAME_NOREPLACE
+#define RENAME_NOREPLACE 1
+#endif
+#ifndef RENAME_EXCHANGE
+#define RENAME_EXCHANGE 2
+#endif
+static int rename_flags(const char* from, const char* to, unsigned flags) {
+#ifdef SYS_renameat2
+    if (!syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, flags)) return 0;
+    if (errno != ENOSYS && errno != EINVAL) return -1;
+#endif
+    if (flags == RENAME_NOREPLACE) return rename(from, to);
+    char old[PATH_SIZE]; // without an exchange: two steps; the old one is whole at every moment
+    snprintf(old, sizeof old, "%.4000s.old", to);
+    if (rename(to, old)) return -1;
+    if (rename(from, to)) {
+        int reason = errno;
+        rename(old, to);
+        errno = reason;
+        return -1;
+    }
+    return rename(old, from);
+}
+
+// The moment from which DST is there.
+static void finish_saving(const char* dst) {
+    Error error = {""};
+    char parent[PATH_SIZE];
+    const char* slash = strrchr(dst, '/');
+    snprintf(parent, sizeof parent, "%.*s", slash == dst ? 1 : slash ? (int)(slash - dst) : 1, slash ? dst : ".");
+    char marker[PATH_SIZE], old_marker[PATH_SIZE];
+    unlink(join_path(marker, saving_path, SAVING_MARKER));
+    if (!flush_directory(saving_path, &error)) die(1, "%s", error.text);
+    heed_signals();
+    int replace = !access(dst, F_OK) && ask.force;
+    // what is replaced gets the marker: killed before it is removed, it is known as what upcycle may remove
+    join_path(old_marker, dst, SAVING_MARKER);
+    if (replace && !write_file(old_marker, "", 0, &error)) die(1, "%s", error.text);
+    if (rename_flags(saving_path, dst, replace ? RENAME_EXCHANGE : RENAME_NOREPLACE)) {
+        int reason = errno;
+        if (replace) unlink(old_marker);
+        die(1, "%s: %s", dst, strerror(reason));
+    }
+    if (replace) remove_saving(); // now holds what was replaced
+    saving_path[0] = 0;
+    if (saving_lock >= 0) close(saving_lock);
+    saving_lock = -1;
+    if (!flush_directory(parent, &error)) die(1, "%s", error.text);
+}
