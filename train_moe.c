@@ -22,8 +22,8 @@ Dimension letters, the same everywhere:
 Arrays are row-major and written with the outermost dimension first: (N, H) is N rows of H floats. `dx` is the gradient
 of the loss with respect to `x`. Functions write their first arguments and read the others.
 
-The file is also a library: upcycle.c, test_moe.c and train_moe.cu define TRAIN_MOE_NO_MAIN and include it. It is written in the
-common subset of C11 (with gcc's vector types) and C++17, because the CUDA compiler reads it as C++.
+The file is also a library: upcycle.c, test_moe.c and train_moe.cu define TRAIN_MOE_NO_MAIN and include it. It is
+written in the common subset of C11 (with gcc's vector types) and C++17, because the CUDA compiler reads it as C++.
 */
 #ifndef TRAIN_MOE_C
 #define TRAIN_MOE_C
@@ -897,10 +897,8 @@ static void balance_weights(const Model* m, int l, float scale, double* f, doubl
     *z_weight = 2.0 * scale * m->balance.z / N;
 }
 
-// dev/lib/routers.h and load.h, to be skipped: routers other than softmax top-K, and figures of what the router does.
-static const float* variant_router_forward(Model* m, int l);
-static void variant_router_backward(Model* m, int l, const double* f, double aux_weight, double z_weight, float scale);
-static void observe_layer(Model* m, int l);
+#include "dev/lib/routers.h"      // routers other than softmax top-K
+#include "dev/lib/load.h"         // what the experts do
 
 // out = x_mid + sum over the token's experts of gate f(n2(x_mid))
 static void ffn_layer_forward(Model* m, int l, float* out) {
@@ -1104,10 +1102,12 @@ static Losses take_losses(Model* m) {
     return mean;
 }
 
-#include "dev/lib/data.h"         // texts and shards of tokens
-
 // ---------------------------------------------------------------------------------------------------------------------
 // 6. Training loop
+
+#include "dev/lib/data.h"         // texts and shards of tokens
+#include "dev/lib/checkpoint.h"   // Hugging Face directories
+#include "dev/lib/sampling.h"     // generation
 
 typedef enum { WSD, COSINE, CONSTANT } Schedule;
 
@@ -1123,11 +1123,8 @@ typedef struct {
     AdamW adamw;
     uint64_t seed;
     long val_every, val_batches, save_every, sample_every;
-    // router variants, routers.h
-    double bias_rate;                   // of the sigmoid router's bias
-    int topk_low, topk_high;            // each layer draws its K in every step; 0: the model's K
-    double family_strength;             // penalty of families, and over how many steps it goes
-    long family_steps, family_start;    // from the step in which the copies were made
+    Sampling sampling;
+    RouterSchedule routers;             // what of a router changes from step to step, routers.h
 } Run;
 
 // The learning rate of step 0, 1, ..: a linear rise over `warmup` steps, then
@@ -1173,154 +1170,83 @@ static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
     return sum / (double)windows;
 }
 
-// Explained in dev/lib: routers.h, load.h, checkpoint.h, sampling.h.
-static void router_before_step(Model* m, const Run* run, long step);
-static void router_after_step(Model* m, const Run* run, long done);
-static void report_load(const Model* m, int each, FILE* log, long step);
-#define LOAD_HEADER \
-    "step,layer,expert,assignments,gini,min_max,max_vio,dead,entropy,top_gate,twin_cosine,twins_together,sources"
-static void clear_load(Model* m);
-static const char* checkpoint_save(const Model* m, const char* out, long step);
-static void print_sample(Model* generator, const Model* trained, uint64_t seed, int tokens);
+// What one step did.
+typedef struct {
+    double lr, norm, seconds;           // norm: of the gradient, before it was clipped
+    Losses mean;                        // over the step's micro-batches
+    const char *problem, *advice;       // NULL, or why nothing was updated, and what may help
+} Step;
 
-#include "dev/lib/log.h"          // signals, csv files, counts for reports
+// Step number `step`, counted from 0. The micro-batches' gradients add up to that of the mean of their losses.
+static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, long step) {
+    Step s = {learning_rate(run, step), NAN, seconds(), {NAN, 0, 0, 0, 0}, NULL, ""};
+    router_before_step(m, &run->routers, run->seed, step);
+    m->noise_step = step * run->accum;
+    m->counting_load = 1;
+    for (int micro = 0; micro < run->accum; micro++) {
+        for (int b = 0; b < run->B && !s.problem; b++) {
+            long index = (step * run->accum + micro) * run->B + b, at = (long)b * run->T;
+            if (!dataset_training_sequence(data, run->seed, index, batch.tokens + at, batch.targets + at))
+                s.problem = data->error;
+        }
+        if (s.problem) return s;
+        m->backend->forward(m, batch.tokens, batch.targets, run->B, run->T);
+        m->noise_step++;
+        m->backend->backward(m, 1.0f / run->accum);
+    }
+    m->counting_load = 0;
+    s.norm = m->backend->update(m, &run->adamw, s.lr, step + 1);        // if it is not finite, nothing is updated
+    s.mean = take_losses(m);
+    if (!isfinite(s.norm)) {            // (an infinite loss has no finite gradient)
+        s.problem = isfinite(s.mean.loss) ? "the gradient is not finite" : "the loss is not finite";
+        s.advice = "; try a lower --lr";
+        return s;
+    }
+    router_after_step(m, &run->routers, step + 1);
+    s.seconds = seconds() - s.seconds;
+    return s;
+}
+
+#include "dev/lib/log.h"          // csv files, what is printed
 
 // Trains from first_step (0, or where the checkpoint in `out` stopped) to run->steps. out, val and generator may be
 // NULL: then nothing is written, validated or sampled. Returns the exit code: 0, 1 after a failure, 128 + its number
 // after a signal.
 static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* generator, const char* out,
                  long first_step) {
-    int E = m->config.num_experts, T = run->T, terminal = isatty(2), exit_code = 0, stopping = 0, log_failed = 0;
-    long saved = first_step, tokens_per_step = (long)run->B * T * run->accum;
-    double flops = flops_per_token(&m->config, T), started = seconds();
-    Batch batch = batch_create(run->B, T);
-    FILE *log = NULL, *val_log = NULL, *load_log = NULL;
-    if (out) {
-        log = log_open(out, "log.csv", "step,tokens,train_loss,aux_loss,z_loss,lr,grad_norm,tokens_per_s,lpr_loss",
-                       first_step);
-        val_log = log_open(out, "val.csv", "step,tokens,val_loss", first_step);
-        load_log = log_open(out, "load.csv", LOAD_HEADER, first_step);
-    }
+    Batch batch = batch_create(run->B, run->T);
+    Reports r = reports_open(m, run, out, first_step);
+    int exit_code = 0, stopping = 0;
     catch_signals();
-    if (out && run->steps == 0 && first_step == 0) { // a run of no steps saves the model as it starts
-        const char* error = checkpoint_save(m, out, 0);
-        if (error) fprintf(stderr, "%s: the model could not be saved: %s\n", program_name, error);
-        else printf("no steps: the model is saved in %s as it starts\n", out);
-        exit_code = error != NULL;
-    } else if (first_step >= run->steps) {
-        printf("nothing left to do: step %ld of %ld is reached\n", first_step, run->steps);
-    }
-    for (long step = first_step; step < run->steps && !stopping; step++) {
-        double t0 = seconds(), lr = learning_rate(run, step), norm = NAN;
-        const char* problem = NULL;
-        Losses mean = {NAN, 0, 0, 0, 0};
-        router_before_step(m, run, step);
-        m->counting_load = 1;
-        for (int micro = 0; micro < run->accum; micro++) {
-            for (int b = 0; b < run->B && !problem; b++) {
-                long index = (step * run->accum + micro) * run->B + b, at = (long)b * T;
-                if (!dataset_training_sequence(data, run->seed, index, batch.tokens + at, batch.targets + at))
-                    problem = data->error;
-            }
-            if (problem) break;
-            m->backend->forward(m, batch.tokens, batch.targets, run->B, T);
-            m->noise_step++;
-            m->backend->backward(m, 1.0f / run->accum);
-        }
-        m->counting_load = 0;
-        if (!problem) {             // (an infinite loss has no finite gradient, and then nothing is updated)
-            norm = m->backend->update(m, &run->adamw, lr, step + 1);
-            mean = take_losses(m);
-        }
-        if (!isfinite(norm)) {
-            const char* advice = problem ? "" : "; try a lower --lr";
-            if (!problem) problem = isfinite(mean.loss) ? "the gradient is not finite" : "the loss is not finite";
-            fprintf(stderr, "%s%s: step %ld: %s; ", terminal ? "\n" : "", program_name, step + 1, problem);
-            if (out && saved > 0) fprintf(stderr, "the checkpoint of step %ld in %s is intact%s\n", saved, out, advice);
-            else fprintf(stderr, "nothing had been saved%s\n", advice);
-            exit_code = 1;
+    if (first_step >= run->steps) exit_code = nothing_to_do(&r, m);
+    for (long step = first_step; step < run->steps && !stopping && !exit_code; step++) {
+        long done = step + 1;
+        int last = done == run->steps;
+        Step s = train_step(m, run, data, batch, step);
+        if (s.problem) {
+            exit_code = report_problem(&r, &s, done);
             break;
         }
-        router_after_step(m, run, step + 1);
-        double elapsed = seconds() - t0, rate = tokens_per_step / elapsed;
-        long done = step + 1;
-        fprintf(stderr, "%sstep %ld/%ld | loss %.4f | lr %.2e | norm %.2f | %.0f tokens/s | %.1f GFLOP/s | ",
-                terminal ? "\r" : "", done, run->steps, mean.loss, lr, norm, rate, rate * flops * 1e-9);
-        print_duration((seconds() - started) / (done - first_step) * (run->steps - done));
-        fprintf(stderr, terminal ? "\033[K" : "\n");
-        if (log) {
-            fprintf(log, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f,%.6f\n", done, done * tokens_per_step, mean.loss,
-                    mean.aux, mean.z, lr, norm, rate, mean.lpr);
+        report_step(&r, &s, done);
+        if (last || is_due(run->val_every, done)) {
+            next_line(&r);
+            if (val) report_validation(&r, val, evaluate(m, val, run->val_batches, batch), done);
+            report_experts(&r, m, done);
         }
-        int last = done == run->steps;
-        if (last || (run->val_every > 0 && done % run->val_every == 0)) {
-            fprintf(stderr, "%s", terminal ? "\n" : "");
-            if (val) {
-                double val_loss = evaluate(m, val, run->val_batches, batch);
-                printf("step %ld: validation loss %.4f", done, val_loss);
-                if (val->raw) printf(" nats (%.4f bits) a byte", val_loss / M_LN2);
-                printf("\n");
-                if (out) fprintf(val_log, "%ld,%ld,%.6f\n", done, done * tokens_per_step, val_loss);
-            }
-            if (m->has_families) m->backend->read_back(m, PARAMETERS);         // their similarity is reported
-            if (E > 0) report_load(m, 0, load_log, done);
-            fflush(stdout);
-            clear_load(m);
-        }
-        if (out && (fflush(log) || fflush(val_log) || fflush(load_log)) && !log_failed) {
-            fprintf(stderr, "%s%s: warning: the logs in %s are incomplete from step %ld on: %s\n", terminal ? "\n" : "",
-                    program_name, out, done, strerror(errno));
-            log_failed = 1;
-        }
-        if (generator && run->sample_every > 0 && done % run->sample_every == 0 && !last) {
-            fprintf(stderr, "%s", terminal ? "\n" : "");
-            print_sample(generator, m, run->seed, 200);
+        reports_flush(&r, done);
+        if (generator && is_due(run->sample_every, done) && !last) {
+            next_line(&r);
+            print_sample(generator, m, &run->sampling, 200);
         }
         stopping = stop_signal && !last;        // looked at once a step: a signal that comes later stops the next one
-        if (out && (last || stopping || (run->save_every > 0 && done % run->save_every == 0))) {
-            m->backend->read_back(m, PARAMETERS | MOMENTS);
-            const char* error = checkpoint_save(m, out, done);
-            if (error) {
-                fprintf(stderr, "%s%s: step %ld could not be saved: %s; ", terminal ? "\n" : "", program_name, done,
-                        error);
-                if (saved > 0) fprintf(stderr, "the checkpoint of step %ld in %s is intact\n", saved, out);
-                else fprintf(stderr, "%s holds no checkpoint\n", out);
-                exit_code = 1;
-                break;
-            }
-            saved = done;
-        }
+        if (out && (last || stopping || is_due(run->save_every, done))) exit_code = save_step(&r, m, done);
     }
-    fprintf(stderr, "%s", terminal ? "\n" : "");
-    if (stopping && !exit_code) {
-        if (out && saved > 0)
-            fprintf(stderr, "%s: stopped by a signal; step %ld is saved in %s, --resume goes on\n", program_name, saved,
-                    out);
-        else
-            fprintf(stderr, "%s: stopped by a signal; nothing was saved, as there was no %s\n", program_name,
-                    out ? "step to save" : "--out");
-        exit_code = 128 + stop_signal;
-    }
-    if (log) {
-        fclose(log);
-        fclose(val_log);
-        fclose(load_log);
-    }
+    next_line(&r);
+    if (stopping && !exit_code) exit_code = report_signal(&r);
+    reports_close(&r);
     free(batch.tokens);
     return exit_code;
 }
-
-#include "dev/lib/routers.h"      // sigmoid, families, LPR
-
-#include "dev/lib/load.h"         // what the experts do
-
-#include "dev/lib/json.h"         // a strict parser
-
-#include "dev/lib/safetensors.h"  // tensors in files
-
-#include "dev/lib/checkpoint.h"   // Hugging Face directories
-
-#include "dev/lib/sampling.h"     // generation
 
 #include "dev/lib/options.h"      // the command line
 

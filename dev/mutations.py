@@ -79,7 +79,7 @@ MUTATIONS = [
     # random numbers, the command line, signals
     ("p = p * t2 + 2.0 / 13;", "p = p * t2 + 2.0 / 14;"),
     ("return told == 0 ? NO_BYTES :", "return"),
-    ("if (out && run->steps == 0 && first_step == 0) {", "if (out && run->steps == 0) {"),
+    ("|| r->run->steps > 0 || r->first_step > 0)", "|| r->run->steps > 0)"),
     ("if (options.warmup == UNSET && options.steps > 0)", "if (options.warmup == UNSET)"),
     ('if (found == 1) die(2, "%s: the option takes no value", argument);', ""),
     ("} else if (seconds() - first > 1) {", "} else {"),

@@ -3,6 +3,7 @@
 // A checkpoint is a Hugging Face directory: config.json, model.safetensors and the tokenizer's files; beside them our
 // trainer.json (options and step) and optimizer.safetensors (AdamW's moments).
 #pragma once
+#include "safetensors.h"
 
 // The classes, in the order of Arch, with what transformers takes for a key that config.json does not have (0: see
 // config_from_json).

@@ -1,7 +1,7 @@
 // json.h: a strict parser, and a text that grows. Needs util.h.
 //
-// Functions of this file and of safetensors.h are given files that may be broken or hostile. They return an error instead of
-// ending the program, so that tests and fuzzers can call them: the first problem found is written to an Error.
+// Functions of this file and of safetensors.h are given files that may be broken or hostile. They return an error
+// instead of ending the program, so that tests and fuzzers can call them: the first problem is written to an Error.
 #pragma once
 #include "util.h"
 

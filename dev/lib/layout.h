@@ -128,3 +128,21 @@ static void weights_point(Weights* w, const Config* c, const Layout* layout, flo
     w->layers = (LayerWeights*)checked_malloc(sizeof(LayerWeights) * c->num_layers);
     layout_walk(&again, c, w);
 }
+
+// Parameters in all, and parameters that one token uses (all but the experts it is not sent to).
+static void count_parameters(const Config* c, long* total, long* active) {
+    Layout layout = {NULL, 0, 0, 0, NULL};
+    layout_walk(&layout, c, NULL);
+    *total = *active = layout.matrices + layout.total;
+    for (int l = 0; l < c->num_layers; l++)
+        *active -= (long)(layer_experts(c, l) - layer_topk(c, l)) * 3 * c->hidden_size * layer_width(c, l);
+}
+
+// Floating-point operations of training on one token: 2 for each active parameter forward and 4 backward (the LM head
+// counts, looking up an embedding does not), and causal attention over T positions.
+static double flops_per_token(const Config* c, int T) {
+    long total, active;
+    count_parameters(c, &total, &active);
+    if (!c->tie_word_embeddings) active -= (long)c->vocab_size * c->hidden_size;
+    return 6.0 * active + 6.0 * c->num_layers * c->num_heads * c->head_dim * T;
+}

@@ -1,6 +1,10 @@
 // load.h: what the experts of a model do: load, entropy, similarity of twins. Needs train_moe.c's Model.
 #pragma once
 
+// of load.csv
+#define LOAD_HEADER \
+    "step,layer,expert,assignments,gini,min_max,max_vio,dead,entropy,top_gate,twin_cosine,twins_together,sources"
+
 // One layer's load: x_e assignments of expert e, with mean over the E experts.
 typedef struct {
     double gini;                // sum over pairs |x_i - x_j| / (2 E^2 mean): 0 all equal, 1 - 1/E one expert has all

@@ -1,44 +1,5 @@
-// log.h: what a run says about itself: sizes, signals, rows of csv files, time left. Needs layout.h.
+// log.h: what a run says: progress, rows of csv files, failures. Needs train_moe.c's Run, Step and Model.
 #pragma once
-
-// Parameters in all, and parameters that one token uses (all but the experts it is not sent to).
-static void count_parameters(const Config* c, long* total, long* active) {
-    Layout layout = {NULL, 0, 0, 0, NULL};
-    layout_walk(&layout, c, NULL);
-    *total = *active = layout.matrices + layout.total;
-    for (int l = 0; l < c->num_layers; l++)
-        *active -= (long)(layer_experts(c, l) - layer_topk(c, l)) * 3 * c->hidden_size * layer_width(c, l);
-}
-
-// Floating-point operations of training on one token: 2 for each active parameter forward and 4 backward (the LM head
-// counts, looking up an embedding does not), and causal attention over T positions.
-static double flops_per_token(const Config* c, int T) {
-    long total, active;
-    count_parameters(c, &total, &active);
-    if (!c->tie_word_embeddings) active -= (long)c->vocab_size * c->hidden_size;
-    return 6.0 * active + 6.0 * c->num_layers * c->num_heads * c->head_dim * T;
-}
-
-static volatile sig_atomic_t stop_signal = 0;
-// The first Ctrl-C or SIGTERM ends the run after the step at hand, a second one at once: saves are whole or not at all.
-// (What comes within a second is the same one: timeout(1) signals the process and then its group.)
-static void on_signal(int signal_number) {
-    static double first;
-    if (!stop_signal) {
-        first = seconds();
-        stop_signal = signal_number;
-    } else if (seconds() - first > 1) {
-        signal(signal_number, SIG_DFL);
-        raise(signal_number);
-    }
-}
-
-// Also for a terminal that is closed, unless nohup has seen to that.
-static void catch_signals(void) {
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-    if (signal(SIGHUP, on_signal) == SIG_IGN) signal(SIGHUP, SIG_IGN);
-}
 
 // Opens OUT/name for appending. A run that continues at `step` first drops the rows of later steps, which it will make
 // again; a new run starts with the header.
@@ -65,4 +26,128 @@ static void print_duration(double s) {
     long left = (long)(s + 0.5);
     if (left >= 3600) fprintf(stderr, "%ld:%02ld:%02ld left", left / 3600, left / 60 % 60, left % 60);
     else fprintf(stderr, "%ld:%02ld left", left / 60, left % 60);
+}
+
+// Where a run's reports go, and what they need to know of it.
+typedef struct {
+    const Run* run;
+    const char* out;                    // NULL: nothing is written
+    FILE *steps, *val, *load;           // out/log.csv, val.csv, load.csv, or NULL
+    long first_step, saved;             // where this run began; the step of the last checkpoint
+    double started, flops;              // flops of a token
+    int terminal, incomplete;           // incomplete: rows are missing, which has been said
+} Reports;
+
+static Reports reports_open(const Model* m, const Run* run, const char* out, long first_step) {
+    Reports r;
+    memset(&r, 0, sizeof r);
+    r.run = run;
+    r.out = out;
+    r.first_step = r.saved = first_step;
+    r.started = seconds();
+    r.flops = flops_per_token(&m->config, run->T);
+    r.terminal = isatty(2);
+    if (!out) return r;
+    r.steps = log_open(out, "log.csv", "step,tokens,train_loss,aux_loss,z_loss,lr,grad_norm,tokens_per_s,lpr_loss",
+                       first_step);
+    r.val = log_open(out, "val.csv", "step,tokens,val_loss", first_step);
+    r.load = log_open(out, "load.csv", LOAD_HEADER, first_step);
+    return r;
+}
+
+static void reports_close(Reports* r) {
+    if (!r->out) return;
+    fclose(r->steps);
+    fclose(r->val);
+    fclose(r->load);
+}
+
+// Whether something that happens every `period` steps (0: never) happens after this one.
+static int is_due(long period, long done) { return period > 0 && done % period == 0; }
+
+// On a terminal the progress line is overwritten; what is printed next begins below it.
+static void next_line(const Reports* r) { fprintf(stderr, "%s", r->terminal ? "\n" : ""); }
+
+static long tokens_per_step(const Run* run) { return (long)run->B * run->T * run->accum; }
+
+static void report_step(Reports* r, const Step* s, long done) {
+    long steps = r->run->steps, tokens = tokens_per_step(r->run);
+    double rate = tokens / s->seconds;
+    fprintf(stderr, "%sstep %ld/%ld | loss %.4f | lr %.2e | norm %.2f | %.0f tokens/s | %.1f GFLOP/s | ",
+            r->terminal ? "\r" : "", done, steps, s->mean.loss, s->lr, s->norm, rate, rate * r->flops * 1e-9);
+    print_duration((seconds() - r->started) / (done - r->first_step) * (steps - done));
+    fprintf(stderr, r->terminal ? "\033[K" : "\n");
+    if (r->out)
+        fprintf(r->steps, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f,%.6f\n", done, done * tokens, s->mean.loss,
+                s->mean.aux, s->mean.z, s->lr, s->norm, rate, s->mean.lpr);
+}
+
+static void report_validation(Reports* r, const Dataset* val, double loss, long done) {
+    printf("step %ld: validation loss %.4f", done, loss);
+    if (val->raw) printf(" nats (%.4f bits) a byte", loss / M_LN2);
+    printf("\n");
+    if (r->out) fprintf(r->val, "%ld,%ld,%.6f\n", done, done * tokens_per_step(r->run), loss);
+}
+
+// The experts' load since the last report.
+static void report_experts(Reports* r, Model* m, long done) {
+    if (m->has_families) m->backend->read_back(m, PARAMETERS);         // their similarity is reported
+    if (m->config.num_experts > 0) report_load(m, 0, r->load, done);
+    fflush(stdout);
+    clear_load(m);
+}
+
+static void reports_flush(Reports* r, long done) {
+    if (!r->out || r->incomplete || (!fflush(r->steps) && !fflush(r->val) && !fflush(r->load))) return;
+    next_line(r);
+    fprintf(stderr, "%s: warning: the logs in %s are incomplete from step %ld on: %s\n", program_name, r->out, done,
+            strerror(errno));
+    r->incomplete = 1;
+}
+
+// Why a step could not be made; returns the exit code.
+static int report_problem(const Reports* r, const Step* s, long done) {
+    next_line(r);
+    fprintf(stderr, "%s: step %ld: %s; ", program_name, done, s->problem);
+    if (r->out && r->saved > 0)
+        fprintf(stderr, "the checkpoint of step %ld in %s is intact%s\n", r->saved, r->out, s->advice);
+    else fprintf(stderr, "nothing had been saved%s\n", s->advice);
+    return 1;
+}
+
+// Saves step `done`; returns the exit code.
+static int save_step(Reports* r, Model* m, long done) {
+    m->backend->read_back(m, PARAMETERS | MOMENTS);
+    const char* error = checkpoint_save(m, r->out, done);
+    if (!error) {
+        r->saved = done;
+        return 0;
+    }
+    next_line(r);
+    fprintf(stderr, "%s: step %ld could not be saved: %s; ", program_name, done, error);
+    if (r->saved > 0) fprintf(stderr, "the checkpoint of step %ld in %s is intact\n", r->saved, r->out);
+    else fprintf(stderr, "%s holds no checkpoint\n", r->out);
+    return 1;
+}
+
+// No step is left: a run of no steps saves the model as it starts. Returns the exit code.
+static int nothing_to_do(const Reports* r, const Model* m) {
+    const char* error = NULL;
+    if (!r->out || r->run->steps > 0 || r->first_step > 0)
+        printf("nothing left to do: step %ld of %ld is reached\n", r->first_step, r->run->steps);
+    else if ((error = checkpoint_save(m, r->out, 0)) != NULL)
+        fprintf(stderr, "%s: the model could not be saved: %s\n", program_name, error);
+    else printf("no steps: the model is saved in %s as it starts\n", r->out);
+    return error != NULL;
+}
+
+// A signal has ended the run; returns the exit code.
+static int report_signal(const Reports* r) {
+    if (r->out && r->saved > 0)
+        fprintf(stderr, "%s: stopped by a signal; step %ld is saved in %s, --resume goes on\n", program_name, r->saved,
+                r->out);
+    else
+        fprintf(stderr, "%s: stopped by a signal; nothing was saved, as there was no %s\n", program_name,
+                r->out ? "step to save" : "--out");
+    return 128 + stop_signal;
 }

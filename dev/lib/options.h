@@ -616,32 +616,15 @@ static int run_prompt(Config* c) {
     return stop_signal ? 130 : 0;
 }
 
-// The generator shares the parameters of the model in training; what else decides its routing is copied.
-static void print_sample(Model* generator, const Model* trained, uint64_t seed, int tokens) {
-    generator->has_families = trained->has_families;
-    generator->config.family_penalty = trained->config.family_penalty;
-    memcpy(generator->family, trained->family,
-           sizeof(int) * (size_t)trained->config.num_layers * (size_t)trained->config.num_experts);
-    generator->backend->send(generator, 0);
-    Tokenizer* tokenizer = tokenizer_open(generator->source, generator->config.vocab_size);
-    int* ids = (int*)checked_malloc(sizeof(int) * (size_t)(tokens + 1));
-    Sampling how = {options.temperature, options.top_p, (int)options.top_k, seed};
-    int bos = atoi(generator->config.token_ids[0]);     // "" and null, as in byte models, give 0
-    ids[0] = tokenizer->pieces && bos < generator->config.vocab_size ? bos : '\n' % generator->config.vocab_size;
-    generate(generator, tokenizer, ids, 1, tokens, &how, stdout);
-    printf("\n");
-    free(ids);
-    tokenizer_close(tokenizer);
-}
-
 // --topk-range LO:HI
 static void topk_range_from_options(Config* c, Run* run) {
     char rest;
     if (!options.topk_range) return;
-    if (sscanf(options.topk_range, "%d:%d%c", &run->topk_low, &run->topk_high, &rest) != 2 || run->topk_low < 1 ||
-        run->topk_high < run->topk_low || run->topk_high > c->num_experts)
+    if (sscanf(options.topk_range, "%d:%d%c", &run->routers.topk_low, &run->routers.topk_high, &rest) != 2 ||
+        run->routers.topk_low < 1 || run->routers.topk_high < run->routers.topk_low ||
+        run->routers.topk_high > c->num_experts)
         die(2, "--topk-range %s: expected LO:HI with 1 <= LO <= HI <= %d experts", options.topk_range, c->num_experts);
-    c->topk_limit = run->topk_high;
+    c->topk_limit = run->routers.topk_high;
 }
 
 // Makes OUT if it is not there, takes the lock that keeps a second run out (the system drops it when this one ends,
@@ -730,7 +713,11 @@ static int run_train(Config* c, long first_step) {
     run.val_batches = options.val_batches;
     run.save_every = options.save_every;
     run.sample_every = options.sample_every;
-    run.bias_rate = options.bias_rate;
+    run.sampling.temperature = options.temperature;
+    run.sampling.top_p = options.top_p;
+    run.sampling.top_k = (int)options.top_k;
+    run.sampling.seed = run.seed;
+    run.routers.bias_rate = options.bias_rate;
     topk_range_from_options(c, &run);
     if (c->family_penalty > 0 || options.family_penalty != UNSET || options.family_steps != UNSET) {
         if (!options.model)
@@ -741,13 +728,14 @@ static int run_train(Config* c, long first_step) {
         if (options.family_penalty == UNSET) options.family_penalty = 1;
         // a run whose moments upcycle carried over goes on at its source's step, and the penalty starts there
         long start = json_whole(json_get(trainer_state, "family_start"), first_step), half;
-        run.family_start = start > 0 ? start : 0;
-        half = (options.steps - run.family_start) / 2;
+        run.routers.family_start = start > 0 ? start : 0;
+        half = (options.steps - run.routers.family_start) / 2;
         if (options.family_steps == UNSET && options.steps > 0) options.family_steps = half > 1 ? half : 1;
-        run.family_strength = options.family_penalty;
-        run.family_steps = options.family_steps;
+        run.routers.family_strength = options.family_penalty;
+        run.routers.family_steps = options.family_steps;
         if (options.steps > 0)
-            c->family_penalty = family_penalty_at(run.family_strength, first_step - run.family_start, run.family_steps);
+            c->family_penalty = family_penalty_at(run.routers.family_strength, first_step - run.routers.family_start,
+                                                  run.routers.family_steps);
     }
 
     Model *m = model_plan(c, FOR_TRAINING, B, T, T, NULL), *generator = NULL;
@@ -757,7 +745,7 @@ static int run_train(Config* c, long first_step) {
         generator = model_create(c, FOR_GENERATION, 1, T, T, m);
     }
     m->balance = balance_from_options(c);
-    m->family_start = run.family_start;
+    m->family_start = run.routers.family_start;
     // what a model's tokens mean does not change when training goes on with other data
     m->reads_bytes = data->raw || (options.model && bytes_are_tokens == BYTES);
     for (int l = 0; l < c->num_layers; l++) m->aux_coefficients[l] = m->balance.aux;
@@ -783,7 +771,7 @@ static int run_train(Config* c, long first_step) {
     int code = train(m, &run, data, val, generator, options.out, first_step);
     if (code == 0 && demonstration) {
         printf("\na sample:\n");
-        print_sample(generator, m, run.seed, 600);
+        print_sample(generator, m, &run.sampling, 600);
     }
     dataset_close(data);
     if (val) dataset_close(val);

@@ -468,21 +468,28 @@ static void variant_router_backward(Model* m, int l, const double* f, double aux
                            s->lpr_rstd, w->lpr_norm_weight, w->lpr_norm_bias, N, H);
 }
 
+// What of a router changes from step to step.
+typedef struct {
+    double bias_rate;                   // of the sigmoid router's bias
+    int topk_low, topk_high;            // each layer draws its K in every step; 0: the model's K
+    double family_strength;             // penalty of families, and over how many steps it goes
+    long family_steps, family_start;    // from the step in which the copies were made
+} RouterSchedule;
+
 // Before each training step: draws each layer's K from topk_low .. topk_high (Matryoshka training, 2509.26520).
-static void router_before_step(Model* m, const Run* run, long step) {
+static void router_before_step(Model* m, const RouterSchedule* run, uint64_t seed, long step) {
     for (int l = 0; l < m->config.num_layers && run->topk_high > 0; l++) {
-        uint64_t draw = random_key(run->seed, hash_string("topk"), (uint64_t)step, (uint64_t)l);
+        uint64_t draw = random_key(seed, hash_string("topk"), (uint64_t)step, (uint64_t)l);
         if (m->config.sparse[l])
             m->topk[l] = run->topk_low + (int)(draw % (uint64_t)(run->topk_high - run->topk_low + 1));
     }
-    m->noise_seed = run->seed;
-    m->noise_step = step * run->accum;
+    m->noise_seed = seed;
 }
 
 // After it, from the load of its whole batch: moves the sigmoid router's bias and the layers' balance coefficients (if
 // they adapt), lowers the penalty of families, and goes back to the model's own K, with which it is validated and
 // saved.
-static void router_after_step(Model* m, const Run* run, long done) {
+static void router_after_step(Model* m, const RouterSchedule* run, long done) {
     Config* c = &m->config;
     for (int l = 0; l < c->num_layers; l++) {
         long* counts = m->step_load + (long)l * c->num_experts;

@@ -219,3 +219,20 @@ static int generate(Model* g, const Tokenizer* tokenizer, int* ids, int prompt, 
     free(candidates);
     return count - prompt;
 }
+
+// The generator shares the parameters of the model in training; what else decides its routing is copied.
+static void print_sample(Model* generator, const Model* trained, const Sampling* how, int tokens) {
+    generator->has_families = trained->has_families;
+    generator->config.family_penalty = trained->config.family_penalty;
+    memcpy(generator->family, trained->family,
+           sizeof(int) * (size_t)trained->config.num_layers * (size_t)trained->config.num_experts);
+    generator->backend->send(generator, 0);
+    Tokenizer* tokenizer = tokenizer_open(generator->source, generator->config.vocab_size);
+    int* ids = (int*)checked_malloc(sizeof(int) * (size_t)(tokens + 1));
+    int bos = atoi(generator->config.token_ids[0]);     // "" and null, as in byte models, give 0
+    ids[0] = tokenizer->pieces && bos < generator->config.vocab_size ? bos : '\n' % generator->config.vocab_size;
+    generate(generator, tokenizer, ids, 1, tokens, how, stdout);
+    printf("\n");
+    free(ids);
+    tokenizer_close(tokenizer);
+}

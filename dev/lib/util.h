@@ -123,3 +123,24 @@ static void* take(Arena* a, size_t bytes) {
     return p;
 }
 static float* take_floats(Arena* a, long n) { return (float*)take(a, sizeof(float) * n); }
+
+static volatile sig_atomic_t stop_signal = 0;
+// The first Ctrl-C or SIGTERM ends the run after the step at hand, a second one at once: saves are whole or not at all.
+// (What comes within a second is the same one: timeout(1) signals the process and then its group.)
+static void on_signal(int signal_number) {
+    static double first;
+    if (!stop_signal) {
+        first = seconds();
+        stop_signal = signal_number;
+    } else if (seconds() - first > 1) {
+        signal(signal_number, SIG_DFL);
+        raise(signal_number);
+    }
+}
+
+// Also for a terminal that is closed, unless nohup has seen to that.
+static void catch_signals(void) {
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    if (signal(SIGHUP, on_signal) == SIG_IGN) signal(SIGHUP, SIG_IGN);
+}
