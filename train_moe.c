@@ -105,36 +105,100 @@ static int count_sparse(const Config* c) {
 //     forward          y  = x W^T       y (rows, OC), x (rows, C), W (OC, C)
 //     backward input   dx = dy W        dx (rows, C), or dx += dy W
 //     backward weight  dW += dy^T x     dW (OC, C)
-// All three are one product, result(i,j) = sum over k of left(i,k) * right(k,j): only the roles of i, j, k change. The
-// six functions at the end of the section are what the rest of the file calls; on first reading, go on with those.
 //
-// Order of summation. Every element of a result is the plain loop
-//     sum = 0 (or what the result held);  for k = 0, 1, 2, ...: sum = sum + left(i,k) * right(k,j)
-// in just that order. Blocks, vectors and threads only decide which elements are computed when, and where a sum
-// waits while it is unfinished. So bits never depend on the number of rows, threads or experts in the call, on the
-// place of a row in the batch, or on the block sizes below: a token generated alone equals the same token in a batch.
-//
+// The loops below are their definition, order of additions and roundings included: each sum runs over
+// k = 0, 1, 2, ..., and each of its steps is one multiply-add. dev/lib/products.h computes the same bits many times
+// faster: there, blocks, vectors and threads only decide which elements are computed when, and where a sum waits
+// while it is unfinished. So bits never depend on the number of rows, threads or experts in a call, nor on the
+// place of a row in the batch: a token generated alone equals the same token in a batch.
 
-#include "dev/lib/products.h"     // these sums, fast
+#include "dev/lib/products.h"     // fast_product, fast_block: these sums, fast
 
-// E products at once: rows offsets[e] .. offsets[e + 1] - 1 of x and y belong to matrix number e, which is (OC, C) and
-// starts at W + e * weight_stride. No rows is allowed.
+// 1: the loops below compute (make PLAIN=1), 0: products.h does. A test compares them, byte by byte.
+#ifndef PLAIN
+#define PLAIN 0
+#endif
+static int plain_products = PLAIN;
+
+// sum + a b, rounded once where the processor can do so
+#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF)
+#define MULTIPLY_ADD(sum, a, b) fmaf(a, b, sum)
+#else
+#define MULTIPLY_ADD(sum, a, b) ((sum) + (a) * (b))
+#endif
+
+// E products at once, one for each expert: rows offsets[e] .. offsets[e + 1] - 1 of x and y belong to matrix number
+// e, which is (OC, C) and starts at W + e * weight_stride. An expert may have no rows.
 //     y = x W_e^T          y (rows, OC), x (rows, C), offsets (E + 1)
 void grouped_matmul_forward(float* y, const float* x, const float* W, long weight_stride, int C, int OC, int E,
                             const int* offsets) {
-    grouped_product(FORWARD, y, x, W, weight_stride, C, OC, E, offsets, 0);
+    if (!plain_products) {
+        fast_product(FORWARD, y, x, W, weight_stride, C, OC, E, offsets, 0);
+        return;
+    }
+    for (int e = 0; e < E; e++)
+        #pragma omp parallel for
+        for (long r = offsets[e]; r < offsets[e + 1]; r++)
+            for (int o = 0; o < OC; o++) {
+                const float *x_r = x + r * C, *W_o = W + e * weight_stride + (long)o * C;
+                float sum = 0;
+                for (int c = 0; c < C; c++) sum = MULTIPLY_ADD(sum, x_r[c], W_o[c]);
+                y[r * OC + o] = sum;
+            }
 }
 
 //     dx = dy W_e, or with add = 1 dx += dy W_e
-void grouped_matmul_backward_input(float* dx, const float* dy, const float* W, long weight_stride, int C, int OC, int E,
-                                   const int* offsets, int add) {
-    grouped_product(BACKWARD_INPUT, dx, dy, W, weight_stride, C, OC, E, offsets, add);
+void grouped_matmul_backward_input(float* dx, const float* dy, const float* W, long weight_stride, int C, int OC,
+                                   int E, const int* offsets, int add) {
+    if (!plain_products) {
+        fast_product(BACKWARD_INPUT, dx, dy, W, weight_stride, C, OC, E, offsets, add);
+        return;
+    }
+    for (int e = 0; e < E; e++)
+        #pragma omp parallel for
+        for (long r = offsets[e]; r < offsets[e + 1]; r++)
+            for (int c = 0; c < C; c++) {
+                float sum = add ? dx[r * C + c] : 0;
+                for (int o = 0; o < OC; o++)
+                    sum = MULTIPLY_ADD(sum, dy[r * OC + o], W[e * weight_stride + (long)o * C + c]);
+                dx[r * C + c] = sum;
+            }
 }
 
 //     dW_e += dy^T x
 void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, long weight_stride, int C, int OC,
                                     int E, const int* offsets) {
-    grouped_product(BACKWARD_WEIGHT, dW, dy, x, weight_stride, C, OC, E, offsets, 1);
+    if (!plain_products) {
+        fast_product(BACKWARD_WEIGHT, dW, dy, x, weight_stride, C, OC, E, offsets, 1);
+        return;
+    }
+    for (int e = 0; e < E; e++)
+        #pragma omp parallel for
+        for (int o = 0; o < OC; o++)
+            for (int c = 0; c < C; c++) {
+                float* dW_oc = dW + e * weight_stride + (long)o * C + c;
+                for (long r = offsets[e]; r < offsets[e + 1]; r++)
+                    *dW_oc = MULTIPLY_ADD(*dW_oc, dy[r * OC + o], x[r * C + c]);
+            }
+}
+
+// The same sums for attention, by one thread, on matrices whose rows and columns are any number of floats apart:
+//     result(i,j) = [result(i,j) if add] + sum over k of left(i,k) right(k,j)
+// result (rows, columns), left (rows, depth), right (depth, columns); left(i,k) is left[i * left_i + k * left_k].
+static void multiply_block(float* result, long result_i, const float* left, long left_i, long left_k,
+                           const float* right, long right_k, long right_j, int rows, int columns, int depth,
+                           int add) {
+    if (!plain_products) {
+        fast_block(result, result_i, left, left_i, left_k, right, right_k, right_j, rows, columns, depth, add);
+        return;
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) {
+            float sum = add ? result[i * result_i + j] : 0;
+            for (int k = 0; k < depth; k++)
+                sum = MULTIPLY_ADD(sum, left[i * left_i + k * left_k], right[k * right_k + j * right_j]);
+            result[i * result_i + j] = sum;
+        }
 }
 
 // The same for one matrix and `rows` rows.
@@ -594,64 +658,67 @@ typedef struct {
 } Weights;
 
 #include "dev/lib/layout.h"       // the tensors' names and places
+#include "dev/lib/router_arrays.h"        // ROUTER_LAYER_ARRAYS, ROUTER_SCRATCH_ARRAYS: routers other than softmax
 
-// What one layer keeps of the forward pass for the backward pass. R = N K rows of experts (N in a dense layer).
+// The arrays of the forward and backward pass are two tables of {type, name, number of elements}: they make the
+// structures below and, in dev/lib/memory.h, the memory. Dimension letters as above, R = N K rows of experts; for a
+// dense layer E = K = 1. D is the latent dimension of LPR. `sparse`, `training` and what else stands as a factor is 1
+// or 0: an array that a model does not need has no elements.
+
+// What each layer keeps for its backward pass.
+#define LAYER_ARRAYS(ARRAY)                                                                                    \
+    ARRAY(float, x, N * H)                          /* the residual stream as it enters the layer */           \
+    ARRAY(float, attn_in, N * H)                    /* n1(x) */                                                \
+    ARRAY(float, attn_rstd, N)                                                                                 \
+    ARRAY(float, qkv, N * (NH + 2 * NKV) * HD)                                                                 \
+    ARRAY(float, q_rstd, N * NH)                    /* (N, NH) per head, (N) per row */                        \
+    ARRAY(float, k_rstd, N * NKV)                   /* (N, NKV) per head, (N) per row */                       \
+    ARRAY(float, rotated, N * (NH + NKV) * HD)      /* queries and keys, normed and rotated */                 \
+    ARRAY(float, attn, N * NH * HD)                                                                            \
+    ARRAY(float, lse, B * NH * T)                   /* (B, NH, T) */                                           \
+    ARRAY(float, x_mid, N * H)                      /* the residual stream after attention */                  \
+    ARRAY(float, ffn_in, N * H)                     /* n2(x_mid) */                                            \
+    ARRAY(float, ffn_rstd, N)                                                                                  \
+    ARRAY(float, router_logits, sparse * N * E)     /* z */                                                    \
+    ARRAY(float, router_lse, sparse * N)            /* logsumexp(z) */                                         \
+    ARRAY(float, probs, sparse * N * E)             /* softmax(z) */                                           \
+    ARRAY(float, gates, sparse * N * K)             /* of a dense layer: Model.ones */                         \
+    ARRAY(int, experts, sparse * N * K)             /* (N, K) chosen, best first */                            \
+    ARRAY(int, offsets, E + 1)                      /* these three: see group_by_expert */                     \
+    ARRAY(int, assignment, sparse * R)              /* of a dense layer: Model.identity */                     \
+    ARRAY(int, row_of, sparse * R)                  /* (N, K); of a dense layer: Model.identity */             \
+    ARRAY(float, gate_up, R * 2 * I)                /* (R, 2, I) */                                            \
+    ROUTER_LAYER_ARRAYS(ARRAY)
+
+// What is written and used up within one layer; all layers share it. For training, but for the first three.
+#define SCRATCH_ARRAYS(ARRAY)                                                                                  \
+    ARRAY(float, x_rows, R * H)                     /* experts' inputs, gathered */                            \
+    ARRAY(float, y_rows, R * H)                     /* experts' outputs */                                     \
+    ARRAY(float, act, RI)                           /* (R, I) */                                               \
+    ARRAY(float, attention, attention_scratch_size(m->positions))                                              \
+    ARRAY(double, balance, E)                       /* f of the balance loss */                                \
+    ARRAY(double, prob_sums, E)                     /* sum over tokens of probs */                             \
+    ARRAY(float, dx, training * N * H)              /* flows back along the residual stream */                 \
+    ARRAY(float, dnormed, training * N * H)         /* the gradient of a norm's output */                      \
+    ARRAY(float, dattn, training * N * NH * HD)                                                                \
+    ARRAY(float, drotated, training * N * (NH + NKV) * HD)                                                     \
+    ARRAY(float, dqkv, training * N * (NH + 2 * NKV) * HD)                                                     \
+    ARRAY(float, dact, training * RI)                                                                          \
+    ARRAY(float, dgates, training * N * K)                                                                     \
+    ARRAY(float, drouter, training * N * E)         /* dz */                                                   \
+    ARRAY(float, norm_sums, training * rmsnorm_sums_size(N, H > NH * HD ? H : NH * HD))                        \
+    ARRAY(double, norms, training * norm_blocks(m))         /* partial sums of the gradient's norm */          \
+    ROUTER_SCRATCH_ARRAYS(ARRAY)
+
+#define MEMBER(type, name, count) type* name;
 typedef struct {
-    float* x;                   // (N, H)       the residual stream as it enters the layer
-    float* attn_in;             // (N, H)       n1(x)
-    float* attn_rstd;           // (N)
-    float* qkv;                 // (N, (NH + 2 NKV) HD)
-    float* q_rstd;              // (N, NH) per head, (N) per row
-    float* k_rstd;              // (N, NKV) per head, (N) per row
-    float* rotated;             // (N, (NH + NKV) HD)       queries and keys, normed and rotated
-    float* attn;                // (N, NH HD)
-    float* lse;                 // (B, NH, T)
-    float* x_mid;               // (N, H)       the residual stream after attention
-    float* ffn_in;              // (N, H)       n2(x_mid)
-    float* ffn_rstd;            // (N)
-    float* router_logits;       // (N, E)
-    float* router_lse;          // (N)
-    float* probs;               // (N, E)
-    float* gates;               // (N, K)
-    float* gate_up;             // (R, 2, I)
-    int* experts;               // (N, K)       chosen, best first
-    int* offsets;               // (E + 1)      see group_by_expert
-    int* assignment;            // (R)
-    int* row_of;                // (N, K)
-    // router variants
-    float* router_raw;          // (N, E)       logits before their normalisation
-    float *lpr_a, *lpr_input;   // (N, H)
-    float *lpr_mean, *lpr_rstd; // (N)
-    float* lpr_encoded;         // (N, 2 D)
-    float* lpr_read_out;        // (N, D)
-    double* lpr_targets;        // (E, D)
+    LAYER_ARRAYS(MEMBER)
 } LayerActivations;
 
-// Memory that is written and used up within one layer; all layers share it.
 typedef struct {
-    float* rows_in;             // (R, H)       experts' inputs, gathered; backward: their gradient
-    float* rows_out;            // (R, H)       experts' outputs; backward: the gradient of the output, gathered
-    float* act;                 // (R, I)
-    float* dact;                // (R, I)
-    float* dgates;              // (N, K)
-    float* drouter;             // (N, E)
-    float* dx;                  // (N, H)       the gradient that flows back along the residual stream
-    float* dnormed;             // (N, H)
-    float* dattn;               // (N, NH HD)
-    float* dqkv;                // (N, (NH + 2 NKV) HD)
-    float* drotated;            // (N, (NH + NKV) HD)
-    float* attention;           // see attention_scratch_size
-    double* balance;            // (E)          f of the balance loss
-    double* prob_sums;          // (E)          sum over tokens of probs
-    float* norm_sums;           // see rmsnorm_backward
-    double* norms;              // partial sums of the gradient's norm
-    // router variants
-    float* family_shift;        // (N, E)
-    float* lpr_dread_out;       // (N, D)
-    float* lpr_dprobs;          // (N, E)
-    float* lpr_dencoded;        // (N, 2 D)
-    float* lpr_da;              // (N, H)
-    double* lpr_gram;           // (D, D)
+    SCRATCH_ARRAYS(MEMBER)
+    float *dy_rows, *dx_rows;   // (R, H)   gradients of y_rows and x_rows: memory of y_rows, in turns
+    float* gated_act;           // (R, I)   gate * act: memory of act
 } Scratch;
 
 // What a model is made for decides what memory it gets.
@@ -685,34 +752,27 @@ typedef struct {
     double beta1, beta2, eps, weight_decay, clip;       // clip = 0: no clipping
 } AdamW;
 
-typedef struct Model Model;
-
-// What the rest of the file does with a model. This file's functions do it on the CPU, train_moe.cu's on a GPU, where
-// parameters, moments, gradients and results lie in memory of the GPU's own. There the host's copies, which saving,
-// loading and reporting work on, are brought up to date by `send` and `read_back`; here these have nothing to do.
-enum { PARAMETERS = 1, MOMENTS = 2, GRADIENTS = 4, LOGITS = 8, ROUTING = 16, LOSSES = 32, ROUTER_BIASES = 64 };
-typedef struct {
-    void (*plan)(Model* m);             // counts the memory: Model.bytes and its parts
-    void (*allocate)(Model* m);         // takes it
-    void (*release)(Model* m);          // and gives it back
-    // model_forward, model_backward and model_update below; but a GPU's losses come later, so take_losses fetches them
-    void (*forward)(Model* m, const int* tokens, const int* targets, int B, int T);
-    void (*backward)(Model* m, float scale);
-    double (*update)(Model* m, const AdamW* o, double lr, long step);
-    void (*send)(Model* m, int what);       // PARAMETERS, MOMENTS, ROUTER_BIASES; always: the families
-    void (*read_back)(Model* m, int what);  // any of the above; ROUTING: experts, gates; LOSSES: Model.sums, load
-} Backend;
+#include "dev/lib/backend.h"      // where a model is computed: here, or on a GPU
 
 struct Model {
-    const Backend* backend;
+    // what it is
     Config config;
     Purpose purpose;
     int B, T;                   // the largest batch; a shorter one may be given
     int positions;              // the longest sequence: T, or the capacity of the cache
+    const Backend* backend;
+    const char* source;         // the directory that the parameters were read from, or NULL
+    int reads_bytes;            // 1: its tokens are the bytes of a text, for trainer.json
+    // its parameters, (layout.total) each, and the places of their tensors
     Layout layout;
-    float *params, *grads;      // (layout.total); grads are NULL without training, as are the next two
+    float *params, *grads;      // grads and the moments are NULL without training
     float *exp_avg, *exp_avg_sq;// AdamW's moments
     Weights weights, dweights;
+    const Model* owner;         // NULL, or the model whose parameters these are
+    // this pass
+    int batch, length;          // its B and T
+    int *tokens, *targets;      // (N)
+    int* topk;                  // (L)          K of each layer; the config's unless training draws them
     LayerActivations* layers;   // (L)
     Scratch scratch;
     float* final_in;            // (N, H)       the residual stream after the last layer
@@ -720,42 +780,38 @@ struct Model {
     float* final_rstd;          // (N)
     float* logits;              // (N, V), or (1, V) for generation: only the last token's
     float *losses, *losses_lse; // (N)
-    float *cosines, *sines;     // (positions, HD / 2)
+    float *cosines, *sines;     // (positions, HD / 2)      of rope_table
+    float* ones;                // (N)          gates of a dense layer's one expert
+    int* identity;              // (N)          its assignment and row_of: every token, in order
     float *cache_k, *cache_v;   // (L, positions, NKV HD)
     int cached;                 // positions in the cache
-    int *tokens, *targets;      // (N)
-    float* ones;                // (N)          gates of a dense layer
-    int* identity;              // (N)          its assignment
-    int batch, length;          // B and T of the last forward pass
+    double loss, aux_loss, z_loss, lpr_loss;    // cross-entropy; the next two without coefficients, LPR's with
+    double *all_counts, *all_probs;     // (E)  assignments and sums of probs over all sparse layers, for AUX_HF
+    // what a run adds
     Balance balance;
-    long *load;                 // (L, E)       assignments, counted while counting_load is 1, cleared by the caller
+    Losses sums;                // of the forward passes since take_losses
+    int counting_load;          // 1: load and step_load are counted
+    long *load, *step_load;     // (L, E)       assignments since the last report; in this optimizer step
+    double* aux_coefficients;   // (L)
+    int* family;                // (L, E)       the family of each expert: the copies of one expert share it
+    int has_families;           // 1: some experts do
+    long family_start;          // the step in which the copies were made, for trainer.json
+    uint64_t noise_seed;        // of LPR's noise,
+    long noise_step;            // which differs in each pass
+    void (*observe)(Model* m, int l);   // NULL, or what looks at each layer after its forward pass,
+    void* observer;             // with this at hand
     Observed* observed;         // (L)
     FILE* trace;                // NULL, or where each token's experts and gates are listed
     long trace_window;          // the number of the batch's first window
-    int counting_load;
-    int* topk; // (L)          K of each layer in the next pass; all the config's unless training draws them
-    // router variants
-    int* family;                // (L, E)       the family of each expert: the copies of one expert share it
-    int has_families;           // 1: some experts do
-    int reads_bytes;            // 1: its tokens are the bytes of a text, for trainer.json
-    long family_start;          // the step in which the copies were made, for trainer.json
-    long* step_load;            // (L, E)       assignments of this optimizer step
-    double* aux_coefficients;   // (L)
-    uint64_t noise_seed;        // of LPR's noise,
-    long noise_step;            // which differs in each pass
-    double lpr_loss;            // of the last forward pass, with its weight
-    double *all_counts, *all_probs;     // (E)  assignments and sums of probs over all sparse layers, for AUX_HF
-    double loss, aux_loss, z_loss; // of the last forward pass: cross-entropy alone; the other two without coefficients
-    Losses sums;                // of the forward passes since take_losses
+    // its memory, in bytes
     size_t bytes_params, bytes_optimizer, bytes_activations, bytes;
     void* memory;
-    const char* source;         // the directory that the parameters were read from, or NULL
-    const Model* owner;         // NULL, or the model whose parameters these are
     void* device;               // what the backend of a GPU keeps
 };
 
 #define NORM_BLOCK 65536        // floats in a partial sum of the gradient's norm,
 #define NORM_LANES 64           // which is itself made of this many sums side by side
+static long norm_blocks(const Model* m) { return m->layout.total / NORM_BLOCK + 1; }
 
 #include "dev/lib/memory.h"       // model_create, model_free
 
@@ -778,6 +834,19 @@ static void model_init(Model* m, uint64_t seed) {
     }
 }
 
+// out (N, width) = x (N, width), whose rows are ld_out and ld_x floats apart
+static void copy_rows(float* out, long ld_out, const float* x, long ld_x, long N, long width) {
+    #pragma omp parallel for if (N > 1)
+    for (long n = 0; n < N; n++) memcpy(out + n * ld_out, x + n * ld_x, sizeof(float) * (size_t)width);
+}
+
+// out += x, both (N, H)
+static void add_rows(float* out, const float* x, int N, int H) {
+    #pragma omp parallel for if (N > 1)
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < H; i++) out[(long)n * H + i] += x[(long)n * H + i];
+}
+
 // Where layer l's keys and values are: in its own activations, or in the cache, which also holds the past.
 typedef struct {
     const float *k, *v;
@@ -786,84 +855,115 @@ typedef struct {
 
 static KeysValues layer_keys_values(const Model* m, int l) {
     const Config* c = &m->config;
-    long HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads;
-    KeysValues kv;
-    if (m->purpose == FOR_GENERATION) {
-        kv.k = m->cache_k + (long)l * m->positions * NKV * HD;
-        kv.v = m->cache_v + (long)l * m->positions * NKV * HD;
-        kv.ld_k = kv.ld_v = NKV * HD;
-    } else {
-        kv.k = m->layers[l].rotated + NH * HD;
-        kv.v = m->layers[l].qkv + (NH + NKV) * HD;
-        kv.ld_k = (NH + NKV) * HD;
-        kv.ld_v = qkv_width(c);
-    }
-    return kv;
+    const LayerActivations* s = &m->layers[l];
+    long HD = c->head_dim, Q = c->num_heads * HD, K = c->num_kv_heads * HD, N = (long)m->batch * m->length;
+    KeysValues kv = {s->rotated + Q, s->qkv + Q + K, Q + K, Q + 2 * K};
+    if (m->purpose != FOR_GENERATION) return kv;
+    float *cache_k = m->cache_k + (long)l * m->positions * K, *cache_v = m->cache_v + (long)l * m->positions * K;
+    copy_rows(cache_k + m->cached * K, K, kv.k, kv.ld_k, N, K);         // what is new joins the past
+    copy_rows(cache_v + m->cached * K, K, kv.v, kv.ld_v, N, K);
+    KeysValues cache = {cache_k, cache_v, K, K};
+    return cache;
 }
 
-// x_mid = x + Wo attention(...)
+// The norms of the residual stream: one vector of H a token.
+static void stream_norm_forward(const Model* m, float* out, float* rstd, const float* x, const float* weight,
+                                int rows) {
+    int H = m->config.hidden_size;
+    rmsnorm_forward(out, H, rstd, x, H, weight, rows, 1, H, (float)m->config.rms_norm_eps);
+}
+
+// add = 1: the gradient joins dx, which has come past the norm already
+static void stream_norm_backward(const Model* m, float* dx, int add, float* dweight, const float* dout,
+                                 const float* x, const float* weight, const float* rstd) {
+    int N = m->batch * m->length, H = m->config.hidden_size;
+    rmsnorm_backward(dx, H, add, dweight, dout, H, x, H, weight, rstd, N, 1, H, m->scratch.norm_sums);
+}
+
+// rotated = the norms of queries and keys, where the model has them: NH vectors of HD, or one of NH HD
+static void qk_norm_forward(const Model* m, int l) {
+    const Config* c = &m->config;
+    const LayerWeights* w = &m->weights.layers[l];
+    const LayerActivations* s = &m->layers[l];
+    int N = m->batch * m->length, HD = c->head_dim, Q = c->num_heads * HD, K = c->num_kv_heads * HD;
+    long QKV = qkv_width(c), QK = Q + K;
+    int q_size = c->qk_norm == QK_NORM_ROW ? Q : HD, k_size = c->qk_norm == QK_NORM_ROW ? K : HD;
+    if (c->qk_norm == QK_NORM_NONE) {
+        copy_rows(s->rotated, QK, s->qkv, QKV, N, QK);
+        return;
+    }
+    float eps = (float)c->rms_norm_eps;
+    rmsnorm_forward(s->rotated, QK, s->q_rstd, s->qkv, QKV, w->q_norm, N, Q / q_size, q_size, eps);
+    rmsnorm_forward(s->rotated + Q, QK, s->k_rstd, s->qkv + Q, QKV, w->k_norm, N, K / k_size, k_size, eps);
+}
+
+// from scratch.drotated to the queries and keys of scratch.dqkv
+static void qk_norm_backward(const Model* m, int l) {
+    const Config* c = &m->config;
+    const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
+    const LayerActivations* s = &m->layers[l];
+    const Scratch* t = &m->scratch;
+    int N = m->batch * m->length, HD = c->head_dim, Q = c->num_heads * HD, K = c->num_kv_heads * HD;
+    long QKV = qkv_width(c), QK = Q + K;
+    int q_size = c->qk_norm == QK_NORM_ROW ? Q : HD, k_size = c->qk_norm == QK_NORM_ROW ? K : HD;
+    if (c->qk_norm == QK_NORM_NONE) {
+        copy_rows(t->dqkv, QKV, t->drotated, QK, N, QK);
+        return;
+    }
+    rmsnorm_backward(t->dqkv, QKV, 0, dw->q_norm, t->drotated, QK, s->qkv, QKV, w->q_norm, s->q_rstd, N,
+                     Q / q_size, q_size, t->norm_sums);
+    rmsnorm_backward(t->dqkv + Q, QKV, 0, dw->k_norm, t->drotated + Q, QK, s->qkv + Q, QKV, w->k_norm, s->k_rstd, N,
+                     K / k_size, k_size, t->norm_sums);
+}
+
+// x_mid = x + Wo attention(rope(qknorm(Wq n1(x))), rope(qknorm(Wk n1(x))), Wv n1(x)), in five steps
 static void attention_layer_forward(Model* m, int l) {
     const Config* c = &m->config;
     const LayerWeights* w = &m->weights.layers[l];
     LayerActivations* s = &m->layers[l];
-    int N = m->batch * m->length, T = m->length, H = c->hidden_size, HD = c->head_dim, NH = c->num_heads;
-    int NKV = c->num_kv_heads, row = c->qk_norm == QK_NORM_ROW, past = m->purpose == FOR_GENERATION ? m->cached : 0;
-    long QKV = qkv_width(c), QK = (long)(NH + NKV) * HD;
-    float eps = (float)c->rms_norm_eps;
-    rmsnorm_forward(s->attn_in, H, s->attn_rstd, s->x, H, w->attn_norm, N, 1, H, eps);
-    matmul_forward(s->qkv, s->attn_in, w->qkv, N, H, (int)QKV);
-    if (c->qk_norm == QK_NORM_NONE) {
-        #pragma omp parallel for if (N > 1)
-        for (int n = 0; n < N; n++) memcpy(s->rotated + n * QK, s->qkv + n * QKV, sizeof(float) * QK);
-    } else {        // per head: NH vectors of HD; per row: one of NH HD
-        rmsnorm_forward(s->rotated, QK, s->q_rstd, s->qkv, QKV, w->q_norm, N, row ? 1 : NH, row ? NH * HD : HD, eps);
-        rmsnorm_forward(s->rotated + NH * HD, QK, s->k_rstd, s->qkv + NH * HD, QKV, w->k_norm, N, row ? 1 : NKV,
-                        row ? NKV * HD : HD, eps);
-    }
+    int N = m->batch * m->length, T = m->length, H = c->hidden_size, HD = c->head_dim;
+    int NH = c->num_heads, NKV = c->num_kv_heads, past = m->purpose == FOR_GENERATION ? m->cached : 0;
+    long QK = (long)(NH + NKV) * HD;
+    // 1. attn_in = n1(x)
+    stream_norm_forward(m, s->attn_in, s->attn_rstd, s->x, w->attn_norm, N);
+    // 2. (q, k, v) = W_qkv attn_in
+    matmul_forward(s->qkv, s->attn_in, w->qkv, N, H, qkv_width(c));
+    // 3. rotated = rope(qknorm(q)), rope(qknorm(k))
+    qk_norm_forward(m, l);
     rope(s->rotated, QK, NH + NKV, N, T, past, HD, m->cosines, m->sines, 1);
-    if (m->purpose == FOR_GENERATION)
-        for (int n = 0; n < N; n++) {
-            long at = ((long)l * m->positions + past + n) * NKV * HD;
-            memcpy(m->cache_k + at, s->rotated + n * QK + NH * HD, sizeof(float) * NKV * HD);
-            memcpy(m->cache_v + at, s->qkv + n * QKV + QK, sizeof(float) * NKV * HD);
-        }
+    // 4. attn_i = sum over j <= i of p_ij v_j
     KeysValues kv = layer_keys_values(m, l);
-    attention_forward(s->attn, s->lse, s->rotated, QK, kv.k, kv.ld_k, kv.v, kv.ld_v, m->batch, T, past + T, NH, NKV, HD,
-                      m->scratch.attention);
+    attention_forward(s->attn, s->lse, s->rotated, QK, kv.k, kv.ld_k, kv.v, kv.ld_v, m->batch, T, past + T, NH, NKV,
+                      HD, m->scratch.attention);
+    // 5. x_mid = x + W_o attn
     matmul_forward(s->x_mid, s->attn, w->attn_out, N, NH * HD, H);
-    #pragma omp parallel for if (N > 1)
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < H; i++) s->x_mid[(long)n * H + i] += s->x[(long)n * H + i];
+    add_rows(s->x_mid, s->x, N, H);
 }
 
-// In: scratch.dx, the gradient of x_mid. Out: scratch.dx, the gradient of x.
+// In: scratch.dx, the gradient of x_mid. Out: scratch.dx, the gradient of x. The five steps, from the last.
 static void attention_layer_backward(Model* m, int l) {
     const Config* c = &m->config;
     const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
     LayerActivations* s = &m->layers[l];
     Scratch* t = &m->scratch;
-    int N = m->batch * m->length, T = m->length, H = c->hidden_size, HD = c->head_dim, NH = c->num_heads;
-    int NKV = c->num_kv_heads, row = c->qk_norm == QK_NORM_ROW;
-    long QKV = qkv_width(c), QK = (long)(NH + NKV) * HD;
+    int N = m->batch * m->length, T = m->length, H = c->hidden_size, HD = c->head_dim;
+    int NH = c->num_heads, NKV = c->num_kv_heads, QKV = qkv_width(c);
+    long QK = (long)(NH + NKV) * HD;
+    // 5 was  x_mid = x + W_o attn;  the gradient of x stays in dx
     matmul_backward_input(t->dattn, t->dx, w->attn_out, N, NH * HD, H, 0);
     matmul_backward_weight(dw->attn_out, t->dx, s->attn, N, NH * HD, H);
+    // 4 was  attn_i = sum over j <= i of p_ij v_j
     KeysValues kv = layer_keys_values(m, l);
     attention_backward(t->drotated, t->drotated + NH * HD, t->dqkv + QK, t->dattn, s->attn, s->lse, s->rotated, QK,
                        kv.k, kv.ld_k, kv.v, kv.ld_v, QK, QKV, m->batch, T, NH, NKV, HD, t->attention);
+    // 3 was  rotated = rope(qknorm(q)), rope(qknorm(k));  a rotation's gradient is the rotation back
     rope(t->drotated, QK, NH + NKV, N, T, 0, HD, m->cosines, m->sines, -1);
-    if (c->qk_norm == QK_NORM_NONE) {
-        #pragma omp parallel for
-        for (int n = 0; n < N; n++) memcpy(t->dqkv + n * QKV, t->drotated + n * QK, sizeof(float) * QK);
-    } else {
-        rmsnorm_backward(t->dqkv, QKV, 0, dw->q_norm, t->drotated, QK, s->qkv, QKV, w->q_norm, s->q_rstd, N,
-                         row ? 1 : NH, row ? NH * HD : HD, t->norm_sums);
-        rmsnorm_backward(t->dqkv + NH * HD, QKV, 0, dw->k_norm, t->drotated + NH * HD, QK, s->qkv + NH * HD, QKV,
-                         w->k_norm, s->k_rstd, N, row ? 1 : NKV, row ? NKV * HD : HD, t->norm_sums);
-    }
-    matmul_backward_input(t->dnormed, t->dqkv, w->qkv, N, H, (int)QKV, 0);
-    matmul_backward_weight(dw->qkv, t->dqkv, s->attn_in, N, H, (int)QKV);
-    rmsnorm_backward(t->dx, H, 1, dw->attn_norm, t->dnormed, H, s->x, H, w->attn_norm, s->attn_rstd, N, 1, H,
-                     t->norm_sums);
+    qk_norm_backward(m, l);
+    // 2 was  (q, k, v) = W_qkv attn_in
+    matmul_backward_input(t->dnormed, t->dqkv, w->qkv, N, H, QKV, 0);
+    matmul_backward_weight(dw->qkv, t->dqkv, s->attn_in, N, H, QKV);
+    // 1 was  attn_in = n1(x)
+    stream_norm_backward(m, t->dx, 1, dw->attn_norm, t->dnormed, s->x, w->attn_norm, s->attn_rstd);
 }
 
 // After routing: counts the load, and adds this layer's share to the balance losses.
@@ -900,79 +1000,89 @@ static void balance_weights(const Model* m, int l, float scale, double* f, doubl
 #include "dev/lib/routers.h"      // routers other than softmax top-K
 #include "dev/lib/load.h"         // what the experts do
 
-// out = x_mid + sum over the token's experts of gate f(n2(x_mid))
+// From ffn_in to the token's experts and gates, and the rows of each expert.
+static void router_forward(Model* m, int l) {
+    const Config* c = &m->config;
+    LayerActivations* s = &m->layers[l];
+    int N = m->batch * m->length, H = c->hidden_size, E = c->num_experts, K = m->topk[l];
+    if (has_router_variant(c)) {
+        variant_router_forward(m, l);
+    } else {
+        matmul_forward(s->router_logits, s->ffn_in, m->weights.layers[l].router, N, H, E);
+        softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, s->router_logits, N, E, K,
+                               c->norm_topk_prob);
+    }
+    group_by_expert(s->offsets, s->assignment, s->row_of, s->experts, N, K, E);
+    balance_layer_forward(m, l);
+}
+
+// In: scratch.dgates, and in scratch.dnormed the gradient of what the experts read. Out: dnormed, that of ffn_in.
+static void router_backward(Model* m, int l, float scale) {
+    const Config* c = &m->config;
+    LayerActivations* s = &m->layers[l];
+    Scratch* t = &m->scratch;
+    int N = m->batch * m->length, H = c->hidden_size, E = c->num_experts, K = m->topk[l];
+    double aux_weight, z_weight;
+    balance_weights(m, l, scale, t->balance, &aux_weight, &z_weight);
+    if (has_router_variant(c)) {
+        variant_router_backward(m, l, t->balance, aux_weight, z_weight, scale);
+        return;
+    }
+    softmax_router_backward(t->drouter, t->dgates, s->probs, s->experts, s->gates, N, E, K, c->norm_topk_prob);
+    balance_backward(t->drouter, s->router_lse, s->probs, t->balance, aux_weight, z_weight, N, E);
+    matmul_backward_input(t->dnormed, t->drouter, m->weights.layers[l].router, N, H, E, 1);
+    matmul_backward_weight(m->dweights.layers[l].router, t->drouter, s->ffn_in, N, H, E);
+}
+
+// out = x_mid + sum over the token's experts of gate f(n2(x_mid)), in five steps. A dense layer skips the second: all
+// rows are its one expert's, in the tokens' order, with gates of 1.
 static void ffn_layer_forward(Model* m, int l, float* out) {
     const Config* c = &m->config;
     const LayerWeights* w = &m->weights.layers[l];
     LayerActivations* s = &m->layers[l];
-    int N = m->batch * m->length, H = c->hidden_size, sparse = c->sparse[l];
-    int E = layer_experts(c, l), K = m->topk[l], I = layer_width(c, l);
-    const float* experts_in = s->ffn_in;        // (N, H)       what the experts read, in the order of the tokens;
-    const float* rows_in = s->ffn_in;           // (N K, H)     the same, sorted by expert
-    rmsnorm_forward(s->ffn_in, H, s->ffn_rstd, s->x_mid, H, w->ffn_norm, N, 1, H, (float)c->rms_norm_eps);
-    if (sparse) {
-        if (has_router_variant(c)) {
-            experts_in = variant_router_forward(m, l);
-        } else {
-            matmul_forward(s->router_logits, s->ffn_in, w->router, N, H, E);
-            softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, s->router_logits, N, E, K,
-                                   c->norm_topk_prob);
-        }
-        group_by_expert(s->offsets, s->assignment, s->row_of, s->experts, N, K, E);
-        gather_rows(m->scratch.rows_in, experts_in, s->assignment, N * K, K, H);
-        rows_in = m->scratch.rows_in;
-        balance_layer_forward(m, l);
-        if (m->counting_load) observe_layer(m, l);
-    } else {
-        s->offsets[0] = 0;
-        s->offsets[1] = N;
-    }
-    grouped_matmul_forward(s->gate_up, rows_in, w->gate_up, 2L * I * H, H, 2 * I, E, s->offsets);
-    swiglu_forward(m->scratch.act, s->gate_up, N * K, I);
-    grouped_matmul_forward(m->scratch.rows_out, m->scratch.act, w->down, (long)H * I, I, H, E, s->offsets);
-    combine_rows(out, s->x_mid, m->scratch.rows_out, sparse ? s->gates : NULL, sparse ? s->row_of : m->identity, N, K,
-                 H);
+    Scratch* t = &m->scratch;
+    int N = m->batch * m->length, H = c->hidden_size, I = layer_width(c, l);
+    int E = layer_experts(c, l), K = m->topk[l], R = N * K;
+    // 1. ffn_in = n2(x_mid)
+    stream_norm_forward(m, s->ffn_in, s->ffn_rstd, s->x_mid, w->ffn_norm, N);
+    // 2. z = W_router ffn_in,  p = softmax z,  gates = p of the K best
+    if (c->sparse[l]) router_forward(m, l);
+    else s->offsets[0] = 0, s->offsets[1] = N;
+    // 3. x_row = ffn_in of the row's token;  each expert's rows lie together
+    gather_rows(t->x_rows, experts_input(m, l), s->assignment, R, K, H);
+    // 4. (g, u) = W_gate_up x,  act = silu(g) u,  y = W_down act:  each expert on its own rows
+    grouped_matmul_forward(s->gate_up, t->x_rows, w->gate_up, 2L * I * H, H, 2 * I, E, s->offsets);
+    swiglu_forward(t->act, s->gate_up, R, I);
+    grouped_matmul_forward(t->y_rows, t->act, w->down, (long)H * I, I, H, E, s->offsets);
+    // 5. out_n = x_mid_n + sum over k of gate_nk y_row(n,k)
+    combine_rows(out, s->x_mid, t->y_rows, s->gates, s->row_of, N, K, H);
 }
 
-// In: scratch.dx, the gradient of the layer's output. Out: scratch.dx, the gradient of x_mid.
+// In: scratch.dx, the gradient of the layer's output. Out: scratch.dx, the gradient of x_mid. The five steps, from the
+// last. Gathering rows and combining them are each other's transpose: each is the other's backward.
 static void ffn_layer_backward(Model* m, int l, float scale) {
     const Config* c = &m->config;
     const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
     LayerActivations* s = &m->layers[l];
     Scratch* t = &m->scratch;
-    int N = m->batch * m->length, H = c->hidden_size, sparse = c->sparse[l];
-    int E = layer_experts(c, l), K = m->topk[l], I = layer_width(c, l);
-    const float *rows_in = s->ffn_in, *rows_dout = t->dx;
-    if (sparse) {
-        gather_rows(t->rows_in, c->router == ROUTER_LPR ? s->lpr_input : s->ffn_in, s->assignment, N * K, K, H);
-        gather_rows(t->rows_out, t->dx, s->assignment, N * K, K, H);
-        rows_in = t->rows_in;
-        rows_dout = t->rows_out;
-    }
-    grouped_matmul_backward_input(t->dact, rows_dout, w->down, (long)H * I, I, H, E, s->offsets, 0);
-    float* dgate_up = s->gate_up;       // the last use of gate_up: its gradient takes its place
-    swiglu_backward(dgate_up, t->act, t->dgates, t->dact, s->gate_up, sparse ? s->gates : m->ones,
-                    sparse ? s->assignment : m->identity, N * K, I);
-    grouped_matmul_backward_weight(dw->down, rows_dout, t->act, (long)H * I, I, H, E, s->offsets);
-    grouped_matmul_backward_weight(dw->gate_up, dgate_up, rows_in, 2L * I * H, H, 2 * I, E, s->offsets);
-    float* drows = t->rows_out;         // the experts' inputs' gradient; rows_dout has been used up
-    if (!sparse) drows = t->dnormed;
-    grouped_matmul_backward_input(drows, dgate_up, w->gate_up, 2L * I * H, H, 2 * I, E, s->offsets, 0);
-    if (sparse) {
-        combine_rows(t->dnormed, NULL, drows, NULL, s->row_of, N, K, H);
-        double aux_weight, z_weight;
-        balance_weights(m, l, scale, t->balance, &aux_weight, &z_weight);
-        if (has_router_variant(c)) {
-            variant_router_backward(m, l, t->balance, aux_weight, z_weight, scale);
-        } else {
-            softmax_router_backward(t->drouter, t->dgates, s->probs, s->experts, s->gates, N, E, K, c->norm_topk_prob);
-            balance_backward(t->drouter, s->router_lse, s->probs, t->balance, aux_weight, z_weight, N, E);
-            matmul_backward_input(t->dnormed, t->drouter, w->router, N, H, E, 1);
-            matmul_backward_weight(dw->router, t->drouter, s->ffn_in, N, H, E);
-        }
-    }
-    rmsnorm_backward(t->dx, H, 1, dw->ffn_norm, t->dnormed, H, s->x_mid, H, w->ffn_norm, s->ffn_rstd, N, 1, H,
-                     t->norm_sums);
+    int N = m->batch * m->length, H = c->hidden_size, I = layer_width(c, l);
+    int E = layer_experts(c, l), K = m->topk[l], R = N * K;
+    // 5 was  out_n = x_mid_n + sum over k of gate_nk y_row(n,k).  A row's dy is its token's dx; the gate waits for 4.
+    gather_rows(t->dy_rows, t->dx, s->assignment, R, K, H);
+    // 4 was  (g, u) = W_gate_up x,  act = silu(g) u,  y = W_down act.  x_rows had not been kept.
+    gather_rows(t->x_rows, experts_input(m, l), s->assignment, R, K, H);
+    grouped_matmul_backward_input(t->dact, t->dy_rows, w->down, (long)H * I, I, H, E, s->offsets, 0);
+    float* dgate_up = s->gate_up;       // it is read for the last time: its gradient takes its place
+    swiglu_backward(dgate_up, t->gated_act, t->dgates, t->dact, s->gate_up, s->gates, s->assignment, R, I);
+    grouped_matmul_backward_weight(dw->down, t->dy_rows, t->gated_act, (long)H * I, I, H, E, s->offsets);
+    grouped_matmul_backward_weight(dw->gate_up, dgate_up, t->x_rows, 2L * I * H, H, 2 * I, E, s->offsets);
+    grouped_matmul_backward_input(t->dx_rows, dgate_up, w->gate_up, 2L * I * H, H, 2 * I, E, s->offsets, 0);
+    // 3 was  x_row = ffn_in of the row's token.  A token's gradient is the sum over its rows.
+    combine_rows(t->dnormed, NULL, t->dx_rows, NULL, s->row_of, N, K, H);
+    // 2 was  z = W_router ffn_in,  p = softmax z,  gates = p of the K best
+    if (c->sparse[l]) router_backward(m, l, scale);
+    // 1 was  ffn_in = n2(x_mid)
+    stream_norm_backward(m, t->dx, 1, dw->ffn_norm, t->dnormed, s->x_mid, w->ffn_norm, s->ffn_rstd);
 }
 
 // Runs B sequences of T tokens (B T) through the model. With targets (B T), the next tokens, it returns the mean
@@ -980,6 +1090,7 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
 static double model_forward(Model* m, const int* tokens, const int* targets, int B, int T) {
     const Config* c = &m->config;
     int N = B * T, H = c->hidden_size, V = c->vocab_size, E = c->num_experts;
+    if (m->backend->forward) return m->backend->forward(m, tokens, targets, B, T);
     m->batch = B;
     m->length = T;
     memcpy(m->tokens, tokens, sizeof(int) * N);
@@ -989,6 +1100,8 @@ static double model_forward(Model* m, const int* tokens, const int* targets, int
     for (int l = 0; l < c->num_layers; l++) {
         attention_layer_forward(m, l);
         ffn_layer_forward(m, l, l + 1 < c->num_layers ? m->layers[l + 1].x : m->final_in);
+        if (m->counting_load && c->sparse[l]) observe_layer(m, l);
+        if (m->observe) m->observe(m, l);
     }
     if (m->balance.aux_form == AUX_HF && count_sparse(c) > 0) {
         double tokens_seen = (double)N * count_sparse(c);
@@ -1001,7 +1114,7 @@ static double model_forward(Model* m, const int* tokens, const int* targets, int
         wanted = 1;
         x += (long)(N - 1) * H;
     }
-    rmsnorm_forward(m->final_out, H, m->final_rstd, x, H, m->weights.final_norm, wanted, 1, H, (float)c->rms_norm_eps);
+    stream_norm_forward(m, m->final_out, m->final_rstd, x, m->weights.final_norm, wanted);
     matmul_forward(m->logits, m->final_out, m->weights.lm_head, wanted, H, V);
     if (!targets) return 0;
     memcpy(m->targets, targets, sizeof(int) * N);
@@ -1022,11 +1135,15 @@ static void model_backward(Model* m, float scale) {
     const Config* c = &m->config;
     int N = m->batch * m->length, H = c->hidden_size, V = c->vocab_size;
     Scratch* t = &m->scratch;
+    if (m->backend->backward) {
+        m->backend->backward(m, scale);
+        return;
+    }
     cross_entropy_backward(m->logits, m->losses_lse, m->targets, N, V, scale / N);
     matmul_backward_input(t->dnormed, m->logits, m->weights.lm_head, N, H, V, 0);
     matmul_backward_weight(m->dweights.lm_head, m->logits, m->final_out, N, H, V);
-    rmsnorm_backward(t->dx, H, 0, m->dweights.final_norm, t->dnormed, H, m->final_in, H, m->weights.final_norm,
-                     m->final_rstd, N, 1, H, t->norm_sums);
+    stream_norm_backward(m, t->dx, 0, m->dweights.final_norm, t->dnormed, m->final_in, m->weights.final_norm,
+                         m->final_rstd);
     for (int l = c->num_layers - 1; l >= 0; l--) {
         ffn_layer_backward(m, l, scale);
         attention_layer_backward(m, l);
@@ -1036,7 +1153,7 @@ static void model_backward(Model* m, float scale) {
 
 // The 2-norm of all gradients together. The sum is made of fixed blocks, added in order: any number of threads agrees.
 static double gradient_norm(Model* m) {
-    long blocks = m->layout.total / NORM_BLOCK + 1;
+    long blocks = norm_blocks(m);
     #pragma omp parallel for
     for (long b = 0; b < blocks; b++) {
         long end = lmin((b + 1) * NORM_BLOCK, m->layout.total), i = b * NORM_BLOCK;
@@ -1077,6 +1194,7 @@ static void adamw(float* w, float* grad, float* m, float* v, long n, float clip_
 // Updates the parameters from the gradients and clears them; step counts from 1. Weight decay is for matrices alone.
 // Returns the norm of the gradients before they were clipped; if it is not finite, nothing is updated.
 static double model_update(Model* m, const AdamW* o, double lr, long step) {
+    if (m->backend->update) return m->backend->update(m, o, lr, step);
     double norm = gradient_norm(m), scale = 1;
     if (!isfinite(norm)) return norm;
     if (o->clip > 0 && norm + 1e-6 > o->clip) scale = o->clip / (norm + 1e-6);          // as clip_grad_norm_
@@ -1164,7 +1282,7 @@ static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
         for (int b = 0; b < B; b++)
             dataset_window(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T);
         m->trace_window = w;
-        m->backend->forward(m, batch.tokens, batch.targets, B, d->T);
+        model_forward(m, batch.tokens, batch.targets, B, d->T);
         sum += take_losses(m).loss * B;
     }
     return sum / (double)windows;
@@ -1190,12 +1308,12 @@ static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, lon
                 s.problem = data->error;
         }
         if (s.problem) return s;
-        m->backend->forward(m, batch.tokens, batch.targets, run->B, run->T);
+        model_forward(m, batch.tokens, batch.targets, run->B, run->T);
         m->noise_step++;
-        m->backend->backward(m, 1.0f / run->accum);
+        model_backward(m, 1.0f / run->accum);
     }
     m->counting_load = 0;
-    s.norm = m->backend->update(m, &run->adamw, s.lr, step + 1);        // if it is not finite, nothing is updated
+    s.norm = model_update(m, &run->adamw, s.lr, step + 1);        // if it is not finite, nothing is updated
     s.mean = take_losses(m);
     if (!isfinite(s.norm)) {            // (an infinite loss has no finite gradient)
         s.problem = isfinite(s.mean.loss) ? "the gradient is not finite" : "the loss is not finite";

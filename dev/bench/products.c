@@ -73,7 +73,7 @@ static double measure(Sgemm* sgemm, int kind, int rows, int C, int OC, int E) {
         float *w = ring + call % copies * set, *result = kind == FORWARD ? y : kind == BACKWARD_INPUT ? x : w;
         const float *left = kind == FORWARD ? x : y, *right = kind == BACKWARD_WEIGHT ? x : w;
         double t = seconds();
-        if (!sgemm) grouped_product(kind, result, left, right, W, C, OC, E, offsets, kind == BACKWARD_WEIGHT);
+        if (!sgemm) fast_product(kind, result, left, right, W, C, OC, E, offsets, kind == BACKWARD_WEIGHT);
         for (int e = 0; sgemm && e < E; e++) {
             long first = offsets[e], wide = kind == FORWARD ? OC : C, narrow = kind == FORWARD ? C : OC;
             if (kind == BACKWARD_WEIGHT)

@@ -1,43 +1,13 @@
 // memory.h: a model's memory, counted and taken once: model_create, model_free. Needs layout.h.
 #pragma once
 
-static void layer_activations_take(Arena* a, LayerActivations* s, const Config* c, int l, int max_topk, long N, int B,
-                                   int T) {
-    long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads;
-    long E = layer_experts(c, l), K = c->sparse[l] ? max_topk : 1, I = layer_width(c, l), D = c->lpr_latent_dim;
-    s->x = take_floats(a, N * H);
-    s->attn_in = take_floats(a, N * H);
-    s->attn_rstd = take_floats(a, N);
-    s->qkv = take_floats(a, N * qkv_width(c));
-    s->q_rstd = take_floats(a, N * NH);
-    s->k_rstd = take_floats(a, N * NKV);
-    s->rotated = take_floats(a, N * (NH + NKV) * HD);
-    s->attn = take_floats(a, N * NH * HD);
-    s->lse = take_floats(a, (long)B * NH * T);
-    s->x_mid = take_floats(a, N * H);
-    s->ffn_in = take_floats(a, N * H);
-    s->ffn_rstd = take_floats(a, N);
-    s->gate_up = take_floats(a, N * K * 2 * I);
-    s->offsets = (int*)take(a, sizeof(int) * (E + 1));
-    if (c->sparse[l]) {
-        s->router_logits = take_floats(a, N * E);
-        s->router_lse = take_floats(a, N);
-        s->probs = take_floats(a, N * E);
-        s->gates = take_floats(a, N * K);
-        s->experts = (int*)take(a, sizeof(int) * N * K);
-        s->assignment = (int*)take(a, sizeof(int) * N * K);
-        s->row_of = (int*)take(a, sizeof(int) * N * K);
-        if (c->logit_norm > 0) s->router_raw = take_floats(a, N * E);
-        if (c->router == ROUTER_LPR) {
-            s->lpr_a = take_floats(a, N * H);
-            s->lpr_input = take_floats(a, N * H);
-            s->lpr_mean = take_floats(a, N);
-            s->lpr_rstd = take_floats(a, N);
-            s->lpr_encoded = take_floats(a, N * 2 * D);
-            s->lpr_read_out = take_floats(a, N * D);
-            s->lpr_targets = (double*)take(a, sizeof(double) * E * D);
-        }
-    }
+#define TAKE(type, name, count) s->name = (type*)take(a, sizeof(type) * (size_t)(count));
+
+static void layer_activations_take(Arena* a, LayerActivations* s, const Config* c, int l, long N, long B, long T) {
+    long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads, sparse = c->sparse[l];
+    long E = layer_experts(c, l), K = sparse ? most_topk(c) : 1, R = N * K, I = layer_width(c, l);
+    long D = c->lpr_latent_dim, lpr = sparse && c->router == ROUTER_LPR;
+    LAYER_ARRAYS(TAKE)
 }
 
 // What a model has on the host whichever backend computes it.
@@ -70,13 +40,13 @@ static void take_state(Model* m, Arena* a) {
 // What the CPU's functions write and read besides.
 static void take_activations(Model* m, Arena* a) {
     const Config* c = &m->config;
-    long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads;
+    long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads, D = c->lpr_latent_dim;
     long N = (long)m->B * m->T, E = c->num_experts > 0 ? c->num_experts : 1, K = 1, RI = 0, R = 0;
-    int training = m->purpose == FOR_TRAINING;
+    int training = m->purpose == FOR_TRAINING, lpr = c->router == ROUTER_LPR;
     size_t layers_start = a->used, layers_end = a->used;
     for (int l = 0; l < c->num_layers; l++) {
         if (!training) a->used = layers_start;      // layers write over each other
-        layer_activations_take(a, &m->layers[l], c, l, most_topk(c), N, m->B, m->T);
+        layer_activations_take(a, &m->layers[l], c, l, N, m->B, m->T);
         if (a->used > layers_end) layers_end = a->used;
         long rows = N * (c->sparse[l] ? most_topk(c) : 1);
         if (rows > R) R = rows;
@@ -85,33 +55,9 @@ static void take_activations(Model* m, Arena* a) {
     }
     a->used = layers_end;
     Scratch* s = &m->scratch;
-    s->rows_in = take_floats(a, R * H);
-    s->rows_out = take_floats(a, R * H);
-    s->act = take_floats(a, RI);
-    s->attention = take_floats(a, attention_scratch_size(m->positions));
-    s->balance = (double*)take(a, sizeof(double) * E);
-    s->prob_sums = (double*)take(a, sizeof(double) * E);
-    if (training) {
-        s->dact = take_floats(a, RI);
-        s->dgates = take_floats(a, N * K);
-        s->drouter = take_floats(a, N * E);
-        s->dx = take_floats(a, N * H);
-        s->dnormed = take_floats(a, N * H);
-        s->dattn = take_floats(a, N * NH * HD);
-        s->dqkv = take_floats(a, N * qkv_width(c));
-        s->drotated = take_floats(a, N * (NH + NKV) * HD);
-        s->norm_sums = take_floats(a, rmsnorm_sums_size((int)N, imax(H, NH * HD)));
-        s->norms = (double*)take(a, sizeof(double) * (m->layout.total / NORM_BLOCK + 1));
-    }
-    if (c->family_penalty > 0) s->family_shift = take_floats(a, N * E);
-    if (c->router == ROUTER_LPR && training) {
-        long D = c->lpr_latent_dim;
-        s->lpr_dread_out = take_floats(a, N * D);
-        s->lpr_dprobs = take_floats(a, N * E);
-        s->lpr_dencoded = take_floats(a, N * 2 * D);
-        s->lpr_da = take_floats(a, N * H);
-        s->lpr_gram = (double*)take(a, sizeof(double) * D * D);
-    }
+    SCRATCH_ARRAYS(TAKE)
+    s->dy_rows = s->dx_rows = s->y_rows;        // each is used up before the next is written
+    s->gated_act = s->act;
     m->final_in = training ? take_floats(a, N * H) : m->layers[0].x;
     m->final_out = take_floats(a, N * H);
     m->final_rstd = take_floats(a, N);
@@ -157,20 +103,18 @@ static void cpu_allocate(Model* m) {
         m->ones[n] = 1;
         m->identity[n] = n;
     }
+    for (int l = 0; l < m->config.num_layers; l++)
+        if (!m->config.sparse[l]) {
+            m->layers[l].gates = m->ones;
+            m->layers[l].assignment = m->layers[l].row_of = m->identity;
+        }
 }
 
 static void cpu_release(Model* m) { free(m->memory); }
 
-static double model_forward(Model* m, const int* tokens, const int* targets, int B, int T);
-static void model_backward(Model* m, float scale);
-static double model_update(Model* m, const AdamW* o, double lr, long step);
-static void cpu_forward(Model* m, const int* tokens, const int* targets, int B, int T) {
-    model_forward(m, tokens, targets, B, T);
-}
 static void cpu_copy(Model* m, int what) { (void)m, (void)what; }       // there are no copies
 
-static const Backend cpu_backend = {cpu_plan,       cpu_allocate, cpu_release, cpu_forward,
-                                    model_backward, model_update, cpu_copy,    cpu_copy};
+static const Backend cpu_backend = {cpu_plan, cpu_allocate, cpu_release, NULL, NULL, NULL, cpu_copy, cpu_copy};
 static const Backend* default_backend = &cpu_backend;       // of new models
 
 // A model for batches of up to B sequences of T tokens, whose memory is counted (Model.bytes) but not yet allocated.

@@ -527,11 +527,11 @@ static int run_dump(Config* c) {
     Batch batch = batch_create(B, T);
     for (int b = 0; b < B; b++) dataset_window(d, b, batch.tokens + (long)b * T, batch.targets + (long)b * T);
     m->balance = balance_from_options(c);
-    m->backend->forward(m, batch.tokens, batch.targets, B, T);
+    model_forward(m, batch.tokens, batch.targets, B, T);
     m->backend->read_back(m, LOGITS | ROUTING);
     float* logits = (float*)checked_malloc(sizeof(float) * (size_t)B * T * V);      // the backward pass overwrites them
     memcpy(logits, m->logits, sizeof(float) * (size_t)B * T * V);
-    m->backend->backward(m, 1);
+    model_backward(m, 1);
     m->backend->read_back(m, GRADIENTS);
     Losses losses = take_losses(m);
     OutTensor* out = (OutTensor*)checked_malloc(sizeof(OutTensor) * (size_t)(5 + c->num_layers + m->layout.count));

@@ -459,8 +459,8 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
 }
 
 // The same for any number of rows: attention's products, which are small and have strides of their own.
-static void multiply_block(float* result, long result_step, const float* left, long left_i, long left_k,
-                           const float* right, long right_k, long right_j, int rows, int columns, int depth, int add) {
+static void fast_block(float* result, long result_step, const float* left, long left_i, long left_k,
+                       const float* right, long right_k, long right_j, int rows, int columns, int depth, int add) {
     for (int i = 0; i < rows; i += UNIT_ROWS)
         multiply_unit(result + i * result_step, result_step, left + i * left_i, left_i, left_k, right, right_k, right_j,
                       imin(UNIT_ROWS, rows - i), columns, depth, add);
@@ -536,10 +536,10 @@ static void forward_unit(float* y, long y_step, const float* x, const float* W, 
 
 enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT };
 
-// The work behind the functions below, in one parallel region. (result, left, right) is (y, x, W) forward, (dx, dy, W)
+// The grouped products of train_moe.c's section 2, in one parallel region. (result, left, right) is (y, x, W) forward, (dx, dy, W)
 // or (dW, dy, x) backward.
-static void grouped_product(int kind, float* result, const float* left, const float* right, long weight_stride, int C,
-                            int OC, int E, const int* offsets, int add) {
+static void fast_product(int kind, float* result, const float* left, const float* right, long weight_stride, int C,
+                         int OC, int E, const int* offsets, int add) {
     int threads = thread_count(), columns = kind == FORWARD ? OC : C, most_rows = 0, units, unit_rows;
     Work work;
 #define RESULT_ROWS(e) (kind == BACKWARD_WEIGHT ? OC : offsets[(e) + 1] - offsets[e])

@@ -381,8 +381,13 @@ static void lpr_losses_backward(Model* m, int l, float* dencoded, double scale) 
     }
 }
 
-// From ffn_in (N, H) to router_logits, probs, experts and gates of layer l. Returns the experts' input (N, H).
-static const float* variant_router_forward(Model* m, int l) {
+// What the experts of layer l read (N, H): the norm's output, but with LPR what it reads out of the probabilities.
+static const float* experts_input(const Model* m, int l) {
+    return m->config.router == ROUTER_LPR && m->config.sparse[l] ? m->layers[l].lpr_input : m->layers[l].ffn_in;
+}
+
+// From ffn_in (N, H) to router_logits, probs, experts and gates of layer l.
+static void variant_router_forward(Model* m, int l) {
     const Config* c = &m->config;
     const LayerWeights* w = &m->weights.layers[l];
     LayerActivations* s = &m->layers[l];
@@ -401,7 +406,7 @@ static const float* variant_router_forward(Model* m, int l) {
         add_bias(s->lpr_input, w->lpr_readout_bias, N, H);
         for (long i = 0; i < (long)N * H; i++) s->lpr_input[i] += s->ffn_in[i];
         if (m->purpose == FOR_TRAINING) lpr_losses_forward(m, l);
-        return s->lpr_input;
+        return;
     }
     matmul_forward(c->logit_norm > 0 ? s->router_raw : z, s->ffn_in, w->router, N, H, E);
     if (c->logit_norm > 0) logit_norm_forward(z, s->router_raw, N, E, (float)c->logit_norm);
@@ -417,7 +422,6 @@ static const float* variant_router_forward(Model* m, int l) {
         sigmoid_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, N, E, K,
                                c->norm_topk_prob);
     else softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, N, E, K, c->norm_topk_prob);
-    return s->ffn_in;
 }
 
 // In: scratch.dgates, and in scratch.dnormed the gradient of the experts' input. Out: scratch.dnormed, that of ffn_in.

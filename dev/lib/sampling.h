@@ -189,7 +189,7 @@ static void generator_feed(Model* g, const int* history, int fed, int count) {
             fed -= keep;
         }
         int n = imin(imin(count - fed, g->T), g->positions - g->cached);
-        g->backend->forward(g, history + fed, NULL, 1, n);
+        model_forward(g, history + fed, NULL, 1, n);
         fed += n;
     }
     g->backend->read_back(g, LOGITS);

@@ -1,0 +1,20 @@
+// router_arrays.h: the arrays of routers other than softmax top-K, see LAYER_ARRAYS of train_moe.c and routers.h.
+#pragma once
+
+#define ROUTER_LAYER_ARRAYS(ARRAY)                                                                                  \
+    ARRAY(float, router_raw, sparse * (c->logit_norm > 0) * N * E)          /* logits before their normalisation */ \
+    ARRAY(float, lpr_a, lpr * N * H)                                                                                \
+    ARRAY(float, lpr_input, lpr * N * H)                                    /* what the experts read */             \
+    ARRAY(float, lpr_mean, lpr * N)                                                                                 \
+    ARRAY(float, lpr_rstd, lpr * N)                                                                                 \
+    ARRAY(float, lpr_encoded, lpr * N * 2 * D)                                                                      \
+    ARRAY(float, lpr_read_out, lpr * N * D)                                                                         \
+    ARRAY(double, lpr_targets, lpr * E * D)
+
+#define ROUTER_SCRATCH_ARRAYS(ARRAY)                                                                                \
+    ARRAY(float, family_shift, (c->family_penalty > 0) * N * E)                                                     \
+    ARRAY(float, lpr_dread_out, training * lpr * N * D)                                                             \
+    ARRAY(float, lpr_dprobs, training * lpr * N * E)                                                                \
+    ARRAY(float, lpr_dencoded, training * lpr * N * 2 * D)                                                          \
+    ARRAY(float, lpr_da, training * lpr * N * H)                                                                    \
+    ARRAY(double, lpr_gram, training * lpr * D * D)
