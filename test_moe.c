@@ -24,23 +24,11 @@ train_moe.cu, and has groups named "gpu ..." which check that against the refere
 // Against transformers in fp64 (dev/reference/make_references.py)
 
 static const char* golden_models[] = {
-    "llama",      "llama_tied", "mistral",   "mixtral",       "mixtral_top1",       "olmoe",
-    "olmoe_norm", "qwen3",      "qwen3_moe", "qwen3_moe_all", "qwen3_moe_mlp_only", "qwen3_moe_top1",
-    "dots1"};
-static const char* golden_routers[] = {"sigmoid",
-                                       "sigmoid_top1",
-                                       "lpr",
-                                       "lpr_mean",
-                                       "logit_norm",
-                                       "aux_hf",
-                                       "matryoshka",
-                                       "family",
-                                       "family_aux",
-                                       "family_inf",
-                                       "family_sigmoid",
-                                       "family_sigmoid_inf",
-                                       "family_twins",
-                                       "family_twins_sigmoid"};
+    "llama", "llama_tied", "mistral", "mixtral", "mixtral_top1", "olmoe", "olmoe_norm", "qwen3", "qwen3_moe",
+    "qwen3_moe_all", "qwen3_moe_mlp_only", "qwen3_moe_top1", "dots1"};
+static const char* golden_routers[] = {
+    "sigmoid", "sigmoid_top1", "lpr", "lpr_mean", "logit_norm", "aux_hf", "matryoshka", "family", "family_aux",
+    "family_inf", "family_sigmoid", "family_sigmoid_inf", "family_twins", "family_twins_sigmoid"};
 
 // How far results may be from the reference: of each group the largest error.
 typedef struct {
@@ -62,7 +50,7 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
     Error error = {""};
     snprintf(dir, sizeof dir, "dev/reference/%s/%s", folder, name);
     join_path(path, dir, "reference.safetensors");
-    SafeTensors* s = safetensors_open(path, &error);
+    SafeTensors* s = keep_file(safetensors_open(path, &error));
     if (!s) die(1, "%s", error.text);
     long shape[4], n;
     int *tokens = reference_ints(s, "tokens", shape), *targets = reference_ints(s, "targets", NULL);
@@ -72,7 +60,7 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
     double penalty = metadata_number(s, "family_penalty");
     config.topk_limit = config.num_experts;
     config.family_penalty = penalty;
-    Model* m = model_create(&config, FOR_TRAINING, B, T, T, NULL);
+    Model* m = new_model(&config, FOR_TRAINING, B, T);
     m->config.family_penalty = 0; // the families are in the reference and not in an upcycle.json
     if (!checkpoint_load(m, dir, &error)) die(1, "%s", error.text);
     m->config.family_penalty = penalty;
@@ -84,7 +72,6 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
         snprintf(tensor, sizeof tensor, "family.%d", l);
         int* family = penalty > 0 && c->sparse[l] ? reference_ints(s, tensor, NULL) : NULL;
         if (family) memcpy(m->family + (long)l * c->num_experts, family, sizeof(int) * (size_t)c->num_experts);
-        free(family);
         if (ks && c->sparse[l]) m->topk[l] = atoi(ks->string + 2 * at++); // "3,1"
     }
     m->balance.aux = (float)metadata_number(s, "aux");
@@ -103,7 +90,6 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
         double got = i == 0 ? sums.loss : i == 1 ? sums.aux : i == 2 ? sums.z : sums.lpr;
         check(fabs(got - expected[0]) <= most.losses * (1 + fabs(expected[0])), "%s: %s %.7f, expected %.7f", name,
               losses[i], got, expected[0]);
-        free(expected);
     }
     int all_others = 0;
     for (int l = 0; l < c->num_layers; l++) {
@@ -125,15 +111,12 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
         all_others += others;
         check(worst_gate <= most.gates || all_others > 0, "%s: layer %d: gates, largest error %.1e", name, l,
               worst_gate);
-        free(experts);
-        free(gates);
     }
 
     float* logits = reference_floats(s, "logits", &n);
     double e = max_error(m->logits, logits, n);
     check(n == (long)N * c->vocab_size && (e <= most.logits || all_others > 0), "%s: logits, largest error %.1e", name,
           e);
-    free(logits);
 
     on->backward(m, 1);
     on->read_back(m, GRADIENTS);
@@ -151,7 +134,6 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
             worst = e;
             worst_name = t->name;
         }
-        free(expected);
     }
     check(worst <= most.gradients || all_others > 0, "%s: %d gradients, largest relative error %.1e (%s)", name,
           m->layout.count, worst, worst_name);
@@ -165,7 +147,6 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
         count_choices(counts, m, l);
         update_router_bias(bias, counts, (int)n, metadata_number(s, "bias_rate"));
         check(max_error(bias, expected, n) <= 1e-7, "%s: layer %d: the bias after a step", name, l);
-        free(expected);
     }
     if (safetensors_find(s, "aux_adaptive_after")) {
         float* expected = reference_floats(s, "aux_adaptive_after", &n);
@@ -176,7 +157,6 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
             double after = adapted_aux(metadata_number(s, "aux_alpha"), counts, c->num_experts);
             check(fabs(after / expected[at++] - 1) <= 1e-6, "%s: layer %d: the adapted balance coefficient", name, l);
         }
-        free(expected);
     }
 
     if (safetensors_find(s, "adamw.losses")) {
@@ -187,8 +167,8 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
         double norm_error = 0;
         worst = 0;
         on->update(m, &o, 0, 1);        // clears the gradients, and changes nothing but the moments,
-        memset(m->exp_avg, 0, sizeof(float) * (size_t)m->layout.total);
-        memset(m->exp_avg_sq, 0, sizeof(float) * (size_t)m->layout.total);
+        memset(m->exp_avg, 0, floats_bytes(m->layout.total));
+        memset(m->exp_avg_sq, 0, floats_bytes(m->layout.total));
         on->send(m, PARAMETERS | MOMENTS);      // which are cleared, too
         for (int step = 0; step < n; step++) {
             on->forward(m, tokens, targets, B, T);
@@ -199,74 +179,23 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
         }
         check(n == 10 && worst <= most.steps, "%s: %ld AdamW steps, largest error of the loss %.1e", name, n, worst);
         check(norm_error <= most.norms, "%s: gradient norms on the way, largest relative error %.1e", name, norm_error);
-        free(expected);
-        free(norms);
     }
-    free(tokens);
-    free(targets);
-    safetensors_close(s);
-    model_free(m);
 }
 
 static void test_golden(void) {
-    for (size_t i = 0; i < sizeof golden_models / sizeof golden_models[0]; i++)
+    for (EACH(i, golden_models))
         test_golden_model("golden", golden_models[i], of_floats);
 }
 
 static void test_golden_routers(void) {
-    for (size_t i = 0; i < sizeof golden_routers / sizeof golden_routers[0]; i++)
+    for (EACH(i, golden_routers))
         test_golden_model("golden_routers", golden_routers[i], of_floats);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix products
 
-typedef struct {
-    int E, C, OC, rows, *offsets; // `rows` of all experts together
-    float *x, *W, *dy; // (rows, C), (E, OC, C), (rows, OC)
-} Product;
-
-static Product product_create(int E, const int* rows, int C, int OC) {
-    Product p = {E, C, OC, 0, (int*)checked_malloc(sizeof(int) * (size_t)(E + 1)), NULL, NULL, NULL};
-    p.offsets[0] = 0;
-    for (int e = 0; e < E; e++) p.offsets[e + 1] = p.offsets[e] + rows[e];
-    p.rows = p.offsets[E];
-    p.x = random_floats((long)p.rows * C, 1);
-    p.W = random_floats((long)E * OC * C, 2);
-    p.dy = random_floats((long)p.rows * OC, 3);
-    return p;
-}
-
-static void product_free(Product* p) {
-    free(p->offsets);
-    free(p->x);
-    free(p->W);
-    free(p->dy);
-}
-
-static long product_size(const Product* p, int kind) {
-    return kind == FORWARD          ? (long)p->rows * p->OC
-           : kind == BACKWARD_INPUT ? (long)p->rows * p->C
-                                    : (long)p->E * p->OC * p->C;
-}
-
-// grouped = 0 calls the product for one weight matrix (E = 1)
-static void product_run(const Product* p, int kind, int grouped, int add, float* out) {
-    int C = p->C, OC = p->OC, E = p->E;
-    long stride = (long)OC * C;
-    if (kind == FORWARD && grouped)
-        grouped_matmul_forward(out, p->x, p->W, stride, C, OC, E, p->offsets);
-    else if (kind == FORWARD)
-        matmul_forward(out, p->x, p->W, p->rows, C, OC);
-    else if (kind == BACKWARD_INPUT && grouped)
-        grouped_matmul_backward_input(out, p->dy, p->W, stride, C, OC, E, p->offsets, add);
-    else if (kind == BACKWARD_INPUT)
-        matmul_backward_input(out, p->dy, p->W, p->rows, C, OC, add);
-    else if (grouped)
-        grouped_matmul_backward_weight(out, p->dy, p->x, stride, C, OC, E, p->offsets);
-    else
-        matmul_backward_weight(out, p->dy, p->x, p->rows, C, OC);
-}
+#include "dev/test/products.c" // what a Product is, and that its bits do not depend on how it is called
 
 // Element i of the result that `start` becomes, in double, and the sum of the magnitudes that went into it. `ordered`
 // gets the same sum in float, in the order that train_moe.c promises: with one rounding a step (fused) or two.
@@ -318,8 +247,8 @@ static int product_check(const Product* p, int grouped, int* unfused, int* fused
         int kind = variant % 3, add = variant == 3 || kind == BACKWARD_WEIGHT;
         if (variant == 3) kind = BACKWARD_INPUT;
         long n = product_size(p, kind);
-        float *before = random_floats(n, 4), *out = (float*)checked_malloc(sizeof(float) * (size_t)n), ordered;
-        memcpy(out, before, sizeof(float) * (size_t)n);
+        float *before = random_floats(n, 4), *out = kept_floats(n), ordered;
+        memcpy(out, before, floats_bytes(n));
         product_run(p, kind, grouped, add, out);
         int depth = kind == FORWARD ? p->C : kind == BACKWARD_INPUT ? p->OC : p->rows;
         for (long i = 0; i < n; i++) {
@@ -329,8 +258,6 @@ static int product_check(const Product* p, int grouped, int* unfused, int* fused
             product_element(p, kind, i, add ? before[i] : 0, 1, &magnitude, &ordered);
             *fused &= ordered == out[i];
         }
-        free(before);
-        free(out);
     }
     return ok;
 }
@@ -339,39 +266,40 @@ static void test_matmul_values(void) {
     static const int rows[] = {0, 1, 3, 8, 9, 13, 14, 15, 29, 530},
                      sizes[][2] = {{1, 1}, {5, 3}, {17, 33}, {64, 96}, {193, 47}};
     int unfused = 1, fused = 1;
-    for (size_t s = 0; s < sizeof sizes / sizeof sizes[0]; s++) {
+    for (EACH(s, sizes)) {
         int C = sizes[s][0], OC = sizes[s][1], ok = 1;
-        for (size_t r = 0; r < sizeof rows / sizeof rows[0]; r++) {
+        for (EACH(r, rows)) {
             Product p = product_create(1, &rows[r], C, OC);
             ok &= product_check(&p, 0, &unfused, &fused);
-            product_free(&p);
         }
         check(ok, "three products, 0 to 530 rows, %d -> %d", C, OC);
     }
     static const int large[][3] = {{660, 530, 70}, {300, 70, 600}, {9, 320, 700}, {25, 320, 520},
                                    {300, 320, 8},  {300, 330, 8},  {125, 58, 290}, {125, 20, 290}, {6, 512, 40},
                                    {20, 40, 1024}}; // the last: rows of dy are 4 KB apart, which dW packs
-    for (size_t s = 0; s < sizeof large / sizeof large[0]; s++) {
+    for (EACH(s, large)) {
         Product p = product_create(1, large[s], large[s][1], large[s][2]);
         check(product_check(&p, 0, &unfused, &fused), "three products, %d rows, %d -> %d", large[s][0], large[s][1],
               large[s][2]);
-        product_free(&p);
     }
     static const int shares[][5] = {
         {0, 0, 0, 0, 0}, {0, 7, 0, 1, 40}, {13, 0, 0, 0, 0}, {3, 3, 3, 3, 3}, {0, 0, 0, 0, 101}};
-    for (size_t s = 0; s < sizeof shares / sizeof shares[0]; s++) {
+    for (EACH(s, shares)) {
         Product p = product_create(5, shares[s], 19, 35);
         check(product_check(&p, 1, &unfused, &fused), "grouped products, rows %d %d %d %d %d", shares[s][0],
               shares[s][1], shares[s][2], shares[s][3], shares[s][4]);
-        product_free(&p);
     }
     check(unfused || fused, "every bit is that of the plain loop over k, %s", fused ? "fused" : "two roundings a step");
+}
+
+static void test_matmul(void) {
+    test_matmul_values();
+    test_matmul_bits();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Everything else, by subject
 
-#include "dev/test/products.c"
 #include "dev/test/layers.c"
 #include "dev/test/routers.c"
 #include "dev/test/json.c"
@@ -394,40 +322,29 @@ static const struct {
     void (*run)(void);
 } groups[] = {
 #ifdef TEST_GPU
-    {"gpu fp32", test_gpu_fp32},           {"gpu bf16", test_gpu_bf16},
-    {"gpu tiles", test_gpu_tiles},
-    {"gpu cache", test_gpu_cache},         {"gpu training", test_gpu_training},
-    {"gpu families", test_gpu_families},   {"gpu resume", test_gpu_resume},
-    {"gpu commands", test_gpu_commands},
+    {"gpu fp32", test_gpu_fp32},                 {"gpu bf16", test_gpu_bf16},
+    {"gpu tiles", test_gpu_tiles},               {"gpu cache", test_gpu_cache},
+    {"gpu training", test_gpu_training},         {"gpu families", test_gpu_families},
+    {"gpu resume", test_gpu_resume},             {"gpu commands", test_gpu_commands},
 #endif
-    {"matmul", test_matmul},           {"gradients", test_gradients},
-    {"golden", test_golden},           {"routers", test_golden_routers},
-    {"families", test_families},       {"load figures", test_load_figures},
-    {"experts", test_experts},         {"cache", test_cache},
-    {"schedule", test_schedule},       {"json", test_json},
-    {"checkpoints", test_checkpoints}, {"data", test_data},
-    {"sampling", test_sampling},       {"command line", test_command_line},
-    {"determinism", test_determinism}, {"disk full", test_disk_full},
-    {"upcycle formats", test_up_formats},
-    {"upcycle allocation", test_up_allocation},
-    {"upcycle algebra", test_up_algebra},
-    {"upcycle copy", test_up_copy},
-    {"upcycle drop", test_up_drop},
-    {"upcycle shards", test_up_shards},
-    {"upcycle sources", test_up_sources},
-    {"upcycle twins", test_up_twins},
-    {"upcycle operators", test_up_operators},
-    {"upcycle routers", test_up_routers},
-    {"upcycle utility", test_up_utility},
-    {"upcycle optimizer", test_up_optimizer},
-    {"upcycle pruning", test_up_pruning},
-    {"upcycle cluster", test_up_cluster},
-    {"upcycle files", test_up_files},
-    {"upcycle safety", test_up_safety},
-    {"upcycle LPR pruning", test_up_pruning_lpr},
-    {"upcycle records", test_up_records},
-    {"upcycle refusals", test_up_refusals},
-    {"upcycle receipt", test_up_receipt}};
+    {"matmul", test_matmul},                     {"gradients", test_gradients},
+    {"golden", test_golden},                     {"routers", test_golden_routers},
+    {"families", test_families},                 {"load figures", test_load_figures},
+    {"experts", test_experts},                   {"cache", test_cache},
+    {"schedule", test_schedule},                 {"json", test_json},
+    {"checkpoints", test_checkpoints},           {"data", test_data},
+    {"sampling", test_sampling},                 {"command line", test_command_line},
+    {"determinism", test_determinism},           {"disk full", test_disk_full},
+    {"upcycle formats", test_up_formats},        {"upcycle allocation", test_up_allocation},
+    {"upcycle algebra", test_up_algebra},        {"upcycle copy", test_up_copy},
+    {"upcycle drop", test_up_drop},              {"upcycle shards", test_up_shards},
+    {"upcycle sources", test_up_sources},        {"upcycle twins", test_up_twins},
+    {"upcycle operators", test_up_operators},    {"upcycle routers", test_up_routers},
+    {"upcycle utility", test_up_utility},        {"upcycle optimizer", test_up_optimizer},
+    {"upcycle pruning", test_up_pruning},        {"upcycle cluster", test_up_cluster},
+    {"upcycle files", test_up_files},            {"upcycle safety", test_up_safety},
+    {"upcycle LPR pruning", test_up_pruning_lpr}, {"upcycle records", test_up_records},
+    {"upcycle refusals", test_up_refusals},      {"upcycle receipt", test_up_receipt}};
 
 int main(int argc, char** argv) {
     if (argc > 1 && !strcmp(argv[1], "--as-train-moe")) {
@@ -444,24 +361,17 @@ int main(int argc, char** argv) {
         argv[1] = argv[0];
         return upcycle_main(argc - 1, argv + 1);
     }
-    if (!realpath("/proc/self/exe", self_path) && !realpath(argv[0], self_path))
-        die(1, "%s: %s", argv[0], strerror(errno));
-    const char* directory = getenv("TMPDIR");
-    snprintf(temp_dir, sizeof temp_dir, "%.150s/test_moe.XXXXXX",
-             directory && !strchr(directory, ' ') ? directory : "/tmp");
-    if (!mkdtemp(temp_dir)) die(1, "%s: %s", temp_dir, strerror(errno));
-    snprintf(up_dir, sizeof up_dir, "%.280s/upcycle", temp_dir);
-    if (mkdir(up_dir, 0777)) die(1, "%s: %s", up_dir, strerror(errno));
-    atexit(remove_temp_dir);
+    make_temp_dir(argv[0]);
     default_threads = thread_count();
 #ifdef TEST_GPU
     gpu_open();         // or ends here, in one line
 #endif
-    for (size_t i = 0; i < sizeof groups / sizeof groups[0]; i++) {
+    for (EACH(i, groups)) {
         group_name = groups[i].name;
         double start = seconds();
         if (argc > 1 && !strstr(group_name, argv[1])) continue;
         groups[i].run();
+        release_kept();
         printf("      %s: %.1f s\n", group_name, seconds() - start);
         fflush(stdout);
     }

@@ -8,23 +8,21 @@ all that is read from a checkpoint.
 // a file with this header and `data` bytes of tensors behind it
 static void write_safetensors(const char* path, const char* header, size_t data) {
     size_t n = strlen(header);
-    unsigned char* file = (unsigned char*)checked_malloc(8 + n + data);
+    unsigned char* file = (unsigned char*)kept_malloc(8 + n + data);
     memset(file, 0, 8 + n + data);
     for (int i = 0; i < 8; i++) file[i] = (unsigned char)((uint64_t)n >> (8 * i));
     memcpy(file + 8, header, n);
     write_bytes(path, file, 8 + n + data);
-    free(file);
 }
 
 static void check_open(const char* what, const char* path, const char* expected) {
     Error error = {""};
-    SafeTensors* s = safetensors_open(path, &error);
+    SafeTensors* s = keep_file(safetensors_open(path, &error));
     if (!expected)
         check(s && !error.text[0], "safetensors, %s: opens %s", what, error.text);
     else
         check(!s && strstr(error.text, expected) && strstr(error.text, path) && !strchr(error.text, '\n'),
               "safetensors, %s: %s", what, error.text[0] ? error.text : "not refused");
-    safetensors_close(s);
 }
 
 #define A_TENSOR "\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]"
@@ -86,7 +84,7 @@ static void test_safetensors_refusals(void) {
         {"entry not an object", "{\"a\":5}", 0, "no dtype"},
         {"metadata not strings", "{\"__metadata__\":{\"format\":1}}", 0, "__metadata__ is not"},
         {"metadata no object", "{\"__metadata__\":[1]}", 0, "__metadata__ is not"}};
-    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
+    for (EACH(i, files)) {
         const char* path = temp("crafted.safetensors");
         write_safetensors(path, files[i].header, files[i].data);
         check_open(files[i].what, path, files[i].expected);
@@ -149,9 +147,9 @@ typedef struct {
 
 static Pieces pieces_read(const char* dir) {
     Error error = {""};
-    SafeTensors* s = safetensors_open_model(dir, &error);
+    SafeTensors* s = keep_file(safetensors_open_model(dir, &error));
     if (!s) die(1, "%s", error.text);
-    Pieces p = {(Piece*)checked_malloc(sizeof(Piece) * ((size_t)s->num_tensors + 8)), s->num_tensors};
+    Pieces p = {(Piece*)kept_malloc(sizeof(Piece) * ((size_t)s->num_tensors + 8)), s->num_tensors};
     for (int i = 0; i < p.count; i++) {
         const StoredTensor* t = &s->tensors[i];
         Piece* piece = &p.pieces[i];
@@ -163,13 +161,7 @@ static Pieces pieces_read(const char* dir) {
         memcpy(piece->shape, t->shape, sizeof piece->shape);
         piece->values = reference_floats(s, t->name, NULL);
     }
-    safetensors_close(s);
     return p;
-}
-
-static void pieces_free(Pieces* p) {
-    for (int i = 0; i < p->count; i++) free(p->pieces[i].values);
-    free(p->pieces);
 }
 
 static Piece* piece_find(Pieces* p, const char* name) {
@@ -182,8 +174,7 @@ static Piece* piece_add(Pieces* p, const char* name, const Piece* like) {
     Piece* piece = &p->pieces[p->count++];
     *piece = *like;
     snprintf(piece->name, sizeof piece->name, "%s", name);
-    piece->values = (float*)checked_malloc(sizeof(float) * (size_t)like->count);
-    memcpy(piece->values, like->values, sizeof(float) * (size_t)like->count);
+    piece->values = copy_floats(like->values, like->count);
     return piece;
 }
 
@@ -251,10 +242,8 @@ static Model* try_load(const char* dir, Error* error) {
     Config c;
     error->text[0] = 0;
     if (!config_read(&c, dir, error)) return NULL;
-    Model* m = model_create(&c, FOR_SCORING, 1, 4, 4, NULL);
-    if (checkpoint_load(m, dir, error)) return m;
-    model_free(m);
-    return NULL;
+    Model* m = new_model(&c, FOR_SCORING, 1, 4);
+    return checkpoint_load(m, dir, error) ? m : NULL;
 }
 
 // Every parameter that has a piece of its name is equal to it; returns how many have.
@@ -263,8 +252,7 @@ static int count_equal(const Model* m, Pieces* p) {
     for (int i = 0; i < m->layout.count; i++)
         for (int k = 0; k < p->count; k++)
             if (!strcmp(m->layout.tensors[i].name, p->pieces[k].name))
-                equal += !memcmp(m->params + m->layout.tensors[i].offset, p->pieces[k].values,
-                                 sizeof(float) * (size_t)p->pieces[k].count);
+                equal += same_floats(m->params + m->layout.tensors[i].offset, p->pieces[k].values, p->pieces[k].count);
     return equal;
 }
 
@@ -272,7 +260,6 @@ static void check_loads(const char* what, const char* dir, Pieces* p) {
     Error error;
     Model* m = try_load(dir, &error);
     check(m && count_equal(m, p) == m->layout.count, "%s: loads, with equal values %s", what, error.text);
-    if (m) model_free(m);
 }
 
 static void check_load_refused(const char* what, const char* dir, const char* expected) {
@@ -280,7 +267,6 @@ static void check_load_refused(const char* what, const char* dir, const char* ex
     Model* m = try_load(dir, &error);
     check(!m && strstr(error.text, expected) && !strchr(error.text, '\n'), "%s: %s", what,
           error.text[0] ? error.text : "not refused");
-    if (m) model_free(m);
 }
 
 static void test_load_dtypes(const char* dir) {
@@ -292,13 +278,11 @@ static void test_load_dtypes(const char* dir) {
         for (int k = 0; k < p.count; k++) p.pieces[k].dtype = dtypes[i];
         const char* made = pieces_save(&p, dir);
         check_loads(what, made, &p);
-        pieces_free(&p);
     }
     Pieces p = pieces_read(dir);
     Piece* t = piece_find(&p, "model.norm.weight");
     t->dtype = "I16";
     check_load_refused("a tensor of whole numbers", pieces_save(&p, dir), "only F32, BF16 and F16");
-    pieces_free(&p);
 }
 
 // Packs the experts of every sparse layer as newer transformers does: the model must be equal.
@@ -323,14 +307,11 @@ static void test_load_packed(const char* dir, const char* moe, const char* suffi
         }
     }
     Model* m = try_load(pieces_save(&p, dir), &error);
-    check(m && !memcmp(m->params, expected->params, sizeof(float) * (size_t)m->layout.total),
+    check(m && same_floats(m->params, expected->params, m->layout.total),
           "%s: packed experts (%s.experts.down_proj%s) %s", strrchr(dir, '/') + 1, moe, suffix, error.text);
-    if (m) model_free(m);
     p.pieces[p.count - 1].shape[1]++;
     p.pieces[p.count - 1].shape[2]--;
     check_load_refused("packed experts with a wrong shape", pieces_save(&p, dir), "");
-    model_free(expected);
-    pieces_free(&p);
 }
 
 static void write_shard_index(Pieces* p, const char* names[3]) {
@@ -357,7 +338,7 @@ static void test_load_shards(const char* dir) {
 
     const char* bad[] = {
         "../model-00001-of-00003.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\\\b", ".hidden"};
-    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+    for (EACH(i, bad)) {
         char what[100];
         const char* changed[3] = {bad[i], names[1], names[2]};
         write_shard_index(&p, changed);
@@ -389,7 +370,6 @@ static void test_load_shards(const char* dir) {
     write_shard_index(&p, names);
     p.count++;
     check_load_refused("weight_map is too short", made, "weight_map lists");
-    pieces_free(&p);
 }
 
 static void test_load_refusals(void) {
@@ -419,7 +399,6 @@ static void test_load_refusals(void) {
     q->shape[1] = q->shape[0];
     q->shape[0] = rows;
     check_loads("the same, put right", pieces_save(&p, dir), &p);
-    pieces_free(&p);
 
     dir = "dev/reference/golden/llama_tied";
     p = pieces_read(dir);
@@ -428,7 +407,6 @@ static void test_load_refusals(void) {
     check_loads("tied, with an equal lm_head", pieces_save(&p, dir), &p);
     head->values[5] += 1;
     check_load_refused("tied, with another lm_head", pieces_save(&p, dir), "lm_head.weight differs");
-    pieces_free(&p);
     write_text(temp("model/config.json"), "{");
     check_load_refused("config.json not JSON", temp("model"), "not JSON");
     unlink(temp("model/config.json"));
@@ -451,10 +429,10 @@ static void test_round_trip(const char* dir, const char* name) {
     remove_tree(out);
     mkdir(out, 0777);
     failure = checkpoint_save(m, out, 17);
-    size_t bytes = sizeof(float) * (size_t)m->layout.total;
+    size_t bytes = floats_bytes(m->layout.total);
     Config c;
     if (!failure && config_read(&c, out, &error)) {
-        back = model_create(&c, FOR_TRAINING, 1, 4, 4, NULL);
+        back = new_model(&c, FOR_TRAINING, 1, 4);
         if (!checkpoint_load(back, out, &error) || !optimizer_load(back, out, &error)) failure = error.text;
     }
     check(!failure && back && !memcmp(&m->config, &c, sizeof c), "%s: the configuration comes back %s", name,
@@ -469,18 +447,14 @@ static void test_round_trip(const char* dir, const char* name) {
     for (int i = 7; i >= 0 && file; i--) header = header << 8 | file[i];
     check(file && header % 8 == 0 && strstr((const char*)file + 8, "\"__metadata__\":{\"format\":\"pt\"}"),
           "%s: padded header with format pt", name);
-    free(file);
-    Json* j = json_read(temp("saved/trainer.json"), &error);
+    Json* j = keep_json(json_read(temp("saved/trainer.json"), &error));
     check(json_whole(json_get(j, "step"), 100) == 17, "%s: trainer.json has the step", name);
-    json_free(j);
-    if (back) model_free(back);
-    model_free(m);
 }
 
 static void test_checkpoints(void) {
     test_safetensors_refusals();
     test_halves();
-    for (size_t i = 0; i < sizeof golden_models / sizeof golden_models[0]; i++) {
+    for (EACH(i, golden_models)) {
         char dir[PATH_SIZE];
         test_round_trip(join_path(dir, "dev/reference/golden", golden_models[i]), golden_models[i]);
     }

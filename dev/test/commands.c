@@ -133,7 +133,7 @@ static void test_bad_commands(void) {
                {"--model @/window --prompt a --tokens 200", "sliding_window 64"},
                {"--model @/words --prompt x", "give --prompt-ids"},
                {"--model @/words --data @/corpus.txt --eval --seq 8", "does not read bytes"}};
-    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+    for (EACH(i, bad)) {
         // the models and files above are named with @, the expected text as well
         const char* expected = bad[i].expected[0] == '@' ? bad[i].expected + 1 : bad[i].expected;
         char with_out[600];
@@ -169,10 +169,8 @@ static void test_not_finite(void) {
     Pieces p = pieces_read(temp("b"));
     for (int i = 0; i < m->layout.count; i++)
         memcpy(piece_find(&p, m->layout.tensors[i].name)->values, m->params + m->layout.tensors[i].offset,
-               sizeof(float) * (size_t)tensor_size(&m->layout.tensors[i]));
+               floats_bytes(tensor_size(&m->layout.tensors[i])));
     pieces_write(&p, temp("b/model.safetensors"), 0);
-    pieces_free(&p);
-    model_free(m);
     copy_directory(temp("b"), temp("c"));
     int code = run_program("--out %s --resume --steps 9", temp("b"));
     check(code == 1 && error_lines() == 1 &&
@@ -190,7 +188,6 @@ static void test_not_finite(void) {
           "a learning rate of 10^6: %s", strstr(ran.err, "train_moe:") ? strstr(ran.err, "train_moe:") : "");
     m = try_load(temp("b"), &error);
     check(m != NULL, "its last checkpoint can be loaded");
-    if (m) model_free(m);
 }
 
 // --eval against evaluate(), which is checked against model_forward here
@@ -227,8 +224,6 @@ static void test_eval(void) {
     check(fabs(evaluate(batch_model, d, 2, batch) - sum / 6) < 1e-9, "evaluate: the first two batches");
     free(batch.tokens);
     dataset_close(d);
-    model_free(m);
-    model_free(batch_model);
 }
 
 static int tensor_is(SafeTensors* s, const char* name, Dtype dtype, int ndim, long a, long b, long c) {
@@ -240,9 +235,7 @@ static int tensor_is(SafeTensors* s, const char* name, Dtype dtype, int ndim, lo
 static int floats_are(SafeTensors* s, const char* name, const float* expected, long n) {
     long count = 0;
     float* values = reference_floats(s, name, &count);
-    int same = count == n && !memcmp(values, expected, sizeof(float) * (size_t)n);
-    free(values);
-    return same;
+    return count == n && same_floats(values, expected, n);
 }
 
 static void test_dump(void) {
@@ -250,7 +243,7 @@ static void test_dump(void) {
     int code = run_program("--model %s --data %s --batch 2 --seq 16 --aux 0.03 --dump %s", temp("trained"),
                            temp("corpus.txt"), temp("d.safetensors"));
     Error error = {""};
-    SafeTensors* s = safetensors_open(temp("d.safetensors"), &error);
+    SafeTensors* s = keep_file(safetensors_open(temp("d.safetensors"), &error));
     check(code == 0 && s, "--dump writes a file %s", error.text);
     if (!s) return;
     Model* m = open_model(temp("trained"), FOR_TRAINING, B, T);
@@ -278,7 +271,6 @@ static void test_dump(void) {
         int* experts = reference_ints(s, name, NULL);
         routers &= tensor_is(s, name, DTYPE_I32, 2, B * T, K, 0) &&
                    !memcmp(experts, m->layers[l].experts, sizeof(int) * (size_t)(B * T * K));
-        free(experts);
     }
     check(routers, "--dump: the experts of every sparse layer");
     model_backward(m, 1);
@@ -291,12 +283,8 @@ static void test_dump(void) {
     }
     check(gradients && s->num_tensors == expected_count,
           "--dump: every gradient, under the name of its tensor, and nothing else");
-    free(tokens);
-    free(targets);
     free(batch.tokens);
-    safetensors_close(s);
     dataset_close(d);
-    model_free(m);
 }
 
 // --trace and --load against forward passes of one window at a time, with another K than the model's
@@ -308,14 +296,14 @@ static void test_trace(void) {
     Error error = {""};
     if (!config_read(&config, temp("trained"), &error)) die(1, "%s", error.text);
     config.num_experts_per_tok = K;
-    Model* m = model_create(&config, FOR_SCORING, 1, T, T, NULL);
+    Model* m = new_model(&config, FOR_SCORING, 1, T);
     if (!checkpoint_load(m, temp("trained"), &error)) die(1, "%s", error.text);
     const Config* c = &config;
     Dataset* d = dataset_open(temp("corpus.txt"), T, c->vocab_size, WHOLE, BYTES);
     FILE* f = fopen(temp("trace.csv"), "r");
     char line[512] = "";
-    int *experts = (int*)checked_malloc(sizeof(int) * (size_t)(c->num_layers * T * K)), same = 1, tokens[T], targets[T];
-    float* gates = (float*)checked_malloc(sizeof(float) * (size_t)(c->num_layers * T * K));
+    int *experts = kept_ints(c->num_layers * T * K), same = 1, tokens[T], targets[T];
+    float* gates = kept_floats(c->num_layers * T * K);
     long rows = 0, load[64] = {0};
     check(code == 0 && f && fgets(line, sizeof line, f) &&
               !strcmp(line, "window,position,token,layer,expert_1,expert_2,expert_3,gate_1,gate_2,gate_3\n"),
@@ -360,10 +348,7 @@ static void test_trace(void) {
     check(strstr(ran.out, expected.data) != NULL, "--load prints what the trace counts:%s", expected.data);
     free(expected.data);
     if (f) fclose(f);
-    free(experts);
-    free(gates);
     dataset_close(d);
-    model_free(m);
 }
 
 static void test_command_line(void) {

@@ -13,22 +13,20 @@ static char* make_config(const char* model_type, const char* key, const char* va
     Text t = {NULL, 0, 0};
     int set = !value;
     text_print(&t, "{\"model_type\": \"%s\"", model_type);
-    for (size_t i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
+    for (EACH(i, pairs)) {
         const char* v = strcmp(pairs[i][0], key) ? pairs[i][1] : value;
         if (v) text_print(&t, ", \"%s\": %s", pairs[i][0], v);
         set |= !strcmp(pairs[i][0], key);
     }
     if (!set && *key) text_print(&t, ", \"%s\": %s", key, value);
     text_print(&t, "}");
-    return t.data;
+    return (char*)keep(A_BLOCK, t.data);
 }
 
 static int config_parse(Config* c, const char* text, Error* error) {
     error->text[0] = 0;
-    Json* j = json_parse(text, strlen(text), error);
-    int ok = j && config_from_json(c, j, error);
-    json_free(j);
-    return ok;
+    Json* j = keep_json(json_parse(text, strlen(text), error));
+    return j && config_from_json(c, j, error);
 }
 
 static void check_config(const char* type, const char* key, const char* value, const char* expected) {
@@ -41,7 +39,6 @@ static void check_config(const char* type, const char* key, const char* value, c
     else
         check(!ok && strstr(error.text, expected) && (strstr(error.text, key) || strstr(expected, "partial")),
               "%s refuses %s %s: %s", type, key, value ? value : "left out", error.text);
-    free(text);
 }
 
 static void test_config_refusals(void) {
@@ -98,7 +95,7 @@ static void test_config_refusals(void) {
         {"qwen3", "layer_types", "[\"full_attention\", \"sliding_attention\"]", "sliding_attention"},
         {"qwen3", "layer_types", "[\"full_attention\", \"full_attention\", \"full_attention\"]", NULL},
         {"mistral", "sliding_window", "-5", "-5"}};
-    for (size_t i = 0; i < sizeof configs / sizeof configs[0]; i++)
+    for (EACH(i, configs))
         check_config(configs[i].type, configs[i].key, configs[i].value, configs[i].expected);
     Config c;
     Error error;
@@ -107,7 +104,6 @@ static void test_config_refusals(void) {
         char* text = make_config(types[i], "", "");
         check(!config_parse(&c, text, &error) && strstr(error.text, types[i]) && strstr(error.text, "model_type"),
               "refuses model_type \"%s\": %s", types[i], error.text);
-        free(text);
     }
     check(!config_parse(&c, "{}", &error) && strstr(error.text, "model_type"), "refuses an empty configuration: %s",
           error.text);
@@ -141,7 +137,7 @@ static void test_config_defaults(void) {
                    {"olmoe", 64, 8, 4096, 0, 64, 8, 20, 1e4, 1e-5, 0.01},
                    {"qwen3", 32, 128, 32768, 0, 0, 0, 0, 1e4, 1e-6, 0},
                    {"qwen3_moe", 4, 8, 32768, 0, 128, 8, 768, 1e4, 1e-6, 0.001}};
-    for (size_t i = 0; i < sizeof classes / sizeof classes[0]; i++) {
+    for (EACH(i, classes)) {
         Config c;
         Error error;
         char text[400];
@@ -184,14 +180,12 @@ static void test_config_values(void) {
           "but Dots1 has no number of experts of its own: %s", error.text);
     char* text = make_config("qwen3", "rope_parameters", "{\"rope_type\": \"default\", \"rope_theta\": 777.0}");
     check(config_parse(&c, text, &error) && c.rope_theta == 777, "rope_parameters come before rope_theta");
-    free(text);
     text = make_config("mixtral", "num_experts", NULL);
     check(config_parse(&c, text, &error) && c.num_experts == 8, "mixtral: eight experts by default");
     text[strlen(text) - 1] = 0;
     char longer[2000];
     snprintf(longer, sizeof longer, "%s, \"num_local_experts\": 6}", text);
     check(config_parse(&c, longer, &error) && c.num_experts == 6, "num_local_experts is read as well");
-    free(text);
     static const struct {
         const char *type, *use, *window;
         int expected;
@@ -200,7 +194,7 @@ static void test_config_values(void) {
                    {"qwen3", "false", "16", 0},
                    {"qwen3", "true", "16", 16},
                    {"llama", "", "16", 0}};
-    for (size_t i = 0; i < sizeof windows / sizeof windows[0]; i++) {
+    for (EACH(i, windows)) {
         text = make_config(windows[i].type, "sliding_window", windows[i].window);
         text[strlen(text) - 1] = 0;
         snprintf(longer, sizeof longer, "%s%s%s}", text, *windows[i].use ? ", \"use_sliding_window\": " : "",
@@ -208,16 +202,13 @@ static void test_config_values(void) {
         check(config_parse(&c, longer, &error) && c.sliding_window == windows[i].expected,
               "%s: sliding_window %s, use_sliding_window %s: %d", windows[i].type, windows[i].window,
               *windows[i].use ? windows[i].use : "left out", c.sliding_window);
-        free(text);
     }
     text = make_config("qwen3_moe", "decoder_sparse_step", "2");
     config_parse(&c, text, &error);
     check(!c.sparse[0] && c.sparse[1] && !c.sparse[2], "decoder_sparse_step 2: the second of three layers");
-    free(text);
     text = make_config("qwen3_moe", "mlp_only_layers", "[0, 2]");
     config_parse(&c, text, &error);
     check(!c.sparse[0] && c.sparse[1] && !c.sparse[2], "mlp_only_layers");
-    free(text);
 }
 
 // config_to_json and back, for all classes, with every switch away from its default

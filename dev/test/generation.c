@@ -15,7 +15,7 @@ static int cache_equals(Model* g, const int* tokens, const float* logits, const 
         int n = imin(*sizes, CACHE_LENGTH - fed);
         model_forward(g, tokens + fed, NULL, 1, n);
         fed += n;
-        same &= !memcmp(g->logits, logits + (long)(fed - 1) * V, sizeof(float) * (size_t)V);
+        same &= same_floats(g->logits, logits + (long)(fed - 1) * V, V);
         if (sizes[1]) sizes++;
     }
     return same && g->cached == CACHE_LENGTH;
@@ -28,36 +28,31 @@ static void test_cache_model(const char* dir, const char* name) {
     Error error = {""};
     if (!config_read(&c, dir, &error)) die(1, "%s", error.text);
     fill_tokens(tokens, CACHE_LENGTH, c.vocab_size, 5);
-    Model *m = open_model(dir, FOR_SCORING, 1, CACHE_LENGTH), *full = m;
-    Model* g = model_create(&c, FOR_GENERATION, 1, CACHE_LENGTH, CACHE_LENGTH, m);
+    Model* m = open_model(dir, FOR_SCORING, 1, CACHE_LENGTH);
+    Model* g = keep_model(model_create(&c, FOR_GENERATION, 1, CACHE_LENGTH, CACHE_LENGTH, m));
     model_forward(m, tokens, NULL, 1, CACHE_LENGTH);
-    for (size_t i = 0; i < sizeof chunks / sizeof chunks[0]; i++) same &= cache_equals(g, tokens, m->logits, chunks[i]);
+    for (EACH(i, chunks)) same &= cache_equals(g, tokens, m->logits, chunks[i]);
     check(same, "%s: six ways to cut %d tokens into chunks", name, CACHE_LENGTH);
 
     // a prefix, and a row of a batch, have the bits of the whole sequence alone
     long V = c.vocab_size, n = 19;
-    float* alone = random_floats(CACHE_LENGTH * V, 0);
-    memcpy(alone, m->logits, sizeof(float) * (size_t)(CACHE_LENGTH * V));
+    float* alone = copy_floats(m->logits, CACHE_LENGTH * V);
     model_forward(m, tokens, NULL, 1, (int)n);
-    same = !memcmp(alone, m->logits, sizeof(float) * (size_t)(n * V));
+    same = same_floats(alone, m->logits, n * V);
     int batch[3 * CACHE_LENGTH];
     fill_tokens(batch, 3 * CACHE_LENGTH, c.vocab_size, 6);
     memcpy(batch + CACHE_LENGTH, tokens, sizeof tokens);
     m = open_model(dir, FOR_TRAINING, 3, CACHE_LENGTH);
     model_forward(m, batch, NULL, 3, CACHE_LENGTH);
-    same &= !memcmp(alone, m->logits + CACHE_LENGTH * V, sizeof(float) * (size_t)(CACHE_LENGTH * V));
+    same &= same_floats(alone, m->logits + CACHE_LENGTH * V, CACHE_LENGTH * V);
     check(same, "%s: a prefix, and a sequence among others, have the bits of the sequence alone", name);
-    free(alone);
-    model_free(m);
-    model_free(g);
-    model_free(full);
 }
 
 // When the cache is full, generation starts again from the later half of it.
 static void test_cache_restart(int positions, int chunk) {
     int tokens[CACHE_LENGTH], start = 0, same = 1, restarts = 0;
     Model* m = open_model("dev/reference/golden/qwen3_moe", FOR_SCORING, 1, CACHE_LENGTH);
-    Model* g = model_create(&m->config, FOR_GENERATION, 1, imin(chunk, positions), positions, m);
+    Model* g = keep_model(model_create(&m->config, FOR_GENERATION, 1, imin(chunk, positions), positions, m));
     fill_tokens(tokens, CACHE_LENGTH, m->config.vocab_size, 9);
     for (int fed = 0; fed < CACHE_LENGTH;) {
         int n = imin(chunk, CACHE_LENGTH - fed);
@@ -71,16 +66,14 @@ static void test_cache_restart(int positions, int chunk) {
         model_forward(m, tokens + start, NULL, 1, fed - start);
         long V = m->config.vocab_size;
         same &= g->cached == fed - start;
-        same &= !memcmp(g->logits, m->logits + (long)(fed - start - 1) * V, sizeof(float) * (size_t)V);
+        same &= same_floats(g->logits, m->logits + (long)(fed - start - 1) * V, V);
     }
     check(same && restarts > 1, "a cache of %d, fed by %d: %d restarts from the later half", positions, chunk,
           restarts);
-    model_free(g);
-    model_free(m);
 }
 
 static void test_cache(void) {
-    for (size_t i = 0; i < sizeof golden_models / sizeof golden_models[0]; i++) {
+    for (EACH(i, golden_models)) {
         char dir[PATH_SIZE];
         join_path(dir, "dev/reference/golden", golden_models[i]);
         test_cache_model(dir, golden_models[i]);
@@ -164,8 +157,8 @@ static void check_printed(const Tokenizer* t, const char* what, const int* ids, 
     int first = t->pieces && !t->pieces[ids[0]] ? 1 : 0;
     for (int i = 0; i < n; i++) tokenizer_print(t, ids[i], i <= first, out);
     fclose(out);
+    keep(A_BLOCK, text);
     check(size == length && !memcmp(text, expected, length), "%s", what);
-    free(text);
 }
 
 static void test_tokenizers(void) {
@@ -227,7 +220,8 @@ static void test_tokenizers(void) {
 static void test_generation(void) {
     const char* dir = "dev/reference/golden/qwen3_moe";
     int ids[64] = {1, 2, 3}, again[64] = {1, 2, 3}, V;
-    Model *m = open_model(dir, FOR_SCORING, 1, 32), *g = model_create(&m->config, FOR_GENERATION, 1, 32, 32, m);
+    Model* m = open_model(dir, FOR_SCORING, 1, 32);
+    Model* g = keep_model(model_create(&m->config, FOR_GENERATION, 1, 32, 32, m));
     Tokenizer* t = tokenizer_open(dir, V = m->config.vocab_size);
     Sampling greedy = {0, 1, 0, 1}, random = {1, 0.95, 20, 5};
     FILE* nowhere = fopen("/dev/null", "w");
@@ -252,8 +246,6 @@ static void test_generation(void) {
     check(same && memcmp(ids, again, sizeof(int) * 31), "the same seed gives the same text, another seed another one");
     fclose(nowhere);
     tokenizer_close(t);
-    model_free(g);
-    model_free(m);
 }
 
 static void test_sampling(void) {

@@ -12,9 +12,9 @@ static void on_backend(const Backend* backend, void (*run)(void)) {
 }
 
 static void gpu_golden(Tolerances most) {
-    for (size_t i = 0; i < sizeof golden_models / sizeof golden_models[0]; i++)
+    for (EACH(i, golden_models))
         test_golden_model("golden", golden_models[i], most);
-    for (size_t i = 0; i < sizeof golden_routers / sizeof golden_routers[0]; i++)
+    for (EACH(i, golden_routers))
         test_golden_model("golden_routers", golden_routers[i], most);
 }
 static void gpu_golden_floats(void) { gpu_golden(of_floats); }
@@ -29,7 +29,7 @@ static void test_gpu_bf16(void) { on_backend(&gpu_backend_bf16, gpu_golden_bf16)
 static void gpu_against_cpu(const char* name, const Config* c, int B, int T, int passes, double most_logits,
                             double most_gradient) {
     long n = (long)B * T, V = c->vocab_size, worst_at = 0;
-    int *tokens = (int*)checked_malloc(sizeof(int) * (size_t)(n + passes)), all = 1, E = c->num_experts;
+    int *tokens = kept_ints(n + passes), all = 1, E = c->num_experts;
     float* logits[2];
     Model* m[2];
     for (long i = 0; i < n + passes; i++) tokens[i] = (int)(mix64((uint64_t)(i * i)) % (uint64_t)(i % 3 ? V : 3));
@@ -45,15 +45,14 @@ static void gpu_against_cpu(const char* name, const Config* c, int B, int T, int
         for (int l = 0; l < c->num_layers && m[way]->has_families; l++) {
             for (int e = 0; e < E; e++) m[way]->family[l * E + e] = e % (E / 2);
             memcpy(m[way]->weights.layers[l].router + (long)E / 2 * c->hidden_size, m[way]->weights.layers[l].router,
-                   sizeof(float) * (size_t)(E / 2) * (size_t)c->hidden_size);
+                   floats_bytes((long)(E / 2) * c->hidden_size));
         }
         m[way]->backend->send(m[way], PARAMETERS);
         for (int pass = 0; pass < passes; pass++) {
             m[way]->backend->forward(m[way], tokens + pass, tokens + pass + 1, B, T);
             if (pass == 0) {        // the CPU's become their gradient in place
                 m[way]->backend->read_back(m[way], LOGITS);
-                logits[way] = (float*)checked_malloc(sizeof(float) * (size_t)(n * V));
-                memcpy(logits[way], m[way]->logits, sizeof(float) * (size_t)(n * V));
+                logits[way] = copy_floats(m[way]->logits, n * V);
             }
             m[way]->backend->backward(m[way], 0.5f);
         }
@@ -76,11 +75,7 @@ static void gpu_against_cpu(const char* name, const Config* c, int B, int T, int
           b.loss, other);
     check(worst <= most_gradient, "%s: %d gradients, largest relative error %.1e (%s)", name, m[0]->layout.count, worst,
           m[0]->layout.tensors[worst_at].name);
-    for (int way = 0; way < 2; way++) {
-        model_free(m[way]);
-        free(logits[way]);
-    }
-    free(tokens);
+    for (int way = 0; way < 2; way++) model_free(m[way]);
 }
 
 // A stable sort has one result only: the CPU's. Some experts get nothing, and expert 0 half of everything.
@@ -88,8 +83,8 @@ static void gpu_grouping(int N, int K, int E) {
     int R = N * K, most = R / GROUP_ROWS + E, ok = 1, t = 0;
     int sizes[] = {R, E + 1, R, R, R, 2 * most, gpu_group_chunks(N, K) * E}, *host[7], *got[7], *device[7];
     for (int i = 0; i < 7; i++) {
-        host[i] = (int*)checked_malloc(sizeof(int) * (size_t)sizes[i]);
-        got[i] = (int*)checked_malloc(sizeof(int) * (size_t)sizes[i]);
+        host[i] = kept_ints(sizes[i]);
+        got[i] = kept_ints(sizes[i]);
         CHECK(cudaMalloc((void**)&device[i], sizeof(int) * (size_t)sizes[i]));
     }
     int *experts = host[0], *offsets = host[1];
@@ -108,11 +103,7 @@ static void gpu_grouping(int N, int K, int E) {
             ok &= got[5][2 * t] == e && got[5][2 * t + 1] == row;
     for (; t < most; t++) ok &= got[5][2 * t] == -1;
     check(ok, "%d assignments to %d experts are grouped as on the CPU", R, E);
-    for (int i = 0; i < 7; i++) {
-        free(host[i]);
-        free(got[i]);
-        CHECK(cudaFree(device[i]));
-    }
+    for (int i = 0; i < 7; i++) CHECK(cudaFree(device[i]));
 }
 
 static void test_gpu_tiles(void) {
@@ -166,7 +157,7 @@ static void gpu_cache(void) {
         char dir[PATH_SIZE];
         join_path(dir, "dev/reference/golden", golden_models[i]);
         Model* m = open_model(dir, FOR_SCORING, 1, CACHE_LENGTH);
-        Model* g = model_create(&m->config, FOR_GENERATION, 1, CACHE_LENGTH, CACHE_LENGTH, m);
+        Model* g = keep_model(model_create(&m->config, FOR_GENERATION, 1, CACHE_LENGTH, CACHE_LENGTH, m));
         int V = m->config.vocab_size;
         double worst = 0;
         m->backend->send(m, PARAMETERS);
@@ -186,8 +177,6 @@ static void gpu_cache(void) {
             }
         }
         check(worst < 1e-5, "%s: four ways to feed a cache, largest relative error %.1e", golden_models[i], worst);
-        model_free(g);
-        model_free(m);
     }
 }
 static void test_gpu_cache(void) { on_backend(&gpu_backend_float, gpu_cache); }
@@ -202,7 +191,6 @@ static int log_column(const char* out, int column, double* values, int most) {
         if (rows >= 0) values[rows] = atof(line);
         rows++;
     }
-    free(text);
     return rows;
 }
 
@@ -258,7 +246,7 @@ static void test_gpu_training(void) {
         {"sparse and dense layers", "--sparse-step 2 --ffn 50"},
         {"dense", "--dense --tie"}};
     write_corpus(temp("corpus.txt"), 20000);
-    for (size_t i = 0; i < sizeof runs / sizeof runs[0]; i++)
+    for (EACH(i, runs))
         compare_runs(runs[i].name, runs[i].flags);
 }
 
@@ -362,21 +350,16 @@ static void test_gpu_commands(void) {
     long differing = 0;
     for (size_t i = 0; same && i < n[0]; i++) differing += traces[0][i] != traces[1][i];
     check(same && differing * 50 < (long)n[0], "--trace: the same lines, %ld of %zu digits differ", differing, n[0]);
-    free(traces[0]);
-    free(traces[1]);
     Error error = {""};
-    SafeTensors *a = safetensors_open(temp("dump0"), &error), *b = safetensors_open(temp("dump1"), &error);
+    SafeTensors *a = keep_file(safetensors_open(temp("dump0"), &error));
+    SafeTensors* b = keep_file(safetensors_open(temp("dump1"), &error));
     double worst = 0;
     for (int i = 0; a && b && i < a->num_tensors; i++) {
         const char* name = a->tensors[i].name;
         if (a->tensors[i].dtype == DTYPE_I32) continue;
         float *x = reference_floats(a, name, NULL), *y = reference_floats(b, name, NULL);
         worst = larger(worst, relative_error(y, x, a->tensors[i].count));
-        free(x);
-        free(y);
     }
     check(a && b && a->num_tensors == b->num_tensors && worst <= 1e-5,
           "--dump: %d tensors, largest relative error %.1e", a ? a->num_tensors : 0, worst);
-    safetensors_close(a);
-    safetensors_close(b);
 }

@@ -6,7 +6,6 @@ tests' own, runs of the program under test, small models.
 #include <sys/resource.h>
 #include <sys/wait.h>
 
-
 static int passed = 0, failed = 0;
 static const char* group_name = "";
 static int default_threads = 1;
@@ -28,6 +27,54 @@ check(int ok, const char* format, ...) {
         failed++;
 }
 
+// What a group allocates and opens is released when it ends, the last thing first: tests need not say so.
+typedef enum { A_BLOCK, A_MODEL, A_FILE, A_JSON } Kind;
+static struct {
+    Kind kind;
+    void* what;
+} kept[1 << 16];
+static int num_kept = 0;
+
+static void* keep(Kind kind, void* what) {
+    if (num_kept == (int)(sizeof kept / sizeof kept[0])) die(1, "%s: too many blocks to keep", group_name);
+    kept[num_kept].kind = kind;
+    kept[num_kept++].what = what;
+    return what;
+}
+static Model* keep_model(Model* m) { return (Model*)keep(A_MODEL, m); }
+static SafeTensors* keep_file(SafeTensors* s) { return (SafeTensors*)keep(A_FILE, s); }
+static Json* keep_json(Json* j) { return (Json*)keep(A_JSON, j); }
+static void* kept_malloc(size_t bytes) { return keep(A_BLOCK, checked_malloc(bytes)); }
+
+// memory of exactly n floats, so that a sanitizer or valgrind sees every access outside
+static size_t floats_bytes(long n) { return sizeof(float) * (size_t)n; }
+static float* kept_floats(long n) { return (float*)kept_malloc(floats_bytes(n)); }
+static double* kept_doubles(long n) { return (double*)kept_malloc(sizeof(double) * (size_t)n); }
+static int* kept_ints(long n) { return (int*)kept_malloc(sizeof(int) * (size_t)n); }
+static float* copy_floats(const float* x, long n) { return (float*)memcpy(kept_floats(n), x, floats_bytes(n)); }
+
+static Model* new_model(const Config* c, Purpose purpose, int B, int T) {
+    return keep_model(model_create(c, purpose, B, T, T, NULL));
+}
+
+static void release_kept(void) {
+    while (num_kept > 0) {
+        void* what = kept[--num_kept].what;
+        if (!what) continue; // what could not be opened
+        switch (kept[num_kept].kind) {
+        case A_BLOCK: free(what); break;
+        case A_MODEL: model_free((Model*)what); break;
+        case A_FILE: safetensors_close((SafeTensors*)what); break;
+        case A_JSON: json_free((Json*)what); break;
+        }
+    }
+}
+
+// for (EACH(i, array)) counts the array's elements
+#define EACH(i, array) size_t i = 0; i < sizeof array / sizeof array[0]; i++
+
+static int same_floats(const float* a, const float* b, long n) { return !memcmp(a, b, floats_bytes(n)); }
+
 // |a - b| / |b| in the 2-norm; where b is zero, a must be zero as well. A permuted or missing tensor gives about 1.
 static double relative_error(const float* a, const float* b, long n) {
     double difference = 0, norm = 0;
@@ -48,12 +95,12 @@ static double max_error(const float* a, const float* b, long n) {
     return worst;
 }
 
-// a float tensor of a file, to be freed; ends the test program if it is not there
+// a float tensor of a file; ends the test program if it is not there
 static float* reference_floats(SafeTensors* s, const char* name, long* count) {
     Error error = {""};
     StoredTensor* t = safetensors_find(s, name);
     if (!t) die(1, "the reference has no tensor %s", name);
-    float* out = (float*)checked_malloc(sizeof(float) * (size_t)t->count);
+    float* out = kept_floats(t->count);
     if (!safetensors_read(s, t, 0, t->count, out, &error)) die(1, "%s", error.text);
     if (count) *count = t->count;
     return out;
@@ -62,7 +109,7 @@ static float* reference_floats(SafeTensors* s, const char* name, long* count) {
 static int* reference_ints(SafeTensors* s, const char* name, long* shape) {
     StoredTensor* t = safetensors_find(s, name);
     if (!t || t->dtype != DTYPE_I32) die(1, "the reference has no I32 tensor %s", name);
-    int* out = (int*)checked_malloc((size_t)t->bytes);
+    int* out = (int*)kept_malloc((size_t)t->bytes);
     if (!read_at(s->fds[t->file], out, (size_t)t->bytes, t->offset)) die(1, "cannot read %s", name);
     for (int i = 0; shape && i < t->ndim; i++) shape[i] = t->shape[i];
     return out;
@@ -90,6 +137,7 @@ static void fill_random(float* x, long n, uint64_t key) {
 // Files and programs
 
 static char self_path[PATH_SIZE], temp_dir[PATH_SIZE];
+static char up_dir[300]; // inside temp_dir, for upcycle
 
 // A path in the temporary directory, in one of a few buffers that take turns.
 #if defined(__GNUC__)
@@ -117,6 +165,19 @@ static int remove_entry(const char* path, const struct stat* st, int type, struc
 static void remove_tree(const char* path) { nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS); }
 static void remove_temp_dir(void) { remove_tree(temp_dir); }
 
+// Finds this program's own path, and makes the directories, which go when it ends.
+static void make_temp_dir(const char* program) {
+    if (!realpath("/proc/self/exe", self_path) && !realpath(program, self_path))
+        die(1, "%s: %s", program, strerror(errno));
+    const char* directory = getenv("TMPDIR");
+    snprintf(temp_dir, sizeof temp_dir, "%.150s/test_moe.XXXXXX",
+             directory && !strchr(directory, ' ') ? directory : "/tmp");
+    if (!mkdtemp(temp_dir)) die(1, "%s: %s", temp_dir, strerror(errno));
+    snprintf(up_dir, sizeof up_dir, "%.280s/upcycle", temp_dir);
+    if (mkdir(up_dir, 0777)) die(1, "%s: %s", up_dir, strerror(errno));
+    atexit(remove_temp_dir);
+}
+
 static int exists(const char* path) { return !access(path, F_OK); }
 
 static void write_bytes(const char* path, const void* data, size_t n) {
@@ -125,19 +186,16 @@ static void write_bytes(const char* path, const void* data, size_t n) {
 }
 static void write_text(const char* path, const char* text) { write_bytes(path, text, strlen(text)); }
 
-// The bytes of a file, to be freed, with a zero behind them; NULL if it is not there.
+// The bytes of a file, with a zero behind them; NULL if it is not there.
 static char* read_bytes(const char* path, size_t* n) {
     Error error = {""};
-    return read_file(path, (size_t)1 << 30, n, &error);
+    return (char*)keep(A_BLOCK, read_file(path, (size_t)1 << 30, n, &error));
 }
 
 static int same_file(const char* a, const char* b) {
     size_t n = 0, k = 0;
     char *x = read_bytes(a, &n), *y = read_bytes(b, &k);
-    int same = x && y && n == k && !memcmp(x, y, n);
-    free(x);
-    free(y);
-    return same;
+    return x && y && n == k && !memcmp(x, y, n);
 }
 
 static void copy_file(const char* from, const char* to) {
@@ -145,7 +203,6 @@ static void copy_file(const char* from, const char* to) {
     char* data = read_bytes(from, &n);
     if (!data) die(1, "%s cannot be read", from);
     write_bytes(to, data, n);
-    free(data);
 }
 
 static void copy_directory(const char* from, const char* to) {
@@ -163,8 +220,9 @@ static void copy_directory(const char* from, const char* to) {
 }
 
 static int count_lines(const char* path) {
+    Error error = {""};
     size_t n = 0;
-    char* text = read_bytes(path, &n);
+    char* text = read_file(path, (size_t)1 << 30, &n, &error); // not kept: tests wait for lines
     int lines = 0;
     for (size_t i = 0; i < n; i++) lines += text[i] == '\n';
     free(text);
@@ -225,7 +283,6 @@ static void read_output(const char* name, char* buffer, size_t size) {
     char* text = read_bytes(temp("%s", name), &n);
     snprintf(buffer, size, "%s", text ? text : "");
     if (*buffer && buffer[strlen(buffer) - 1] == '\n') buffer[strlen(buffer) - 1] = 0;
-    free(text);
 }
 
 static int finish_program(pid_t pid) {
@@ -275,9 +332,8 @@ static void set_threads(int n) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory and models
 
-// memory of exactly n floats, so that a sanitizer or valgrind sees every access outside
 static float* random_floats(long n, uint64_t key) {
-    float* x = (float*)checked_malloc(sizeof(float) * (size_t)n);
+    float* x = kept_floats(n);
     fill_random(x, n, key);
     return x;
 }
@@ -286,7 +342,7 @@ static Model* open_model(const char* dir, Purpose purpose, int B, int T) {
     Config c;
     Error error = {""};
     if (!config_read(&c, dir, &error)) die(1, "%s", error.text);
-    Model* m = model_create(&c, purpose, B, T, T, NULL);
+    Model* m = new_model(&c, purpose, B, T);
     if (!checkpoint_load(m, dir, &error)) die(1, "%s", error.text);
     return m;
 }

@@ -2,12 +2,10 @@
 json.c: texts that are JSON and texts that are not, and what the latter are told.
 */
 static Json* parse(const char* text, size_t n, Error* error) {
-    char* exact = (char*)checked_malloc(n); // no zero behind it, for the sanitizer
+    char* exact = (char*)kept_malloc(n); // no zero behind it, for the sanitizer
     memcpy(exact, text, n);
     error->text[0] = 0;
-    Json* j = json_parse(exact, n, error);
-    free(exact);
-    return j;
+    return keep_json(json_parse(exact, n, error));
 }
 
 // for one line of output
@@ -25,21 +23,18 @@ static void check_valid(const char* text) {
     Error error;
     Json* j = parse(text, strlen(text), &error);
     check(j && !error.text[0], "accepts %.60s", printable(text));
-    json_free(j);
 }
 
 static void check_invalid(const char* text, size_t n, const char* expected) {
     Error error;
     Json* j = parse(text, n, &error);
     check(!j && strstr(error.text, expected), "refuses %.40s: %s", printable(text), error.text);
-    json_free(j);
 }
 
 static void check_decoded(const char* text, const char* expected, size_t n) {
     Error error;
     Json* j = parse(text, strlen(text), &error);
     check(j && j->type == JSON_STRING && j->length == n && !memcmp(j->string, expected, n), "decodes %.60s", text);
-    json_free(j);
 }
 
 static void test_json(void) {
@@ -60,7 +55,7 @@ static void test_json(void) {
                                   "\"\\u00e9\"",
                                   "\"\xC3\xA9\xE2\x96\x81\xF0\x9F\x98\x80\"",
                                   "\"\x7f\""};
-    for (size_t i = 0; i < sizeof valid / sizeof valid[0]; i++) check_valid(valid[i]);
+    for (EACH(i, valid)) check_valid(valid[i]);
 
     static const struct {
         const char *text, *expected;
@@ -126,7 +121,7 @@ static void test_json(void) {
                    {"[1] 2", "the end"},
                    {"// comment\n1", "a value"},
                    {"'a'", "a value"}};
-    for (size_t i = 0; i < sizeof invalid / sizeof invalid[0]; i++)
+    for (EACH(i, invalid))
         check_invalid(invalid[i].text, strlen(invalid[i].text), invalid[i].expected);
     check_invalid("1\0", 2, "the end");
 
@@ -143,7 +138,6 @@ static void test_json(void) {
         Json* j = parse(deep, 2 * (size_t)levels, &error);
         if (levels == 64 || levels == 66 || (j != NULL) != (levels <= 65))
             check((j != NULL) == (levels <= 65), "%d levels of arrays: %s", levels, j ? "accepted" : error.text);
-        json_free(j);
     }
     memset(deep, '[', sizeof deep);
     check_invalid(deep, sizeof deep, "64 levels");
@@ -160,12 +154,11 @@ static void test_json(void) {
           "a whole number has no point, exponent or sign and is not too large");
     check(json_absent(json_get(j, "null")) && json_absent(json_get(j, "q")) && !json_absent(json_get(j, "z")),
           "null is absent");
-    json_free(j);
 
     static const double numbers[] = {
         1e-6, 1, 0, 0.1, 1e6, 1e4, 0.001, 123456789.0, 1.0 / 3, 5e-324, 1.7976931348623157e308};
     int same = 1, floats = 1;
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
+    for (EACH(i, numbers)) {
         Text t = {NULL, 0, 0};
         text_json_double(&t, numbers[i]);
         same &= strtod(t.data, NULL) == numbers[i];
@@ -181,8 +174,6 @@ static void test_json(void) {
     text_json_string(&broken, "a\xFFz\xC3");
     Json* mended = parse(broken.data, broken.length, &error);
     check(mended && !strcmp(mended->string, "a\xEF\xBF\xBDz\xEF\xBF\xBD"), "bytes that are not UTF-8 are replaced");
-    json_free(mended);
     free(broken.data);
-    json_free(j);
     free(t.data);
 }

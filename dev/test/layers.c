@@ -16,7 +16,7 @@ static double numeric_derivative(Function f, double* x, long i, const void* cont
 }
 
 static double* to_double(const float* x, long n) {
-    double* out = (double*)checked_malloc(sizeof(double) * (size_t)n);
+    double* out = kept_doubles(n);
     for (long i = 0; i < n; i++) out[i] = x[i];
     return out;
 }
@@ -29,7 +29,6 @@ static double gradient_error(Function f, const float* x, const float* got, long 
         if (!(error <= worst)) worst = error;
         scale = fmax(scale, fabs(expected));
     }
-    free(point);
     return worst / scale;
 }
 
@@ -63,37 +62,26 @@ static void test_rmsnorm(int groups, int size) {
           *rstd = random_floats(N * groups, 0);
     float *dout = random_floats(n, 11), *gradient = random_floats(n + size, 12), *dx = random_floats(N * ld, 13),
           *weight = inputs + n;
-    NormContext c = {N, groups, size, dout, (double*)checked_malloc(sizeof(double) * (size_t)n)};
-    for (int r = 0; r < N; r++) memcpy(x + r * ld, inputs + r * row, sizeof(float) * (size_t)row);
+    NormContext c = {N, groups, size, dout, kept_doubles(n)};
+    for (int r = 0; r < N; r++) memcpy(x + r * ld, inputs + r * row, floats_bytes(row));
     rmsnorm_forward(out, row, rstd, x, ld, weight, N, groups, size, 1e-5f);
     double *point = to_double(inputs, n + size), worst = 0;
     norm_plain(point, &c);
     for (long i = 0; i < n; i++) worst = fmax(worst, fabs(out[i] - c.out[i]));
     check(worst < 2e-6, "rmsnorm, %d groups of %d: forward, error %.1e", groups, size, worst);
-    free(c.out);
     c.out = NULL;
     float *kept = random_floats(N * ld, 13), *sums = random_floats(rmsnorm_sums_size(N, size), 14);
-    memset(gradient, 0, sizeof(float) * (size_t)(n + size));
+    memset(gradient, 0, floats_bytes(n + size));
     rmsnorm_backward(dx, ld, 1, gradient + n, dout, row, x, ld, weight, rstd, N, groups, size, sums);
     for (int r = 0; r < N; r++)
         for (long i = 0; i < row; i++) gradient[r * row + i] = dx[r * ld + i] - kept[r * ld + i];
     worst = gradient_error(norm_plain, inputs, gradient, n + size, 1, &c);
     check(worst < 2e-6, "rmsnorm, %d groups of %d: gradients, added to what was there, error %.1e", groups, size,
           worst);
-    memset(gradient + n, 0, sizeof(float) * (size_t)size);
+    memset(gradient + n, 0, floats_bytes(size));
     rmsnorm_backward(gradient, row, 0, gradient + n, dout, row, inputs, row, weight, rstd, N, groups, size, sums);
     worst = gradient_error(norm_plain, inputs, gradient, n + size, 1, &c);
     check(worst < 2e-6, "rmsnorm, %d groups of %d: gradients, overwriting, error %.1e", groups, size, worst);
-    free(inputs);
-    free(x);
-    free(out);
-    free(rstd);
-    free(dout);
-    free(gradient);
-    free(dx);
-    free(kept);
-    free(sums);
-    free(point);
 }
 
 static void test_rope(void) {
@@ -114,7 +102,7 @@ static void test_rope(void) {
             }
     check(worst < 1e-6, "rope: rotate_half at positions from %d on, error %.1e", start, worst);
     int outside = 1;
-    for (int n = 0; n < N; n++) outside &= !memcmp(x + n * ld + heads * HD, y + n * ld + heads * HD, sizeof(float) * 4);
+    for (int n = 0; n < N; n++) outside &= !memcmp(x + n * ld + heads * HD, y + n * ld + heads * HD, floats_bytes(4));
     check(outside, "rope: leaves what stands between the rows alone");
     // a rotation's gradient is its transpose: <rope(x), g> = <x, rope'(g)>
     float *g = random_floats(N * ld, 21), *dx = random_floats(N * ld, 21);
@@ -126,12 +114,6 @@ static void test_rope(void) {
             norm += fabs((double)y[n * ld + i] * g[n * ld + i]);
         }
     check(fabs(dot - back) < 1e-6 * norm, "rope: backward is the transpose");
-    free(x);
-    free(y);
-    free(cosines);
-    free(sines);
-    free(g);
-    free(dx);
 }
 
 // SwiGLU and its gate. Inputs: gate_up (rows, 2, I), then one gate for each row; value: <gate act, dact>.
@@ -177,12 +159,7 @@ static void test_swiglu(void) {
             worst = fmax(worst, fabs(gated[r * I + i] - (double)gates[assignment[r]] * act[r * I + i]));
     check(worst < 1e-5, "swiglu: backward makes gate * act again, error %.1e", worst);
     swiglu_backward(inputs, gated, dgates, dact, inputs, gates, assignment, rows, I);
-    check(!memcmp(inputs, gradient, sizeof(float) * (size_t)n), "swiglu: backward in place has the same bits");
-    free(inputs);
-    free(act);
-    free(gated);
-    free(dact);
-    free(gradient);
+    check(same_floats(inputs, gradient, n), "swiglu: backward in place has the same bits");
 }
 
 typedef struct {
@@ -217,9 +194,6 @@ static void test_cross_entropy(void) {
     for (int i = 0; i < N * V; i++) logits[i] = i % V == 3 ? 1000.0f : -1000.0f * (float)(i % 5);
     cross_entropy_forward(losses, lse, logits, targets, N, V);
     check(losses[0] == 1000 && isfinite(losses[4]) && lse[0] == 1000, "cross-entropy: logits of 1000 do not overflow");
-    free(logits);
-    free(gradient);
-    free(point);
 }
 
 // Attention. Inputs: q (B, T, NH, HD), k, v (B, T, NKV, HD) one behind the other; value: <out, dout>.
@@ -256,7 +230,7 @@ static double attention_plain(const double* x, const void* context) {
                     value += out * c->dout[at];
                 }
             }
-    free(p);
+    free(p); // at once: gradients come from many calls
     return value;
 }
 
@@ -271,10 +245,10 @@ static void test_attention(int B, int T, int NH, int NKV, int HD) {
           *scratch = random_floats(attention_scratch_size(T), 54);
     for (long i = 0; i < n; i++) inputs[i] *= 3;
     for (int t = 0; t < N; t++) { // as in the model: queries and keys in one array, values in another
-        memcpy(qk + t * QK, inputs + (long)t * NH * HD, sizeof(float) * (size_t)(NH * HD));
-        memcpy(qk + t * QK + NH * HD, inputs + nq + (long)t * NKV * HD, sizeof(float) * (size_t)(NKV * HD));
+        memcpy(qk + t * QK, inputs + (long)t * NH * HD, floats_bytes(NH * HD));
+        memcpy(qk + t * QK + NH * HD, inputs + nq + (long)t * NKV * HD, floats_bytes(NKV * HD));
         memcpy(qkv + t * QKV + (NH + NKV) * HD, inputs + nq + nk + (long)t * NKV * HD,
-               sizeof(float) * (size_t)(NKV * HD));
+               floats_bytes(NKV * HD));
     }
     const float *k = qk + NH * HD, *v = qkv + (NH + NKV) * HD;
     AttentionContext c = {B,
@@ -283,24 +257,22 @@ static void test_attention(int B, int T, int NH, int NKV, int HD) {
                           NKV,
                           HD,
                           dout,
-                          (double*)checked_malloc(sizeof(double) * (size_t)nq),
-                          (double*)checked_malloc(sizeof(double) * (size_t)(B * NH * T))};
+                          kept_doubles(nq),
+                          kept_doubles(B * NH * T)};
     attention_forward(out, lse, qk, QK, k, QK, v, QKV, B, T, T, NH, NKV, HD, scratch);
     double *point = to_double(inputs, n), worst = 0;
     attention_plain(point, &c);
     for (long i = 0; i < nq; i++) worst = fmax(worst, fabs(out[i] - c.out[i]));
     for (long i = 0; i < (long)B * NH * T; i++) worst = fmax(worst, fabs(lse[i] - c.lse[i]));
     check(worst < 5e-6, "attention, T = %d, %d heads on %d: forward, error %.1e", T, NH, NKV, worst);
-    free(c.out);
-    free(c.lse);
     c.out = c.lse = NULL;
     attention_backward(dqk, dqk + NH * HD, dqkv + (NH + NKV) * HD, dout, out, lse, qk, QK, k, QK, v, QKV, QK, QKV, B, T,
                        NH, NKV, HD, scratch);
     for (int t = 0; t < N; t++) {
-        memcpy(gradient + (long)t * NH * HD, dqk + t * QK, sizeof(float) * (size_t)(NH * HD));
-        memcpy(gradient + nq + (long)t * NKV * HD, dqk + t * QK + NH * HD, sizeof(float) * (size_t)(NKV * HD));
+        memcpy(gradient + (long)t * NH * HD, dqk + t * QK, floats_bytes(NH * HD));
+        memcpy(gradient + nq + (long)t * NKV * HD, dqk + t * QK + NH * HD, floats_bytes(NKV * HD));
         memcpy(gradient + nq + nk + (long)t * NKV * HD, dqkv + t * QKV + (NH + NKV) * HD,
-               sizeof(float) * (size_t)(NKV * HD));
+               floats_bytes(NKV * HD));
     }
     worst = gradient_error(attention_plain, inputs, gradient, n, n / 150 | 1, &c);
     check(worst < 5e-6, "attention, T = %d, %d heads on %d: 150 of the gradient's numbers, error %.1e", T, NH, NKV,
@@ -317,18 +289,6 @@ static void test_attention(int B, int T, int NH, int NKV, int HD) {
     double expected = (up - attention_plain(point, &c)) / (2 * h);
     check(fabs(along - expected) < 1e-4 * (1 + fabs(expected)), "attention, T = %d: derivative along a direction, %.5f",
           T, along);
-    free(inputs);
-    free(qk);
-    free(qkv);
-    free(gradient);
-    free(out);
-    free(lse);
-    free(dout);
-    free(dqk);
-    free(dqkv);
-    free(scratch);
-    free(point);
-    free(direction);
 }
 
 // All scores of a query are -infinity: their softmax is not a number, and must not look like one.
@@ -343,28 +303,21 @@ static void test_attention_overflow(int T) {
     }
     attention_forward(out, lse, q, HD, k, HD, v, HD, 1, T, T, 1, 1, HD, scratch);
     check(isnan(out[(T - 1) * HD]), "attention, T = %d: scores that overflow show in the output", T);
-    free(q);
-    free(k);
-    free(v);
-    free(out);
-    free(lse);
-    free(scratch);
 }
 
 static void test_accumulation(void) {
     enum { B = 6, T = 40 };
     int tokens[B * T], targets[B * T];
     Config c = tiny_config(QWEN3_MOE, 2, 5, 2);
-    Model* m = model_create(&c, FOR_TRAINING, B, T, T, NULL);
+    Model* m = new_model(&c, FOR_TRAINING, B, T);
     model_init(m, 3);
     for (long i = 0; i < m->layout.total; i++) m->params[i] *= i < m->layout.matrices ? 8 : 1; // far from symmetric
     fill_tokens(tokens, B * T, 50, 1);
     fill_tokens(targets, B * T, 50, 2);
     double whole = model_forward(m, tokens, targets, B, T), parts = 0;
     model_backward(m, 1);
-    float* expected = random_floats(m->layout.total, 0);
-    memcpy(expected, m->grads, sizeof(float) * (size_t)m->layout.total);
-    memset(m->grads, 0, sizeof(float) * (size_t)m->layout.total);
+    float* expected = copy_floats(m->grads, m->layout.total);
+    memset(m->grads, 0, floats_bytes(m->layout.total));
     for (int micro = 0; micro < 3; micro++) {
         parts += model_forward(m, tokens + micro * 2 * T, targets + micro * 2 * T, 2, T) / 3;
         model_backward(m, 1.0f / 3);
@@ -373,8 +326,6 @@ static void test_accumulation(void) {
     check(fabs(whole - parts) < 1e-5, "accumulation: the loss of three batches is that of one, %.6f and %.6f", parts,
           whole);
     check(error < 1e-5, "accumulation: the gradient of three batches is that of one, relative error %.1e", error);
-    free(expected);
-    model_free(m);
 }
 
 static void test_gradients(void) {

@@ -2,13 +2,53 @@
 products.c: the matrix products' bits do not depend on how many rows or experts a call has, nor on the number of
 threads. That they are the plain loop's stands in test_moe.c.
 */
+typedef struct {
+    int E, C, OC, rows, *offsets; // `rows` of all experts together
+    float *x, *W, *dy; // (rows, C), (E, OC, C), (rows, OC)
+} Product;
+
+static Product product_create(int E, const int* rows, int C, int OC) {
+    Product p = {E, C, OC, 0, kept_ints(E + 1), NULL, NULL, NULL};
+    p.offsets[0] = 0;
+    for (int e = 0; e < E; e++) p.offsets[e + 1] = p.offsets[e] + rows[e];
+    p.rows = p.offsets[E];
+    p.x = random_floats((long)p.rows * C, 1);
+    p.W = random_floats((long)E * OC * C, 2);
+    p.dy = random_floats((long)p.rows * OC, 3);
+    return p;
+}
+
+static long product_size(const Product* p, int kind) {
+    return kind == FORWARD          ? (long)p->rows * p->OC
+           : kind == BACKWARD_INPUT ? (long)p->rows * p->C
+                                    : (long)p->E * p->OC * p->C;
+}
+
+// grouped = 0 calls the product for one weight matrix (E = 1)
+static void product_run(const Product* p, int kind, int grouped, int add, float* out) {
+    int C = p->C, OC = p->OC, E = p->E;
+    long stride = (long)OC * C;
+    if (kind == FORWARD && grouped)
+        grouped_matmul_forward(out, p->x, p->W, stride, C, OC, E, p->offsets);
+    else if (kind == FORWARD)
+        matmul_forward(out, p->x, p->W, p->rows, C, OC);
+    else if (kind == BACKWARD_INPUT && grouped)
+        grouped_matmul_backward_input(out, p->dy, p->W, stride, C, OC, E, p->offsets, add);
+    else if (kind == BACKWARD_INPUT)
+        matmul_backward_input(out, p->dy, p->W, p->rows, C, OC, add);
+    else if (grouped)
+        grouped_matmul_backward_weight(out, p->dy, p->x, stride, C, OC, E, p->offsets);
+    else
+        matmul_backward_weight(out, p->dy, p->x, p->rows, C, OC);
+}
+
 static void test_matmul_bits(void) {
     static const int rows[] = {61}, shares[] = {9, 0, 23, 1, 30};
     int E = 5, C = 205, OC = 77;
     Product p = product_create(1, rows, C, OC), g = product_create(E, shares, C, OC);
     float *y = random_floats(61L * OC, 0), *one = random_floats(61L * OC, 0);
-    memcpy(p.W + 50L * C, p.W + 3L * C, sizeof(float) * (size_t)C); // twins
-    memcpy(p.W + 76L * C, p.W + 3L * C, sizeof(float) * (size_t)C);
+    memcpy(p.W + 50L * C, p.W + 3L * C, floats_bytes(C)); // twins
+    memcpy(p.W + 76L * C, p.W + 3L * C, floats_bytes(C));
     matmul_forward(y, p.x, p.W, 61, C, OC);
     int same = 1;
     for (int r = 0; r < 61; r++) same &= y[r * OC + 3] == y[r * OC + 50] && y[r * OC + 3] == y[r * OC + 76];
@@ -17,7 +57,7 @@ static void test_matmul_bits(void) {
         same = 1;
         for (int r = 0; r + count <= 61; r += count) {
             matmul_forward(one, p.x + (long)r * C, p.W, count, C, OC);
-            same &= !memcmp(one, y + (long)r * OC, sizeof(float) * (size_t)(count * OC));
+            same &= same_floats(one, y + (long)r * OC, count * OC);
         }
         if (count <= 3 || count == 8 || count == 9 || count == 19 || !same)
             check(same, "%d rows alone have the bits of 61 rows", count);
@@ -34,7 +74,7 @@ static void test_matmul_bits(void) {
             if (kind == BACKWARD_INPUT) matmul_backward_input(single + (long)g.offsets[e] * C, dy, W, m, C, OC, 1);
             if (kind == BACKWARD_WEIGHT) matmul_backward_weight(single + (long)e * OC * C, dy, x, m, C, OC);
         }
-        check(!memcmp(all, single, sizeof(float) * (size_t)n), "%s: grouped has the bits of one call for each expert",
+        check(same_floats(all, single, n), "%s: grouped has the bits of one call for each expert",
               names[kind]);
         same = 1;
         static const int counts[] = {1, 2, 3, 8};
@@ -42,27 +82,14 @@ static void test_matmul_bits(void) {
             set_threads(counts[i]);
             threads = random_floats(n, 5);
             product_run(&g, kind, 1, 1, threads);
-            same &= !memcmp(all, threads, sizeof(float) * (size_t)n);
-            free(threads);
+            same &= same_floats(all, threads, n);
         }
         check(same, "%s: 1, 2, 3 and 8 threads have equal bits", names[kind]);
         threads = random_floats(n, 5);
         #pragma omp parallel
         #pragma omp single
         product_run(&g, kind, 1, 1, threads); // a parallel region within another one gets a single thread
-        check(!memcmp(all, threads, sizeof(float) * (size_t)n), "%s: one thread where 8 were expected", names[kind]);
-        free(threads);
+        check(same_floats(all, threads, n), "%s: one thread where 8 were expected", names[kind]);
         set_threads(default_threads);
-        free(all);
-        free(single);
     }
-    free(y);
-    free(one);
-    product_free(&p);
-    product_free(&g);
-}
-
-static void test_matmul(void) {
-    test_matmul_values();
-    test_matmul_bits();
 }

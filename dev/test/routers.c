@@ -10,27 +10,27 @@ static Model* multiply_experts(const Model* source, int copies) {
     int E = c.num_experts, H = c.hidden_size;
     c.num_experts = E * copies;
     c.family_penalty = INFINITY;
-    Model* m = model_create(&c, source->purpose, source->B, source->T, source->positions, NULL);
+    Model* m = keep_model(model_create(&c, source->purpose, source->B, source->T, source->positions, NULL));
     m->has_families = 1;
-    memcpy(m->weights.embedding, source->weights.embedding, sizeof(float) * (size_t)c.vocab_size * (size_t)H);
-    memcpy(m->weights.final_norm, source->weights.final_norm, sizeof(float) * (size_t)H);
-    memcpy(m->weights.lm_head, source->weights.lm_head, sizeof(float) * (size_t)c.vocab_size * (size_t)H);
+    memcpy(m->weights.embedding, source->weights.embedding, floats_bytes((long)c.vocab_size * H));
+    memcpy(m->weights.final_norm, source->weights.final_norm, floats_bytes(H));
+    memcpy(m->weights.lm_head, source->weights.lm_head, floats_bytes((long)c.vocab_size * H));
     for (int l = 0; l < c.num_layers; l++) {
         LayerWeights *to = &m->weights.layers[l], *from = &source->weights.layers[l];
         int dense_I = layer_width(&c, l), HD = c.head_dim, NH = c.num_heads;
-        memcpy(to->attn_norm, from->attn_norm, sizeof(float) * (size_t)H);
-        memcpy(to->ffn_norm, from->ffn_norm, sizeof(float) * (size_t)H);
-        memcpy(to->qkv, from->qkv, sizeof(float) * (size_t)qkv_width(&c) * (size_t)H);
-        memcpy(to->attn_out, from->attn_out, sizeof(float) * (size_t)H * (size_t)NH * (size_t)HD);
-        if (to->q_norm) memcpy(to->q_norm, from->q_norm, sizeof(float) * (size_t)HD);
-        if (to->k_norm) memcpy(to->k_norm, from->k_norm, sizeof(float) * (size_t)HD);
+        memcpy(to->attn_norm, from->attn_norm, floats_bytes(H));
+        memcpy(to->ffn_norm, from->ffn_norm, floats_bytes(H));
+        memcpy(to->qkv, from->qkv, floats_bytes((long)qkv_width(&c) * H));
+        memcpy(to->attn_out, from->attn_out, floats_bytes((long)H * NH * HD));
+        if (to->q_norm) memcpy(to->q_norm, from->q_norm, floats_bytes(HD));
+        if (to->k_norm) memcpy(to->k_norm, from->k_norm, floats_bytes(HD));
         for (int e = 0; e < layer_experts(&c, l); e++) {
             int source_expert = c.sparse[l] ? e % E : 0;
             long gate_up = 2L * dense_I * H, down = (long)H * dense_I;
-            memcpy(to->gate_up + e * gate_up, from->gate_up + source_expert * gate_up, sizeof(float) * (size_t)gate_up);
-            memcpy(to->down + e * down, from->down + source_expert * down, sizeof(float) * (size_t)down);
+            memcpy(to->gate_up + e * gate_up, from->gate_up + source_expert * gate_up, floats_bytes(gate_up));
+            memcpy(to->down + e * down, from->down + source_expert * down, floats_bytes(down));
             if (!c.sparse[l]) continue;
-            memcpy(to->router + (long)e * H, from->router + (long)source_expert * H, sizeof(float) * (size_t)H);
+            memcpy(to->router + (long)e * H, from->router + (long)source_expert * H, floats_bytes(H));
             if (to->router_bias) to->router_bias[e] = from->router_bias[source_expert];
             m->family[(long)l * c.num_experts + e] = source_expert;
         }
@@ -54,7 +54,7 @@ static void test_families(void) {
         Error error = {""};
         if (!config_read(&c, dir, &error)) die(1, "%s", error.text);
         c.topk_limit = c.num_experts;
-        Model* source = model_create(&c, FOR_TRAINING, B, T, T, NULL);
+        Model* source = new_model(&c, FOR_TRAINING, B, T);
         if (!checkpoint_load(source, dir, &error)) die(1, "%s", error.text);
         for (int n = 0; n < B * T; n++) tokens[n] = (n * 7 + 3) % c.vocab_size;
         for (int copies = 2; copies <= 3; copies++) {
@@ -69,7 +69,7 @@ static void test_families(void) {
                         if (c.sparse[l]) source->topk[l] = grown->topk[l] = K;
                     model_forward(source, tokens, NULL, B, T);
                     model_forward(grown, tokens, NULL, B, T);
-                    same &= !memcmp(source->logits, grown->logits, sizeof(float) * (size_t)logits);
+                    same &= same_floats(source->logits, grown->logits, logits);
                     worst = fmax(worst, relative_error(grown->logits, source->logits, logits));
                     for (int l = 0; l < c.num_layers; l++)
                         for (int n = 0; c.sparse[l] && n < B * T * K; n++) {
@@ -86,9 +86,7 @@ static void test_families(void) {
             check(together == 0 && used,
                   "%s: %d copies: never two of one family, and each copy sees tokens (%d, %d, %d)", models[i].name,
                   copies, places[0], places[1], places[2]);
-            model_free(grown);
         }
-        model_free(source);
     }
     check(isinf(family_penalty_at(1, 0, 10)) && fabs(family_penalty_at(2, 4, 10) - 3) < 1e-12 &&
               family_penalty_at(2, 10, 10) == 0 && family_penalty_at(2, 11, 10) == 0,
@@ -126,9 +124,9 @@ static void test_load_figures(void) {
 // Experts
 
 static void test_grouping(const char* what, int N, int K, int E, const int* experts) {
-    int R = N * K, *offsets = (int*)checked_malloc(sizeof(int) * (size_t)(E + 1)),
-        *row_of = (int*)checked_malloc(sizeof(int) * (size_t)R);
-    int *assignment = (int*)checked_malloc(sizeof(int) * (size_t)R), counted = 1, inverse = 1, own = 1, stable = 1;
+    int R = N * K, *offsets = kept_ints(E + 1),
+        *row_of = kept_ints(R);
+    int *assignment = kept_ints(R), counted = 1, inverse = 1, own = 1, stable = 1;
     group_by_expert(offsets, assignment, row_of, experts, N, K, E);
     for (int e = 0; e < E; e++) {
         int count = 0;
@@ -142,9 +140,6 @@ static void test_grouping(const char* what, int N, int K, int E, const int* expe
     for (int a = 0; a < R; a++) inverse &= row_of[a] >= 0 && row_of[a] < R && assignment[row_of[a]] == a;
     check(offsets[0] == 0 && offsets[E] == R && counted, "grouping, %s: the counts", what);
     check(own && inverse && stable, "grouping, %s: every assignment once, with its expert, in order", what);
-    free(offsets);
-    free(row_of);
-    free(assignment);
 }
 
 // gradient of expert e's three matrices in layer 0: 0 if it is zero everywhere, 1 if some of it is not
@@ -174,7 +169,7 @@ static void test_experts(void) {
     fill_tokens(targets, T, 50, 8);
     Config c = tiny_config(QWEN3_MOE, 1, 12, 1);
     c.norm_topk_prob = 0;
-    Model* m = model_create(&c, FOR_TRAINING, 1, T, T, NULL);
+    Model* m = new_model(&c, FOR_TRAINING, 1, T);
     model_init(m, 1);
     m->counting_load = 1;
     model_forward(m, tokens, targets, 1, T);
@@ -190,24 +185,23 @@ static void test_experts(void) {
     check(sum == T, "the load counts each assignment once");
 
     // equal rows of the router: equal scores
-    memset(m->weights.layers[0].router, 0, sizeof(float) * 12 * 24);
+    memset(m->weights.layers[0].router, 0, floats_bytes(12 * 24));
     memset(m->load, 0, sizeof(long) * 12);
-    memset(m->grads, 0, sizeof(float) * (size_t)m->layout.total);
+    memset(m->grads, 0, floats_bytes(m->layout.total));
     model_forward(m, tokens, targets, 1, T);
     int lowest = 1;
     for (int n = 0; n < T; n++) lowest &= m->layers[0].experts[n] == 0;
     model_backward(m, 1);
     check(lowest && m->load[0] == T && expert_has_gradient(m, 0),
           "a tie goes to the lowest index, which has all tokens and a gradient");
-    model_free(m);
 
     c.num_experts_per_tok = 4;
-    m = model_create(&c, FOR_TRAINING, 1, T, T, NULL);
+    m = new_model(&c, FOR_TRAINING, 1, T);
     model_init(m, 1);
     fill_random(m->weights.layers[0].router, 12 * 24, 9);
     float* router = m->weights.layers[0].router;
     static const int twins[] = {2, 7, 11}; // equal bits, so equal scores wherever they come
-    for (int i = 1; i < 3; i++) memcpy(router + twins[i] * 24, router + 2 * 24, sizeof(float) * 24);
+    for (int i = 1; i < 3; i++) memcpy(router + twins[i] * 24, router + 2 * 24, floats_bytes(24));
     model_forward(m, tokens, targets, 1, T);
     int ordered = 1, descending = 1, seen = 0;
     for (int n = 0; n < T; n++)
@@ -224,10 +218,9 @@ static void test_experts(void) {
         }
     check(descending, "experts are listed best first, of equals the lowest index first");
     check(ordered && seen > 0, "twin rows of the router are chosen lowest index first, seen %d times", seen);
-    model_free(m);
 
     c.num_experts_per_tok = 12;
-    m = model_create(&c, FOR_TRAINING, 1, T, T, NULL);
+    m = new_model(&c, FOR_TRAINING, 1, T);
     model_init(m, 1);
     m->counting_load = 1;
     model_forward(m, tokens, targets, 1, T);
@@ -235,5 +228,4 @@ static void test_experts(void) {
     int all = 1;
     for (int e = 0; e < 12; e++) all &= m->load[e] == T && expert_has_gradient(m, e);
     check(all, "K = E: every expert has every token and a gradient");
-    model_free(m);
 }

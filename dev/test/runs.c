@@ -70,7 +70,7 @@ static void adamw_plain(double* w, double* m, double* v, const float* g, long n,
 static void test_adamw(double clip, double size) {
     AdamW o = {0.9, 0.95, 1e-8, 0.5, clip};
     Config c = tiny_config(QWEN3_MOE, 1, 3, 2);
-    Model* model = model_create(&c, FOR_TRAINING, 1, 4, 4, NULL);
+    Model* model = new_model(&c, FOR_TRAINING, 1, 4);
     long n = model->layout.total, matrices = model->layout.matrices;
     fill_random(model->params, n, 60);
     double *w = to_double(model->params, n), *m = to_double(model->exp_avg, n), *v = to_double(model->exp_avg, n);
@@ -94,9 +94,8 @@ static void test_adamw(double clip, double size) {
     check(norm_error < 1e-6 && cleared, "AdamW, clip %g: the norm before clipping; gradients are cleared", clip);
 
     // no gradient: matrices shrink by lr * decay, vectors stay
-    memset(model->exp_avg, 0, sizeof(float) * (size_t)n);
-    float* before = random_floats(n, 0);
-    memcpy(before, model->params, sizeof(float) * (size_t)n);
+    memset(model->exp_avg, 0, floats_bytes(n));
+    float* before = copy_floats(model->params, n);
     model_update(model, &o, 0.1, 1);
     int decayed = 1, kept = 1;
     for (int i = 0; i < model->layout.count; i++) {
@@ -111,15 +110,10 @@ static void test_adamw(double clip, double size) {
     }
     check(decayed && kept, "AdamW, clip %g: weight decay is for matrices alone", clip);
 
-    memcpy(before, model->params, sizeof(float) * (size_t)n);
+    memcpy(before, model->params, floats_bytes(n));
     model->grads[7] = NAN;
-    check(!isfinite(model_update(model, &o, 0.1, 1)) && !memcmp(before, model->params, sizeof(float) * (size_t)n),
+    check(!isfinite(model_update(model, &o, 0.1, 1)) && same_floats(before, model->params, n),
           "AdamW, clip %g: a gradient that is not finite changes nothing", clip);
-    free(before);
-    free(w);
-    free(m);
-    free(v);
-    model_free(model);
 }
 
 static void test_schedule(void) {
@@ -181,8 +175,6 @@ static char* read_log(const char* out) {
 static int same_logs(const char* a, const char* b) {
     char *x = read_log(a), *y = read_log(b);
     int same = x && y && strlen(x) > 100 && !strcmp(x, y);
-    free(x);
-    free(y);
     return same && same_in(a, b, "val.csv") && same_in(a, b, "load.csv");
 }
 
@@ -190,10 +182,8 @@ static int same_logs(const char* a, const char* b) {
 static long saved_step(const char* out) {
     Error error = {""};
     const char* path = temp("%s/trainer.json", out);
-    Json* j = exists(path) ? json_read(path, &error) : NULL;
-    long step = j ? json_whole(json_get(j, "step"), LONG_MAX) : 0;
-    json_free(j);
-    return step;
+    Json* j = exists(path) ? keep_json(json_read(path, &error)) : NULL;
+    return j ? json_whole(json_get(j, "step"), LONG_MAX) : 0;
 }
 
 static void sleep_ms(long ms) {
@@ -266,7 +256,6 @@ static void test_signal(int signal_number, const char* name, const char* referen
     if (log) text_add(&torn, log, n);
     text_print(&torn, "%ld,999,9.9\n%ld,9", step + 1, step + 2);
     write_bytes(temp("b/log.csv"), torn.data, torn.length);
-    free(log);
     free(torn.data);
     code = resume_run("b", "");
     check(code == 0 && same_checkpoint(reference, "b") && same_logs(reference, "b"),
@@ -422,7 +411,6 @@ static void test_limit(const char* what, long limit) {
     Error error = {""};
     Model* m = try_load(temp("b"), &error);
     check(m != NULL, "%s: the last checkpoint can be loaded %s", what, error.text);
-    if (m) model_free(m);
     code = resume_run("b", "--steps 4");
     train_run("a", "--schedule constant --val-every 1 --steps 4");
     check(code == 0 && same_checkpoint("a", "b") && same_logs("a", "b"),

@@ -2,8 +2,6 @@
 upcycle.h: what the tests of upcycle.c use. Whole runs are made by this program starting itself with --as-upcycle; their
 results are read back and compared with statements of what they must be that do not use upcycle.c's own functions.
 */
-static char up_dir[300]; // inside temp_dir
-
 // up_path("a") is the directory a among the tests' own
 static const char* up_path(const char* name) {
     static char paths[8][PATH_SIZE];
@@ -46,45 +44,36 @@ static int up_run(const char* before, const char* format, ...) {
         if (up_run("", __VA_ARGS__)) check(0, "upcycle failed: %s", up_output);                                  \
     } while (0)
 
+// A tensor of an open file, which is closed; `where` is its name in messages.
+static float* up_take(SafeTensors* s, const char* where, const char* name, long* count) {
+    if (!s || !safetensors_find(s, name)) die(1, "%s: no tensor %s", where, name);
+    float* out = reference_floats(s, name, count);
+    safetensors_close(s); // at once: a model may have many files
+    return out;
+}
+
 static float* up_tensor(const char* dir, const char* name, long* count) {
     Error error = {""};
-    SafeTensors* s = safetensors_open_model(dir, &error);
-    StoredTensor* t = s ? safetensors_find(s, name) : NULL;
-    if (!t) die(1, "%s: no tensor %s", dir, name);
-    float* out = (float*)checked_malloc(sizeof(float) * (size_t)t->count);
-    if (!safetensors_read(s, t, 0, t->count, out, &error)) die(1, "%s", error.text);
-    if (count) *count = t->count;
-    safetensors_close(s);
-    return out;
+    return up_take(safetensors_open_model(dir, &error), dir, name, count);
 }
 
 static float* up_moment(const char* dir, const char* name, long* count) {
     char path[PATH_SIZE];
     Error error = {""};
-    SafeTensors* s = safetensors_open(join_path(path, dir, "optimizer.safetensors"), &error);
-    StoredTensor* t = s ? safetensors_find(s, name) : NULL;
-    if (!t) die(1, "%s: no tensor %s", path, name);
-    float* out = (float*)checked_malloc(sizeof(float) * (size_t)t->count);
-    if (!safetensors_read(s, t, 0, t->count, out, &error)) die(1, "%s", error.text);
-    if (count) *count = t->count;
-    safetensors_close(s);
-    return out;
+    return up_take(safetensors_open(join_path(path, dir, "optimizer.safetensors"), &error), path, name, count);
 }
 
 // 1 if two tensors have the same numbers, bit for bit
 static int up_same(const char* dir_a, const char* name_a, const char* dir_b, const char* name_b) {
     long n, k;
     float *a = up_tensor(dir_a, name_a, &n), *b = up_tensor(dir_b, name_b, &k);
-    int same = n == k && !memcmp(a, b, sizeof(float) * (size_t)n);
-    free(a);
-    free(b);
-    return same;
+    return n == k && same_floats(a, b, n);
 }
 
 static Json* up_receipt(const char* dir) {
     char path[PATH_SIZE];
     Error error = {""};
-    Json* j = json_read(join_path(path, dir, "upcycle.json"), &error);
+    Json* j = keep_json(json_read(join_path(path, dir, "upcycle.json"), &error));
     if (!j) die(1, "%s", error.text);
     return j;
 }
@@ -93,9 +82,7 @@ static Json* up_receipt(const char* dir) {
 static int up_listed(const char* dir, const char* key, int n, int i) {
     Json* j = up_receipt(dir);
     const Json* list = json_get(json_get(j, "layers")->items[n], key);
-    int value = i < list->count ? (int)list->items[i]->number : -2;
-    json_free(j);
-    return value;
+    return i < list->count ? (int)list->items[i]->number : -2;
 }
 
 static int up_list_is(const char* dir, const char* key, int n, const char* expected) {
@@ -105,7 +92,6 @@ static int up_list_is(const char* dir, const char* key, int n, const char* expec
     for (int i = 0; i < list->count; i++) text_print(&t, "%s%s", i ? " " : "", list->items[i]->string);
     int same = !strcmp(t.data, expected);
     free(t.data);
-    json_free(j);
     return same;
 }
 
@@ -116,24 +102,18 @@ static float* up_logits(const char* dir, int topk, long* count) {
     int B = 2, T = 12, tokens[24], targets[24];
     if (!config_read(&c, dir, &error)) die(1, "%s", error.text);
     if (topk > 0) c.num_experts_per_tok = topk;
-    Model* m = model_create(&c, FOR_SCORING, B, T, T, NULL);
+    Model* m = new_model(&c, FOR_SCORING, B, T);
     if (!checkpoint_load(m, dir, &error)) die(1, "%s", error.text);
     for (int i = 0; i < B * T; i++) tokens[i] = targets[i] = (int)(mix64((uint64_t)i) % (uint64_t)c.vocab_size);
     model_forward(m, tokens, targets, B, T);
     *count = (long)B * T * c.vocab_size;
-    float* out = (float*)checked_malloc(sizeof(float) * (size_t)*count);
-    memcpy(out, m->logits, sizeof(float) * (size_t)*count);
-    model_free(m);
-    return out;
+    return m->logits;
 }
 
 static double up_change(const char* a, int topk, const char* b) {
     long n, k;
     float *x = up_logits(a, topk, &n), *y = up_logits(b, 0, &k);
-    double e = n == k ? relative_error(y, x, n) : INFINITY;
-    free(x);
-    free(y);
-    return e;
+    return n == k ? relative_error(y, x, n) : INFINITY;
 }
 
 // every group starts with an empty directory
@@ -169,7 +149,7 @@ static void up_make(const char* name, Arch arch, int layers, int hidden, int wid
     c.router = arch == DOTS1 ? ROUTER_SIGMOID : ROUTER_SOFTMAX;
     for (int l = 0; l < layers; l++) c.sparse[l] = experts > 0;
     options_reset();
-    Model* m = model_create(&c, FOR_TRAINING, 1, 4, 4, NULL);
+    Model* m = new_model(&c, FOR_TRAINING, 1, 4);
     for (long i = 0; i < m->layout.total; i++) {
         m->params[i] = (float)(0.3 * random_normal(random_key(seed, 1, (uint64_t)i, 0)));
         m->exp_avg[i] = (float)random_normal(random_key(seed, 2, (uint64_t)i, 0));
@@ -181,7 +161,6 @@ static void up_make(const char* name, Arch arch, int layers, int hidden, int wid
     mkdir(up_path(name), 0777);
     const char* error = checkpoint_save(m, up_path(name), 7);
     if (error) die(1, "%s", error);
-    model_free(m);
 }
 
 // a token shard of n random tokens below `vocabulary`
@@ -196,10 +175,9 @@ static void up_make_shard(const char* name, const int* tokens, int n) {
     fclose(f);
 }
 static void up_make_random_shard(const char* name, int n, int vocabulary) {
-    int* tokens = (int*)checked_malloc(sizeof(int) * (size_t)n);
+    int* tokens = (int*)kept_malloc(sizeof(int) * (size_t)n);
     for (int i = 0; i < n; i++) tokens[i] = (int)(mix64((uint64_t)i + 99) % (uint64_t)vocabulary);
     up_make_shard(name, tokens, n);
-    free(tokens);
 }
 
 #define EXPERT "model.layers.1.mlp.experts.%d.%s.weight"

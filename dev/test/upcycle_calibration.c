@@ -8,7 +8,7 @@ static void test_up_utility(void) {
     for (int i = 0; i < 2; i++) {
         char path[PATH_SIZE];
         Error error = {""};
-        SafeTensors* s = safetensors_open(join_path(path, models[i], "reference.safetensors"), &error);
+        SafeTensors* s = keep_file(safetensors_open(join_path(path, models[i], "reference.safetensors"), &error));
         StoredTensor* t = safetensors_find(s, "tokens");
         Config c;
         config_read(&c, models[i], &error);
@@ -29,15 +29,12 @@ static void test_up_utility(void) {
                 if (m == 0) g2[e][0] = g2[e][1] = w2[e][0] = w2[e][1] = 0;
                 snprintf(name, sizeof name, "grad.model.layers.%d.mlp.experts.%d.%s.weight", layer, e, matrices[m]);
                 StoredTensor* g = safetensors_find(s, name);
-                float* x = (float*)checked_malloc(sizeof(float) * (size_t)g->count);
+                float* x = kept_floats(g->count);
                 safetensors_read(s, g, 0, g->count, x, &error);
                 for (long k = 0; k < g->count; k++) g2[e][m == 2] += (double)x[k] * x[k];
-                free(x);
                 x = up_tensor(models[i], name + 5, &n);
                 for (long k = 0; k < n; k++) w2[e][m == 2] += (double)x[k] * x[k];
-                free(x);
             }
-        safetensors_close(s);
         // one batch of B, and B batches of one: gradients are averaged before the norm is taken, so both are the same
         static const struct {
             const char *select, *on;
@@ -79,7 +76,6 @@ static void test_up_utility(void) {
             }
             check(worst < 1e-4, "%s: %s on %s in %d batches, against fp64 gradients: %.1e", models[i], cases[k].select,
                   cases[k].on, cases[k].batches, worst);
-            json_free(j);
         }
     }
     up_make("m3", QWEN3_MOE, 2, 24, 40, 3, 2, 1, 5);
@@ -98,14 +94,11 @@ static void test_up_utility(void) {
             snprintf(name, sizeof name, "model.layers.1.mlp.experts.%d.%s.weight.exp_avg_sq", e, matrices[m]);
             float* v = up_moment(up_path("m3"), name, &n);
             v2 += sum_of_squares(v, n);
-            free(v);
         }
         double expected = json_get(json_get(g, "layers")->items[1], "score")->items[e]->number / (sqrt(v2) + 1e-8);
         worst = fmax(worst, fabs(json_get(json_get(f, "layers")->items[1], "score")->items[e]->number / expected - 1));
     }
     check(worst < 1e-5, "fisher is grad2 over the norm of Adam's second moment: %.1e", worst);
-    json_free(f);
-    json_free(g);
 }
 
 static void test_up_pruning(void) {
@@ -128,8 +121,6 @@ static void test_up_pruning(void) {
             if (better < 3) sprintf(expected + strlen(expected), "%s%d", *expected ? " " : "", e);
         }
         check(up_list_is(up_path("norms"), "source", l, expected), "router-norm keeps %s in layer %d", expected, l);
-        free(now);
-        free(then);
     }
     int second = up_listed(up_path("norms"), "source", 1, 1);
     char name[96];
@@ -138,9 +129,7 @@ static void test_up_pruning(void) {
           "experts that stay are untouched");
     float *rows = up_tensor(up_path("norms"), "model.layers.1.mlp.gate.weight", NULL),
           *all = up_tensor(up_path("big"), "model.layers.1.mlp.gate.weight", NULL);
-    check(!memcmp(rows + H, all + second * H, sizeof(float) * (size_t)H), "and take their router rows along");
-    free(rows);
-    free(all);
+    check(same_floats(rows + H, all + second * H, H), "and take their router rows along");
     // load and the norms of MoE-Pruner, counted here from a training model, which keeps every layer's activations
     UP("{}/big {}/load --experts 2 --select load --calibrate {}/random.bin --calibrate-batches 3 --batch 2 --seq 16");
     UP("{}/big {}/pruned --experts 5 --prune-weights 0.3 --calibrate {}/random.bin --calibrate-batches 3 --batch 2 "
@@ -148,7 +137,7 @@ static void test_up_pruning(void) {
     Config c;
     Error error = {""};
     config_read(&c, up_path("big"), &error);
-    Model* m = model_create(&c, FOR_TRAINING, 1, 16, 16, NULL);
+    Model* m = new_model(&c, FOR_TRAINING, 1, 16);
     checkpoint_load(m, up_path("big"), &error);
     Dataset* d = dataset_open(up_path("random.bin"), 16, 256, TRAIN_PART, BYTES);
     double load[5] = {0}, in[5][24] = {{0}}, hidden[5][40] = {{0}};
@@ -205,12 +194,9 @@ static void test_up_pruning(void) {
                 zeros &= gone == (int)floor(0.3 * wide + 1e-9);
                 right &= most_gone <= least_kept * (1 + 1e-5);
             }
-            free(w);
-            free(v);
         }
     check(zeros && right, "MoE-Pruner: 30 %% of each row, those with the smallest |w| ||x gate||");
     dataset_close(d);
-    model_free(m);
 }
 
 static void test_up_cluster(void) {
@@ -280,10 +266,7 @@ static void test_up_cluster(void) {
     double worst = 0;
     for (int i = 0; i < 4; i++) worst = fmax(worst, fabs(sqrt(sum_of_squares(rows + i * 32, 32)) - 1));
     check(n == 128 && worst < 1e-5, "router rows are unit centroids: %.1e", worst);
-    free(rows);
 }
-
-// Writes the model of `from` with each layer's experts in two packed tensors, as newer files have them, and Mixtral's
 
 // LPR's experts read the token with its read-out added, and pruning goes by that.
 static void test_up_pruning_lpr(void) {
@@ -291,12 +274,11 @@ static void test_up_pruning_lpr(void) {
     Config c;
     Error error = {""};
     config_read(&c, VARIANTS "lpr", &error);
-    Model* m = model_create(&c, FOR_TRAINING, 1, 8, 8, NULL);
+    Model* m = new_model(&c, FOR_TRAINING, 1, 8);
     checkpoint_load(m, VARIANTS "lpr", &error);
     m->weights.layers[0].lpr_readout_bias[5] = 1000;
     mkdir(up_path("biased"), 0777);
     check(checkpoint_save(m, up_path("biased"), 1) == NULL, "an LPR model whose experts read one large number");
-    model_free(m);
     up_make_random_shard("random.bin", 900, c.vocab_size);
     UP("{}/biased {}/pruned --experts %d --prune-weights 0.9 --calibrate {}/random.bin --batch 2 --seq 8",
        c.num_experts);
@@ -305,5 +287,4 @@ static void test_up_pruning_lpr(void) {
     for (int r = 0; r < c.moe_intermediate_size; r++) kept += w[r * c.hidden_size + 5] != 0;
     check(kept > 0.9 * c.moe_intermediate_size, "LPR: %d of %d weights of that number are kept", kept,
           c.moe_intermediate_size);
-    free(w);
 }

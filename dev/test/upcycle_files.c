@@ -62,9 +62,6 @@ static void test_up_optimizer(void) {
                                                          : from[i];
                     worst = fmax(worst, fabs(got[i] - expected));
                 }
-                free(got);
-                free(from);
-                free(next);
             }
         float *router = up_moment(up_path(name), "model.layers.0.mlp.gate.weight.exp_avg_sq", &n),
               *from = up_moment(up_path("m3"), "model.layers.0.mlp.gate.weight.exp_avg_sq", NULL);
@@ -73,8 +70,6 @@ static void test_up_optimizer(void) {
                                    : 0.5 * (from[1 * H + 5] + from[2 * H + 5]);
         check(worst < 1e-6 && n == 7 * H && fabs(router[4 * H + 5] - expected) < 1e-6,
               "%s: moments of experts and router, largest error %.1e", kinds[k], worst);
-        free(router);
-        free(from);
     }
     // moments go where their weights go
     UP("{}/m3 {}/adam_shuffle --experts 4 --method shuffle --optimizer copy");
@@ -89,22 +84,20 @@ static void test_up_optimizer(void) {
     for (int i = 0; i < I; i++) {
         int from = -1;
         for (int k = 0; k < I; k++)
-            if (!memcmp(v + i * H, w + k * H, sizeof(float) * (size_t)H)) from = k;
-        right &= from >= 0 && !memcmp(mv + i * H, m + from * H, sizeof(float) * (size_t)H);
+            if (same_floats(v + i * H, w + k * H, H)) from = k;
+        right &= from >= 0 && same_floats(mv + i * H, m + from * H, H);
         int fresh = x[i * H] != w[i * H];
         dropped += fresh;
         for (int c = 0; c < H; c++) right &= mx[i * H + c] == (fresh ? 0 : m[i * H + c]);
     }
     check(right && dropped == I / 2, "moments are permuted with their units, and 0 where a weight is new");
-    free(w); free(v); free(x); free(m); free(mv); free(mx);
     check(access(join_path(up_output, up_path("adam_copy"), "trainer.json"), F_OK) == 0, "trainer.json goes with them");
     UP("{}/m3 {}/adam_family --experts 6 --method family --optimizer copy");
     Error trainer_error = {""};
-    Json* trainer = json_read(join_path(up_output, up_path("adam_family"), "trainer.json"), &trainer_error);
+    Json* trainer = keep_json(json_read(join_path(up_output, up_path("adam_family"), "trainer.json"), &trainer_error));
     long step = json_whole(json_get(trainer, "step"), LONG_MAX),
          start = json_whole(json_get(trainer, "family_start"), LONG_MAX);
     check(step > 0 && start == step, "new families are penalised from the step at which the run goes on: %ld", start);
-    json_free(trainer);
     // twins of a shard: one in each group, or none
     up_make("dense", QWEN3, 2, H, I, 0, 0, 0, 8);
     static const struct { const char *arguments; int twins; } shards[] = {
@@ -117,8 +110,6 @@ static void test_up_optimizer(void) {
         double worst = 0;
         for (long k = 0; k < n; k++) worst = fmax(worst, fabs(scaled[k] - kept[k] / shards[i].twins));
         check(worst < 1e-6 && n > 0, "%s: moments are divided by %d", shards[i].arguments, shards[i].twins);
-        free(kept);
-        free(scaled);
     }
     UP("{}/m3 {}/adam_reset --experts 7");
     check(access(join_path(up_output, up_path("adam_reset"), "optimizer.safetensors"), F_OK) != 0 &&
@@ -127,22 +118,22 @@ static void test_up_optimizer(void) {
     Config c;
     Error error = {""};
     config_read(&c, up_path("adam_copy"), &error);
-    Model* model = model_create(&c, FOR_TRAINING, 1, 4, 4, NULL);
+    Model* model = new_model(&c, FOR_TRAINING, 1, 4);
     check(checkpoint_load(model, up_path("adam_copy"), &error) && optimizer_load(model, up_path("adam_copy"), &error),
           "train_moe reads them: %s", error.text);
-    model_free(model);
 }
 
+// Writes the model of `from` with each layer's experts in two packed tensors, as newer files have them, and Mixtral's
 // router under its new name.
 static int up_pack(const char* from, const char* to) {
     Config c;
     Error error = {""};
     config_read(&c, from, &error);
-    Model* m = model_create(&c, FOR_SCORING, 1, 4, 4, NULL);
+    Model* m = new_model(&c, FOR_SCORING, 1, 4);
     int ok = checkpoint_load(m, from, &error), E = c.num_experts, count = 0;
     long H = c.hidden_size, I = c.moe_intermediate_size;
-    OutTensor* out = (OutTensor*)checked_malloc(sizeof(OutTensor) * (size_t)(m->layout.count + 2 * c.num_layers));
-    char(*names)[128] = (char(*)[128])checked_malloc(128 * (size_t)(m->layout.count + 2 * c.num_layers));
+    OutTensor* out = (OutTensor*)kept_malloc(sizeof(OutTensor) * (size_t)(m->layout.count + 2 * c.num_layers));
+    char(*names)[128] = (char(*)[128])kept_malloc(128 * (size_t)(m->layout.count + 2 * c.num_layers));
     for (int i = 0; i < m->layout.count; i++) {
         const Tensor* t = &m->layout.tensors[i];
         if (strstr(t->name, ".experts.")) continue;
@@ -169,9 +160,6 @@ static int up_pack(const char* from, const char* to) {
     config_to_json(&text, &c);
     ok &= write_file(join_path(path, to, "config.json"), text.data, text.length, &error);
     free(text.data);
-    free(out);
-    free(names);
-    model_free(m);
     return ok;
 }
 
@@ -196,8 +184,6 @@ static void test_up_files(void) {
         long n;
         float *a = up_tensor(up_path("one"), tensors[i], &n), *b = up_tensor(up_path("half"), tensors[i], NULL);
         for (long k = 0; k < n; k++) rounded &= fabs(a[k] - b[k]) <= fabs(a[k]) / 256;
-        free(a);
-        free(b);
     }
     check(same, "one file or many, in and out: the same bits");
     check(rounded, "BF16 is the nearest");
@@ -210,11 +196,10 @@ static void test_up_files(void) {
         Error error = {""};
         long bytes = 0;
         if (!strstr(entry->d_name, ".safetensors") || strstr(entry->d_name, "index")) continue;
-        SafeTensors* s = safetensors_open(join_path(path, up_path("many"), entry->d_name), &error);
+        SafeTensors* s = keep_file(safetensors_open(join_path(path, up_path("many"), entry->d_name), &error));
         for (int i = 0; s && i < s->num_tensors; i++) bytes += s->tensors[i].bytes;
         within &= s && (bytes <= 9000 || s->num_tensors == 1);
         files++;
-        safetensors_close(s);
     }
     closedir(d);
     check(files > 3 && within, "%d shards of at most 9000 bytes of data", files);
@@ -256,9 +241,8 @@ static void test_up_files(void) {
         }
         Config c;
         check(config_read(&c, up_path("dots_packed"), &error), "packed Dots1 has a configuration");
-        Model* dots = model_create(&c, FOR_SCORING, 1, 4, 4, NULL);
+        Model* dots = new_model(&c, FOR_SCORING, 1, 4);
         check(checkpoint_load(dots, up_path("dots_packed"), &error), "train_moe reads it: %s", error.text);
-        model_free(dots);
     }
     // files of the tokenizer travel
     snprintf(command, sizeof command,
@@ -359,11 +343,10 @@ static void test_up_records(void) {
     Config c;
     Error error = {""};
     config_read(&c, up_path("nan"), &error);
-    Model* m = model_create(&c, FOR_TRAINING, 1, 4, 4, NULL);
+    Model* m = new_model(&c, FOR_TRAINING, 1, 4);
     checkpoint_load(m, up_path("nan"), &error);
     m->weights.layers[1].down[3] = NAN;
     check(checkpoint_save(m, up_path("nan"), 1) == NULL, "a model with a number that is none");
-    model_free(m);
     UP("{}/nan {}/nan2 --experts 5 --select weight --check {}/few.bin --seq 8");
     check(strstr(up_output, "are not numbers") != NULL, "--check says that logits are not numbers");
     Json* j = up_receipt(up_path("nan2"));
@@ -373,12 +356,10 @@ static void test_up_records(void) {
     check(bytes && bytes->count == 2 && !stat(up_path("nan2/model.safetensors"), &st) &&
               bytes->items[1]->number < (double)st.st_size && bytes->items[1]->number > 0.9 * (double)st.st_size,
           "it names the bytes of both");
-    json_free(j);
-    checkpoint_load(m = model_create(&c, FOR_TRAINING, 1, 4, 4, NULL), up_path("m3"), &error);
+    checkpoint_load(m = new_model(&c, FOR_TRAINING, 1, 4), up_path("m3"), &error);
     m->weights.layers[1].down[3] = 3.4e38f; // BF16 ends at 3.39e38
     mkdir(up_path("huge"), 0777);
     check(checkpoint_save(m, up_path("huge"), 1) == NULL, "a model with a large number");
-    model_free(m);
     UP("{}/huge {}/huge2 --experts 3 --dtype bf16");
     check(strstr(up_output, "1 numbers are too large") != NULL, "that BF16 does not hold it is said");
     UP("{}/huge {}/huge3 --experts 3");
@@ -411,7 +392,6 @@ static void test_up_records(void) {
     float* prototypes = up_tensor(up_path("lpr_random"), "model.layers.0.mlp.gate.prototypes", &n);
     double squares = sum_of_squares(prototypes + n - n / 4, n / 4) / (double)(n / 4);
     check(squares > 0.2 && squares < 4, "LPR: new prototypes from N(0, 1): mean square %.2f", squares);
-    free(prototypes);
 }
 
 // Sources that are not right, for the refusals below.
@@ -437,7 +417,6 @@ static void up_make_bad_sources(void) {
     text_print(&t, "{\"use_sliding_window\": true, \"sliding_window\": 16, \"max_window_layers\": 0, %.*s", (int)n - 1,
                window + 1);
     write_bytes(up_path("window/config.json"), t.data, t.length);
-    free(window);
     copy_directory(up_path("m3"), up_path("broken"));
     write_text(up_path("broken/upcycle.json"), "{\"layers\": ");
     copy_directory(up_path("m3"), up_path("broken_trainer"));
@@ -445,10 +424,10 @@ static void up_make_bad_sources(void) {
     // tied, and the head has the embedding's rows and three more
     config_read(&c, up_path("llama7"), &error);
     c.tie_word_embeddings = 1;
-    Model* m = model_create(&c, FOR_SCORING, 1, 4, 4, NULL);
-    OutTensor* out = (OutTensor*)checked_malloc(sizeof(OutTensor) * (size_t)(m->layout.count + 1));
-    float* head = (float*)checked_malloc(sizeof(float) * (size_t)(c.vocab_size + 3) * (size_t)c.hidden_size);
-    memset(head, 0, sizeof(float) * (size_t)(c.vocab_size + 3) * (size_t)c.hidden_size); // as all of the model is
+    Model* m = new_model(&c, FOR_SCORING, 1, 4);
+    OutTensor* out = (OutTensor*)kept_malloc(sizeof(OutTensor) * (size_t)(m->layout.count + 1));
+    float* head = kept_floats((long)(c.vocab_size + 3) * c.hidden_size);
+    memset(head, 0, floats_bytes((long)(c.vocab_size + 3) * c.hidden_size)); // as all of the model is
     for (int i = 0; i < m->layout.count; i++) {
         const Tensor* s = &m->layout.tensors[i];
         OutTensor o = {s->name, "F32", tensor_is_matrix(s) ? 2 : 1, {s->rows, s->cols, 0}, m->params + s->offset};
@@ -461,10 +440,7 @@ static void up_make_bad_sources(void) {
     t.length = 0;
     config_to_json(&t, &c);
     write_text(up_path("head/config.json"), t.data);
-    free(head);
-    free(out);
     free(t.data);
-    model_free(m);
 }
 
 // One line, exit 2, nothing left behind.
@@ -541,7 +517,7 @@ static void test_up_refusals(void) {
                  {GOLDEN "llama {}/x --experts 2 --sources {}/m3", "has another model_type than"},
                  {"{}/m3 {}/x --experts 6 --strength 2", "belongs to"},
                  {"{}/m3 {}/x --experts six", "whole number"}};
-    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    for (EACH(i, cases)) {
         int code = up_run("", "%s", cases[i].arguments), lines = 0;
         for (const char* s = up_output; *s; s++) lines += *s == '\n';
         check(code == 2 && lines == 1 && strstr(up_output, cases[i].says) && !up_exists("x") && !up_exists("x.saving"),
@@ -583,16 +559,13 @@ static void test_up_receipt(void) {
         check(!strncmp(function->string, cases[i].function, strlen(cases[i].function)) && warned &&
                   change >= cases[i].least && change <= cases[i].most && before > 1,
               "%s: %s (%.1e), %d warnings", cases[i].arguments, function->string, change, warnings->count);
-        json_free(j);
     }
     Json* j = up_receipt(up_path("r5"));
     check(fabs(json_get(json_get(j, "check"), "distinct_sources")->number - 1) < 1e-9,
           "copy x 2, K = 2: every token reaches 1 distinct source");
-    json_free(j);
     j = up_receipt(up_path("r7"));
     check(fabs(json_get(json_get(j, "check"), "distinct_sources")->number - 2) < 1e-9,
           "family x 2, K = 2: every token reaches 2");
-    json_free(j);
     check(up_run("", "--inspect {}/r5 --data {}/few.bin --seq 12") == 0 && strstr(up_output, "5 of 45 pairs equal") &&
               strstr(up_output, "within families 1.0000") && strstr(up_output, "copy, 5 -> 10 experts") &&
               strstr(up_output, "Gini"),

@@ -115,7 +115,6 @@ static void test_up_copy(void) {
                    : kind == 1 ? fabs(kurtosis - 1.8) < 0.1 && largest <= 0.1 * sqrt(3.0)
                                : 1),
               "router rows %s: std %.4f, kurtosis %.2f", kinds[kind], std, kurtosis);
-        free(w);
     }
     check(!up_same(up_path("rows_normal"), "model.layers.0.mlp.gate.weight", up_path("rows_normal"),
                    "model.layers.1.mlp.gate.weight"),
@@ -189,8 +188,6 @@ static void test_up_drop(void) {
                 }
                 worst_mean = fmax(worst_mean, fabs(mean_b - mean_a) / std_a);
                 worst_std = fmax(worst_std, fabs(std_b / std_a - 1));
-                free(a);
-                free(b);
             }
         experts_differ = memcmp(changed[0][0], changed[0][1], (size_t)I) != 0;
         if (mode == 1)
@@ -220,8 +217,6 @@ static void test_up_drop(void) {
         }
     check(fabs((double)changed / n - 0.25) < 0.03 && fabs(sqrt(squares / changed) - 0.02) < 0.002 && !outside,
           "noise-replace: %.3f of single weights, std %.4f", (double)changed / n, sqrt(squares / changed));
-    free(a);
-    free(b);
     UP("{}/dense {}/zero --experts 2 --method drop --drop-ratio 0 --router-init normal");
     check(up_change(up_path("dense"), 0, up_path("zero")) <= 1e-6, "drop 0 is copy");
     UP("{}/dense {}/new --experts 2 --method random --noise-std 0.03");
@@ -229,7 +224,6 @@ static void test_up_drop(void) {
     double std = sqrt(sum_of_squares(a, n) / n);
     check(fabs(std - 0.03) < 0.002 && up_listed(up_path("new"), "source", 0, 1) == -1, "random: std %.4f, no source",
           std);
-    free(a);
 }
 
 // Granular: shards of consecutive units, router rows repeated in each group, down scaled; exact at K = G and K = 2 G.
@@ -253,19 +247,16 @@ static void test_up_shards(void) {
         char name[96];
         snprintf(name, sizeof name, "model.layers.1.mlp.experts.%d.gate_proj.weight", j);
         float* g = up_tensor(up_path("gran1"), name, &n);
-        right &= n == (long)width * H && !memcmp(g, gate + (long)(j % G) * width * H, sizeof(float) * (size_t)n);
+        right &= n == (long)width * H && same_floats(g, gate + (long)(j % G) * width * H, n);
         snprintf(name, sizeof name, "model.layers.1.mlp.experts.%d.down_proj.weight", j);
         float* d = up_tensor(up_path("gran1"), name, &n);
         for (int i = 0; i < H; i++)
             for (int u = 0; u < width; u++) right &= d[i * width + u] == 4 * down[i * I + j % G * width + u];
-        repeated &= !memcmp(rows + (long)j * H, rows + (long)(j / G * G) * H, sizeof(float) * (size_t)H);
-        if (j >= G) repeated &= memcmp(rows + (long)j * H, rows + (long)(j - G) * H, sizeof(float) * (size_t)H) != 0;
-        free(g);
-        free(d);
+        repeated &= same_floats(rows + (long)j * H, rows + (long)(j / G * G) * H, H);
+        if (j >= G) repeated &= memcmp(rows + (long)j * H, rows + (long)(j - G) * H, floats_bytes(H)) != 0;
     }
     check(right, "granular: gate is cut, down is cut and multiplied by G");
     check(repeated, "granular: one router row for each group");
-    free(rows);
     UP("{}/dense {}/cube --experts 8 --method granular --granularity 4 --scale cuberoot --norm-topk 0");
     // without renormalisation s = E G^2 / K, E groups: 2 * 16 / 4 = 8, the cube root 2
     float *g = up_tensor(up_path("cube"), "model.layers.1.mlp.experts.6.gate_proj.weight", &n),
@@ -275,8 +266,6 @@ static void test_up_shards(void) {
     for (int i = 0; i < H; i++)
         for (int u = 0; u < width; u++) worst = fmax(worst, fabs(d[i * width + u] - 2 * down[i * I + 2 * width + u]));
     check(worst < 1e-5, "granular cuberoot: each matrix times 2, largest error %.1e", worst);
-    free(g);
-    free(d);
     UP("{}/dense {}/gzero --experts 8 --method granular --granularity 4 --norm-topk 0 --topk 8 --router-init zero");
     check(up_change(up_path("dense"), 0, up_path("gzero")) <= 1e-6,
           "granular, not renormalised: exact with a zero router");
@@ -295,17 +284,14 @@ static void test_up_shards(void) {
         float* shard = up_tensor(up_path("part1"), name, &n);
         for (int u = 0; u < 16; u++)
             for (int s = 0; s < I; s++)
-                if (!memcmp(shard + u * H, gate + (long)s * H, sizeof(float) * (size_t)H)) {
+                if (same_floats(shard + u * H, gate + (long)s * H, H)) {
                     seen[s]++;
                     moved += s != j * 16 + u;
                 }
-        free(shard);
     }
     int once = 1;
     for (int s = 0; s < I; s++) once &= seen[s] == 1;
     check(once && moved > 48, "partition: every unit once, %d of %d elsewhere", moved, I);
-    free(gate);
-    free(down);
 }
 
 // Branch-Train-MiX: expert i from source i, everything else the mean.
@@ -330,8 +316,6 @@ static void test_up_sources(void) {
     for (long i = 0; i < n; i++) worst = fmax(worst, fabs(mean[i] - (x[0][i] + x[1][i] + x[2][i]) / 3));
     check(worst < 1e-7, "attention is the mean of three, largest error %.1e", worst);
     check(up_list_is(up_path("btm"), "source", 0, "0 1 2 0 1"), "lineage names the sources");
-    free(mean);
-    for (int i = 0; i < 3; i++) free(x[i]);
 }
 
 // MoE to MoE, the paper's copy: where what is kept.
@@ -384,7 +368,6 @@ static void test_up_twins(void) {
     const Json *parent = json_get(j, "parent"), *method = json_get(parent, "experts");
     check(method && method->items[1]->number == 10 && json_get(j, "experts")->items[1]->number == 12,
           "a receipt holds its source's receipt");
-    json_free(j);
     UP(GOLDEN "mixtral {}/rnd --experts 8 --method random");
     check(up_list_is(up_path("rnd"), "source", 0, "0 1 2 3 4 -1 -1 -1") &&
               up_list_is(up_path("rnd"), "family", 0, "0 1 2 3 4 5 6 7"),
@@ -393,7 +376,7 @@ static void test_up_twins(void) {
 
 // The singular values of a small matrix, from the eigenvalues of W^T W by cyclic Jacobi rotations.
 static void up_singular_values(const float* W, int rows, int cols, double* s) {
-    double* A = (double*)checked_malloc(sizeof(double) * (size_t)(cols * cols));
+    double* A = kept_doubles(cols * cols);
     for (int i = 0; i < cols; i++)
         for (int j = 0; j < cols; j++) {
             A[i * cols + j] = 0;
@@ -424,7 +407,6 @@ static void up_singular_values(const float* W, int rows, int cols, double* s) {
                 s[i] = s[j];
                 s[j] = t;
             }
-    free(A);
 }
 
 static void test_up_algebra(void) {
@@ -491,9 +473,7 @@ static void test_up_operators(void) {
         for (int m = 0; m < 3; m++)
             for (int e = 0; e < 3; e++) {
                 float *a = up_expert("m3", e, matrices[m]), *b = up_expert(name, e, matrices[m]);
-                originals &= !memcmp(a, b, sizeof(float) * (size_t)n);
-                free(a);
-                free(b);
+                originals &= same_floats(a, b, n);
             }
         double worst = 0;
         int right = 1;
@@ -526,7 +506,7 @@ static void test_up_operators(void) {
                     else up_singular_values(T, cols, rows, s_v);
                 }
                 switch (k) {
-                case 0: right &= !memcmp(v, w, sizeof(float) * (size_t)n); break;
+                case 0: right &= same_floats(v, w, n); break;
                 case 1:
                     worst = fmax(worst, fabs(sqrt(squares / n) / (0.01 * std) - 1));
                     right &= worst < 0.1 && fabs(sum / n) < 0.01 * std * 0.2;
@@ -560,9 +540,6 @@ static void test_up_operators(void) {
                 case 9: right &= change > 1e-3 && change < 1.5; worst = fmax(worst, change); break;
                 default: break;
                 }
-                free(w);
-                free(next);
-                free(v);
             }
         check(originals, "%s: originals are untouched", methods[k]);
         check(right, "%s: copies are what the formula says (%.2e)", methods[k], worst);
@@ -576,13 +553,12 @@ static void test_up_operators(void) {
     for (int i = 0; i < I; i++) {
         int from = -1;
         for (int k = 0; k < I; k++)
-            if (!memcmp(sg + i * H, g + k * H, sizeof(float) * (size_t)H)) from = k;
-        right &= from >= 0 && !memcmp(su + i * H, u + from * H, sizeof(float) * (size_t)H);
+            if (same_floats(sg + i * H, g + k * H, H)) from = k;
+        right &= from >= 0 && same_floats(su + i * H, u + from * H, H);
         for (int r = 0; r < H && from >= 0; r++) right &= sd[r * I + i] == d[r * I + from];
         moved += from != i;
     }
     check(right && moved > I / 2, "shuffle: the same permutation in gate, up and down; %d of %d units moved", moved, I);
-    free(g); free(u); free(d); free(sg); free(su); free(sd);
     // svd-mix with everything exchanged: the singular values of w on the vectors of the next expert, so V' = V_next
     // diagonalises it
     UP("{}/m3 {}/mix1 --experts 4 --method svd-mix --strength 1");
@@ -620,7 +596,6 @@ static void test_up_operators(void) {
           "svd-mix of everything: w's singular values (%.1e) on the other's vectors (%.1e)", worst, off / size);
     check(relative_error(none, w, n) < 1e-6 && relative_error(code, w, n) < 1e-6,
           "svd-mix and sparse-code-mix of nothing change nothing");
-    free(w); free(next); free(all); free(none); free(code);
 }
 
 static void test_up_routers(void) {
@@ -639,7 +614,7 @@ static void test_up_routers(void) {
         snprintf(name, sizeof name, "router_%s", routers_[k]);
         UP("{}/m3 {}/%s --experts 8 --router %s", name, routers_[k]);
         float* v = up_tensor(up_path(name), "model.layers.1.mlp.gate.weight", NULL);
-        int originals = !memcmp(v, w, sizeof(float) * (size_t)(E * H)), right = 1;
+        int originals = same_floats(v, w, E * H), right = 1;
         double worst = 0, noise = 0;
         for (int j = 3; j < 8; j++) {
             const float *x = w + j % 3 * H, *next = w + (j + 1) % 3 * H, *y = v + j * H;
@@ -677,9 +652,7 @@ static void test_up_routers(void) {
         if (k == 1 || k == 4) right &= fabs(noise / (0.01 * std) - 1) < 0.2;
         check(right && worst < 1e-6, "%s: copies' rows (%.1e)", routers_[k], worst);
         check(originals == (k != 1), "%s: originals' rows are %s", routers_[k], k == 1 ? "perturbed too" : "untouched");
-        free(v);
     }
-    free(w);
     // the selection bias: U(-delta, delta) for copies; refused where there is none
     UP(VARIANTS "sigmoid {}/bias --experts 200 --router-delta 0.5");
     long n;
@@ -700,8 +673,6 @@ static void test_up_routers(void) {
     check(up_same(VARIANTS "sigmoid", "model.layers.0.mlp.experts.3.up_proj.weight", up_path("bias"),
                   "model.layers.0.mlp.experts.198.up_proj.weight"),
           "bias: experts are copies");
-    free(b);
-    free(b0);
     check(up_run("", GOLDEN "mixtral {}/none --experts 10 --router bias") == 2 && strstr(up_output, "no bias"),
           "bias: refused without a bias");
     UP(VARIANTS "lpr {}/lpr --experts 9 --router scaled --router-delta 0.5");
@@ -709,6 +680,4 @@ static void test_up_routers(void) {
           *p = up_tensor(up_path("lpr"), "model.layers.0.mlp.gate.prototypes", &n);
     check(n == 9 * 16 && p[6 * 16 + 3] == 0.5f * p0[2 * 16 + 3] && p[2 * 16] == p0[2 * 16],
           "LPR: a copy has a prototype of its own");
-    free(p0);
-    free(p);
 }
