@@ -33,153 +33,189 @@ static const char* golden_routers[] = {
 // How far results may be from the reference: of each group the largest error.
 typedef struct {
     double logits, losses, gates, gradients, steps, norms; // absolute, relative, absolute, relative, absolute, rel.
-    // Share of a layer's tokens that may go to other experts. Where some do, their logits and the gradients are others,
-    // too, and only the losses are compared.
+    // Share of a layer's tokens that may go to other experts. Where some do, their logits and the gradients are
+    // others, too, and only the losses are compared.
     double other_choices;
 } Tolerances;
 static const Tolerances of_floats = {1e-5, 1e-5, 1e-6, 1e-5, 1e-4, 1e-3, 0};
 
-// tokens of layer l that each expert got in the last pass
-static void count_choices(long* counts, const Model* m, int l) {
-    memset(counts, 0, sizeof(long) * (size_t)m->config.num_experts);
-    for (int i = 0; i < m->batch * m->length * m->topk[l]; i++) counts[m->layers[l].experts[i]]++;
+// What the reference says of one model, and the model that must say the same.
+typedef struct {
+    const char* name;
+    Tolerances most;
+    SafeTensors* file;
+    Model* m;
+    int B, T, *tokens, *targets;
+    int others; // tokens of all layers that go to other experts than in the reference
+} Reference;
+
+// the name of layer l's part of a tensor of the reference
+static const char* of_layer(const char* what, int l) {
+    static char name[64];
+    snprintf(name, sizeof name, "%s.%d", what, l);
+    return name;
 }
 
-static void test_golden_model(const char* folder, const char* name, Tolerances most) {
+static Reference reference_open(const char* folder, const char* name, Tolerances most) {
     char dir[PATH_SIZE], path[PATH_SIZE];
     Error error = {""};
+    Config c;
+    long shape[4];
     snprintf(dir, sizeof dir, "dev/reference/%s/%s", folder, name);
-    join_path(path, dir, "reference.safetensors");
-    SafeTensors* s = keep_file(safetensors_open(path, &error));
-    if (!s) die(1, "%s", error.text);
-    long shape[4], n;
+    SafeTensors* s = keep_file(safetensors_open(join_path(path, dir, "reference.safetensors"), &error));
+    if (!s || !config_read(&c, dir, &error)) die(1, "%s", error.text);
     int *tokens = reference_ints(s, "tokens", shape), *targets = reference_ints(s, "targets", NULL);
-    int B = (int)shape[0], T = (int)shape[1], N = B * T;
-    Config config;
-    if (!config_read(&config, dir, &error)) die(1, "%s", error.text);
     double penalty = metadata_number(s, "family_penalty");
-    config.topk_limit = config.num_experts;
-    config.family_penalty = penalty;
-    Model* m = new_model(&config, FOR_TRAINING, B, T);
+    c.topk_limit = c.num_experts;
+    c.family_penalty = penalty;
+    Model* m = new_model(&c, FOR_TRAINING, (int)shape[0], (int)shape[1]);
     m->config.family_penalty = 0; // the families are in the reference and not in an upcycle.json
     if (!checkpoint_load(m, dir, &error)) die(1, "%s", error.text);
     m->config.family_penalty = penalty;
-    const Config* c = &m->config;
     m->noise_seed = (uint64_t)metadata_number(s, "seed");
-    const Json* ks = json_get(s->metadata, "topk_layers");
-    for (int l = 0, at = 0; l < c->num_layers; l++) {
-        char tensor[64];
-        snprintf(tensor, sizeof tensor, "family.%d", l);
-        int* family = penalty > 0 && c->sparse[l] ? reference_ints(s, tensor, NULL) : NULL;
-        if (family) memcpy(m->family + (long)l * c->num_experts, family, sizeof(int) * (size_t)c->num_experts);
-        if (ks && c->sparse[l]) m->topk[l] = atoi(ks->string + 2 * at++); // "3,1"
-    }
     m->balance.aux = (float)metadata_number(s, "aux");
     m->balance.z = (float)metadata_number(s, "z_loss");
     m->balance.aux_form = metadata_is(s, "aux_form", "hf") ? AUX_HF : AUX_SWITCH;
-    const Backend* on = m->backend;
-    on->send(m, PARAMETERS);
-    on->forward(m, tokens, targets, B, T);
-    on->read_back(m, LOGITS | ROUTING);
-    Losses sums = take_losses(m);
-
-    static const char* losses[] = {"loss", "aux_loss", "z_loss", "lpr_loss"};
-    for (int i = 0; i < 4; i++) {
-        if (!safetensors_find(s, losses[i])) continue; // transformers defines no aux loss for Dots1
-        float* expected = reference_floats(s, losses[i], NULL);
-        double got = i == 0 ? sums.loss : i == 1 ? sums.aux : i == 2 ? sums.z : sums.lpr;
-        check(fabs(got - expected[0]) <= most.losses * (1 + fabs(expected[0])), "%s: %s %.7f, expected %.7f", name,
-              losses[i], got, expected[0]);
+    const Json* ks = json_get(s->metadata, "topk_layers");
+    for (int l = 0, at = 0; l < c.num_layers; l++) {
+        if (!c.sparse[l]) continue;
+        if (ks) m->topk[l] = atoi(ks->string + 2 * at++); // "3,1"
+        if (penalty > 0)
+            memcpy(m->family + (long)l * c.num_experts, reference_ints(s, of_layer("family", l), NULL),
+                   sizeof(int) * (size_t)c.num_experts);
     }
-    int all_others = 0;
-    for (int l = 0; l < c->num_layers; l++) {
-        if (!c->sparse[l]) continue;
-        char tensor[64];
-        snprintf(tensor, sizeof tensor, "router.%d", l);
-        int *experts = reference_ints(s, tensor, shape), others = 0, K = m->topk[l];
-        check(shape[0] == N && shape[1] == K, "%s: layer %d: %d experts a token", name, l, K);
-        snprintf(tensor, sizeof tensor, "gate.%d", l);
-        float* gates = reference_floats(s, tensor, &n);
-        double worst_gate = 0;
+    Reference r = {name, most, s, m, (int)shape[0], (int)shape[1], tokens, targets, 0};
+    return r;
+}
+
+// Cross-entropy, balance loss, z-loss and LPR's; transformers defines no balance loss for Dots1.
+static void check_losses(const Reference* r, Losses found) {
+    const char* names[] = {"loss", "aux_loss", "z_loss", "lpr_loss"};
+    double losses[] = {found.loss, found.aux, found.z, found.lpr};
+    for (int i = 0; i < 4; i++) {
+        if (!safetensors_find(r->file, names[i])) continue;
+        double expected = *reference_floats(r->file, names[i], NULL);
+        check(fabs(losses[i] - expected) <= r->most.losses * (1 + fabs(expected)), "%s: %s %.7f, expected %.7f",
+              r->name, names[i], losses[i], expected);
+    }
+}
+
+// Every token goes to the same experts in the same order, with the same gates.
+static void check_routing(Reference* r) {
+    const Model* m = r->m;
+    int N = r->B * r->T;
+    for (int l = 0; l < m->config.num_layers; l++) {
+        if (!m->config.sparse[l]) continue;
+        long shape[4];
+        int *experts = reference_ints(r->file, of_layer("router", l), shape), others = 0, K = m->topk[l];
+        float* gates = reference_floats(r->file, of_layer("gate", l), NULL);
+        check(shape[0] == N && shape[1] == K, "%s: layer %d: %d experts a token", r->name, l, K);
+        double worst = 0;
         for (int i = 0; i < N; i++) {
             int same = !memcmp(experts + i * K, m->layers[l].experts + i * K, sizeof(int) * (size_t)K);
-            if (same) worst_gate = larger(worst_gate, max_error(m->layers[l].gates + i * K, gates + i * K, K));
+            if (same) worst = larger(worst, max_error(m->layers[l].gates + i * K, gates + i * K, K));
             others += !same;
         }
-        check(others <= most.other_choices * N, "%s: layer %d: chosen experts, %d of %d tokens differ", name, l, others,
-              N);
-        all_others += others;
-        check(worst_gate <= most.gates || all_others > 0, "%s: layer %d: gates, largest error %.1e", name, l,
-              worst_gate);
+        r->others += others;
+        check(others <= r->most.other_choices * N, "%s: layer %d: chosen experts, %d of %d tokens differ", r->name, l,
+              others, N);
+        check(worst <= r->most.gates || r->others > 0, "%s: layer %d: gates, largest error %.1e", r->name, l, worst);
     }
+}
 
-    float* logits = reference_floats(s, "logits", &n);
-    double e = max_error(m->logits, logits, n);
-    check(n == (long)N * c->vocab_size && (e <= most.logits || all_others > 0), "%s: logits, largest error %.1e", name,
-          e);
+static void check_logits(const Reference* r) {
+    long n;
+    float* expected = reference_floats(r->file, "logits", &n);
+    double error = max_error(r->m->logits, expected, n);
+    check(n == (long)r->B * r->T * r->m->config.vocab_size && (error <= r->most.logits || r->others > 0),
+          "%s: logits, largest error %.1e", r->name, error);
+}
 
-    on->backward(m, 1);
-    on->read_back(m, GRADIENTS);
+// The gradient of every tensor that is trained by gradients.
+static void check_gradients(const Reference* r) {
+    const Layout* layout = &r->m->layout;
     double worst = 0;
     const char* worst_name = "";
-    for (int i = 0; i < m->layout.count; i++) {
-        const Tensor* t = &m->layout.tensors[i];
-        char tensor[160];
-        snprintf(tensor, sizeof tensor, "grad.%s", t->name);
-        // not trained by gradients, or without elements
+    for (int i = 0; i < layout->count; i++) {
+        const Tensor* t = &layout->tensors[i];
+        char name[160];
+        long n;
         if (strstr(t->name, "e_score_correction_bias") || tensor_size(t) == 0) continue;
-        float* expected = reference_floats(s, tensor, &n);
-        e = n == tensor_size(t) ? relative_error(m->grads + t->offset, expected, n) : INFINITY;
+        snprintf(name, sizeof name, "grad.%s", t->name);
+        float* expected = reference_floats(r->file, name, &n);
+        double e = n == tensor_size(t) ? relative_error(r->m->grads + t->offset, expected, n) : INFINITY;
         if (!(e < worst)) {
             worst = e;
             worst_name = t->name;
         }
     }
-    check(worst <= most.gradients || all_others > 0, "%s: %d gradients, largest relative error %.1e (%s)", name,
-          m->layout.count, worst, worst_name);
+    check(worst <= r->most.gradients || r->others > 0, "%s: %d gradients, largest relative error %.1e (%s)", r->name,
+          layout->count, worst, worst_name);
+}
 
+// What follows a step from the experts' load: the router's bias, and the coefficient of the balance loss.
+static void check_balancing(const Reference* r) {
+    const Model* m = r->m;
+    const Config* c = &m->config;
+    int adapted = safetensors_find(r->file, "aux_adaptive_after") != NULL, at = 0;
     for (int l = 0; l < c->num_layers; l++) {
-        char tensor[64];
-        snprintf(tensor, sizeof tensor, "bias_after.%d", l);
-        if (!safetensors_find(s, tensor)) continue;
-        float *expected = reference_floats(s, tensor, &n), *bias = m->weights.layers[l].router_bias;
-        long counts[64];
-        count_choices(counts, m, l);
-        update_router_bias(bias, counts, (int)n, metadata_number(s, "bias_rate"));
-        check(max_error(bias, expected, n) <= 1e-7, "%s: layer %d: the bias after a step", name, l);
-    }
-    if (safetensors_find(s, "aux_adaptive_after")) {
-        float* expected = reference_floats(s, "aux_adaptive_after", &n);
-        for (int l = 0, at = 0; l < c->num_layers; l++) {
-            long counts[64];
-            if (!c->sparse[l]) continue;
-            count_choices(counts, m, l);
-            double after = adapted_aux(metadata_number(s, "aux_alpha"), counts, c->num_experts);
-            check(fabs(after / expected[at++] - 1) <= 1e-6, "%s: layer %d: the adapted balance coefficient", name, l);
+        long load[64] = {0}, n;
+        for (int i = 0; c->sparse[l] && i < r->B * r->T * m->topk[l]; i++) load[m->layers[l].experts[i]]++;
+        if (safetensors_find(r->file, of_layer("bias_after", l))) {
+            float *expected = reference_floats(r->file, of_layer("bias_after", l), &n);
+            float* bias = m->weights.layers[l].router_bias;
+            update_router_bias(bias, load, (int)n, metadata_number(r->file, "bias_rate"));
+            check(max_error(bias, expected, n) <= 1e-7, "%s: layer %d: the bias after a step", r->name, l);
+        }
+        if (adapted && c->sparse[l]) {
+            double after = adapted_aux(metadata_number(r->file, "aux_alpha"), load, c->num_experts);
+            double expected = reference_floats(r->file, "aux_adaptive_after", NULL)[at++];
+            check(fabs(after / expected - 1) <= 1e-6, "%s: layer %d: the adapted balance coefficient", r->name, l);
         }
     }
+}
 
-    if (safetensors_find(s, "adamw.losses")) {
-        float *expected = reference_floats(s, "adamw.losses", &n),
-              *norms = reference_floats(s, "adamw.grad_norms", NULL);
-        AdamW o = {metadata_number(s, "beta1"), metadata_number(s, "beta2"), metadata_number(s, "eps"),
-                   metadata_number(s, "weight_decay"), metadata_number(s, "clip")};
-        double norm_error = 0;
-        worst = 0;
-        on->update(m, &o, 0, 1);        // clears the gradients, and changes nothing but the moments,
-        memset(m->exp_avg, 0, floats_bytes(m->layout.total));
-        memset(m->exp_avg_sq, 0, floats_bytes(m->layout.total));
-        on->send(m, PARAMETERS | MOMENTS);      // which are cleared, too
-        for (int step = 0; step < n; step++) {
-            on->forward(m, tokens, targets, B, T);
-            on->backward(m, 1);
-            double norm = on->update(m, &o, metadata_number(s, "lr"), step + 1), loss = take_losses(m).loss;
-            worst = larger(worst, fabs(loss - expected[step]));
-            norm_error = larger(norm_error, fabs(norm / norms[step] - 1));
-        }
-        check(n == 10 && worst <= most.steps, "%s: %ld AdamW steps, largest error of the loss %.1e", name, n, worst);
-        check(norm_error <= most.norms, "%s: gradient norms on the way, largest relative error %.1e", name, norm_error);
+// Ten steps of torch.optim.AdamW on the same batch, with clipping.
+static void check_steps(const Reference* r) {
+    Model* m = r->m;
+    SafeTensors* s = r->file;
+    const Backend* on = m->backend;
+    if (!safetensors_find(s, "adamw.losses")) return;
+    long n;
+    float *losses = reference_floats(s, "adamw.losses", &n), *norms = reference_floats(s, "adamw.grad_norms", NULL);
+    AdamW o = {metadata_number(s, "beta1"), metadata_number(s, "beta2"), metadata_number(s, "eps"),
+               metadata_number(s, "weight_decay"), metadata_number(s, "clip")};
+    double worst = 0, norm_error = 0;
+    on->update(m, &o, 0, 1); // clears the gradients, and changes nothing but the moments,
+    memset(m->exp_avg, 0, floats_bytes(m->layout.total));
+    memset(m->exp_avg_sq, 0, floats_bytes(m->layout.total));
+    on->send(m, PARAMETERS | MOMENTS); // which are cleared, too
+    for (int step = 0; step < n; step++) {
+        on->forward(m, r->tokens, r->targets, r->B, r->T);
+        on->backward(m, 1);
+        double norm = on->update(m, &o, metadata_number(s, "lr"), step + 1);
+        worst = larger(worst, fabs(take_losses(m).loss - losses[step]));
+        norm_error = larger(norm_error, fabs(norm / norms[step] - 1));
     }
+    check(n == 10 && worst <= r->most.steps, "%s: %ld AdamW steps, largest error of the loss %.1e", r->name, n, worst);
+    check(norm_error <= r->most.norms, "%s: gradient norms on the way, largest relative error %.1e", r->name,
+          norm_error);
+}
+
+static void test_golden_model(const char* folder, const char* name, Tolerances most) {
+    Reference r = reference_open(folder, name, most);
+    Model* m = r.m;
+    m->backend->send(m, PARAMETERS);
+    m->backend->forward(m, r.tokens, r.targets, r.B, r.T);
+    m->backend->read_back(m, LOGITS | ROUTING);
+    check_losses(&r, take_losses(m));
+    check_routing(&r);
+    check_logits(&r);
+    m->backend->backward(m, 1);
+    m->backend->read_back(m, GRADIENTS);
+    check_gradients(&r);
+    check_balancing(&r);
+    check_steps(&r);
 }
 
 static void test_golden(void) {
