@@ -46,8 +46,8 @@ static SafeTensors* keep_file(SafeTensors* s) { return (SafeTensors*)keep(A_FILE
 static Json* keep_json(Json* j) { return (Json*)keep(A_JSON, j); }
 static void* kept_malloc(size_t bytes) { return keep(A_BLOCK, checked_malloc(bytes)); }
 
-// memory of exactly n floats, so that a sanitizer or valgrind sees every access outside
 static size_t floats_bytes(long n) { return sizeof(float) * (size_t)n; }
+// memory of exactly n floats, so that a sanitizer or valgrind sees every access outside
 static float* kept_floats(long n) { return (float*)kept_malloc(floats_bytes(n)); }
 static double* kept_doubles(long n) { return (double*)kept_malloc(sizeof(double) * (size_t)n); }
 static int* kept_ints(long n) { return (int*)kept_malloc(sizeof(int) * (size_t)n); }
