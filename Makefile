@@ -13,7 +13,7 @@ CFLAGS ?= -O3
 # Promises without which gcc does not turn some loops into vector code: nobody asks errno about a square root, nobody
 # wants to be stopped by a comparison with what is not a number. No result changes. (dev/bench/README.md: what it bought)
 MATH    = -fno-math-errno -fno-trapping-math
-FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra
+FLAGS   = -I. -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra
 ifneq ($(shell $(CC) --version 2>/dev/null | grep clang),)
 # clang splits 64-byte vectors unless told otherwise
 FLAGS  += $(shell $(CC) $(ARCH) -dM -E - </dev/null 2>/dev/null | grep -q __AVX512F__ && echo -mprefer-vector-width=512)
@@ -44,9 +44,10 @@ CULIBS  = -L$(CUBLAS)/lib -l:$(notdir $(firstword $(wildcard $(CUBLAS)/lib/libcu
           -Xlinker -rpath=$(CUBLAS)/lib -Xlinker -rpath-link=$(CUBLAS)/lib
 endif
 
-# What the programs include; the text that ./train_moe trains on is these files and test_moe.c, in this order.
+# What the programs include; the text that ./train_moe trains on is these files, in this order.
 LIB     = train_moe.c $(sort $(wildcard dev/lib/*.h))
 UPCYCLE = upcycle.c $(sort $(wildcard dev/upcycle/*.h))
+TESTS   = test_moe.c $(sort $(wildcard dev/test/*.[ch]))
 
 all: train_moe upcycle
 	@echo "compiler: $(CC)"
@@ -70,7 +71,7 @@ train_moe: $(LIB) build/embedded.h
 upcycle: $(UPCYCLE) $(LIB) build/embedded.h
 	$(CC) $(FLAGS) upcycle.c -o $@ -lm
 
-test_moe: test_moe.c $(UPCYCLE) $(LIB) build/embedded.h
+test_moe: $(TESTS) $(UPCYCLE) $(LIB) build/embedded.h
 	$(CC) $(FLAGS) test_moe.c -o $@ -lm
 
 # Says what is missing, and refuses kernels that spill registers to memory.
@@ -88,13 +89,13 @@ endef
 train_moe_cu: train_moe.cu $(LIB) build/embedded.h
 	$(call nvcc,train_moe.cu)
 
-test_moe_cu: test_moe.c train_moe.cu $(UPCYCLE) $(LIB) build/embedded.h
+test_moe_cu: $(TESTS) train_moe.cu $(UPCYCLE) $(LIB) build/embedded.h
 	$(call nvcc,-DTEST_GPU -x cu test_moe.c)
 
 # The tests on a CPU that plays a GPU; its headers come with nvcc. SANITIZE=-fsanitize=address,undefined
 STANDIN_FILES = $(addprefix dev/cuda/standin/,standin.h standin.cpp cublas.cpp translate.py)
 CUDA_TOP = $(or $(CUDA_HOME),$(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#$$ TOP=//p'))
-build/test_standin: test_moe.c train_moe.cu $(UPCYCLE) $(LIB) build/embedded.h $(STANDIN_FILES)
+build/test_standin: $(TESTS) train_moe.cu $(UPCYCLE) $(LIB) build/embedded.h $(STANDIN_FILES)
 	python3 dev/cuda/standin/translate.py test_moe.c >build/test_standin.cpp
 	$(CXX) -std=gnu++17 -O1 $(ARCH) $(MATH) $(OPENMP) $(SANITIZE) -DTEST_GPU -I. -Idev/cuda/standin \
 		-include standin.h $(if $(CUBLAS),-I$(CUBLAS)/include) -I$(CUDA_TOP)/include build/test_standin.cpp \
@@ -104,9 +105,9 @@ test_standin: build/test_standin
 	build/test_standin "gpu $(STANDIN)"
 
 # The text that ./train_moe trains on without --data: the project's own source files, also as an array.
-build/embedded.txt: $(LIB) $(UPCYCLE) test_moe.c
+build/embedded.txt: $(LIB) $(UPCYCLE) $(TESTS)
 	@mkdir -p build
-	@cat $(LIB) $(UPCYCLE) test_moe.c >$@
+	@cat $(LIB) $(UPCYCLE) $(TESTS) >$@
 
 build/embedded.h: build/embedded.txt
 	@{ echo "static const unsigned char embedded_text[] = {"; od -An -v -tu1 build/embedded.txt | \
