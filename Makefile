@@ -13,7 +13,7 @@ CFLAGS ?= -O3
 # Promises without which gcc does not turn some loops into vector code: nobody asks errno about a square root, nobody
 # wants to be stopped by a comparison with what is not a number. No result changes. (dev/bench/README.md: what it bought)
 MATH    = -fno-math-errno -fno-trapping-math
-FLAGS   = -I. -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra
+FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra
 ifneq ($(shell $(CC) --version 2>/dev/null | grep clang),)
 # clang splits 64-byte vectors unless told otherwise
 FLAGS  += $(shell $(CC) $(ARCH) -dM -E - </dev/null 2>/dev/null | grep -q __AVX512F__ && echo -mprefer-vector-width=512)

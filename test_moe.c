@@ -186,14 +186,14 @@ static void check_steps(const Reference* r) {
     AdamW o = {metadata_number(s, "beta1"), metadata_number(s, "beta2"), metadata_number(s, "eps"),
                metadata_number(s, "weight_decay"), metadata_number(s, "clip")};
     double worst = 0, norm_error = 0;
-    on->update(m, &o, 0, 1); // clears the gradients, and changes nothing but the moments,
+    model_update(m, &o, 0, 1); // clears the gradients, and changes nothing but the moments,
     memset(m->exp_avg, 0, floats_bytes(m->layout.total));
     memset(m->exp_avg_sq, 0, floats_bytes(m->layout.total));
     on->send(m, PARAMETERS | MOMENTS); // which are cleared, too
     for (int step = 0; step < n; step++) {
-        on->forward(m, r->tokens, r->targets, r->B, r->T);
-        on->backward(m, 1);
-        double norm = on->update(m, &o, metadata_number(s, "lr"), step + 1);
+        model_forward(m, r->tokens, r->targets, r->B, r->T);
+        model_backward(m, 1);
+        double norm = model_update(m, &o, metadata_number(s, "lr"), step + 1);
         worst = larger(worst, fabs(take_losses(m).loss - losses[step]));
         norm_error = larger(norm_error, fabs(norm / norms[step] - 1));
     }
@@ -206,12 +206,12 @@ static void test_golden_model(const char* folder, const char* name, Tolerances m
     Reference r = reference_open(folder, name, most);
     Model* m = r.m;
     m->backend->send(m, PARAMETERS);
-    m->backend->forward(m, r.tokens, r.targets, r.B, r.T);
+    model_forward(m, r.tokens, r.targets, r.B, r.T);
     m->backend->read_back(m, LOGITS | ROUTING);
     check_losses(&r, take_losses(m));
     check_routing(&r);
     check_logits(&r);
-    m->backend->backward(m, 1);
+    model_backward(m, 1);
     m->backend->read_back(m, GRADIENTS);
     check_gradients(&r);
     check_balancing(&r);

@@ -49,12 +49,12 @@ static void gpu_against_cpu(const char* name, const Config* c, int B, int T, int
         }
         m[way]->backend->send(m[way], PARAMETERS);
         for (int pass = 0; pass < passes; pass++) {
-            m[way]->backend->forward(m[way], tokens + pass, tokens + pass + 1, B, T);
+            model_forward(m[way], tokens + pass, tokens + pass + 1, B, T);
             if (pass == 0) {        // the CPU's become their gradient in place
                 m[way]->backend->read_back(m[way], LOGITS);
                 logits[way] = copy_floats(m[way]->logits, n * V);
             }
-            m[way]->backend->backward(m[way], 0.5f);
+            model_backward(m[way], 0.5f);
         }
         m[way]->backend->read_back(m[way], GRADIENTS | ROUTING);
     }
@@ -162,14 +162,14 @@ static void gpu_cache(void) {
         double worst = 0;
         m->backend->send(m, PARAMETERS);
         fill_tokens(tokens, CACHE_LENGTH, V, 5);
-        m->backend->forward(m, tokens, NULL, 1, CACHE_LENGTH);
+        model_forward(m, tokens, NULL, 1, CACHE_LENGTH);
         m->backend->read_back(m, LOGITS);
         for (int way = 0; way < 4; way++) {
             const int* size = chunks[way];
             g->cached = 0;
             for (int fed = 0; fed < CACHE_LENGTH;) {
                 int n = imin(*size, CACHE_LENGTH - fed);
-                g->backend->forward(g, tokens + fed, NULL, 1, n);
+                model_forward(g, tokens + fed, NULL, 1, n);
                 g->backend->read_back(g, LOGITS);
                 fed += n;
                 worst = larger(worst, relative_error(g->logits, m->logits + (long)(fed - 1) * V, V));

@@ -378,5 +378,5 @@ static void fill_tokens(int* tokens, int n, int V, uint64_t key) {
 // What threads keep for products is theirs until they end, which is when a test asks for fewer threads.
 #if defined(__SANITIZE_ADDRESS__)
 const char* __lsan_default_suppressions(void);
-const char* __lsan_default_suppressions(void) { return "leak:grouped_product\nleak:multiply_unit\nleak:attention_\n"; }
+const char* __lsan_default_suppressions(void) { return "leak:fast_product\nleak:multiply_unit\nleak:attention_\n"; }
 #endif
