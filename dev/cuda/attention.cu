@@ -345,7 +345,7 @@ static void step3_forward(const Arrays<float>& a, Shape s) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Step 4: section 4 of train_moe.cu
+// Step 4: section 4 of train_moe.cu, and for bf16 dev/lib/cuda/attention_bf16.cuh
 //
 // For floats it is step 3, with reads of 16 bytes, so that the scores spend less than half the time at shared memory,
 // and its backward pass. For bf16 it is made for tensor cores:
