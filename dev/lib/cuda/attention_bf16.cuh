@@ -1,6 +1,6 @@
-#pragma once
 // attention_bf16.cuh: attention in bf16 on tensor cores, attention_forward_launch and attention_backward_launch for
 // bf16: the formulas of section 4 of train_moe.cu. Needs tensor_cores.cuh and vectors.cuh.
+#pragma once
 
 // A block owns 128 rows, each warp 16 M of them: M = 2 where the registers allow. The tiles of the other side are read
 // from shared memory by every warp, in pieces of 512 bytes that take 4 clocks. With M = 1 a piece feeds 2 mma.sync,

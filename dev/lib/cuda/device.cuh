@@ -1,6 +1,6 @@
-#pragma once
 // device.cuh: CHECK and CHECK_CUBLAS end the program with one line when a call failed, allow_shared lets a kernel use
 // more shared memory, gpu_open ends the program where no GPU can be used. Needs die and options.
+#pragma once
 
 // Ends the program with one line if a call of the CUDA runtime failed; after a launch: CHECK(cudaGetLastError()).
 #define CHECK(call) gpu_check((call), #call, __FILE__, __LINE__)

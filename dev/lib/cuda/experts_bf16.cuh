@@ -1,6 +1,6 @@
-#pragma once
 // experts_bf16.cuh: the experts' products in bf16 on tensor cores: launch_experts for Operand<bf16>. Needs
 // tensor_cores.cuh, and Operand, find_job, finish_tile and the epilogues of section 3 of train_moe.cu.
+#pragma once
 
 // A block of 256 threads computes 128 rows by BN columns, 64 values of k at a time, from tiles in shared memory. While
 // one stage (a tile of each operand) is multiplied, cp.async fills the next ones.

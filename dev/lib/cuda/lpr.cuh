@@ -1,4 +1,3 @@
-#pragma once
 // lpr.cuh: Latent Prototype Routing (Yang 2025, 2506.21328), gpu_lpr_forward and gpu_lpr_backward. Needs routers.cuh,
 // and gpu_matmul_fp32, gpu_softmax_router and its backward, SLICES and slice_sum of train_moe.cu.
 //
@@ -8,6 +7,7 @@
 // and the gradient dx by a unit vector x = v / |v| goes on as dv = (dx - (x dx) x) / |v|. With dz the scores' gradient,
 //     dn = dz q + 4 weight / N^2 G n             dq = dz^T n + 4 weight / E^2 G q
 // (the gradient of |G|^2 - M is 4 (G x - x), but what lies along x is lost anyway.)
+#pragma once
 
 // One layer's parameters, or their gradients.
 typedef struct {

@@ -1,7 +1,7 @@
-#pragma once
 // memory.cuh: where a model's arrays lie on a GPU: GpuLayer and GpuModel, how much memory they take (gpu_plan), taking
 // it (gpu_allocate), giving it back (gpu_release). Needs Model and Arena of the CPU's model, and sections 3 to 7 of
 // train_moe.cu.
+#pragma once
 
 // What a layer keeps for the backward pass; shapes as in LayerActivations.
 template <class Real> struct GpuLayer {

@@ -1,6 +1,6 @@
-#pragma once
 // observe.cuh: the load figures that one forward pass adds to a layer's Observed. Needs block_sum and warp_sum of
 // train_moe.cu, and OBSERVE_SLICES.
+#pragma once
 
 // parts (4, slices) = sums over the tokens of each slice, which has a block, of the entropy, the largest gate,
 // the distinct families chosen, and whether there were fewer of them than K

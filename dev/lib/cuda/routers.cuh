@@ -1,6 +1,6 @@
-#pragma once
 // routers.cuh: logit norm, families of copies, the sigmoid router; formulas with sources are in dev/lib/routers.h.
 // Needs warp_row, next_best and first_score of section 6 of train_moe.cu, and random_key.
+#pragma once
 
 __device__ static inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 

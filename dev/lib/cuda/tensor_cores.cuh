@@ -1,7 +1,7 @@
-#pragma once
 // tensor_cores.cuh: what C++ has no words for, each in a function of its own: asynchronous copies into shared memory
 // (cp.async), the warp's matrix product (ldmatrix, mma.sync), Hopper's (wgmma), 2^x. Needs CHECK. The stand-in
 // (dev/cuda/standin, a CPU playing GPU) brings functions of the same names.
+#pragma once
 
 #ifdef __CUDACC__
 __device__ static inline unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }

@@ -1,6 +1,6 @@
-#pragma once
 // transfer.cuh: copies between the host's model and the GPU's, gpu_send and gpu_read_back, and the sums of losses and
 // load that the GPU keeps. Needs memory.cuh, gpu_take_loss and gpu_convert of train_moe.cu.
+#pragma once
 
 template <class Real> static void gpu_send(Model* m, int what) {
     GpuModel<Real>* g = gpu_of<Real>(m);

@@ -1,6 +1,6 @@
-#pragma once
 // vectors.cuh: neighbouring numbers in one access of memory, and whether pointers allow that. Needs to_float and store
 // of train_moe.cu.
+#pragma once
 
 // W neighbouring numbers as floats, from and to memory. Either W = 1, or W numbers fill accesses of 16 bytes, the
 // widest that a thread can make, and p is a multiple of 16.
