@@ -2159,7 +2159,8 @@ template <class Real> static void gpu_take_loss(Model* m, float scale) {
     g->loss_pending = 0;
 }
 
-template <class Real> static void gpu_forward(Model* m, const int* tokens, const int* targets, int B, int T) {
+// Returns 0: losses stay on the GPU until they are asked for.
+template <class Real> static double gpu_forward(Model* m, const int* tokens, const int* targets, int B, int T) {
     GpuModel<Real>* g = gpu_of<Real>(m);
     const Config* c = &m->config;
     int N = B * T, H = c->hidden_size, L = c->num_layers, V = c->vocab_size;
@@ -2206,9 +2207,10 @@ template <class Real> static void gpu_forward(Model* m, const int* tokens, const
         x += (long)(N - 1) * H;
     }
     gpu_linear(g->cublas, g->logits, x, in_products(g, g->w.lm_head), wanted, H, V);
-    if (!targets) return;
+    if (!targets) return 0;
     m->sums.passes++;
     g->loss_pending = 1;        // taken by the backward pass, together with the gradient, or when it is asked for
+    return 0;
 }
 
 template <class Real> static void gpu_backward(Model* m, float scale) {
