@@ -86,16 +86,18 @@ $(NVCC) $(CUFLAGS) -Xptxas -v $(1) -o $@ $(CULIBS) 2>build/$@.log || { grep -v "
 	{ rm -f $@; echo "with SPILLS=allow it is built all the same, and slower"; exit 1; }
 endef
 
-train_moe_cu: train_moe.cu $(LIB) build/embedded.h
+CUDA    = train_moe.cu $(wildcard dev/lib/cuda/*)
+
+train_moe_cu: $(CUDA) $(LIB) build/embedded.h
 	$(call nvcc,train_moe.cu)
 
-test_moe_cu: $(TESTS) train_moe.cu $(UPCYCLE) $(LIB) build/embedded.h
+test_moe_cu: $(TESTS) $(CUDA) $(UPCYCLE) $(LIB) build/embedded.h
 	$(call nvcc,-DTEST_GPU -x cu test_moe.c)
 
 # The tests on a CPU that plays a GPU; its headers come with nvcc. SANITIZE=-fsanitize=address,undefined
 STANDIN_FILES = $(addprefix dev/cuda/standin/,standin.h standin.cpp cublas.cpp translate.py)
 CUDA_TOP = $(or $(CUDA_HOME),$(shell $(NVCC) --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#$$ TOP=//p'))
-build/test_standin: $(TESTS) train_moe.cu $(UPCYCLE) $(LIB) build/embedded.h $(STANDIN_FILES)
+build/test_standin: $(TESTS) $(CUDA) $(UPCYCLE) $(LIB) build/embedded.h $(STANDIN_FILES)
 	python3 dev/cuda/standin/translate.py test_moe.c >build/test_standin.cpp
 	$(CXX) -std=gnu++17 -O1 $(ARCH) $(MATH) $(OPENMP) $(SANITIZE) -DTEST_GPU -I. -Idev/cuda/standin \
 		-include standin.h $(if $(CUBLAS),-I$(CUBLAS)/include) -I$(CUDA_TOP)/include build/test_standin.cpp \

@@ -345,7 +345,7 @@ static void step3_forward(const Arrays<float>& a, Shape s) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Step 4: section 4 of train_moe.cu
+// Step 4: section 4 of train_moe.cu, and for bf16 dev/lib/cuda/attention_bf16.cuh
 //
 // For floats it is step 3, with reads of 16 bytes, so that the scores spend less than half the time at shared memory,
 // and its backward pass. For bf16 it is made for tensor cores:
@@ -430,7 +430,7 @@ template <class T> static double error_of(const T* on_gpu, const std::vector<dou
 // ---------------------------------------------------------------------------------------------------------------------
 // Checking and timing
 
-struct Step {
+struct LessonStep {
     const char* name;
     bool is_bf16;
     std::function<void()> forward, backward;
@@ -499,7 +499,7 @@ static void print_error(double error, double limit, bool* good) {
 
 // bf16 results have 8 significant bits and so have p and ds before their last product: each is off by up to 1/256. What
 // comes before that, lse, is as good as in float.
-template <class T> static void check_step(const Step& step, const Arrays<T>& a, Shape s, const Reference& r) {
+template <class T> static void check_step(const LessonStep& step, const Arrays<T>& a, Shape s, const Reference& r) {
     double limit = step.is_bf16 ? 1e-2 : 3e-6;
     long ld_q = (long)s.NH * s.HD, ld_kv = (long)s.NKV * s.HD;
     bool good = true;
@@ -544,7 +544,7 @@ static void run_shape(Shape s, bool timed) {
                                     random_numbers(q_size, 4)};
     Arrays<float> a = make_arrays<float>(s, inputs);
     Arrays<bf16> h = make_arrays<bf16>(s, inputs);
-    std::vector<Step> steps = {
+    std::vector<LessonStep> steps = {
         {"1 the definition", false, [&] { step1_forward(a, s); }, [&] { step1_backward(a, s); }, s.NKV},
         {"2 online softmax", false, [&] { step2_forward(a, s); }, [&] { step2_backward(a, s); }, s.NKV},
         {"3 tiles", false, [&] { step3_forward(a, s); }, nullptr, s.NKV},

@@ -18,7 +18,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parents[2] / "train_moe.cu"
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [ROOT / "train_moe.cu", *sorted((ROOT / "dev/lib/cuda").iterdir())]
 MB, L2 = 1e6, 50e6
 
 # tensor, hbm: bf16 FLOP/s and bytes/s as measured on such cards. fp32: NVIDIA's data sheet, without tensor cores. l2:
@@ -363,7 +364,8 @@ def launched_with(name, arguments):
 
 
 def compiler_log(arch, nvcc, cublas):
-    command = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-cubin", "-o", "/dev/null", str(SOURCE)]
+    command = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-cubin", "-o", "/dev/null", f"-I{ROOT}",
+               str(SOURCES[0])]
     done = subprocess.run(command + ([f"-I{cublas}/include"] if cublas else []), capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
@@ -524,7 +526,7 @@ Assumed (est):
 def kernels_of_variables():
     """Names of variables that hold a kernel when it is launched, with the kernels that they may hold"""
     found = collections.defaultdict(set)
-    for name, value in re.findall(r"auto (\w+) = (.*?);", SOURCE.read_text(), re.S):
+    for name, value in re.findall(r"auto (\w+) = (.*?);", "".join(s.read_text() for s in SOURCES), re.S):
         found[name].update(re.findall(r"\b\w+_kernel\b(?=<)", value)[:1])
     return found
 

@@ -235,7 +235,7 @@ step4_kernel(bf16* y, const bf16* x, const int* token, const bf16* W, const int*
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Step 5: experts_bf16_kernel, in section 3 of train_moe.cu
+// Step 5: experts_bf16_kernel, in dev/lib/cuda/experts_bf16.cuh
 //
 // It is step 4 with the rest of what the model needs. What makes it faster:
 //   - wgmma, on Hopper. In step 4 a warp reads 6 x 512 bytes from shared memory for 16 mma.sync. At 128 bytes a clock

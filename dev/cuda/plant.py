@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Plants bugs in train_moe.cu, one at a time, and checks that the tests notice. Needs no GPU. From the project's
-folder:
+"""Plants bugs in train_moe.cu and dev/lib/cuda, one at a time, and checks that the tests notice. Needs no GPU. From the
+project's folder:
 
     python3 dev/cuda/plant.py [WORD] [--quick N]      only the bugs whose text contains WORD; of those only the first N
 
 Needs g++ (CXX), the CUDA headers in $CUDA_HOME/include (default /usr/local/cuda), those of cuBLAS there or in
-$CUBLAS/include, and `make build/embedded.h`. Each bug replaces a piece of text, which must stand in train_moe.cu
-exactly once. It is hunted on the stand-in (dev/cuda/standin) by STAGES until one turns red: groups of tests in
+$CUBLAS/include, and `make build/embedded.h`. Each bug replaces a piece of text, which must stand in these files exactly
+once. It is hunted on the stand-in (dev/cuda/standin) by STAGES until one turns red: groups of tests in
 test_moe.c, some of them under the stand-in's own checks. Prints a line a bug, with what caught it, and ends with
-`N passed, N failed`; passed means caught. The unplanted file must pass all stages first. While one bug is hunted, the
+`N passed, N failed`; passed means caught. The unplanted files must pass all stages first. While one bug is hunted, the
 next is compiled, so two cores are of use. The first three bugs are for a quick look.
 
 The stand-in cannot see missing fences (fence_async_proxy, wgmma_fence), so none is planted here.
@@ -43,7 +43,7 @@ EXPECTED = {"wait": "late copies", "wgmma": "late copies", "race": "order check"
             "families": "references in fp32", "out of bounds, shared": "sanitizer"}
 TELLING = re.compile(r"standin: |FAILED|.*ERROR: AddressSanitizer|.*runtime error:")
 
-# (what stands in train_moe.cu, what takes its place, what that is); "out of bounds" calls for the sanitizer
+# (what stands in one of the files, what takes its place, what that is); "out of bounds" calls for the sanitizer
 BUGS = [
     # a quick look: a missing barrier, a copy that is not waited for, a race
     ("        fma_tile<TM, TN>(sum, a_tile, b_tile);\n        __syncthreads();",
@@ -194,7 +194,8 @@ class Workplace:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(name, folder / name)
         shutil.copytree("dev", folder / "dev", symlinks=True)
-        self.source = pathlib.Path("train_moe.cu").read_text()
+        self.source = {f: f.read_text() for f in [pathlib.Path("train_moe.cu"),
+                                                  *sorted(pathlib.Path("dev/lib/cuda").iterdir())]}
         top = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
         self.compiler = [os.environ.get("CXX", "g++"), "-std=gnu++17", "-O1", "-march=native", "-fno-math-errno",
                          "-fopenmp", "-DTEST_GPU", "-I.", "-Idev/cuda/standin", "-include", "standin.h",
@@ -213,8 +214,9 @@ class Workplace:
         return done.stdout
 
     def build(self, source, program, sanitize=False):
-        """Compiles the tests with this train_moe.cu; returns the program's path."""
-        (self.folder / "train_moe.cu").write_text(source)
+        """Compiles the tests with these files; returns the program's path."""
+        for file, text in source.items():
+            (self.folder / file).write_text(text)
         (self.folder / "test.cpp").write_text(
             self.call([sys.executable, "dev/cuda/standin/translate.py", "test_moe.c"]))
         rest = ["dev/cuda/standin/standin.cpp", "dev/cuda/standin/cublas.cpp", "-fsanitize=address,undefined",
@@ -270,7 +272,7 @@ def hunt(workplace, compiler, program, source, what):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Plants bugs in train_moe.cu and checks that the tests notice.")
+    parser = argparse.ArgumentParser(description="Plants bugs in the GPU's code and checks that the tests notice.")
     parser.add_argument("word", nargs="?", default="", help="only the bugs whose text contains it")
     parser.add_argument("--quick", type=int, metavar="N", help="only the first N of them")
     options = parser.parse_args()
@@ -280,13 +282,13 @@ def main():
         workplace = Workplace(pathlib.Path(folder))
         sources = [workplace.source]
         for right, wrong, what in bugs:
-            times = workplace.source.count(right)
+            times = sum(text.count(right) for text in workplace.source.values())
             if times != 1:
-                print(f"FAILED {what}: its text stands {times} times in train_moe.cu: {right!r}", flush=True)
+                print(f"FAILED {what}: its text stands {times} times in the GPU's code: {right!r}", flush=True)
                 missed += 1
                 sources.append(None)
             else:
-                sources.append(workplace.source.replace(right, wrong))
+                sources.append({f: text.replace(right, wrong) for f, text in workplace.source.items()})
         todo = [(what, source) for what, source in zip(["no bug"] + [bug[2] for bug in bugs], sources) if source]
         builds = [None] * (len(todo) + 1)
         builds[0] = compiler.submit(workplace.build, todo[0][1], "test0")

@@ -6,8 +6,9 @@ Only what is not C++ changes, and only by adding calls to standin.h:
     __shared__ float x[32];            ->  float (&x)[32] = a place in the block's shared memory
     extern __shared__ float x[];       ->  float* x = the block's dynamic shared memory
     __launch_bounds__(256) f(...) {    ->  a check of the block's size at the head of the body
-Included files in quotes that end in .cu or .cuh are translated too, in their place; other includes stay, with their
-full path where they lie next to the file. #line makes the compiler speak of the original lines.
+Includes in quotes are looked for next to the file, then in the working directory. Those that end in .cu or .cuh are
+translated too, in their place; others stay, with the full path if they were found. #line makes the compiler speak of
+the original lines.
 """
 import os
 import re
@@ -183,11 +184,11 @@ def include(path, guards):
     lines, folder, once = [f'#line 1 "{path}"'], os.path.dirname(path), None
     for number, (line, bare) in enumerate(zip(text.split("\n"), code.split("\n")), 1):
         m = re.match(r'\s*#\s*include\s*"([^"]+)"', line)
-        target = m and os.path.join(folder, m.group(1))
+        target = m and next(filter(os.path.exists, (os.path.join(folder, m.group(1)), m.group(1))), None)
         if bare.strip() and re.match(r"\s*#\s*pragma\s+once\b", bare):
             once = guards.setdefault(os.path.abspath(path), f"STANDIN_ONCE_{len(guards) + 1}")
             lines.append("")
-        elif not target or not bare.strip() or not os.path.exists(target):
+        elif not target or not bare.strip():
             lines.append(line)
         elif target.endswith((".cu", ".cuh")):
             lines += [include(target, guards), f'#line {number + 1} "{path}"']
