@@ -282,7 +282,7 @@ static void test_nohup(void) {
 // kill -9 at random moments of a run that saves every step: the last checkpoint is always whole.
 static void test_kill(void) {
     int ok = train_run("a", "--steps 25 --save-every 1") == 0, kills = 0, finished = 0, unreadable = 0, backwards = 0,
-        none = 0, ready = 0;
+        ready = 0;
     long step = 0;
     remove_tree(temp("b"));
     for (int turn = 0; turn < 60 && !finished; turn++) {
@@ -301,7 +301,6 @@ static void test_kill(void) {
             kills++;
         else
             unreadable++;
-        none += !started;
         ready += exists(temp("b/.ready"));
         long now = saved_step("b");
         backwards += now < step;
@@ -311,7 +310,7 @@ static void test_kill(void) {
     check(ok && finished && unreadable == 0,
           "killed %d times (%d with a save half moved in): each time --resume could go on", kills, ready);
     show_failure(unreadable == 0);
-    check(kills >= 5 && backwards == 0 && none < 4, "no step was lost twice");
+    check(kills >= 5 && backwards == 0, "no step was lost twice");
     check(same_checkpoint("a", "b") && same_logs("a", "b"), "after all that, the same bytes as without it");
 }
 
