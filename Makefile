@@ -1,6 +1,7 @@
 # make         builds the programs and says what it found
 # make run     trains, upcycles and trains on: the whole story on this project's own source files, in a few minutes
 # make test    runs every check
+# make single  each program as one file in build/;  make PLAIN=1  products by the plain loops of train_moe.c
 # make bench   how fast training is;  make products BLAS="LIBRARY.so ..."   matrix products beside those of libraries
 # make references   makes what the tests compare with anew, with PyTorch and transformers, and compares
 # make train_moe_cu   builds the GPU program with nvcc;  make test_gpu   runs every check of it on this machine's GPU
@@ -13,7 +14,7 @@ CFLAGS ?= -O3
 # Promises without which gcc does not turn some loops into vector code: nobody asks errno about a square root, nobody
 # wants to be stopped by a comparison with what is not a number. No result changes. (dev/bench/README.md: what it bought)
 MATH    = -fno-math-errno -fno-trapping-math
-FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra
+FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra $(if $(PLAIN),-DPLAIN=$(PLAIN))
 ifneq ($(shell $(CC) --version 2>/dev/null | grep clang),)
 # clang splits 64-byte vectors unless told otherwise
 FLAGS  += $(shell $(CC) $(ARCH) -dM -E - </dev/null 2>/dev/null | grep -q __AVX512F__ && echo -mprefer-vector-width=512)
@@ -116,6 +117,19 @@ build/embedded.h: build/embedded.txt
 	   sed 's/  */,/g; s/^,//; s/$$/,/'; echo "0}; static const long embedded_size = sizeof embedded_text - 1;"; } >$@.new
 	@mv $@.new $@
 
+# Each program as one file that compiles alone: cc -O3 -march=native -fopenmp FILE -lm. Every file is put where it is
+# first included.
+build/%_single.c: %.c $(UPCYCLE) $(LIB) build/embedded.h
+	@awk 'function emit(path, line, parts, folder) { \
+	        if (path in seen) return; seen[path]; folder = path; sub(/[^\/]*$$/, "", folder); \
+	        while ((getline line <path) > 0) \
+	            if (line ~ /^#include "/) { split(line, parts, "\""); \
+	                emit(parts[2] ~ /embedded/ ? "build/embedded.h" : parts[2] ~ /^dev|\.c$$/ ? parts[2] : folder parts[2]) } \
+	            else if (line !~ /^#pragma once/) { sub(/__has_include\("[^)]*embedded.h"\)/, "1", line); print line } } \
+	      BEGIN { emit("$<") }' >$@
+
+single: build/train_moe_single.c build/upcycle_single.c
+
 run: train_moe upcycle
 	dev/story.sh
 
@@ -146,4 +160,4 @@ references:
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu
 
-.PHONY: all run test test_gpu test_standin bench products references clean
+.PHONY: all single run test test_gpu test_standin bench products references clean

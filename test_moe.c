@@ -233,80 +233,113 @@ static void test_golden_routers(void) {
 
 #include "dev/test/products.c" // what a Product is, and that its bits do not depend on how it is called
 
-// Element i of the result that `start` becomes, in double, and the sum of the magnitudes that went into it. `ordered`
-// gets the same sum in float, in the order that train_moe.c promises: with one rounding a step (fused) or two.
-static double product_element(const Product* p, int kind, long i, float start, int fused, double* magnitude,
-                              float* ordered) {
-    int C = p->C, OC = p->OC, E = p->E, e = 0, depth;
-    const float *left, *right;
-    long left_step, right_step;
-    if (kind == BACKWARD_WEIGHT) {
-        e = (int)(i / ((long)OC * C));
-        left = p->dy + (long)p->offsets[e] * OC + i / C % OC;
-        right = p->x + (long)p->offsets[e] * C + i % C;
-        left_step = OC;
-        right_step = C;
-        depth = p->offsets[e + 1] - p->offsets[e];
-    } else {
-        int columns = kind == FORWARD ? OC : C, row = (int)(i / columns), column = (int)(i % columns);
-        while (e < E - 1 && row >= p->offsets[e + 1]) e++;
-        const float* W = p->W + (long)e * OC * C;
-        left = kind == FORWARD ? p->x + (long)row * C : p->dy + (long)row * OC;
-        right = kind == FORWARD ? W + (long)column * C : W + column;
-        left_step = 1;
-        right_step = kind == FORWARD ? 1 : C;
-        depth = kind == FORWARD ? C : OC;
-    }
+// Element i of the result that `start` becomes, in double, and the sum of the magnitudes that went into it.
+static double product_element(const Product* p, int kind, long i, float start, double* magnitude) {
+    int C = p->C, OC = p->OC, e = 0, columns = kind == FORWARD ? OC : C, column = (int)(i % columns);
+    int row = kind == BACKWARD_WEIGHT ? (int)(i / C % OC) : (int)(i / columns);
+    if (kind == BACKWARD_WEIGHT) e = (int)(i / ((long)OC * C));
+    else
+        while (e < p->E - 1 && row >= p->offsets[e + 1]) e++;
+    const float *W = p->W + (long)e * OC * C, *dy = p->dy + (long)p->offsets[e] * OC;
+    const float* x = p->x + (long)p->offsets[e] * C;
+    int depth = kind == FORWARD ? C : kind == BACKWARD_INPUT ? OC : p->offsets[e + 1] - p->offsets[e];
     double sum = start;
-    volatile float s = start; // volatile: rounded to a float after each operation
     *magnitude = fabs((double)start);
     for (int k = 0; k < depth; k++) {
-        float a = left[k * left_step], b = right[k * right_step];
-        sum += (double)a * b;
-        *magnitude += fabs((double)a * b);
-        if (fused)
-            s = fmaf(a, b, s);
-        else {
-            volatile float product = a * b;
-            s = s + product;
-        }
+        double term = kind == FORWARD          ? (double)p->x[(long)row * C + k] * W[(long)column * C + k]
+                      : kind == BACKWARD_INPUT ? (double)p->dy[(long)row * OC + k] * W[(long)k * C + column]
+                                               : (double)dy[(long)k * OC + row] * x[(long)k * C + column];
+        sum += term;
+        *magnitude += fabs(term);
     }
-    *ordered = s;
     return sum;
 }
 
-// Checks every element of all three products (the second with and without adding). Returns 0 if one is outside the
-// bound on rounding, (terms) 2^-24 of the magnitudes; *unfused and *fused stay 1 while all bits are the plain loop's.
-static int product_check(const Product* p, int grouped, int* unfused, int* fused) {
+// All three products (the second with and without adding): fast, each element within the bound on rounding, (terms)
+// 2^-24 of the magnitudes, of the sum in double; and every bit that of the plain loops of train_moe.c.
+static int product_check(const Product* p, int grouped) {
     int ok = 1;
     for (int variant = 0; variant < 4; variant++) {
         int kind = variant % 3, add = variant == 3 || kind == BACKWARD_WEIGHT;
         if (variant == 3) kind = BACKWARD_INPUT;
         long n = product_size(p, kind);
-        float *before = random_floats(n, 4), *out = kept_floats(n), ordered;
-        memcpy(out, before, floats_bytes(n));
+        float *before = random_floats(n, 4), *out = copy_floats(before, n), *plain = copy_floats(before, n);
         product_run(p, kind, grouped, add, out);
+        plain_products = 1;
+        product_run(p, kind, grouped, add, plain);
+        plain_products = PLAIN;
         int depth = kind == FORWARD ? p->C : kind == BACKWARD_INPUT ? p->OC : p->rows;
+        ok &= same_floats(out, plain, n);
         for (long i = 0; i < n; i++) {
-            double magnitude, sum = product_element(p, kind, i, add ? before[i] : 0, 0, &magnitude, &ordered);
-            if (!(fabs(out[i] - sum) <= (depth + 2) * magnitude * 0x1p-24)) ok = 0;
-            *unfused &= ordered == out[i];
-            product_element(p, kind, i, add ? before[i] : 0, 1, &magnitude, &ordered);
-            *fused &= ordered == out[i];
+            double magnitude, sum = product_element(p, kind, i, add ? before[i] : 0, &magnitude);
+            ok &= fabs(out[i] - sum) <= (depth + 2) * magnitude * 0x1p-24;
         }
     }
     return ok;
 }
 
+// Attention's products: both orders of each operand, rows that are further apart than they are long.
+static void test_blocks(void) {
+    static const int sizes[][3] = {{1, 1, 1}, {5, 7, 16}, {13, 33, 300}, {64, 100, 65}, {97, 31, 1}, {6, 64, 530}};
+    for (EACH(s, sizes)) {
+        int rows = sizes[s][0], columns = sizes[s][1], depth = sizes[s][2], same = 1;
+        long gap = 3, n = (long)rows * (columns + gap);
+        float* left = random_floats((rows + gap) * (depth + gap), 1);
+        float* right = random_floats((depth + gap) * (columns + gap), 2);
+        for (int order = 0; order < 8; order++) {
+            float *out = random_floats(n, 3), *plain = copy_floats(out, n);
+            long left_i = order & 1 ? 1 : depth + gap, left_k = order & 1 ? rows + gap : 1;
+            long right_k = order & 2 ? 1 : columns + gap, right_j = order & 2 ? depth + gap : 1;
+            for (int way = 0; way < 2; way++) {
+                plain_products = way;
+                multiply_block(way ? plain : out, columns + gap, left, left_i, left_k, right, right_k, right_j, rows,
+                               columns, depth, order >> 2);
+            }
+            plain_products = PLAIN;
+            same &= same_floats(out, plain, n);
+        }
+        check(same, "a block of %d x %d, %d terms: the plain loops' bits for all strides", rows, columns, depth);
+    }
+}
+
+// Twenty steps of training with the plain loops end with the bytes of twenty with the fast products.
+static void test_plain_training(void) {
+    enum { B = 2, T = 37, STEPS = 20 };
+    float* ends[2];
+    long total = 0;
+    for (int way = 0; way < 2; way++) {
+        Config c;
+        Error error = {""};
+        if (!config_read(&c, "dev/reference/golden/qwen3_moe", &error)) die(1, "%s", error.text);
+        Model* m = new_model(&c, FOR_TRAINING, B, T);
+        AdamW adamw = {0.9, 0.95, 1e-8, 0.1, 1};
+        int tokens[B * T + 1];
+        plain_products = way;
+        model_init(m, 1);
+        for (int step = 0; step < STEPS; step++) {
+            for (int i = 0; i <= B * T; i++) tokens[i] = (int)(mix64((uint64_t)(step * 99 + i)) % (uint64_t)c.vocab_size);
+            model_forward(m, tokens, tokens + 1, B, T);
+            model_backward(m, 1);
+            model_update(m, &adamw, 1e-3, step + 1);
+        }
+        plain_products = PLAIN;
+        total = m->layout.total;
+        ends[way] = kept_floats(3 * total);
+        memcpy(ends[way], m->params, floats_bytes(total));
+        memcpy(ends[way] + total, m->exp_avg, floats_bytes(total));
+        memcpy(ends[way] + 2 * total, m->exp_avg_sq, floats_bytes(total));
+    }
+    check(same_floats(ends[0], ends[1], 3 * total), "20 steps with plain and fast products: same parameters, moments");
+}
+
 static void test_matmul_values(void) {
     static const int rows[] = {0, 1, 3, 8, 9, 13, 14, 15, 29, 530},
                      sizes[][2] = {{1, 1}, {5, 3}, {17, 33}, {64, 96}, {193, 47}};
-    int unfused = 1, fused = 1;
     for (EACH(s, sizes)) {
         int C = sizes[s][0], OC = sizes[s][1], ok = 1;
         for (EACH(r, rows)) {
             Product p = product_create(1, &rows[r], C, OC);
-            ok &= product_check(&p, 0, &unfused, &fused);
+            ok &= product_check(&p, 0);
         }
         check(ok, "three products, 0 to 530 rows, %d -> %d", C, OC);
     }
@@ -315,21 +348,22 @@ static void test_matmul_values(void) {
                                    {20, 40, 1024}}; // the last: rows of dy are 4 KB apart, which dW packs
     for (EACH(s, large)) {
         Product p = product_create(1, large[s], large[s][1], large[s][2]);
-        check(product_check(&p, 0, &unfused, &fused), "three products, %d rows, %d -> %d", large[s][0], large[s][1],
+        check(product_check(&p, 0), "three products, %d rows, %d -> %d", large[s][0], large[s][1],
               large[s][2]);
     }
     static const int shares[][5] = {
         {0, 0, 0, 0, 0}, {0, 7, 0, 1, 40}, {13, 0, 0, 0, 0}, {3, 3, 3, 3, 3}, {0, 0, 0, 0, 101}};
     for (EACH(s, shares)) {
         Product p = product_create(5, shares[s], 19, 35);
-        check(product_check(&p, 1, &unfused, &fused), "grouped products, rows %d %d %d %d %d", shares[s][0],
+        check(product_check(&p, 1), "grouped products, rows %d %d %d %d %d", shares[s][0],
               shares[s][1], shares[s][2], shares[s][3], shares[s][4]);
     }
-    check(unfused || fused, "every bit is that of the plain loop over k, %s", fused ? "fused" : "two roundings a step");
 }
 
 static void test_matmul(void) {
     test_matmul_values();
+    test_blocks();
+    test_plain_training();
     test_matmul_bits();
 }
 
