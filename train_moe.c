@@ -439,17 +439,6 @@ static void attention_backward(float* dq, float* dk, float* dv, const float* dou
     }
 }
 
-// SwiGLU (Shazeer 2020):  act = silu(g) * u,  silu(g) = g sigmoid(g)
-// gate_up (rows, 2, I): g = W_gate x, then u = W_up x; act (rows, I)
-static void swiglu_forward(float* act, const float* gate_up, int rows, int I) {
-    #pragma omp parallel for if (rows > 8)
-    for (int r = 0; r < rows; r++) {
-        const float *g = gate_up + (long)r * 2 * I, *u = g + I;
-        float* act_r = act + (long)r * I;
-        for (int i = 0; i < I; i++) act_r[i] = g[i] / (1.0f + fast_exp(-g[i])) * u[i];
-    }
-}
-
 // The loss of each token and the log of its softmax's denominator:
 //     lse_n = log sum_v exp(logits_nv)        losses_n = lse_n - logits_n,target        logits (N, V); losses, lse (N)
 static void cross_entropy_forward(float* losses, float* lse, const float* logits, const int* targets, int N, int V) {
@@ -533,6 +522,37 @@ static void softmax_router_backward(float* dlogits, const float* dgates, const f
     }
 }
 
+// Left alone, a router sends everything to a few experts. The balance loss (Fedus et al. 2021, eq. 4) pushes back:
+//     f_e = share of the assignments that went to expert e (a constant),  P_e = mean over tokens of p_e
+//     AUX_SWITCH: the sum over sparse layers of E sum_e f_e P_e: 1 a layer when balanced
+//     AUX_HF: as in transformers, once over all layers' tokens together, with f_e counted per token: K when balanced
+// Their gradients have one form:      dz_ne += aux_weight p_ne (f_e - sum_j f_j p_nj)
+// The z-loss (Zoph et al. 2022, eq. 5), mean over tokens of lse_n^2 with lse_n = logsumexp(z_n), keeps logits small:
+//                                     dz_ne += z_weight lse_n p_ne
+
+// sums (E) = the sums of the columns of x (N, E)
+static void sum_columns(double* sums, const float* x, int N, int E) {
+    for (int e = 0; e < E; e++) sums[e] = 0;
+    for (int n = 0; n < N; n++)
+        for (int e = 0; e < E; e++) sums[e] += x[(long)n * E + e];
+}
+
+// Adds both gradients to dlogits (N, E). aux_weight and f (E) belong to one of
+//     AUX_SWITCH: coefficient E / N, counts / (N K)
+//     AUX_HF:     coefficient E / M, counts of all layers / M,  M = N times the number of sparse layers
+// and z_weight is 2 coefficient / N. lse (N), probs (N, E).
+static void balance_backward(float* dlogits, const float* lse, const float* probs, const double* f, double aux_weight,
+                             double z_weight, int N, int E) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* p = probs + (long)n * E;
+        double mean = 0;
+        for (int e = 0; e < E; e++) mean += f[e] * p[e];
+        for (int e = 0; e < E; e++)
+            dlogits[(long)n * E + e] += (float)(p[e] * (aux_weight * (f[e] - mean) + z_weight * lse[n]));
+    }
+}
+
 // Sorts the N K assignments by expert, so that each expert runs once over rows that lie together. Nothing is padded and
 // no assignment is dropped, however uneven the experts' shares.
 // offsets (E + 1): expert e's rows are offsets[e] .. offsets[e+1]-1
@@ -571,6 +591,17 @@ static void combine_rows(float* out, const float* residual, const float* y, cons
     }
 }
 
+// SwiGLU (Shazeer 2020):  act = silu(g) * u,  silu(g) = g sigmoid(g)
+// gate_up (rows, 2, I): g = W_gate x, then u = W_up x; act (rows, I)
+static void swiglu_forward(float* act, const float* gate_up, int rows, int I) {
+    #pragma omp parallel for if (rows > 8)
+    for (int r = 0; r < rows; r++) {
+        const float *g = gate_up + (long)r * 2 * I, *u = g + I;
+        float* act_r = act + (long)r * I;
+        for (int i = 0; i < I; i++) act_r[i] = g[i] / (1.0f + fast_exp(-g[i])) * u[i];
+    }
+}
+
 // The backward pass of gate * down(silu(g) * u) for the rows of all experts, between the two matrix products. Here gate
 // is the router's number for the row, and g and u are as in swiglu_forward. Given
 // dact (rows, I) = W_down^T dy, with dy the gradient of the layer's output at the row's token:
@@ -594,37 +625,6 @@ static void swiglu_backward(float* dgate_up, float* gated_act, float* dgates, co
             du[i] = gate * dact_r[i] * silu;
         }
         dgates[assignment[r]] = dgate;
-    }
-}
-
-// Left alone, a router sends everything to a few experts. The balance loss (Fedus et al. 2021, eq. 4) pushes back:
-//     f_e = share of the assignments that went to expert e (a constant),  P_e = mean over tokens of p_e
-//     AUX_SWITCH: the sum over sparse layers of E sum_e f_e P_e: 1 a layer when balanced
-//     AUX_HF: as in transformers, once over all layers' tokens together, with f_e counted per token: K when balanced
-// Their gradients have one form:      dz_ne += aux_weight p_ne (f_e - sum_j f_j p_nj)
-// The z-loss (Zoph et al. 2022, eq. 5), mean over tokens of lse_n^2 with lse_n = logsumexp(z_n), keeps logits small:
-//                                     dz_ne += z_weight lse_n p_ne
-
-// sums (E) = the sums of the columns of x (N, E)
-static void sum_columns(double* sums, const float* x, int N, int E) {
-    for (int e = 0; e < E; e++) sums[e] = 0;
-    for (int n = 0; n < N; n++)
-        for (int e = 0; e < E; e++) sums[e] += x[(long)n * E + e];
-}
-
-// Adds both gradients to dlogits (N, E). aux_weight and f (E) belong to one of
-//     AUX_SWITCH: coefficient E / N, counts / (N K)
-//     AUX_HF:     coefficient E / M, counts of all layers / M,  M = N times the number of sparse layers
-// and z_weight is 2 coefficient / N. lse (N), probs (N, E).
-static void balance_backward(float* dlogits, const float* lse, const float* probs, const double* f, double aux_weight,
-                             double z_weight, int N, int E) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        const float* p = probs + (long)n * E;
-        double mean = 0;
-        for (int e = 0; e < E; e++) mean += f[e] * p[e];
-        for (int e = 0; e < E; e++)
-            dlogits[(long)n * E + e] += (float)(p[e] * (aux_weight * (f[e] - mean) + z_weight * lse[n]));
     }
 }
 
@@ -741,13 +741,6 @@ typedef struct {
     long passes;
 } Losses;
 
-// Sums over tokens of what routing looks like in one layer, gathered while Model.counting_load is 1.
-typedef struct {
-    double tokens, entropy, top_gate;           // entropy of probs in nats; the largest gate
-    double sources, twins;                      // with families: distinct families chosen; tokens that chose two of one
-} Observed;
-enum { OBSERVED_NUMBERS = sizeof(Observed) / sizeof(double) };
-
 typedef struct {
     double beta1, beta2, eps, weight_decay, clip;       // clip = 0: no clipping
 } AdamW;
@@ -800,7 +793,7 @@ struct Model {
     long noise_step;            // which differs in each pass
     void (*observe)(Model* m, int l);   // NULL, or what looks at each layer after its forward pass,
     void* observer;             // with this at hand
-    Observed* observed;         // (L)
+    struct Observed* observed;  // (L)          figures for reports, load.h
     FILE* trace;                // NULL, or where each token's experts and gates are listed
     long trace_window;          // the number of the batch's first window
     // its memory, in bytes
@@ -866,20 +859,6 @@ static KeysValues layer_keys_values(const Model* m, int l) {
     return cache;
 }
 
-// The norms of the residual stream: one vector of H a token.
-static void stream_norm_forward(const Model* m, float* out, float* rstd, const float* x, const float* weight,
-                                int rows) {
-    int H = m->config.hidden_size;
-    rmsnorm_forward(out, H, rstd, x, H, weight, rows, 1, H, (float)m->config.rms_norm_eps);
-}
-
-// add = 1: the gradient joins dx, which has come past the norm already
-static void stream_norm_backward(const Model* m, float* dx, int add, float* dweight, const float* dout,
-                                 const float* x, const float* weight, const float* rstd) {
-    int N = m->batch * m->length, H = m->config.hidden_size;
-    rmsnorm_backward(dx, H, add, dweight, dout, H, x, H, weight, rstd, N, 1, H, m->scratch.norm_sums);
-}
-
 // rotated = the norms of queries and keys, where the model has them: NH vectors of HD, or one of NH HD
 static void qk_norm_forward(const Model* m, int l) {
     const Config* c = &m->config;
@@ -923,9 +902,10 @@ static void attention_layer_forward(Model* m, int l) {
     LayerActivations* s = &m->layers[l];
     int N = m->batch * m->length, T = m->length, H = c->hidden_size, HD = c->head_dim;
     int NH = c->num_heads, NKV = c->num_kv_heads, past = m->purpose == FOR_GENERATION ? m->cached : 0;
+    float eps = (float)c->rms_norm_eps;
     long QK = (long)(NH + NKV) * HD;
     // 1. attn_in = n1(x)
-    stream_norm_forward(m, s->attn_in, s->attn_rstd, s->x, w->attn_norm, N);
+    rmsnorm_forward(s->attn_in, H, s->attn_rstd, s->x, H, w->attn_norm, N, 1, H, eps);
     // 2. (q, k, v) = W_qkv attn_in
     matmul_forward(s->qkv, s->attn_in, w->qkv, N, H, qkv_width(c));
     // 3. rotated = rope(qknorm(q)), rope(qknorm(k))
@@ -963,7 +943,8 @@ static void attention_layer_backward(Model* m, int l) {
     matmul_backward_input(t->dnormed, t->dqkv, w->qkv, N, H, QKV, 0);
     matmul_backward_weight(dw->qkv, t->dqkv, s->attn_in, N, H, QKV);
     // 1 was  attn_in = n1(x)
-    stream_norm_backward(m, t->dx, 1, dw->attn_norm, t->dnormed, s->x, w->attn_norm, s->attn_rstd);
+    rmsnorm_backward(t->dx, H, 1, dw->attn_norm, t->dnormed, H, s->x, H, w->attn_norm, s->attn_rstd, N, 1, H,
+                     t->norm_sums);
 }
 
 // After routing: counts the load, and adds this layer's share to the balance losses.
@@ -983,18 +964,6 @@ static void balance_layer_forward(Model* m, int l) {
         if (m->balance.aux_form == AUX_SWITCH) m->aux_loss += E * (count / ((double)N * K)) * (prob_sums[e] / N);
     }
     for (int n = 0; n < N; n++) m->z_loss += (double)s->router_lse[n] * s->router_lse[n] / N;
-}
-
-// What balance_backward needs to know of layer l for the gradient of  scale * (aux * aux_loss + z * z_loss). f (E)
-static void balance_weights(const Model* m, int l, float scale, double* f, double* aux_weight, double* z_weight) {
-    const int* offsets = m->layers[l].offsets;
-    int E = m->config.num_experts, per_layer = m->balance.aux_form == AUX_SWITCH;
-    double N = (double)m->batch * m->length, tokens_seen = N * count_sparse(&m->config);
-    for (int e = 0; e < E; e++)
-        f[e] = per_layer ? (offsets[e + 1] - offsets[e]) / (N * m->topk[l]) : m->all_counts[e] / tokens_seen;
-    double aux = m->balance.adaptive ? m->aux_coefficients[l] : m->balance.aux;
-    *aux_weight = scale * aux * E / (per_layer ? N : tokens_seen);
-    *z_weight = 2.0 * scale * m->balance.z / N;
 }
 
 #include "dev/lib/routers.h"      // routers other than softmax top-K
@@ -1022,8 +991,12 @@ static void router_backward(Model* m, int l, float scale) {
     LayerActivations* s = &m->layers[l];
     Scratch* t = &m->scratch;
     int N = m->batch * m->length, H = c->hidden_size, E = c->num_experts, K = m->topk[l];
-    double aux_weight, z_weight;
-    balance_weights(m, l, scale, t->balance, &aux_weight, &z_weight);
+    // the balance loss's f and the weights of both losses, see balance_backward
+    int per_layer = m->balance.aux_form == AUX_SWITCH;
+    double tokens = per_layer ? N : (double)N * count_sparse(c), z_weight = 2.0 * scale * m->balance.z / N;
+    double aux = m->balance.adaptive ? m->aux_coefficients[l] : m->balance.aux, aux_weight = scale * aux * E / tokens;
+    for (int e = 0; e < E; e++)
+        t->balance[e] = per_layer ? (s->offsets[e + 1] - s->offsets[e]) / ((double)N * K) : m->all_counts[e] / tokens;
     if (has_router_variant(c)) {
         variant_router_backward(m, l, t->balance, aux_weight, z_weight, scale);
         return;
@@ -1044,7 +1017,7 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     int N = m->batch * m->length, H = c->hidden_size, I = layer_width(c, l);
     int E = layer_experts(c, l), K = m->topk[l], R = N * K;
     // 1. ffn_in = n2(x_mid)
-    stream_norm_forward(m, s->ffn_in, s->ffn_rstd, s->x_mid, w->ffn_norm, N);
+    rmsnorm_forward(s->ffn_in, H, s->ffn_rstd, s->x_mid, H, w->ffn_norm, N, 1, H, (float)c->rms_norm_eps);
     // 2. z = W_router ffn_in,  p = softmax z,  gates = p of the K best
     if (c->sparse[l]) router_forward(m, l);
     else s->offsets[0] = 0, s->offsets[1] = N;
@@ -1082,7 +1055,8 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
     // 2 was  z = W_router ffn_in,  p = softmax z,  gates = p of the K best
     if (c->sparse[l]) router_backward(m, l, scale);
     // 1 was  ffn_in = n2(x_mid)
-    stream_norm_backward(m, t->dx, 1, dw->ffn_norm, t->dnormed, s->x_mid, w->ffn_norm, s->ffn_rstd);
+    rmsnorm_backward(t->dx, H, 1, dw->ffn_norm, t->dnormed, H, s->x_mid, H, w->ffn_norm, s->ffn_rstd, N, 1, H,
+                     t->norm_sums);
 }
 
 // Runs B sequences of T tokens (B T) through the model. With targets (B T), the next tokens, it returns the mean
@@ -1114,7 +1088,8 @@ static double model_forward(Model* m, const int* tokens, const int* targets, int
         wanted = 1;
         x += (long)(N - 1) * H;
     }
-    stream_norm_forward(m, m->final_out, m->final_rstd, x, m->weights.final_norm, wanted);
+    rmsnorm_forward(m->final_out, H, m->final_rstd, x, H, m->weights.final_norm, wanted, 1, H,
+                    (float)c->rms_norm_eps);
     matmul_forward(m->logits, m->final_out, m->weights.lm_head, wanted, H, V);
     if (!targets) return 0;
     memcpy(m->targets, targets, sizeof(int) * N);
@@ -1142,8 +1117,8 @@ static void model_backward(Model* m, float scale) {
     cross_entropy_backward(m->logits, m->losses_lse, m->targets, N, V, scale / N);
     matmul_backward_input(t->dnormed, m->logits, m->weights.lm_head, N, H, V, 0);
     matmul_backward_weight(m->dweights.lm_head, m->logits, m->final_out, N, H, V);
-    stream_norm_backward(m, t->dx, 0, m->dweights.final_norm, t->dnormed, m->final_in, m->weights.final_norm,
-                         m->final_rstd);
+    rmsnorm_backward(t->dx, H, 0, m->dweights.final_norm, t->dnormed, H, m->final_in, H, m->weights.final_norm,
+                     m->final_rstd, N, 1, H, t->norm_sums);
     for (int l = c->num_layers - 1; l >= 0; l--) {
         ffn_layer_backward(m, l, scale);
         attention_layer_backward(m, l);

@@ -18,3 +18,10 @@
     ARRAY(float, lpr_dencoded, training * lpr * N * 2 * D)                                                          \
     ARRAY(float, lpr_da, training * lpr * N * H)                                                                    \
     ARRAY(double, lpr_gram, training * lpr * D * D)
+
+// Sums over tokens of what routing looks like in one layer, gathered while Model.counting_load is 1.
+typedef struct Observed {
+    double tokens, entropy, top_gate;           // entropy of probs in nats; the largest gate
+    double sources, twins;                      // with families: distinct families chosen; tokens that chose two of one
+} Observed;
+enum { OBSERVED_NUMBERS = sizeof(Observed) / sizeof(double) };
