@@ -1369,6 +1369,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
 #include "dev/lib/options.h"      // the command line
 
 int train_moe_main(int argc, char** argv) {
+    begin_program("train_moe");
     options_parse(argc, argv);
     return run_command();
 }

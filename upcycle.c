@@ -930,7 +930,7 @@ static int upcycle_main(int argc, char** argv) {
     Findings findings;
     Proof proof;
     struct statvfs disk;
-    program_name = "upcycle";
+    begin_program("upcycle");
     // what the receipt repeats: the options as they were given, without SRC and DST
     char** arguments = (char**)checked_malloc(sizeof(char*) * (size_t)(argc + 1));
     int num_arguments = 0;
