@@ -941,6 +941,7 @@ static int upcycle_main(int argc, char** argv) {
 #ifdef _OPENMP
     if (ask.threads != UNSET) omp_set_num_threads((int)ask.threads);
 #endif
+    look_for_others();
     for (int i = 1; i < optind; i++) arguments[num_arguments++] = argv[i];
     catch_signals();
     signal(SIGPIPE, SIG_IGN); // that nobody reads what is printed (`| head`) is no reason to lose the work

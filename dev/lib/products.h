@@ -1,6 +1,6 @@
 // products.h: the sums of train_moe.c's section 2, fast and with the same bits. Needs util.h's threads and imin.
 #pragma once
-#include "util.h"
+#include "threads.h"
 
 // Work for all threads, in units that take unequal time: OpenMP's dynamic schedule, but with regard to where rows lie
 // (to be skipped on first reading). Loops over tokens give the threads contiguous shares of the rows (OpenMP's static
@@ -537,6 +537,7 @@ enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT };
 // or (dW, dy, x) backward.
 static void fast_product(int kind, float* result, const float* left, const float* right, long weight_stride, int C,
                          int OC, int E, const int* offsets, int add) {
+    look_for_others();
     int threads = thread_count(), columns = kind == FORWARD ? OC : C, most_rows = 0, units, unit_rows;
     Work work;
 #define RESULT_ROWS(e) (kind == BACKWARD_WEIGHT ? OC : offsets[(e) + 1] - offsets[e])
