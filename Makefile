@@ -8,22 +8,35 @@
 # make test_standin   runs the checks of the GPU program without a GPU, on a stand-in; STANDIN=WORD: only some groups
 
 CC     ?= cc
-ARCH   ?= -march=native
 CFLAGS ?= -O3
+# Which processor: the one at hand, if the compiler can find out (cross compilers and gcc on RISC-V cannot). A program
+# that is to run on other machines too wants the oldest one's: make ARCH=-march=haswell, say.
+ifeq ($(origin ARCH),undefined)
+ARCH   := $(shell for a in -march=native -mcpu=native; do $(CC) $$a -E -x c /dev/null >/dev/null 2>&1 && echo $$a && break; done)
+endif
 # gnu11 and not c11: the latter switches off the contraction of a * b + c into one instruction, which halves the speed
 # Promises without which gcc does not turn some loops into vector code: nobody asks errno about a square root, nobody
 # wants to be stopped by a comparison with what is not a number. No result changes. (dev/bench/README.md: what it bought)
 MATH    = -fno-math-errno -fno-trapping-math
 FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra $(if $(PLAIN),-DPLAIN=$(PLAIN))
-ifneq ($(shell $(CC) --version 2>/dev/null | grep clang),)
+# what the compiler says of itself; --version is silent where CC is more than a name
+MACROS := $(shell $(CC) $(CFLAGS) $(ARCH) -dM -E -x c /dev/null 2>/dev/null)
+ifneq ($(findstring __clang__,$(MACROS)),)
 # clang splits 64-byte vectors unless told otherwise
-FLAGS  += $(shell $(CC) $(ARCH) -dM -E - </dev/null 2>/dev/null | grep -q __AVX512F__ && echo -mprefer-vector-width=512)
+FLAGS  += $(if $(findstring __AVX512F__,$(MACROS)),-mprefer-vector-width=512)
 else
 # gcc makes branches of the comparisons in fast_exp, which it cannot undo when it meets the loop around them
 FLAGS  += -fno-thread-jumps
 endif
-OPENMP := $(shell echo 'int main(void){return 0;}' >.openmp.c; $(CC) -fopenmp .openmp.c -o .openmp.out 2>/dev/null && \
-                  echo -fopenmp; rm -f .openmp.c .openmp.out)
+# OpenMP is there if a program that uses it can be linked, and its library is found when it starts (127: it is not; a
+# cross compiler's program does not start at all, which says nothing). Apple's clang wants to be told by -Xclang, and
+# finds neither header nor library where Homebrew puts them.
+BREW   := $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
+OPENMP := $(shell p=.openmp$$$$; \
+    echo 'int main(void) { int n = 0; _Pragma("omp parallel") n = omp_get_num_threads(); return n == 0; }' >$$p.c; \
+    for f in -fopenmp "-Xclang -fopenmp $(if $(BREW),-I$(BREW)/include -L$(BREW)/lib) -lomp"; do \
+    $(CC) $(CFLAGS) $$f -include omp.h $$p.c -o $$p.out >/dev/null 2>&1 || continue; \
+    ./$$p.out >/dev/null 2>&1; [ $$? -eq 127 ] || { echo "$$f"; break; }; done; rm -f $$p.c $$p.out)
 ifeq ($(OPENMP),)
 # without the library loops can still become vector code
 FLAGS  += -fopenmp-simd -Wno-unknown-pragmas
@@ -31,7 +44,8 @@ endif
 FLAGS  += $(OPENMP)
 
 # nvcc, and cuBLAS where the toolkit has none: make CUBLAS=DIR, with DIR/include and DIR/lib
-NVCC   ?= $(firstword $(shell command -v nvcc) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
+# (make before 4.3 runs what looks simple without a shell, but `command` is the shell's: hence the redirection)
+NVCC   ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 # A100 and RTX 30/40 (80), H100 and H200 (90a), B200 (100), RTX 50 (120); others compile the first one's PTX when started
 GPUS   ?= 80 90a 100 120
 CUFLAGS = -std=c++17 -O3 $(foreach g,$(GPUS),-gencode arch=compute_$(g),code=sm_$(g)) \
@@ -51,11 +65,13 @@ UPCYCLE = upcycle.c $(sort $(wildcard dev/upcycle/*.h))
 TESTS   = test_moe.c $(sort $(wildcard dev/test/*.[ch]))
 
 all: train_moe upcycle
-	@echo "compiler: $(CC)"
+	@echo "compiler: $(CC) $(CFLAGS) $(ARCH)"
+ifeq ($(ARCH),)
+	@echo "ARCH:     $(CC) cannot tell the processor; make ARCH=-march=NAME (-mcpu=NAME) makes use of all it has"
+endif
 ifeq ($(OPENMP),)
 	@echo "OpenMP:   not found, the programs will use one core."
-	@echo "          Debian, Ubuntu: apt install gcc (or libomp-dev for clang); macOS: brew install libomp, then"
-	@echo "          make CC='clang -Xclang' CFLAGS=\"-O3 -I\$$(brew --prefix libomp)/include -L\$$(brew --prefix libomp)/lib -lomp\""
+	@echo "          Debian, Ubuntu: apt install gcc (or libomp-dev for clang); macOS: brew install libomp"
 else
 	@echo "OpenMP:   found"
 endif
@@ -112,9 +128,10 @@ build/embedded.txt: $(LIB) $(UPCYCLE) $(TESTS)
 	@mkdir -p build
 	@cat $(LIB) $(UPCYCLE) $(TESTS) >$@
 
+# (macOS's od fills its last line up with blanks and adds an empty one)
 build/embedded.h: build/embedded.txt
 	@{ echo "static const unsigned char embedded_text[] = {"; od -An -v -tu1 build/embedded.txt | \
-	   sed 's/  */,/g; s/^,//; s/$$/,/'; echo "0}; static const long embedded_size = sizeof embedded_text - 1;"; } >$@.new
+	   sed 's/  */,/g; s/^,//; s/,*$$/,/; /^,$$/d'; echo "0}; static const long embedded_size = sizeof embedded_text - 1;"; } >$@.new
 	@mv $@.new $@
 
 # Each program as one file that compiles alone: cc -O3 -march=native -fopenmp FILE -lm. Every file is put where it is

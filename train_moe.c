@@ -136,7 +136,7 @@ void grouped_matmul_forward(float* y, const float* x, const float* W, long weigh
         fast_product(FORWARD, y, x, W, weight_stride, C, OC, E, offsets, 0);
         return;
     }
-    for (int e = 0; e < E; e++)
+    for (int e = 0; e < E; e++) {
         #pragma omp parallel for
         for (long r = offsets[e]; r < offsets[e + 1]; r++)
             for (int o = 0; o < OC; o++) {
@@ -145,6 +145,7 @@ void grouped_matmul_forward(float* y, const float* x, const float* W, long weigh
                 for (int c = 0; c < C; c++) sum = MULTIPLY_ADD(sum, x_r[c], W_o[c]);
                 y[r * OC + o] = sum;
             }
+    }
 }
 
 //     dx = dy W_e, or with add = 1 dx += dy W_e
@@ -154,7 +155,7 @@ void grouped_matmul_backward_input(float* dx, const float* dy, const float* W, l
         fast_product(BACKWARD_INPUT, dx, dy, W, weight_stride, C, OC, E, offsets, add);
         return;
     }
-    for (int e = 0; e < E; e++)
+    for (int e = 0; e < E; e++) {
         #pragma omp parallel for
         for (long r = offsets[e]; r < offsets[e + 1]; r++)
             for (int c = 0; c < C; c++) {
@@ -163,6 +164,7 @@ void grouped_matmul_backward_input(float* dx, const float* dy, const float* W, l
                     sum = MULTIPLY_ADD(sum, dy[r * OC + o], W[e * weight_stride + (long)o * C + c]);
                 dx[r * C + c] = sum;
             }
+    }
 }
 
 //     dW_e += dy^T x
@@ -172,7 +174,7 @@ void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, 
         fast_product(BACKWARD_WEIGHT, dW, dy, x, weight_stride, C, OC, E, offsets, 1);
         return;
     }
-    for (int e = 0; e < E; e++)
+    for (int e = 0; e < E; e++) {
         #pragma omp parallel for
         for (int o = 0; o < OC; o++)
             for (int c = 0; c < C; c++) {
@@ -180,6 +182,7 @@ void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, 
                 for (long r = offsets[e]; r < offsets[e + 1]; r++)
                     *dW_oc = MULTIPLY_ADD(*dW_oc, dy[r * OC + o], x[r * C + c]);
             }
+    }
 }
 
 // The same sums for attention, by one thread, on matrices whose rows and columns are any number of floats apart:
@@ -1344,6 +1347,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
 #include "dev/lib/options.h"      // the command line
 
 int train_moe_main(int argc, char** argv) {
+    begin_program("train_moe");
     options_parse(argc, argv);
     return run_command();
 }

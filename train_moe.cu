@@ -2266,7 +2266,7 @@ static const Backend gpu_backend_bf16 = {gpu_plan<bf16>,    gpu_allocate<bf16>, 
 // 9. The command line
 
 int train_moe_cu_main(int argc, char** argv) {
-    program_name = "train_moe_cu";
+    begin_program("train_moe_cu");
     options_parse(argc, argv);
     gpu_open();
     default_backend = strcmp(options.precision, "fp32") ? &gpu_backend_bf16 : &gpu_backend_float;

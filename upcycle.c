@@ -930,7 +930,7 @@ static int upcycle_main(int argc, char** argv) {
     Findings findings;
     Proof proof;
     struct statvfs disk;
-    program_name = "upcycle";
+    begin_program("upcycle");
     // what the receipt repeats: the options as they were given, without SRC and DST
     char** arguments = (char**)checked_malloc(sizeof(char*) * (size_t)(argc + 1));
     int num_arguments = 0;
@@ -941,6 +941,7 @@ static int upcycle_main(int argc, char** argv) {
 #ifdef _OPENMP
     if (ask.threads != UNSET) omp_set_num_threads((int)ask.threads);
 #endif
+    look_for_others();
     for (int i = 1; i < optind; i++) arguments[num_arguments++] = argv[i];
     catch_signals();
     signal(SIGPIPE, SIG_IGN); // that nobody reads what is printed (`| head`) is no reason to lose the work

@@ -290,7 +290,7 @@ int main(int argc, char** argv) {
     const char* only = NULL;
     int short_form = 0;
     double for_seconds = 8;
-    program_name = "bench";
+    begin_program("bench");
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--short")) short_form = 1;
         else if (!strcmp(argv[i], "--config") && i + 1 < argc) only = argv[++i];

@@ -152,7 +152,7 @@ int main(int argc, char** argv) {
         {"few",     512, 512, 256, 1024, 8,  2, 8192,  64},
     };
     const char* only = getenv("MODEL");
-    program_name = "products";
+    begin_program("products");
     shared = (double*)mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     for (int i = 1; i < argc && num_libraries < MAX_LIBRARIES; i++) {
         void* library = dlopen(argv[i], RTLD_NOW | RTLD_LOCAL);

@@ -579,7 +579,7 @@ static void run_shape(Shape s, bool timed) {
 }
 
 int main(int argc, char** argv) {
-    program_name = "attention";
+    begin_program("attention");
     Shape s = {4, 1, 16, 4, 128};
     int* fields[] = {&s.T, &s.NH, &s.NKV, &s.HD, &s.B};
     for (int i = 1; i < argc && i <= 5; i++) *fields[i - 1] = atoi(argv[i]);

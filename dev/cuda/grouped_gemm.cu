@@ -407,7 +407,7 @@ static void run_problem(int N, int K, int E, int C, int OC, bool timed) {
 }
 
 int main(int argc, char** argv) {
-    program_name = "grouped_gemm";
+    begin_program("grouped_gemm");
     int s[5] = {0, 2, 8, 2048, 2048};               // N K E C OC
     for (int i = 1; i < argc && i <= 5; i++) s[i - 1] = atoi(argv[i]);
     if (argc > 6 || (argc > 1 && s[0] < 1) || s[1] < 1 || s[2] < s[1] || s[3] < 8 || s[3] % 8 || s[4] < 1)

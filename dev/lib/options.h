@@ -788,6 +788,7 @@ static int run_command(void) {
 #ifdef _OPENMP
     if (options.threads != UNSET) omp_set_num_threads((int)options.threads);
 #endif
+    look_for_others();
     int prompting = options.prompt || options.prompt_ids, training = !options.eval && !options.dump && !prompting;
     if ((options.eval != 0) + (options.dump != NULL) + (options.prompt != NULL) + (options.prompt_ids != NULL) > 1)
         die(2, "--eval, --dump, --prompt and --prompt-ids: only one of them at a time");

@@ -1,6 +1,6 @@
 // products.h: the sums of train_moe.c's section 2, fast and with the same bits. Needs util.h's threads and imin.
 #pragma once
-#include "util.h"
+#include "threads.h"
 
 // Work for all threads, in units that take unequal time: OpenMP's dynamic schedule, but with regard to where rows lie
 // (to be skipped on first reading). Loops over tokens give the threads contiguous shares of the rows (OpenMP's static
@@ -48,9 +48,7 @@ static int work_take(Work* w, int* helped) {
 // copies ("packed"), made just before use in the order in which the tile reads them, small enough for the caches,
 // except where they lie that way already, or where each number would be used once or twice only.
 
-#if !defined(__GNUC__) // plain C for compilers without vector types
-#define VECTOR_LENGTH 1
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 #define VECTOR_LENGTH 16
 #elif defined(__AVX__)
 #define VECTOR_LENGTH 8
@@ -58,12 +56,6 @@ static int work_take(Work* w, int* helped) {
 #define VECTOR_LENGTH 4 // SSE, NEON; other machines: the compiler splits vectors into what they have
 #endif
 
-#if VECTOR_LENGTH == 1
-typedef float vector;
-#define UNROLL
-#define ALWAYS_INLINE static inline
-#define PREFETCH(address)
-#else
 typedef float vector __attribute__((vector_size(4 * VECTOR_LENGTH), aligned(4), may_alias)); // any float's address
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define PREFETCH(address) __builtin_prefetch(address) // a hint to the cache: any address is allowed
@@ -74,6 +66,11 @@ typedef float vector __attribute__((vector_size(4 * VECTOR_LENGTH), aligned(4), 
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else // the name that older versions of gcc have for it
+typedef int places __attribute__((vector_size(4 * VECTOR_LENGTH)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
 #endif
 
 // sum + a b, rounded once where the processor can do so. (Left to itself, gcc splits some of these into two roundings,
@@ -133,7 +130,6 @@ ALWAYS_INLINE int blocks_of(int n, int size) { return (n + size - 1) / size; }
 // Transposes a square of VECTOR_LENGTH vectors. One round interleaves vector i with vector i + VECTOR_LENGTH/2, as a
 // perfect shuffle of cards; log2(VECTOR_LENGTH) rounds move every element to its place.
 ALWAYS_INLINE void transpose(vector* r) {
-#if VECTOR_LENGTH > 1
 #if VECTOR_LENGTH == 16
 #define LOW_HALVES  0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
@@ -149,15 +145,12 @@ ALWAYS_INLINE void transpose(vector* r) {
     for (int half = 1; half < VECTOR_LENGTH; half *= 2) {
         UNROLL
         for (int i = 0; i < VECTOR_LENGTH / 2; i++) {
-            t[2 * i] = __builtin_shufflevector(r[i], r[i + VECTOR_LENGTH / 2], LOW_HALVES);
-            t[2 * i + 1] = __builtin_shufflevector(r[i], r[i + VECTOR_LENGTH / 2], HIGH_HALVES);
+            t[2 * i] = SHUFFLE(r[i], r[i + VECTOR_LENGTH / 2], LOW_HALVES);
+            t[2 * i + 1] = SHUFFLE(r[i], r[i + VECTOR_LENGTH / 2], HIGH_HALVES);
         }
         UNROLL
         for (int i = 0; i < VECTOR_LENGTH; i++) r[i] = t[i];
     }
-#else
-    (void)r;
-#endif
 }
 
 // Copies packed[k*width + q] = source[q*q_step + k*k_step] for q < count, k < depth, and fills up with zeros to whole
@@ -544,6 +537,7 @@ enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT };
 // or (dW, dy, x) backward.
 static void fast_product(int kind, float* result, const float* left, const float* right, long weight_stride, int C,
                          int OC, int E, const int* offsets, int add) {
+    look_for_others();
     int threads = thread_count(), columns = kind == FORWARD ? OC : C, most_rows = 0, units, unit_rows;
     Work work;
 #define RESULT_ROWS(e) (kind == BACKWARD_WEIGHT ? OC : offsets[(e) + 1] - offsets[e])

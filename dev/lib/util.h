@@ -28,6 +28,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#include "machine.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 enum { ARRAY_GAP = 64 };        // bytes between arrays, which nothing may touch
@@ -52,10 +53,7 @@ enum { ARRAY_GAP = 0 };
 static const char* program_name = "train_moe";
 
 // Bad input ends the program with one line and exit code 2 (the user's to mend), a failure while running with 1.
-#if defined(__GNUC__)
-__attribute__((noreturn, format(printf, 2, 3)))
-#endif
-static void die(int code, const char* format, ...) {
+__attribute__((noreturn, format(printf, 2, 3))) static void die(int code, const char* format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
@@ -64,6 +62,13 @@ static void die(int code, const char* format, ...) {
     fprintf(stderr, "\n");
     va_end(args);
     exit(code);
+}
+
+// What every program does first.
+static void begin_program(const char* name) {
+    program_name = name;
+    if (!arithmetic_holds())
+        die(1, "compiled with flags that change values (-funsafe-math-optimizations or the like): build with -O3 alone");
 }
 
 static void* checked_malloc(size_t bytes) {

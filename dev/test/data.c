@@ -109,8 +109,8 @@ static void test_normal(void) {
     for (long i = 0; i < COUNT; i++) {
         long k = i < 1000 ? i : i < 2000 ? (1 << 24) - 1 - (i - 1000) : (long)(mix64((uint64_t)i) >> 40);
         double u = ((double)k + 0.5) / 16777216.0, x = random_normal(mix64((uint64_t)i));
-        log_error = fmax(log_error, fabs(unit_log(u) / log(u) - 1));
-        cos_error = fmax(cos_error, fabs(unit_cos(u) - cos(2 * M_PI * u)));
+        log_error = larger(log_error, fabs(unit_log(u) / log(u) - 1));
+        cos_error = larger(cos_error, fabs(unit_cos(u) - cos(2 * M_PI * u)));
         sum += x;
         squares += x * x;
     }

@@ -115,8 +115,8 @@ static int* reference_ints(SafeTensors* s, const char* name, long* shape) {
     return out;
 }
 
-// The larger one, which is NaN if b is: a comparison with a tolerance then fails.
-static double larger(double a, double b) { return b <= a ? a : b; }
+// The larger one, or NaN if one of them is: a comparison with a tolerance then fails. (fmax would hide it.)
+static double larger(double a, double b) { return b <= a || a != a ? a : b; }
 
 static double metadata_number(const SafeTensors* s, const char* key) {
     const Json* j = json_get(s->metadata, key);

@@ -27,7 +27,7 @@ static double gradient_error(Function f, const float* x, const float* got, long 
     for (long i = 0; i < n; i += step) {
         double expected = numeric_derivative(f, point, i, context), error = fabs(got[i] - expected);
         if (!(error <= worst)) worst = error;
-        scale = fmax(scale, fabs(expected));
+        scale = larger(scale, fabs(expected));
     }
     return worst / scale;
 }
@@ -67,7 +67,7 @@ static void test_rmsnorm(int groups, int size) {
     rmsnorm_forward(out, row, rstd, x, ld, weight, N, groups, size, 1e-5f);
     double *point = to_double(inputs, n + size), worst = 0;
     norm_plain(point, &c);
-    for (long i = 0; i < n; i++) worst = fmax(worst, fabs(out[i] - c.out[i]));
+    for (long i = 0; i < n; i++) worst = larger(worst, fabs(out[i] - c.out[i]));
     check(worst < 2e-6, "rmsnorm, %d groups of %d: forward, error %.1e", groups, size, worst);
     c.out = NULL;
     float *kept = random_floats(N * ld, 13), *sums = random_floats(rmsnorm_sums_size(N, size), 14);
@@ -98,7 +98,7 @@ static void test_rope(void) {
                 const float* v = x + n * ld + h * HD;
                 double angle = (start + n % T) / pow(500.0, 2.0 * (i % 5) / HD);
                 double half = i < 5 ? -v[i + 5] : v[i - 5];
-                worst = fmax(worst, fabs(y[n * ld + h * HD + i] - (v[i] * cos(angle) + half * sin(angle))));
+                worst = larger(worst, fabs(y[n * ld + h * HD + i] - (v[i] * cos(angle) + half * sin(angle))));
             }
     check(worst < 1e-6, "rope: rotate_half at positions from %d on, error %.1e", start, worst);
     int outside = 1;
@@ -145,7 +145,7 @@ static void test_swiglu(void) {
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < I; i++) {
             double g = inputs[(long)r * 2 * I + i], u = inputs[(long)r * 2 * I + I + i];
-            worst = fmax(worst, fabs(act[r * I + i] - g / (1 + exp(-g)) * u));
+            worst = larger(worst, fabs(act[r * I + i] - g / (1 + exp(-g)) * u));
         }
     check(worst < 1e-5, "swiglu: forward, error %.1e of values up to 64", worst);
     SwigluContext c = {rows, I, dact};
@@ -156,7 +156,7 @@ static void test_swiglu(void) {
     worst = 0;
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < I; i++)
-            worst = fmax(worst, fabs(gated[r * I + i] - (double)gates[assignment[r]] * act[r * I + i]));
+            worst = larger(worst, fabs(gated[r * I + i] - (double)gates[assignment[r]] * act[r * I + i]));
     check(worst < 1e-5, "swiglu: backward makes gate * act again, error %.1e", worst);
     swiglu_backward(inputs, gated, dgates, dact, inputs, gates, assignment, rows, I);
     check(same_floats(inputs, gradient, n), "swiglu: backward in place has the same bits");
@@ -262,8 +262,8 @@ static void test_attention(int B, int T, int NH, int NKV, int HD) {
     attention_forward(out, lse, qk, QK, k, QK, v, QKV, B, T, T, NH, NKV, HD, scratch);
     double *point = to_double(inputs, n), worst = 0;
     attention_plain(point, &c);
-    for (long i = 0; i < nq; i++) worst = fmax(worst, fabs(out[i] - c.out[i]));
-    for (long i = 0; i < (long)B * NH * T; i++) worst = fmax(worst, fabs(lse[i] - c.lse[i]));
+    for (long i = 0; i < nq; i++) worst = larger(worst, fabs(out[i] - c.out[i]));
+    for (long i = 0; i < (long)B * NH * T; i++) worst = larger(worst, fabs(lse[i] - c.lse[i]));
     check(worst < 5e-6, "attention, T = %d, %d heads on %d: forward, error %.1e", T, NH, NKV, worst);
     c.out = c.lse = NULL;
     attention_backward(dqk, dqk + NH * HD, dqkv + (NH + NKV) * HD, dout, out, lse, qk, QK, k, QK, v, QKV, QK, QKV, B, T,

@@ -90,6 +90,14 @@ static void test_matmul_bits(void) {
         #pragma omp single
         product_run(&g, kind, 1, 1, threads); // a parallel region within another one gets a single thread
         check(same_floats(all, threads, n), "%s: one thread where 8 were expected", names[kind]);
+#ifdef _OPENMP
+        share_cores(1);
+        threads = random_floats(n, 5);
+        product_run(&g, kind, 1, 1, threads);
+        check(sharing && same_floats(all, threads, n), "%s: with a second team asleep", names[kind]);
+        share_cores(0);
+        check(!sharing, "%s: the second team ends", names[kind]);
+#endif
         set_threads(default_threads);
     }
 }

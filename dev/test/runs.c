@@ -84,9 +84,9 @@ static void test_adamw(double clip, double size) {
             norm += (double)model->grads[i] * model->grads[i];
         }
         adamw_plain(w, m, v, model->grads, n, matrices, &o, lr, step);
-        norm_error = fmax(norm_error, fabs(model_update(model, &o, lr, step) / sqrt(norm) - 1));
+        norm_error = larger(norm_error, fabs(model_update(model, &o, lr, step) / sqrt(norm) - 1));
         for (long i = 0; i < n; i++) {
-            error = fmax(error, fabs(w[i] - model->params[i]));
+            error = larger(error, fabs(w[i] - model->params[i]));
             cleared &= model->grads[i] == 0;
         }
     }

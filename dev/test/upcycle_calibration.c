@@ -69,10 +69,10 @@ static void test_up_utility(void) {
                                : !strcmp(on, "down")    ? b
                                : !strcmp(on, "average") ? (a + b) / 2
                                : !strcmp(on, "product") ? a * b
-                               : !strcmp(on, "max")     ? fmax(a, b)
+                               : !strcmp(on, "max")     ? larger(a, b)
                                                         : fmin(a, b);
                 double got = score->items[e]->number;
-                worst = fmax(worst, expected == 0 ? got : fabs(got / expected - 1));
+                worst = larger(worst, expected == 0 ? got : fabs(got / expected - 1));
             }
             check(worst < 1e-4, "%s: %s on %s in %d batches, against fp64 gradients: %.1e", models[i], cases[k].select,
                   cases[k].on, cases[k].batches, worst);
@@ -96,7 +96,7 @@ static void test_up_utility(void) {
             v2 += sum_of_squares(v, n);
         }
         double expected = json_get(json_get(g, "layers")->items[1], "score")->items[e]->number / (sqrt(v2) + 1e-8);
-        worst = fmax(worst, fabs(json_get(json_get(f, "layers")->items[1], "score")->items[e]->number / expected - 1));
+        worst = larger(worst, fabs(json_get(json_get(f, "layers")->items[1], "score")->items[e]->number / expected - 1));
     }
     check(worst < 1e-5, "fisher is grad2 over the norm of Adam's second moment: %.1e", worst);
 }
@@ -185,7 +185,7 @@ static void test_up_pruning(void) {
                            score = fabs(w[r * wide + k]) * norm;
                     if (v[r * wide + k] == 0) {
                         gone++;
-                        most_gone = fmax(most_gone, score);
+                        most_gone = larger(most_gone, score);
                     } else {
                         least_kept = fmin(least_kept, score);
                         right &= v[r * wide + k] == w[r * wide + k];
@@ -264,7 +264,7 @@ static void test_up_cluster(void) {
     long n;
     float* rows = up_tensor(up_path("full"), "model.layers.1.mlp.gate.weight", &n);
     double worst = 0;
-    for (int i = 0; i < 4; i++) worst = fmax(worst, fabs(sqrt(sum_of_squares(rows + i * 32, 32)) - 1));
+    for (int i = 0; i < 4; i++) worst = larger(worst, fabs(sqrt(sum_of_squares(rows + i * 32, 32)) - 1));
     check(n == 128 && worst < 1e-5, "router rows are unit centroids: %.1e", worst);
 }
 

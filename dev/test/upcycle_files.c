@@ -60,7 +60,7 @@ static void test_up_optimizer(void) {
                     double expected = k == 1             ? from[i] / (half ? copies * copies : copies)
                                       : k == 2 && j >= 3 ? 0.5 * (from[i] + next[i])
                                                          : from[i];
-                    worst = fmax(worst, fabs(got[i] - expected));
+                    worst = larger(worst, fabs(got[i] - expected));
                 }
             }
         float *router = up_moment(up_path(name), "model.layers.0.mlp.gate.weight.exp_avg_sq", &n),
@@ -108,7 +108,7 @@ static void test_up_optimizer(void) {
         float *kept = up_moment(up_path("shards_copy"), "model.layers.1.mlp.experts.2.up_proj.weight.exp_avg", &n),
               *scaled = up_moment(up_path("shards_scale"), "model.layers.1.mlp.experts.2.up_proj.weight.exp_avg", NULL);
         double worst = 0;
-        for (long k = 0; k < n; k++) worst = fmax(worst, fabs(scaled[k] - kept[k] / shards[i].twins));
+        for (long k = 0; k < n; k++) worst = larger(worst, fabs(scaled[k] - kept[k] / shards[i].twins));
         check(worst < 1e-6 && n > 0, "%s: moments are divided by %d", shards[i].arguments, shards[i].twins);
     }
     UP("{}/m3 {}/adam_reset --experts 7");

@@ -107,7 +107,7 @@ static void test_up_copy(void) {
             sum += w[i];
             squares += (double)w[i] * w[i];
             fourth += pow(w[i], 4);
-            largest = fmax(largest, fabs(w[i]));
+            largest = larger(largest, fabs(w[i]));
         }
         double std = sqrt(squares / n), kurtosis = kind < 2 ? fourth / n / pow(std, 4) : 0;
         check(n == 64 * 64 && fabs(sum / n) < 0.006 && (kind == 2 ? largest == 0 : fabs(std - 0.1) < 0.004) &&
@@ -186,8 +186,8 @@ static void test_up_drop(void) {
                     mean_a = 0;
                     std_a = 0.07;
                 }
-                worst_mean = fmax(worst_mean, fabs(mean_b - mean_a) / std_a);
-                worst_std = fmax(worst_std, fabs(std_b / std_a - 1));
+                worst_mean = larger(worst_mean, fabs(mean_b - mean_a) / std_a);
+                worst_std = larger(worst_std, fabs(std_b / std_a - 1));
             }
         experts_differ = memcmp(changed[0][0], changed[0][1], (size_t)I) != 0;
         if (mode == 1)
@@ -262,9 +262,9 @@ static void test_up_shards(void) {
     float *g = up_tensor(up_path("cube"), "model.layers.1.mlp.experts.6.gate_proj.weight", &n),
           *d = up_tensor(up_path("cube"), "model.layers.1.mlp.experts.6.down_proj.weight", NULL);
     double worst = 0;
-    for (long i = 0; i < n; i++) worst = fmax(worst, fabs(g[i] - 2 * gate[2L * width * H + i]));
+    for (long i = 0; i < n; i++) worst = larger(worst, fabs(g[i] - 2 * gate[2L * width * H + i]));
     for (int i = 0; i < H; i++)
-        for (int u = 0; u < width; u++) worst = fmax(worst, fabs(d[i * width + u] - 2 * down[i * I + 2 * width + u]));
+        for (int u = 0; u < width; u++) worst = larger(worst, fabs(d[i * width + u] - 2 * down[i * I + 2 * width + u]));
     check(worst < 1e-5, "granular cuberoot: each matrix times 2, largest error %.1e", worst);
     UP("{}/dense {}/gzero --experts 8 --method granular --granularity 4 --norm-topk 0 --topk 8 --router-init zero");
     check(up_change(up_path("dense"), 0, up_path("gzero")) <= 1e-6,
@@ -313,7 +313,7 @@ static void test_up_sources(void) {
     static const char* names[] = {"s0", "s1", "s2"};
     double worst = 0;
     for (int i = 0; i < 3; i++) x[i] = up_tensor(up_path(names[i]), "model.layers.1.self_attn.q_proj.weight", NULL);
-    for (long i = 0; i < n; i++) worst = fmax(worst, fabs(mean[i] - (x[0][i] + x[1][i] + x[2][i]) / 3));
+    for (long i = 0; i < n; i++) worst = larger(worst, fabs(mean[i] - (x[0][i] + x[1][i] + x[2][i]) / 3));
     check(worst < 1e-7, "attention is the mean of three, largest error %.1e", worst);
     check(up_list_is(up_path("btm"), "source", 0, "0 1 2 0 1"), "lineage names the sources");
 }
@@ -399,7 +399,7 @@ static void up_singular_values(const float* W, int rows, int cols, double* s) {
                     A[q * cols + i] = t * x + c * y;
                 }
             }
-    for (int i = 0; i < cols; i++) s[i] = sqrt(fmax(0, A[i * cols + i]));
+    for (int i = 0; i < cols; i++) s[i] = sqrt(larger(0, A[i * cols + i]));
     for (int i = 0; i < cols; i++)
         for (int j = i + 1; j < cols; j++)
             if (s[j] > s[i]) {
@@ -425,10 +425,10 @@ static void test_up_algebra(void) {
             for (int c = 0; c < cols; c++) T[c * rows + r] = W[r * cols + c];
         if (rows >= cols) up_singular_values(W, rows, cols, expected);
         else up_singular_values(T, cols, rows, expected);
-        for (int k = 0; k < n; k++) worst = fmax(worst, fabs(d.s[k] - expected[k]));
+        for (int k = 0; k < n; k++) worst = larger(worst, fabs(d.s[k] - expected[k]));
         for (int a = 0; a < n; a++)
             for (int b = 0; b <= a; b++)
-                orthogonal = fmax(orthogonal, fabs(dot(d.v + a * n, d.v + b * n, n) - (a == b)));
+                orthogonal = larger(orthogonal, fabs(dot(d.v + a * n, d.v + b * n, n) - (a == b)));
         check(relative_error(back, W, rows * cols) < 1e-6 && worst < 1e-6 && orthogonal < 1e-9,
               "SVD of %d x %d: product, values (%.1e), orthonormal vectors (%.1e)", rows, cols, worst, orthogonal);
         svd_free(&d);
@@ -438,14 +438,14 @@ static void test_up_algebra(void) {
     memcpy(x + 12, x + 6, sizeof(double) * 6);         // nothing is left of the third
     orthonormalise(x, 4, 6);
     for (int a = 0; a < 4; a++)
-        for (int b = 0; b <= a; b++) worst = fmax(worst, fabs(dot(x + a * 6, x + b * 6, 6) - (a == b)));
+        for (int b = 0; b <= a; b++) worst = larger(worst, fabs(dot(x + a * 6, x + b * 6, 6) - (a == b)));
     check(worst < 1e-12, "orthonormal vectors, also where one depended on another: %.1e", worst);
     for (int i = 0; i < 5; i++)
         for (int j = 0; j < 5; j++) C[i * 5 + j] = S[i * 5 + j] = 1.0 / (i + j + 1) + (i == j);
     int ok = cholesky(S, 5);
     worst = 0;
     for (int i = 0; i < 5; i++)
-        for (int j = 0; j < 5; j++) worst = fmax(worst, fabs(dot(S + i * 5, S + j * 5, 5) - C[i * 5 + j]));
+        for (int j = 0; j < 5; j++) worst = larger(worst, fabs(dot(S + i * 5, S + j * 5, 5) - C[i * 5 + j]));
     C[0] = -1;
     check(ok && worst < 1e-14 && !cholesky(C, 5), "Cholesky: %.1e; refuses what is not positive definite", worst);
     // ISTA with orthonormal atoms has a closed form: soft thresholding
@@ -508,15 +508,15 @@ static void test_up_operators(void) {
                 switch (k) {
                 case 0: right &= same_floats(v, w, n); break;
                 case 1:
-                    worst = fmax(worst, fabs(sqrt(squares / n) / (0.01 * std) - 1));
+                    worst = larger(worst, fabs(sqrt(squares / n) / (0.01 * std) - 1));
                     right &= worst < 0.1 && fabs(sum / n) < 0.01 * std * 0.2;
                     break;
                 case 2:
-                    for (long i = 0; i < n; i++) worst = fmax(worst, fabs(v[i] - 0.95 * w[i]));
+                    for (long i = 0; i < n; i++) worst = larger(worst, fabs(v[i] - 0.95 * w[i]));
                     right &= worst < 1e-6;
                     break;
                 case 3:
-                    for (long i = 0; i < n; i++) worst = fmax(worst, fabs(v[i] - 0.5 * (w[i] + next[i])));
+                    for (long i = 0; i < n; i++) worst = larger(worst, fabs(v[i] - 0.5 * (w[i] + next[i])));
                     right &= worst < 1e-6;
                     break;
                 case 5: {
@@ -525,19 +525,19 @@ static void test_up_operators(void) {
                     break;
                 }
                 case 6:     // all singular values equal, the Frobenius norm that of w
-                    worst = fmax(worst, fabs(sqrt(norm_v / norm_w) - 1));
-                    for (int i = 1; i < H; i++) worst = fmax(worst, fabs(s_v[i] / s_v[0] - 1));
+                    worst = larger(worst, fabs(sqrt(norm_v / norm_w) - 1));
+                    for (int i = 1; i < H; i++) worst = larger(worst, fabs(s_v[i] / s_v[0] - 1));
                     right &= worst < 1e-5;
                     break;
                 case 7: // close, but neither equal nor far: the size of S's noise is .1, of U's and V's about .05 each
                     right &= change > 0.02 && change < 0.35;
-                    worst = fmax(worst, change);
+                    worst = larger(worst, change);
                     break;
                 case 8:     // 7 of 24 pairs exchanged: the rest of the energy is w's own
                     right &= change > 0.05 && change < 1.6;
-                    worst = fmax(worst, change);
+                    worst = larger(worst, change);
                     break;
-                case 9: right &= change > 1e-3 && change < 1.5; worst = fmax(worst, change); break;
+                case 9: right &= change > 1e-3 && change < 1.5; worst = larger(worst, change); break;
                 default: break;
                 }
             }
@@ -571,7 +571,7 @@ static void test_up_operators(void) {
     up_singular_values(w, I, H, a);
     up_singular_values(all, I, H, b);
     double worst = 0;
-    for (int i = 0; i < H; i++) worst = fmax(worst, fabs(a[i] - b[i]) / a[0]);
+    for (int i = 0; i < H; i++) worst = larger(worst, fabs(a[i] - b[i]) / a[0]);
     // both Gram matrices have the same eigenvectors exactly if they commute
     double G1[576], G2[576];
     for (int i = 0; i < H; i++)
@@ -589,8 +589,8 @@ static void test_up_operators(void) {
                 xy += G1[i * H + k] * G2[k * H + j];
                 yx += G2[i * H + k] * G1[k * H + j];
             }
-            off = fmax(off, fabs(xy - yx));
-            size = fmax(size, fabs(xy));
+            off = larger(off, fabs(xy - yx));
+            size = larger(size, fabs(xy));
         }
     check(worst < 1e-5 && off / size < 1e-5,
           "svd-mix of everything: w's singular values (%.1e) on the other's vectors (%.1e)", worst, off / size);
@@ -625,9 +625,9 @@ static void test_up_routers(void) {
                 xd += x[c] * d;
                 dd += d * d;
                 if (k == 0) right &= d == 0;
-                if (k == 2) worst = fmax(worst, fabs(y[c] - 0.5 * (x[c] + next[c])));
-                if (k == 3) worst = fmax(worst, fabs(y[c] - 0.95 * x[c]));
-                if (k == 7) worst = fmax(worst, fabs(y[c] - x[c] / 1.1));
+                if (k == 2) worst = larger(worst, fabs(y[c] - 0.5 * (x[c] + next[c])));
+                if (k == 3) worst = larger(worst, fabs(y[c] - 0.95 * x[c]));
+                if (k == 7) worst = larger(worst, fabs(y[c] - x[c] / 1.1));
                 if (k == 6) {
                     double other = 0, away = 0, length = 0;
                     for (int i = 0; i < H; i++) {
@@ -638,12 +638,12 @@ static void test_up_routers(void) {
                     away = (x[c] - other) / sqrt(length);
                     double norm = 0;
                     for (int i = 0; i < H; i++) norm += (double)x[i] * x[i];
-                    worst = fmax(worst, fabs(d - 0.01 * sqrt(norm) * away));
+                    worst = larger(worst, fabs(d - 0.01 * sqrt(norm) * away));
                 }
             }
             noise += dd;
             if (k == 5) {       // orthogonal, a tenth of the length
-                worst = fmax(worst, fabs(xd) / xx);
+                worst = larger(worst, fabs(xd) / xx);
                 right &= fabs(sqrt(dd / xx) - 0.1) < 1e-5;
             }
             if (k == 8) right &= dd > 0 && sqrt(dd / xx) < 0.5;
@@ -663,7 +663,7 @@ static void test_up_routers(void) {
     for (int j = 0; j < 5; j++) same &= b[j] == b0[j];
     for (int j = 5; j < 200; j++) {
         double d = b[j] - b0[j % 5];
-        largest = fmax(largest, fabs(d));
+        largest = larger(largest, fabs(d));
         sum += d;
         squares += d * d;
     }
