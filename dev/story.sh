@@ -60,21 +60,21 @@ say() { # what is done now, and what was done before, as work's arguments: it te
 say "1. a dense model, $steps steps" 0 0 0 0 0 0
 # the schedule stays at its constant part: all that is compared decays at the end of its own extra steps
 train --dense --ffn 256 --steps "$steps" --lr 2e-3 --schedule constant --out $dir/dense
-say "   trained on for $extra steps" "$steps" 0 0 0 0 0
+say "   the same, trained on for $extra steps" "$steps" 0 0 0 0 0
 on="--steps $extra --lr 1e-3 --decay-frac 0.5"
 train --model $dir/dense --seed 2 $on --out $dir/dense-on
 n=0
 for method in copy drop; do
-    say "2. each FFN becomes 4 experts, 2 per token, by $method; $extra more steps" $((steps + extra)) $n 0 0 0 0
+    say "2. each FFN becomes 4 experts by $method, trained on for $extra steps" $((steps + extra)) $n 0 0 0 0
     quietly ./upcycle $dir/dense $dir/moe4-$method --experts 4 --topk 2 --norm-topk 1 --method $method
     train --model $dir/moe4-$method --seed 2 $on --out $dir/moe4-$method-on
     n=$((n + extra))
 done
-say "   those of copy trained on for $extra steps" $((steps + extra)) $n 0 0 0 0
+say "   those of copy, trained on for $extra steps" $((steps + extra)) $n 0 0 0 0
 train --model $dir/moe4-copy-on --seed 3 $on --out $dir/moe4-again
 n=0
 for method in copy family; do
-    say "3. its 4 experts become 8, by $method; $extra more steps" $((steps + extra)) $((3 * extra)) $n 0 0 0
+    say "3. its 4 experts become 8 by $method, trained on for $extra steps" $((steps + extra)) $((3 * extra)) $n 0 0 0
     quietly ./upcycle $dir/moe4-copy-on $dir/moe8-$method --experts 8 --method $method
     train --model $dir/moe8-$method --seed 3 $on --out $dir/moe8-$method-on
     n=$((n + extra))

@@ -168,4 +168,9 @@ static void report_load(const Model* m, int each, FILE* log, long step) {
     }
     print_figures(m, "load", &mean);
     printf("\n");
+    static int explained;
+    if (!explained++)
+        printf("      (all experts alike: Gini 0, min/max 1, MaxVio 0; entropy in nats, %.3f: the router\n"
+               "      prefers none; top gate: the largest weight of a token's experts%s)\n", log((double)c->num_experts),
+               m->has_families ? ";\n      twins: experts copied from one" : "");
 }

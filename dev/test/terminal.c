@@ -241,13 +241,11 @@ static void test_samples(void) {
         shown += (*s & 0xC0) != 0x80;
     check(code == 0 && sample && is_valid_text(out) && shown <= 37 && shown >= 20, "--sample-every obeys --tokens: %ld",
           shown);
-    free(out);
     code = run_program("--model %s --tokens 20 --temperature 9", temp("trained"));
     out = read_bytes(temp("stdout"), &n);
     check(code == 0 && n > 20 && n < 65 && out[0] == '\n' && out[n - 1] == '\n' && is_valid_text(out) && out &&
               !strncmp(ran.err, "20 tokens, ", 11),
           "a model alone is sampled from: text, a newline at its end");
-    free(out);
     check(!exists(temp("trained/log.csv.new")) && saved_step("trained") == 4, "and not trained");
     code = run_program("--model %s --tokens 8 --prompt-ids 65,27,66,200,13", temp("trained"));
     check(code == 0 && !strncmp(ran.out, "A\xEF\xBF\xBD" "B\xEF\xBF\xBD", 8), "a prompt's bytes are shown as text");
@@ -288,7 +286,6 @@ static void test_eval_of_a_part(void) {
     check_refused(2, "--model @/trained --prompt x --val-batches 3", "--val-batches belongs to training");
     free(batch.tokens);
     dataset_close(d);
-    model_free(m);
 }
 
 static int widest_line(const char* s) {
@@ -308,8 +305,6 @@ static void test_help_pages(void) {
     check(readme && (strstr(readme, help) || strcmp(PRECISIONS, "fp32")), "README.md has it word for word");
     code = run_program("-h");
     check(code == 0 && !*ran.err && !strncmp(help, ran.out, strlen(ran.out)), "-h is --help");
-    free(readme);
-    free(help);
     code = up_run("", "-h");
     check(code == 0 && widest_line(up_output) <= 80 && strstr(up_output, "--calibrate-batches"),
           "upcycle -h: %d columns", widest_line(up_output));
