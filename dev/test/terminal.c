@@ -18,7 +18,8 @@ static void screen_put(Screen* s, char c) {
         s->escape[s->escape_length++] = c;
         if (s->escape_length == 2 && c == '[') return;
         s->unknown += s->escape_length != 3 || c != 'K';
-        if (s->escape_length == 3 && c == 'K') memset(s->cells[s->row] + s->column, 0, (size_t)(s->columns - s->column));
+        if (s->escape_length == 3 && c == 'K')
+            memset(s->cells[s->row] + s->column, 0, (size_t)(s->columns - s->column));
         s->escape_length = 0;
     } else if (c == 27) {
         s->escape[s->escape_length++] = c;
@@ -159,11 +160,13 @@ static void test_other_progress(void) {
              temp("trained"), temp("larger"), temp("corpus.txt"), temp("corpus.txt"));
     s = run_in_terminal(80, NULL, 0, &seen, "--as-upcycle", arguments);
     text_add(&seen, "", 1);
-    check(ran.code == 0 && strstr(seen.data, "\rcalibration: batch 0 of 2") && strstr(seen.data, "\rcheck: window 0 of 4"),
+    check(ran.code == 0 && strstr(seen.data, "\rcalibration: batch 0 of 2") &&
+              strstr(seen.data, "\rcheck: window 0 of 4"),
           "upcycle shows calibration and check");
     check(strstr(seen.data, " % | ") && strstr(seen.data, " GB | ") && strstr(seen.data, "0:00 left"),
           "upcycle shows what is written");
-    check(!screen_count(s, "check:") && !screen_find(s, " % |") && !screen_count(s, "calibration"), "and leaves nothing");
+    check(!screen_count(s, "check:") && !screen_find(s, " % |") && !screen_count(s, "calibration"),
+          "and leaves nothing");
     free(s);
     seen.length = 0;
     remove_tree(temp("larger"));
@@ -301,7 +304,8 @@ static void test_help_pages(void) {
     help = read_bytes(temp("stdout"), &n);
     if (!help) die(1, "stdout cannot be read");
     for (const char* s = help; (s = strstr(s, "\n  ./train_moe ")) != NULL; s++) examples++;
-    check(code == 0 && examples == 3 && widest_line(help) <= 80, "--help: three examples, %d columns", widest_line(help));
+    check(code == 0 && examples == 3 && widest_line(help) <= 80, "--help: three examples, %d columns",
+          widest_line(help));
     check(readme && (strstr(readme, help) || strcmp(PRECISIONS, "fp32")), "README.md has it word for word");
     code = run_program("-h");
     check(code == 0 && !*ran.err && !strncmp(help, ran.out, strlen(ran.out)), "-h is --help");
