@@ -383,6 +383,7 @@ static void test_matmul(void) {
 #include "dev/test/upcycle_methods.c"
 #include "dev/test/upcycle_calibration.c"
 #include "dev/test/upcycle_files.c"
+#include "dev/test/terminal.c"
 #ifdef TEST_GPU
 #include "dev/test/gpu.c"
 #endif
@@ -404,6 +405,7 @@ static const struct {
     {"schedule", test_schedule},                 {"json", test_json},
     {"checkpoints", test_checkpoints},           {"data", test_data},
     {"sampling", test_sampling},                 {"command line", test_command_line},
+    {"terminal", test_terminal},
     {"determinism", test_determinism},           {"disk full", test_disk_full},
     {"upcycle formats", test_up_formats},        {"upcycle allocation", test_up_allocation},
     {"upcycle algebra", test_up_algebra},        {"upcycle copy", test_up_copy},

@@ -1220,6 +1220,7 @@ typedef struct {
     uint64_t seed;
     long val_every, val_batches, save_every, sample_every;
     Sampling sampling;
+    int sample_tokens;
     RouterSchedule routers;             // what of a router changes from step to step, routers.h
 } Run;
 
@@ -1254,15 +1255,17 @@ static Batch batch_create(int B, int T) {
 // Mean loss over the first `batches` batches of a data set in file order (0: all of it).
 static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
     long windows = batches > 0 ? lmin(batches * m->B, d->windows) : d->windows;
-    double sum = 0;
+    double sum = 0, started = seconds();
     for (long w = 0; w < windows; w += m->B) {
         int B = (int)lmin(m->B, windows - w);
+        show_count("loss: window", w, windows, started);
         for (int b = 0; b < B; b++)
             dataset_window(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T);
         m->trace_window = w;
         model_forward(m, batch.tokens, batch.targets, B, d->T);
         sum += take_losses(m).loss * B;
     }
+    clear_progress();
     return sum / (double)windows;
 }
 
@@ -1325,19 +1328,19 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         }
         report_step(&r, &s, done);
         if (last || is_due(run->val_every, done)) {
-            next_line(&r);
+            end_progress();
             if (val) report_validation(&r, val, evaluate(m, val, run->val_batches, batch), done);
             report_experts(&r, m, done);
         }
         reports_flush(&r, done);
         if (generator && is_due(run->sample_every, done) && !last) {
-            next_line(&r);
-            print_sample(generator, m, &run->sampling, 200);
+            end_progress();
+            print_sample(generator, m, &run->sampling, run->sample_tokens);
         }
         stopping = stop_signal && !last;        // looked at once a step: a signal that comes later stops the next one
         if (out && (last || stopping || is_due(run->save_every, done))) exit_code = save_step(&r, m, done);
     }
-    next_line(&r);
+    end_progress();
     if (stopping && !exit_code) exit_code = report_signal(&r);
     reports_close(&r);
     free(batch.tokens);

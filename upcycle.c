@@ -261,6 +261,7 @@ typedef struct {
     Batch batch;
     int B, T;
     long batches;
+    double started;
 } Calibration;
 
 static Calibration calibration_open(const Source* s, Purpose purpose, const char* why) {
@@ -281,19 +282,20 @@ static Calibration calibration_open(const Source* s, Purpose purpose, const char
     k.model = model_create(&c, purpose, k.B, k.T, k.T, NULL);
     if (!checkpoint_load(k.model, s->dir, &error)) die(2, "%s", error.text);
     k.batch = batch_create(k.B, k.T);
+    k.started = seconds();
     return k;
 }
 
 static void calibration_batch(Calibration* k, long number) {
     heed_signals();
-    if (isatty(2)) fprintf(stderr, "\rcalibration: batch %ld of %ld\033[K", number + 1, k->batches);
+    show_count("calibration: batch", number, k->batches, k->started);
     for (int b = 0; b < k->B; b++)
         dataset_training_sequence(k->data, (uint64_t)ask.seed, number * k->B + b, k->batch.tokens + (long)b * k->T,
                                   k->batch.targets + (long)b * k->T);
 }
 
 static void calibration_close(Calibration* k) {
-    if (isatty(2)) fprintf(stderr, "\r\033[K");
+    clear_progress();
     free(k->batch.tokens);
     dataset_close(k->data);
     model_free(k->model);
@@ -937,6 +939,10 @@ static int upcycle_main(int argc, char** argv) {
     memset(&proof, 0, sizeof proof);
     memset(&progress, 0, sizeof progress);
     stop_signal = 0;
+    if (argc == 1) {
+        print_usage(stderr);
+        die(2, "SRC and DST are missing; --help lists every option");
+    }
     ask_parse(argc, argv); // moves SRC and DST behind the options
 #ifdef _OPENMP
     if (ask.threads != UNSET) omp_set_num_threads((int)ask.threads);

@@ -180,6 +180,8 @@ def text_blocks(path, f, errors):
         try:
             yield decoder.decode(data, final=not data)
         except UnicodeDecodeError as e:
+            if offset == 0 and data.startswith(b"PAR1"):
+                fail(f"{path}: a parquet file; tokenize_text.py --dataset FOLDER reads the folder it is in")
             fail(f"{path}: not UTF-8 at byte {offset - pending + e.start:,}; convert it, or use --errors replace")
         if not data:
             return

@@ -204,6 +204,7 @@ def test_refusals(d):
     (d / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     (d / "broken.jsonl").write_text('{"text": "a"}\n{"text"\n')
     (d / "empty.txt").write_text("")
+    (d / "rows.parquet").write_bytes(b"PAR1\x15\x04\xff\xfe" + bytes(100))
     (d / "notes.json").write_text("{}")
     (d / "x.bin").write_bytes(b"GGUF" + bytes(2000))
     base = ("tokenize_text.py", "--tokenizer", d / "tok", "--out", d / "new/folder/x")
@@ -212,6 +213,7 @@ def test_refusals(d):
             ("a folder as input", "a folder", *base, d),
             ("no input", "nothing to do", *base),
             ("text that is not UTF-8", "byte 1,500,003", *base, d / "latin1.txt"),
+            ("a parquet file", "--dataset FOLDER", *base, d / "rows.parquet"),
             ("an empty text", "no text", *base, d / "empty.txt"),
             ("a field that is no string", "line 2: field 'text' is int", *base, d / "bad.jsonl"),
             ("a field that is missing", "there are: text", *base, "--field", "body", d / "bad.jsonl"),

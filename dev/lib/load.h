@@ -131,6 +131,15 @@ static void print_figures(const Model* m, const char* name, const LayerFigures* 
         printf(", chosen together %.3f, sources/token %.3f", f->twins_together, f->sources);
 }
 
+// Once, below the first figures: how to read them.
+static void explain_figures(const Model* m) {
+    static int explained;
+    if (explained++) return;
+    printf("      (all experts used alike: Gini 0, min/max 1, MaxVio 0; entropy in nats, of the\n"
+           "      router, %.3f: it prefers none; top gate: the largest weight of an expert%s)\n",
+           log((double)m->config.num_experts), m->has_families ? ";\n      twins: experts copied from one" : "");
+}
+
 // Prints a line of means over the sparse layers (of dead experts: the sum), with each = 1 also one for each layer, and
 // adds rows to `log` (NULL: none) as load.csv has them: a row for each expert, its layer's figures behind.
 static void report_load(const Model* m, int each, FILE* log, long step) {
@@ -168,4 +177,5 @@ static void report_load(const Model* m, int each, FILE* log, long step) {
     }
     print_figures(m, "load", &mean);
     printf("\n");
+    explain_figures(m);
 }

@@ -22,12 +22,6 @@ static FILE* log_open(const char* out, const char* name, const char* header, lon
     return log;
 }
 
-static void print_duration(double s) {
-    long left = (long)(s + 0.5);
-    if (left >= 3600) fprintf(stderr, "%ld:%02ld:%02ld left", left / 3600, left / 60 % 60, left % 60);
-    else fprintf(stderr, "%ld:%02ld left", left / 60, left % 60);
-}
-
 // Where a run's reports go, and what they need to know of it.
 typedef struct {
     const Run* run;
@@ -35,7 +29,7 @@ typedef struct {
     FILE *steps, *val, *load;           // out/log.csv, val.csv, load.csv, or NULL
     long first_step, saved;             // where this run began; the step of the last checkpoint
     double started, flops;              // flops of a token
-    int terminal, incomplete;           // incomplete: rows are missing, which has been said
+    int incomplete;                     // rows are missing, which has been said
 } Reports;
 
 static Reports reports_open(const Model* m, const Run* run, const char* out, long first_step) {
@@ -46,7 +40,6 @@ static Reports reports_open(const Model* m, const Run* run, const char* out, lon
     r.first_step = r.saved = first_step;
     r.started = seconds();
     r.flops = flops_per_token(&m->config, run->T);
-    r.terminal = isatty(2);
     if (!out) return r;
     r.steps = log_open(out, "log.csv", "step,tokens,train_loss,aux_loss,z_loss,lr,grad_norm,tokens_per_s,lpr_loss",
                        first_step);
@@ -65,18 +58,16 @@ static void reports_close(Reports* r) {
 // Whether something that happens every `period` steps (0: never) happens after this one.
 static int is_due(long period, long done) { return period > 0 && done % period == 0; }
 
-// On a terminal the progress line is overwritten; what is printed next begins below it.
-static void next_line(const Reports* r) { fprintf(stderr, "%s", r->terminal ? "\n" : ""); }
-
 static long tokens_per_step(const Run* run) { return (long)run->B * run->T * run->accum; }
 
 static void report_step(Reports* r, const Step* s, long done) {
     long steps = r->run->steps, tokens = tokens_per_step(r->run);
     double rate = tokens / s->seconds;
-    fprintf(stderr, "%sstep %ld/%ld | loss %.4f | lr %.2e | norm %.2f | %.0f tokens/s | %.1f GFLOP/s | ",
-            r->terminal ? "\r" : "", done, steps, s->mean.loss, s->lr, s->norm, rate, rate * r->flops * 1e-9);
-    print_duration((seconds() - r->started) / (done - r->first_step) * (steps - done));
-    fprintf(stderr, r->terminal ? "\033[K" : "\n");
+    Field line[] = {field(0, "step %ld/%ld", done, steps), field(1, "loss %.4f", s->mean.loss),
+                    field(5, "lr %.2e", s->lr), field(4, "norm %.2f", s->norm), field(3, "%.0f tokens/s", rate),
+                    field(6, "%.1f GFLOP/s", rate * r->flops * 1e-9),
+                    field_time_left(2, (seconds() - r->started) / (done - r->first_step) * (steps - done))};
+    show_progress(line, 7);
     if (r->out)
         fprintf(r->steps, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f,%.6f\n", done, done * tokens, s->mean.loss,
                 s->mean.aux, s->mean.z, s->lr, s->norm, rate, s->mean.lpr);
@@ -99,15 +90,16 @@ static void report_experts(Reports* r, Model* m, long done) {
 
 static void reports_flush(Reports* r, long done) {
     if (!r->out || r->incomplete || (!fflush(r->steps) && !fflush(r->val) && !fflush(r->load))) return;
-    next_line(r);
+    int why = errno;
+    end_progress();
     fprintf(stderr, "%s: warning: the logs in %s are incomplete from step %ld on: %s\n", program_name, r->out, done,
-            strerror(errno));
+            strerror(why));
     r->incomplete = 1;
 }
 
 // Why a step could not be made; returns the exit code.
 static int report_problem(const Reports* r, const Step* s, long done) {
-    next_line(r);
+    end_progress();
     fprintf(stderr, "%s: step %ld: %s; ", program_name, done, s->problem);
     if (r->out && r->saved > 0)
         fprintf(stderr, "the checkpoint of step %ld in %s is intact%s\n", r->saved, r->out, s->advice);
@@ -123,7 +115,7 @@ static int save_step(Reports* r, Model* m, long done) {
         r->saved = done;
         return 0;
     }
-    next_line(r);
+    end_progress();
     fprintf(stderr, "%s: step %ld could not be saved: %s; ", program_name, done, error);
     if (r->saved > 0) fprintf(stderr, "the checkpoint of step %ld in %s is intact\n", r->saved, r->out);
     else fprintf(stderr, "%s holds no checkpoint\n", r->out);

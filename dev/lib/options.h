@@ -53,18 +53,23 @@ typedef struct {
 #define BIG 1e15
 static Option option_table[] = {
     {"data", OPT_TEXT, USE_RUN, &options.data, 0, 0, NULL, "F,..", "text or shards; names, patterns", 0},
-    {"val", OPT_TEXT, USE_RUN, &options.val, 0, 0, NULL, "F|none", "validation data (last tenth of text)", 0},
+    {"val", OPT_TEXT, USE_RUN, &options.val, 0, 0, NULL, "F|none", "validation data (the last tenth of a text)", 0},
     {"model", OPT_TEXT, USE_OTHER, &options.model, 0, 0, NULL, "DIR", "a Hugging Face directory", 0},
     {"out", OPT_TEXT, USE_OTHER, &options.out, 0, 0, NULL, "DIR", "for checkpoints and logs", 0},
     {"resume", OPT_FLAG, USE_OTHER, &options.resume, 0, 0, "0", "", "go on with the run in --out", 0},
     {"steps", OPT_WHOLE, USE_RUN, &options.steps, 0, BIG, "1000", "N", "training steps in all", 0},
     {"batch", OPT_WHOLE, USE_RUN, &options.batch, 1, 65536, "8", "B", "sequences in a batch", 0},
-    {"seq", OPT_WHOLE, USE_RUN, &options.seq, 1, 1 << 20, "128", "T", "tokens in one (--eval: at most 1024)", 0},
+    {"seq", OPT_WHOLE, USE_RUN, &options.seq, 1, 1 << 20, "128", "T",
+     "tokens in a sequence (--eval: at most 1024)", 0},
     {"accum", OPT_WHOLE, USE_RUN, &options.accum, 1, 65536, "1", "A", "batches in a step", 0},
-    {"val-every", OPT_WHOLE, USE_RUN, &options.val_every, 0, BIG, "250", "N", "steps; 0: only at the end", 0},
-    {"val-batches", OPT_WHOLE, USE_RUN, &options.val_batches, 0, INT_MAX, "20", "N", "batches in one; 0: all", 0},
-    {"save-every", OPT_WHOLE, USE_RUN, &options.save_every, 0, BIG, "500", "N", "steps; 0: only at the end", 0},
-    {"sample-every", OPT_WHOLE, USE_RUN, &options.sample_every, 0, BIG, "0", "N", "steps; 0: never", 0},
+    {"val-every", OPT_WHOLE, USE_RUN, &options.val_every, 0, BIG, "250", "N",
+     "steps between validations; 0: only at the end", 0},
+    {"val-batches", OPT_WHOLE, USE_RUN, &options.val_batches, 0, INT_MAX, "20", "N",
+     "batches of one, 0: all; --eval: all unless given", 0},
+    {"save-every", OPT_WHOLE, USE_RUN, &options.save_every, 0, BIG, "500", "N",
+     "steps between saves; 0: only at the end", 0},
+    {"sample-every", OPT_WHOLE, USE_RUN, &options.sample_every, 0, BIG, "0", "N",
+     "steps between samples of --tokens; 0: never", 0},
     {"seed", OPT_WHOLE, USE_RUN, &options.seed, 0, BIG, "1", "S", "of weights, data order, samples", 0},
     {"threads", OPT_WHOLE, USE_OTHER, &options.threads, 1, 4096, NULL, "N", "all cores by default", 0},
     {"precision", OPT_CHOICE, USE_OTHER, &options.precision, 0, 0, DEFAULT_PRECISION, PRECISIONS, "of products", 0},
@@ -88,34 +93,43 @@ static Option option_table[] = {
     {"qk-norm", OPT_CHOICE, USE_SHAPE, &options.qk_norm, 0, 0, NULL, "none|head|row", "(the class's)", 0},
     {"norm-topk", OPT_WHOLE, USE_SHAPE, &options.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1)", 0},
 
-    {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C", "balance (0.01 softmax; the model's)", 0},
-    {"aux-form", OPT_CHOICE, USE_RUN, &options.aux_form, 0, 0, "switch", "switch|hf", "per layer, or all layers", 0},
+    {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C",
+     "weight of balance loss (0.01 softmax; the model's)", 0},
+    {"aux-form", OPT_CHOICE, USE_RUN, &options.aux_form, 0, 0, "switch", "switch|hf",
+     "that loss per layer, or for all together", 0},
     {"z-loss", OPT_REAL, USE_RUN, &options.z_loss, 0, 1e6, "0", "C", "keeps router logits small", 0},
     {"aux-adaptive", OPT_FLAG, USE_RUN, &options.aux_adaptive, 0, 0, "0", "", "--aux follows each layer's load", 0},
-    {"router", OPT_CHOICE, USE_SHAPE, &options.router, 0, 0, "softmax", "softmax|sigmoid|lpr", "", 0},
-    {"bias-rate", OPT_REAL, USE_RUN, &options.bias_rate, 0, 1, "0.001", "G", "of sigmoid's bias", 0},
+    {"router", OPT_CHOICE, USE_SHAPE, &options.router, 0, 0, "softmax", "softmax|sigmoid|lpr",
+     "how experts are chosen", 0},
+    {"bias-rate", OPT_REAL, USE_RUN, &options.bias_rate, 0, 1, "0.001", "G",
+     "step of the bias that balances sigmoid's", 0},
     {"logit-norm", OPT_REAL, USE_SHAPE, &options.logit_norm, 0, 1e6, "0", "LAMBDA", "normalises logits; 0: off", 0},
-    {"topk-range", OPT_TEXT, USE_RUN, &options.topk_range, 0, 0, NULL, "LO:HI", "draw K per layer and step", 0},
-    {"family-penalty", OPT_REAL, USE_RUN, &options.family_penalty, 0, 1e6, NULL, "B", "of copies (1, if they are new)",
-     0},
-    {"family-steps", OPT_WHOLE, USE_RUN, &options.family_steps, 1, BIG, NULL, "S", "until it is 0 (half of all)", 0},
-    {"lpr-dim", OPT_WHOLE, USE_SHAPE, &options.lpr_dim, 1, 1 << 14, "16", "D", "latent dimensions", 0},
+    {"topk-range", OPT_TEXT, USE_RUN, &options.topk_range, 0, 0, NULL, "LO:HI",
+     "K is drawn for each layer and step", 0},
+    {"family-penalty", OPT_REAL, USE_RUN, &options.family_penalty, 0, 1e6, NULL, "B",
+     "keeps copies of one expert apart (1, if new)", 0},
+    {"family-steps", OPT_WHOLE, USE_RUN, &options.family_steps, 1, BIG, NULL, "S",
+     "steps until that is 0 (half of all)", 0},
+    {"lpr-dim", OPT_WHOLE, USE_SHAPE, &options.lpr_dim, 1, 1 << 14, "16", "D", "latent dimensions of LPR", 0},
     {"lpr-weight", OPT_REAL, USE_SHAPE, &options.lpr_weight, 0, 1e6, "0.01", "C", "of all LPR losses", 0},
     {"lpr-diversity", OPT_REAL, USE_SHAPE, &options.lpr_diversity, 0, 1e6, "1", "C", "of diversity", 0},
     {"lpr-kl", OPT_REAL, USE_SHAPE, &options.lpr_kl, 0, 1e6, "0.01", "C", "of the KL divergence", 0},
     {"lpr-align", OPT_REAL, USE_SHAPE, &options.lpr_align, 0, 1e6, "0.05", "C", "of alignment", 0},
     {"lpr-align-form", OPT_CHOICE, USE_SHAPE, &options.lpr_align_form, 0, 0, "sum", "sum|mean", "over tokens", 0},
 
-    {"lr", OPT_REAL, USE_RUN, &options.lr, 0, 1e6, NULL, "X", "rate (2e-3; 2e-4 with --model)", 0},
-    {"min-lr", OPT_REAL, USE_RUN, &options.min_lr, 0, 1e6, "0", "X", "at the end of the decay", 0},
-    {"warmup", OPT_WHOLE, USE_RUN, &options.warmup, 0, BIG, NULL, "N", "steps (a 20th of all, at most 100)", 0},
-    {"schedule", OPT_CHOICE, USE_RUN, &options.schedule, 0, 0, "wsd", "wsd|cosine|constant", "", 0},
-    {"decay-frac", OPT_REAL, USE_RUN, &options.decay_frac, 0, 1, "0.1", "X", "last part of the steps, wsd", 0},
+    {"lr", OPT_REAL, USE_RUN, &options.lr, 0, 1e6, NULL, "X", "learning rate (2e-3; 2e-4 with --model)", 0},
+    {"min-lr", OPT_REAL, USE_RUN, &options.min_lr, 0, 1e6, "0", "X", "learning rate at the end of the decay", 0},
+    {"warmup", OPT_WHOLE, USE_RUN, &options.warmup, 0, BIG, NULL, "N",
+     "steps of rising rate (a 20th of all, at most 100)", 0},
+    {"schedule", OPT_CHOICE, USE_RUN, &options.schedule, 0, 0, "wsd", "wsd|cosine|constant",
+     "of the learning rate", 0},
+    {"decay-frac", OPT_REAL, USE_RUN, &options.decay_frac, 0, 1, "0.1", "X",
+     "wsd: share of the steps in which it decays", 0},
     {"weight-decay", OPT_REAL, USE_RUN, &options.weight_decay, 0, 1e6, "0.1", "X", "of matrices", 0},
-    {"beta1", OPT_REAL, USE_RUN, &options.beta1, 0, 0.999999, "0.9", "X", "AdamW", 0},
-    {"beta2", OPT_REAL, USE_RUN, &options.beta2, 0, 0.999999, "0.95", "X", "AdamW", 0},
-    {"eps", OPT_REAL, USE_RUN, &options.eps, 1e-30, 1, "1e-8", "X", "AdamW", 0},
-    {"clip", OPT_REAL, USE_RUN, &options.clip, 0, 1e6, "1", "X", "gradient norm; 0: never", 0},
+    {"beta1", OPT_REAL, USE_RUN, &options.beta1, 0, 0.999999, "0.9", "X", "of AdamW", 0},
+    {"beta2", OPT_REAL, USE_RUN, &options.beta2, 0, 0.999999, "0.95", "X", "of AdamW", 0},
+    {"eps", OPT_REAL, USE_RUN, &options.eps, 1e-30, 1, "1e-8", "X", "of AdamW", 0},
+    {"clip", OPT_REAL, USE_RUN, &options.clip, 0, 1e6, "1", "X", "largest gradient norm; 0: any", 0},
 
     {"eval", OPT_FLAG, USE_OTHER, &options.eval, 0, 0, "0", "", "loss of --model on --data", 0},
     {"load", OPT_FLAG, USE_OTHER, &options.load, 0, 0, "0", "", "and each layer's load", 0},
@@ -123,10 +137,12 @@ static Option option_table[] = {
     {"dump", OPT_TEXT, USE_OTHER, &options.dump, 0, 0, NULL, "F", "logits, gradients of a batch", 0},
     {"prompt", OPT_TEXT, USE_OTHER, &options.prompt, 0, 0, NULL, "TEXT", "continue this", 0},
     {"prompt-ids", OPT_TEXT, USE_OTHER, &options.prompt_ids, 0, 0, NULL, "1,2,..", "the same as tokens", 0},
-    {"tokens", OPT_WHOLE, USE_OTHER, &options.tokens, 0, 1 << 24, "256", "N", "to generate", 0},
-    {"temperature", OPT_REAL, USE_OTHER, &options.temperature, 0, 100, "0.8", "X", "0: greedy", 0},
-    {"top-p", OPT_REAL, USE_OTHER, &options.top_p, 0, 1, "1", "X", "nucleus", 0},
-    {"top-k", OPT_WHOLE, USE_OTHER, &options.top_k, 0, 1 << 24, "0", "N", "likeliest; 0: all", 0},
+    {"tokens", OPT_WHOLE, USE_OTHER, &options.tokens, 0, 1 << 24, "256", "N", "to generate in a sample", 0},
+    {"temperature", OPT_REAL, USE_OTHER, &options.temperature, 0, 100, "0.8", "X",
+     "of sampling; 0: the likeliest token", 0},
+    {"top-p", OPT_REAL, USE_OTHER, &options.top_p, 0, 1, "1", "X", "only the likeliest tokens, up to this share", 0},
+    {"top-k", OPT_WHOLE, USE_OTHER, &options.top_k, 0, 1 << 24, "0", "N",
+     "only so many of the likeliest tokens; 0: all", 0},
 };
 enum { NUM_OPTIONS = sizeof option_table / sizeof option_table[0] };
 
@@ -209,24 +225,21 @@ static void print_help(void) {
                   {"aux", "Router"},
                   {"lr", "Optimiser"},
                   {"eval", "Instead of training"}};
-    printf("train_moe %s: trains, evaluates and samples mixture-of-experts GPTs. Without options: a demonstration.\n",
-           VERSION);
-    int column = 0;         // two options in a line
+    printf("train_moe %s: trains, evaluates and samples mixture-of-experts GPTs.\n"
+           "Without options: a demonstration. With --model DIR alone: a sample.\n"
+           "Examples\n"
+           "  ./train_moe --data my.txt --steps 2000 --out out/my\n"
+           "  ./train_moe --model out/my --prompt \"Once upon a time\" --tokens 300\n"
+           "  ./train_moe --model out/my --data other.txt --eval\n", VERSION);
     for (int i = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];
-        char name[64], text[160], start[40] = "";
+        char name[64], start[40] = "";
         for (size_t g = 0; g < sizeof groups / sizeof groups[0]; g++)
-            if (!strcmp(o->name, groups[g].first)) {
-                printf("%s%s\n", column ? "\n" : "", groups[g].title);
-                column = 0;
-            }
+            if (!strcmp(o->name, groups[g].first)) printf("%s\n", groups[g].title);
         snprintf(name, sizeof name, "--%s %s", o->name, o->argument);
         if (o->start && o->type != OPT_FLAG) snprintf(start, sizeof start, " (%s)", o->start);
-        snprintf(text, sizeof text, "  %-19s %s%s", name, o->help, start);
-        printf(column ? "%s\n" : "%-59s", text);
-        column = !column;
+        printf("  %-24s %s%s\n", name, o->help, start);
     }
-    printf("%s", column ? "\n" : "");
 }
 
 static void options_parse(int argc, char** argv) {
@@ -244,12 +257,12 @@ static void options_parse(int argc, char** argv) {
     opterr = 0;
     optind = 1;
     int c;
-    while ((c = getopt_long(argc, argv, ":", longs, NULL)) != -1) {
+    while ((c = getopt_long(argc, argv, ":h", longs, NULL)) != -1) {
         int index = c - 256;
         if (c == ':') die(2, "%s wants a value; see --help", argv[optind - 1]);
         if (c == '?' && optopt > 0 && optopt < 256) die(2, "-%c: unknown option; see --help", optopt);
         if (c == '?') option_unknown(argv[optind - 1], longs);
-        if (index == NUM_OPTIONS) {
+        if (index == NUM_OPTIONS || c == 'h') {
             print_help();
             exit(0);
         }
@@ -488,15 +501,16 @@ static Balance balance_from_options(const Config* c) {
 static int run_eval(Config* c) {
     if (!options.model) die(2, "--eval wants --model DIR");
     if (!options.data) die(2, "--eval wants --data FILE");
+    if ((options.load || options.trace) && count_sparse(c) == 0)
+        die(2, "--%s: a dense model has no experts", options.trace ? "trace" : "load");
     if (!option_given("seq")) options.seq = imin(1024, c->max_position_embeddings);
     int B = (int)options.batch, T = (int)options.seq;
+    long batches = option_given("val-batches") ? options.val_batches : 0;
     Dataset* d = dataset_open(options.data, T, c->vocab_size, WHOLE, reads_bytes(c, options.model));
     check_length(c, T);
     Model* m = load_model(c, options.model, FOR_SCORING, B, T, T);
     Batch batch = batch_create(B, T);
     m->counting_load = options.load || options.trace;
-    if (m->counting_load && count_sparse(c) == 0)
-        die(2, "--%s: a dense model has no experts", options.trace ? "trace" : "load");
     if (options.trace) {
         m->trace = fopen(options.trace, "w");
         if (!m->trace) die(2, "--trace %s: %s", options.trace, strerror(errno));
@@ -505,11 +519,12 @@ static int run_eval(Config* c) {
         for (int k = 0; k < c->num_experts_per_tok; k++) fprintf(m->trace, ",gate_%d", k + 1);
         fprintf(m->trace, "\n");
     }
-    double start = seconds(), loss = evaluate(m, d, 0, batch), elapsed = seconds() - start;
+    double start = seconds(), loss = evaluate(m, d, batches, batch), elapsed = seconds() - start;
+    long tokens = (batches > 0 ? lmin(batches * B, d->windows) : d->windows) * T;
     if (m->trace && fclose(m->trace)) die(1, "--trace %s: %s", options.trace, strerror(errno));
     printf("loss %.6f | perplexity %.4f", loss, exp(loss));
     if (d->raw) printf(" | bits per byte %.4f", loss / M_LN2);
-    printf(" | %ld tokens, %.0f tokens/s\n", d->windows * T, d->windows * T / elapsed);
+    printf(" | %ld tokens, %.0f tokens/s\n", tokens, tokens / elapsed);
     if (options.load) report_load(m, 1, NULL, 0);
     free(batch.tokens);
     dataset_close(d);
@@ -575,9 +590,11 @@ static int run_dump(Config* c) {
 static int run_prompt(Config* c) {
     Tokenizer* tokenizer = tokenizer_open(options.model, c->vocab_size);
     int prompt = 0, tokens = (int)options.tokens;
-    size_t room = strlen(options.prompt ? options.prompt : options.prompt_ids) + (size_t)tokens + 1;
-    int* ids = (int*)checked_malloc(sizeof(int) * room);
-    if (options.prompt_ids) {
+    const char* given = options.prompt ? options.prompt : options.prompt_ids;
+    int* ids = (int*)checked_malloc(sizeof(int) * ((given ? strlen(given) : 1) + (size_t)tokens + 1));
+    if (!given) {
+        ids[prompt++] = first_token(c, tokenizer);
+    } else if (options.prompt_ids) {
         for (const char* s = options.prompt_ids; *s;) {
             char* end;
             long id = strtol(s, &end, 10);
@@ -609,7 +626,7 @@ static int run_prompt(Config* c) {
     signal(SIGINT, on_signal);
     double start = seconds();
     int made = generate(g, tokenizer, ids, prompt, tokens, &how, stdout);
-    fprintf(stderr, "\n%d tokens, %.1f tokens/s\n", made, made / (seconds() - start));
+    fprintf(stderr, "%d tokens, %.1f tokens/s%s\n", made, made / (seconds() - start), sample_of(c, tokenizer));
     free(ids);
     tokenizer_close(tokenizer);
     model_free(g);
@@ -717,6 +734,7 @@ static int run_train(Config* c, long first_step) {
     run.sampling.top_p = options.top_p;
     run.sampling.top_k = (int)options.top_k;
     run.sampling.seed = run.seed;
+    run.sample_tokens = option_given("tokens") ? (int)options.tokens : demonstration ? 600 : 200;
     run.routers.bias_rate = options.bias_rate;
     topk_range_from_options(c, &run);
     if (c->family_penalty > 0 || options.family_penalty != UNSET || options.family_steps != UNSET) {
@@ -769,10 +787,7 @@ static int run_train(Config* c, long first_step) {
         trainer_restore(m, trainer_state);
     }
     int code = train(m, &run, data, val, generator, options.out, first_step);
-    if (code == 0 && demonstration) {
-        printf("\na sample:\n");
-        print_sample(generator, m, &run.sampling, 600);
-    }
+    if (code == 0 && demonstration) print_sample(generator, m, &run.sampling, run.sample_tokens);
     dataset_close(data);
     if (val) dataset_close(val);
     if (generator) model_free(generator);
@@ -789,7 +804,9 @@ static int run_command(void) {
     if (options.threads != UNSET) omp_set_num_threads((int)options.threads);
 #endif
     look_for_others();
-    int prompting = options.prompt || options.prompt_ids, training = !options.eval && !options.dump && !prompting;
+    // a model alone is sampled from: it is not to be trained on a text that nobody named
+    int prompting = options.prompt || options.prompt_ids, other = options.eval || options.dump || prompting,
+        alone = options.model && !options.data && !options.resume && !other, training = !other && !alone;
     if ((options.eval != 0) + (options.dump != NULL) + (options.prompt != NULL) + (options.prompt_ids != NULL) > 1)
         die(2, "--eval, --dump, --prompt and --prompt-ids: only one of them at a time");
     if (!training && !options.model)
@@ -800,6 +817,10 @@ static int run_command(void) {
         const Option* o = &option_table[i];
         int ignored = o->use == USE_RUN || o->value == &options.out || o->value == &options.resume;
         for (int k = 0; k < 8; k++) ignored &= strcmp(o->name, meant[k]) != 0;
+        if (options.eval) ignored &= o->value != &options.val_batches;
+        if (alone) ignored = (o->use == USE_RUN && o->value != &options.seed) || o->value == &options.out;
+        if (o->given && ignored && alone)
+            die(2, "--%s belongs to training, which wants --data F; --model alone is sampled from", o->name);
         if (o->given && ignored)
             die(2, "--%s belongs to training, and --eval, --dump and --prompt do not train", o->name);
     }
@@ -839,6 +860,6 @@ static int run_command(void) {
             options.seq, per_token, INT_MAX / per_token / options.seq);
     return options.eval   ? run_eval(&config)
            : options.dump ? run_dump(&config)
-           : prompting    ? run_prompt(&config)
+           : !training    ? run_prompt(&config)
                           : run_train(&config, first_step);
 }

@@ -114,15 +114,67 @@ static void tokenizer_close(Tokenizer* t) {
     free(t);
 }
 
-// Prints a token to `out`. SentencePiece puts a space before the first word, which is not part of the text.
-static void tokenizer_print(const Tokenizer* t, int token, int first, FILE* out) {
-    if (!t->pieces) {
-        if (t->count == 256) fputc(token, out);
-        else fprintf(out, "%s%d", first ? "" : " ", token);         // what its numbers mean nobody has told
-    } else if (token < t->count && t->pieces[token]) {
-        int skip = first && !t->byte_level && t->lengths[token] > 0 && t->pieces[token][0] == ' ';
-        fwrite(t->pieces[token] + skip, 1, (size_t)(t->lengths[token] - skip), out);
+// A model's bytes may be anything; what is printed of them is text. Bytes that are no UTF-8, and control characters (but
+// tab, newline and \r before a newline), of which a terminal would do who knows what, print as U+FFFD.
+typedef struct {
+    FILE* out;
+    char held[4];               // the start of a character, or \r, until it is known what follows
+    int num_held, last;         // last: the last byte printed
+} Printer;
+
+static void printer_put(Printer* p, const char* bytes, int n) {
+    fwrite(bytes, 1, (size_t)n, p->out);
+    p->last = bytes[n - 1];
+}
+
+// Whether a character of UTF-8 may begin so. The first two bytes tell, as the others can be anything from 80 to BF.
+static int utf8_begins(const char* s, int n) {
+    char whole[4] = {s[0], n > 1 ? s[1] : (char)(s[0] == (char)0xE0 ? 0xA0 : s[0] == (char)0xF0 ? 0x90 : 0x80),
+                     n > 2 ? s[2] : (char)0x80, (char)0x80};
+    return utf8_length(whole, whole + 4) > n;
+}
+
+static void print_byte(Printer* p, char byte) {
+    p->held[p->num_held++] = byte;
+    if (byte == '\n' && p->num_held == 2 && p->held[0] == '\r') {
+        printer_put(p, "\r\n", 2);
+        p->num_held = 0;
+        return;
     }
+    int n = utf8_length(p->held, p->held + p->num_held), u = (unsigned char)p->held[0];
+    if (n == 0 && utf8_begins(p->held, p->num_held)) return;
+    if (p->num_held == 1 && byte == '\r') return;
+    if (n == 0 || n < p->num_held) {            // what was held has no end; this byte begins anew
+        int again = p->num_held > 1;
+        printer_put(p, "\xEF\xBF\xBD", 3);
+        p->num_held = 0;
+        if (again) print_byte(p, byte);
+        return;
+    }
+    int control = (u < 32 && u != '\t' && u != '\n') || u == 127 || (u == 0xC2 && (unsigned char)p->held[1] < 0xA0);
+    printer_put(p, control ? "\xEF\xBF\xBD" : p->held, control ? 3 : n);
+    p->num_held = 0;
+}
+
+// What is held has no end, and the last line gets one.
+static void print_end(Printer* p) {
+    if (p->num_held) printer_put(p, "\xEF\xBF\xBD", 3);
+    if (p->last != '\n') printer_put(p, "\n", 1);
+    p->num_held = 0;
+    fflush(p->out);
+}
+
+// Prints a token. SentencePiece puts a space before the first word, which is not part of the text.
+static void tokenizer_print(const Tokenizer* t, int token, int first, Printer* p) {
+    char byte = (char)token, number[16];
+    const char* piece = t->pieces ? t->pieces[token] : &byte;
+    int length = !piece ? 0 : t->pieces ? t->lengths[token] : 1;
+    if (!t->pieces && t->count != 256) {        // what its numbers mean nobody has told
+        length = snprintf(number, sizeof number, "%s%d", first ? "" : " ", token);
+        piece = number;
+    }
+    for (int i = first && t->pieces && !t->byte_level && length > 0 && piece[0] == ' '; i < length; i++)
+        print_byte(p, piece[i]);
 }
 
 typedef struct {
@@ -195,15 +247,16 @@ static void generator_feed(Model* g, const int* history, int fed, int count) {
     g->backend->read_back(g, LOGITS);
 }
 
-// Continues the prompt (ids: room for prompt + tokens) by up to `tokens` tokens and prints all of it. Returns the
-// number of tokens made, which is smaller if the model ended the sequence.
+// Continues the prompt (ids: room for prompt + tokens) by up to `tokens` tokens and prints all of it, and a newline if
+// the text does not end with one. Returns the number of tokens made, which is smaller if the model ended the sequence.
 static int generate(Model* g, const Tokenizer* tokenizer, int* ids, int prompt, int tokens, const Sampling* how,
                     FILE* out) {
     int V = g->config.vocab_size, count = prompt;
+    Printer printer = {out, {0}, 0, '\n'};
     Candidate* candidates = (Candidate*)checked_malloc(sizeof(Candidate) * (size_t)V);
     g->cached = 0;
     int first = tokenizer->pieces && !tokenizer->pieces[ids[0]] ? 1 : 0;        // after a begin-of-sequence token
-    for (int i = 0; i < prompt; i++) tokenizer_print(tokenizer, ids[i], i <= first, out);
+    for (int i = 0; i < prompt; i++) tokenizer_print(tokenizer, ids[i], i <= first, &printer);
     generator_feed(g, ids, 0, count);
     for (int i = 0; i < tokens && !stop_signal; i++) {
         double uniform = random_uniform(random_key(how->seed, hash_string("sample"), (uint64_t)i, 0));
@@ -212,12 +265,23 @@ static int generate(Model* g, const Tokenizer* tokenizer, int* ids, int prompt, 
         for (int k = 0; k < tokenizer->num_eos; k++) ended |= token == tokenizer->eos[k];
         if (ended) break;
         ids[count++] = token;
-        tokenizer_print(tokenizer, token, count - 1 <= first, out);
+        tokenizer_print(tokenizer, token, count - 1 <= first, &printer);
         fflush(out);
         if (i + 1 < tokens) generator_feed(g, ids, count - 1, count);
     }
+    print_end(&printer);
     free(candidates);
     return count - prompt;
+}
+
+// What a sample without a prompt goes on from: the begin-of-sequence token, for bytes a newline.
+static int first_token(const Config* c, const Tokenizer* t) {
+    int bos = atoi(c->token_ids[0]);            // "" and null, as in byte models, give 0
+    return t->pieces && bos < c->vocab_size ? bos : '\n' % c->vocab_size;
+}
+
+static const char* sample_of(const Config* c, const Tokenizer* t) {
+    return t->pieces || c->vocab_size == 256 ? "" : ", in numbers: no tokenizer.json says what the tokens mean";
 }
 
 // The generator shares the parameters of the model in training; what else decides its routing is copied.
@@ -229,10 +293,9 @@ static void print_sample(Model* generator, const Model* trained, const Sampling*
     generator->backend->send(generator, 0);
     Tokenizer* tokenizer = tokenizer_open(generator->source, generator->config.vocab_size);
     int* ids = (int*)checked_malloc(sizeof(int) * (size_t)(tokens + 1));
-    int bos = atoi(generator->config.token_ids[0]);     // "" and null, as in byte models, give 0
-    ids[0] = tokenizer->pieces && bos < generator->config.vocab_size ? bos : '\n' % generator->config.vocab_size;
+    ids[0] = first_token(&generator->config, tokenizer);
+    printf("\na sample%s:\n", sample_of(&generator->config, tokenizer));
     generate(generator, tokenizer, ids, 1, tokens, how, stdout);
-    printf("\n");
     free(ids);
     tokenizer_close(tokenizer);
 }

@@ -52,11 +52,20 @@ enum { ARRAY_GAP = 0 };
 
 static const char* program_name = "train_moe";
 
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+#include "terminal.h"
+
 // Bad input ends the program with one line and exit code 2 (the user's to mend), a failure while running with 1.
 __attribute__((noreturn, format(printf, 2, 3))) static void die(int code, const char* format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
+    end_progress();
     fprintf(stderr, "%s: ", program_name);
     vfprintf(stderr, format, args);
     fprintf(stderr, "\n");
@@ -97,12 +106,6 @@ static const char* join_path(char* path, const char* dir, const char* name) {
 static int imin(int a, int b) { return a < b ? a : b; }
 static int imax(int a, int b) { return a > b ? a : b; }
 static long lmin(long a, long b) { return a < b ? a : b; }
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec * 1e-9;
-}
 
 #ifdef _OPENMP
 static int thread_count(void) { return omp_get_max_threads(); }

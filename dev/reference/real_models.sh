@@ -8,6 +8,7 @@
 #     done
 #     dev/reference/real_models.sh data/text
 set -e
+python3 -c 'import gguf, transformers' || { echo "pip install -r dev/reference/requirements.txt" >&2; exit 2; }
 texts=${1:?the folder with stories260K.bin, tok512.bin and wikitext2-valid.txt}
 mkdir -p out
 [ -d out/stories260K ] || python3 dev/reference/convert_stories260k.py "$texts/stories260K.bin" "$texts/tok512.bin" out/stories260K

@@ -1,6 +1,32 @@
 // command.h: --help and the parser.
 #pragma once
 
+static void print_usage(FILE* out) {
+    fprintf(out,
+            "upcycle %s: makes a dense model a mixture of experts, or a mixture of experts a\n"
+            "larger or smaller one.\n"
+            "  ./upcycle SRC DST --experts N [options]\n"
+            "SRC and DST are Hugging Face directories; SRC is only read, DST must not exist.\n"
+            "Examples\n"
+            "  ./upcycle DENSE MOE --experts 8 --topk 2\n"
+            "  ./upcycle MOE LARGER --experts 16 --method family\n"
+            "  ./upcycle --inspect MOE --data my.txt\n",
+            VERSION);
+}
+
+// The choices of an option that has too many for its line, in lines of their own.
+static void print_choices(const char* title, const char* choices) {
+    int column = printf("      %s", title);
+    while (*choices) {
+        int n = (int)strcspn(choices, "|");
+        n += choices[n] == '|';
+        if (column + n > 79) column = printf("\n      ") - 1;
+        column += printf("%.*s", n, choices);
+        choices += n;
+    }
+    printf("\n");
+}
+
 static void print_upcycle_help(void) {
     static const struct {
         const char *first, *title;
@@ -9,11 +35,7 @@ static void print_upcycle_help(void) {
                   {"drop-ratio", "Methods"},
                   {"select", "From a mixture of experts"},
                   {"inspect", "Instead of an upcycle"}};
-    printf(
-        "upcycle %s: SRC DST --experts N [options]: a dense model becomes a mixture of experts, a mixture of experts a "
-        "larger\n"
-        "or smaller one. SRC and DST are Hugging Face directories; SRC is only read, DST must not exist.\n",
-        VERSION);
+    print_usage(stdout);
     for (int i = 0; i < NUM_ASKED; i++) {
         const Option* o = &ask_table[i];
         char start[48] = "";
@@ -21,16 +43,19 @@ static void print_upcycle_help(void) {
             if (!strcmp(o->name, titles[g].first)) printf("%s\n", titles[g].title);
         if (o->start && o->type != OPT_FLAG) snprintf(start, sizeof start, "%s(%s)", *o->help ? " " : "", o->start);
         if (!strcmp(o->name, "method")) {
-            printf("  --method M (copy)\n      dense SRC: %s\n      MoE SRC:   %s\n", DENSE_METHODS, MOE_METHODS);
+            printf("  --method M (copy)\n");
+            print_choices("dense SRC: ", DENSE_METHODS);
+            print_choices("MoE SRC: ", MOE_METHODS);
             continue;
         }
         if (!strcmp(o->name, "router") || !strcmp(o->name, "select")) {
-            printf("  --%s %s\n      %s%s\n", o->name, o->argument, o->help, start);
+            printf("  --%s M: %s%s\n", o->name, o->help, start);
+            print_choices("", o->argument);
             continue;
         }
         char text[80];
         snprintf(text, sizeof text, "  --%s %s", o->name, o->argument);
-        printf("%-44s %s%s\n", text, o->help, start);
+        printf("%-25s %s%s\n", text, o->help, start);
     }
 }
 
@@ -57,12 +82,12 @@ static void ask_parse(int argc, char** argv) {
     opterr = 0;
     optind = 0;
     int c;
-    while ((c = getopt_long(argc, argv, ":", longs, NULL)) != -1) {
+    while ((c = getopt_long(argc, argv, ":h", longs, NULL)) != -1) {
         int index = c - 256;
         if (c == ':') die(2, "%s wants a value; see --help", argv[optind - 1]);
         if (c == '?' && optopt > 0 && optopt < 256) die(2, "-%c: unknown option; see --help", optopt);
         if (c == '?') option_unknown(argv[optind - 1], longs);
-        if (index == NUM_ASKED) {
+        if (index == NUM_ASKED || c == 'h') {
             print_upcycle_help();
             exit(0);
         }

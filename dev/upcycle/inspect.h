@@ -93,13 +93,15 @@ static int run_inspect(void) {
         load = (double*)checked_malloc(sizeof(double) * (size_t)L * (size_t)E);
         memset(load, 0, sizeof(double) * (size_t)L * (size_t)E);
         Usage usage = {load, NULL};
-        double loss = 0;
+        double loss = 0, started = seconds();
         for (long w = 0; w < windows; w += B) {
             int rows = (int)lmin(B, windows - w);
+            show_count("load: window", w, windows, started);
             for (int b = 0; b < rows; b++)
                 dataset_window(d, w + b, batch.tokens + (long)b * T, batch.targets + (long)b * T);
             loss += observed_forward(m, batch.tokens, batch.targets, rows, T, observe_usage, &usage) * rows;
         }
+        clear_progress();
         printf("data    %s, %ld tokens: loss %.4f\n", ask.data, windows * T, loss / (double)windows);
         free(batch.tokens);
         dataset_close(d);

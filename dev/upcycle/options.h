@@ -134,6 +134,7 @@ static int stop_exit_code(void) { return stop_signal == SIGTERM ? 143 : 130; }
 // Between two pieces of work: a signal ends the program; what was begun is removed on the way out.
 static void heed_signals(void) {
     if (!stop_signal) return;
-    fprintf(stderr, "%s%s: stopped by a signal; nothing was written\n", isatty(2) ? "\n" : "", program_name);
+    end_progress();
+    fprintf(stderr, "%s: stopped by a signal; nothing was written\n", program_name);
     exit(stop_exit_code());
 }

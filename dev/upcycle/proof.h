@@ -40,12 +40,12 @@ static void prove(const Plan* p, const char* dir, Proof* proof) {
         die(1, "%s", error.text);
     Batch batch = batch_create(B, T);
     DistinctSources distinct = {p, 0, 0};
-    double difference = 0, norm = 0;
+    double difference = 0, norm = 0, started = seconds();
     memset(proof, 0, sizeof *proof);
     for (long w = 0; w < windows; w += B) {
         int rows = (int)lmin(B, windows - w);
         heed_signals();
-        if (isatty(2)) fprintf(stderr, "\rcheck: window %ld of %ld\033[K", w, windows);
+        show_count("check: window", w, windows, started);
         for (int b = 0; b < rows; b++)
             dataset_window(d, w + b, batch.tokens + (long)b * T, batch.targets + (long)b * T);
         proof->loss_before += observed_forward(before, batch.tokens, batch.targets, rows, T, NULL, NULL) * rows;
@@ -57,7 +57,7 @@ static void prove(const Plan* p, const char* dir, Proof* proof) {
             norm += x * x;
         }
     }
-    if (isatty(2)) fprintf(stderr, "\r\033[K");
+    clear_progress();
     proof->done = 1;
     proof->tokens = windows * T;
     proof->loss_before /= (double)windows;

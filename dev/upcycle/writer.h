@@ -34,10 +34,11 @@ static void progress_add(long bytes) {
            rate = (double)progress.done / (now - progress.started + 1e-9);
     for (int i = 0; i < 30; i++) bar[i] = i < share * 30 ? '#' : '.';
     bar[30] = 0;
-    fprintf(stderr, "\r%s %3.0f %% | %.2f of %.2f GB | %.0f MB/s | ", bar, 100 * share, progress.done * 1e-9,
-            progress.total * 1e-9, rate * 1e-6);
-    print_duration((double)(progress.total - progress.done) / (rate + 1e-9));
-    fprintf(stderr, "\033[K");
+    Field line[] = {field(4, "%s", bar), field(0, "%3.0f %%", 100 * share),
+                    field(2, "%.2f of %.2f GB", progress.done * 1e-9, progress.total * 1e-9),
+                    field(3, "%.0f MB/s", rate * 1e-6),
+                    field_time_left(1, (double)(progress.total - progress.done) / (rate + 1e-9))};
+    show_progress(line, 5);
 }
 
 static void write_all(int fd, const char* path, const void* data, size_t n) {
@@ -153,7 +154,7 @@ static void write_tensors(Plan* p, const char* dir) {
         }
         if (fsync(fd) || close(fd)) die(1, "%s: %s; nothing was made", path, strerror(errno));
     }
-    if (isatty(2)) fprintf(stderr, "\r\033[K");
+    clear_progress();
     free(b.floats);
     free(b.bytes);
 }
