@@ -937,6 +937,7 @@ static int upcycle_main(int argc, char** argv) {
     memset(&proof, 0, sizeof proof);
     memset(&progress, 0, sizeof progress);
     stop_signal = 0;
+    remember_command(argc, argv);
     ask_parse(argc, argv); // moves SRC and DST behind the options
 #ifdef _OPENMP
     if (ask.threads != UNSET) omp_set_num_threads((int)ask.threads);
@@ -986,6 +987,7 @@ static int upcycle_main(int argc, char** argv) {
     check_destination(wanted, dst, p->sources, p->num_sources);
     find_properties(p, &findings);
     print_plan(p, dst);
+    print_engine_notes(&p->config);
     if (ask.dry_run) {
         printf("files   %d with %d tensors, %.1f MB; memory while writing at most about %.0f MB and the program's 3\n",
                p->num_files, p->num_outputs, (double)progress.total * 1e-6, plan_memory(p) * 1e-6);
@@ -1017,6 +1019,7 @@ static int upcycle_main(int argc, char** argv) {
                      ask.check);
             write_receipt(p, saving_path, &findings, &proof, arguments, num_arguments);
         }
+        write_cards(p, dst, saving_path);
         finish_saving(dst);
         print_findings(&findings);
         if (p->carry != MOMENTS_RESET)
