@@ -60,7 +60,7 @@ typedef struct {
     Role role;
     Dtype dtype;
     char name[120];
-    int half; // of optimizer.safetensors: 0 exp_avg, 1 exp_avg_sq; -1: the model itself
+    int half; // of trainer/optimizer.safetensors: 0 exp_avg, 1 exp_avg_sq; -1: the model itself
     int file;
     long bytes, offset; // in the file's data
 } Output;
