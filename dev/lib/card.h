@@ -27,20 +27,25 @@ static int write_text_file(const char* out, const char* dir, const char* name, T
 }
 
 // A byte-level BPE whose ids are the bytes of the text, and no others. The end of a text is the zero byte: as a special
-// token it bears its own name, so no other text is taken for it. llama.cpp refuses a model without a merge; the one here
-// joins C0 and C1, which UTF-8 never has, to FF, which it never has either.
+// token it bears its own name, so no other text is taken for it. llama.cpp refuses a model without a merge; the one
+// here joins C0 and C1, which UTF-8 never has, to FF, which it never has either.
 static int write_byte_tokenizer(const char* out, const char* dir, Error* error) {
     Text t = {NULL, 0, 0};
-    static const char* pre = "\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true, "
-                             "\"use_regex\": false";
-    text_print(&t, "{\n  \"version\": \"1.0\",\n  \"truncation\": null,\n  \"padding\": null,\n  \"added_tokens\": "
-                   "[{\"id\": 0, \"content\": \"\\u0000\", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, "
-                   "\"normalized\": false, \"special\": true}],\n");
-    text_print(&t, "  \"normalizer\": null,\n  \"pre_tokenizer\": {%s},\n  \"post_processor\": null,\n"
-                   "  \"decoder\": {%s},\n", pre, pre);
-    text_print(&t, "  \"model\": {\n    \"type\": \"BPE\",\n    \"dropout\": null,\n    \"unk_token\": null,\n"
-                   "    \"continuing_subword_prefix\": null,\n    \"end_of_word_suffix\": null,\n"
-                   "    \"fuse_unk\": false,\n    \"byte_fallback\": false,\n    \"vocab\": {");
+    static const char* pre =
+        "\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true, "
+        "\"use_regex\": false";
+    text_print(&t,
+               "{\n  \"version\": \"1.0\",\n  \"truncation\": null,\n  \"padding\": null,\n  \"added_tokens\": "
+               "[{\"id\": 0, \"content\": \"\\u0000\", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, "
+               "\"normalized\": false, \"special\": true}],\n");
+    text_print(&t,
+               "  \"normalizer\": null,\n  \"pre_tokenizer\": {%s},\n  \"post_processor\": null,\n"
+               "  \"decoder\": {%s},\n",
+               pre, pre);
+    text_print(&t,
+               "  \"model\": {\n    \"type\": \"BPE\",\n    \"dropout\": null,\n    \"unk_token\": null,\n"
+               "    \"continuing_subword_prefix\": null,\n    \"end_of_word_suffix\": null,\n"
+               "    \"fuse_unk\": false,\n    \"byte_fallback\": false,\n    \"vocab\": {");
     for (uint32_t b = 0, n = 256; b < 256; b++) {
         char name[5] = "";
         name[utf8_write(name, is_printable(b) ? b : n)] = 0;
@@ -51,8 +56,9 @@ static int write_byte_tokenizer(const char* out, const char* dir, Error* error) 
     }
     text_print(&t, "\n    },\n    \"merges\": [\"\xC3\x80 \xC3\x81\"]\n  }\n}\n");
     if (!write_text_file(out, dir, "tokenizer.json", &t, error)) return 0;
-    text_print(&t, "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n  \"eos_token\": \"\\u0000\",\n"
-                   "  \"pad_token\": \"\\u0000\",\n  \"clean_up_tokenization_spaces\": false\n}\n");
+    text_print(&t,
+               "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n  \"eos_token\": \"\\u0000\",\n"
+               "  \"pad_token\": \"\\u0000\",\n  \"clean_up_tokenization_spaces\": false\n}\n");
     return write_text_file(out, dir, "tokenizer_config.json", &t, error);
 }
 
@@ -61,7 +67,8 @@ static int write_generation_config(const Config* c, const char* out, const char*
     static const char* ids[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
     Text t = {NULL, 0, 0};
     text_print(&t, "{\n");
-    for (int i = 0; i < 3; i++) text_print(&t, "  \"%s\": %s,\n", ids[i], c->token_ids[i][0] ? c->token_ids[i] : "null");
+    for (int i = 0; i < 3; i++)
+        text_print(&t, "  \"%s\": %s,\n", ids[i], c->token_ids[i][0] ? c->token_ids[i] : "null");
     text_print(&t, "  \"max_length\": %d\n}\n", c->max_position_embeddings);
     return write_text_file(out, dir, "generation_config.json", &t, error);
 }
@@ -73,25 +80,31 @@ static int write_generation_config(const Config* c, const char* out, const char*
 static int engine_notes(const Config* c, char lines[4][256]) {
     int n = 0;
     if (!is_ordinary(c)) {
-        snprintf(lines[n++], 256, "no Hugging Face class is like this model: it is saved with model_type train_moe, which "
-                                  "only train_moe opens");
+        snprintf(lines[n++], 256,
+                 "no Hugging Face class is like this model: it is saved with model_type train_moe, which "
+                 "only train_moe opens");
         return n;
     }
     if (c->arch == OLMOE && c->norm_topk_prob)
-        snprintf(lines[n++], 256, "vLLM and llama.cpp do not renormalise the gates of an OLMoE (norm_topk_prob is true) and "
-                                  "print other text; --norm-topk 0 is OLMoE's own");
+        snprintf(lines[n++], 256,
+                 "vLLM and llama.cpp do not renormalise the gates of an OLMoE (norm_topk_prob is true) and "
+                 "print other text; --norm-topk 0 is OLMoE's own");
     if (c->arch == OLMOE && c->num_kv_heads != c->num_heads)
-        snprintf(lines[n++], 256, "llama.cpp refuses an OLMoE with fewer key/value heads than heads; --kv-heads %d is "
-                                  "OLMoE's own", c->num_heads);
+        snprintf(lines[n++], 256,
+                 "llama.cpp refuses an OLMoE with fewer key/value heads than heads; --kv-heads %d is "
+                 "OLMoE's own",
+                 c->num_heads);
     if (c->arch == OLMOE && c->rms_norm_eps != archs[OLMOE].rms_norm_eps)
         snprintf(lines[n++], 256, "llama.cpp's converter takes %g for the rms_norm_eps of an OLMoE; this one has %g",
                  archs[OLMOE].rms_norm_eps, c->rms_norm_eps);
     if (c->arch == QWEN3_MOE && !c->norm_topk_prob)
-        snprintf(lines[n++], 256, "llama.cpp renormalises the gates of a Qwen3-MoE (norm_topk_prob is false) and prints "
-                                  "other text");
+        snprintf(lines[n++], 256,
+                 "llama.cpp renormalises the gates of a Qwen3-MoE (norm_topk_prob is false) and prints "
+                 "other text");
     if (c->arch == DOTS1)
-        snprintf(lines[n++], 256, "a Dots1 without shared experts opens in transformers; vLLM, llama.cpp and MLX fail, and "
-                                  "mistral.rs has no such class");
+        snprintf(lines[n++], 256,
+                 "a Dots1 without shared experts opens in transformers; vLLM, llama.cpp and MLX fail, and "
+                 "mistral.rs has no such class");
     return n;
 }
 
@@ -151,7 +164,7 @@ static int carry_card(const char* from, const char* to, Error* error) {
     return ok;
 }
 
-static Text command_line;           // as it was given, for the card
+static Text command_line; // as it was given, for the card
 
 // Keeps the command, quoted for a shell, in one line.
 static void remember_command(int argc, char** argv) {
@@ -200,7 +213,8 @@ static void card_receipts(Text* t, const Json* r) {
     const char *before = json_item(r, "experts", 0), *after = json_item(r, "experts", 1), *item;
     text_print(t, "- `%s`", json_text(r, "method", "?"));
     if (before && after) text_print(t, ": %s -> %s experts", strcmp(before, "0") ? before : "dense", after);
-    for (int i = 0; (item = json_item(r, "sources", i)) != NULL; i++) text_print(t, "%s`%s`", i ? ", " : ", from ", item);
+    for (int i = 0; (item = json_item(r, "sources", i)) != NULL; i++)
+        text_print(t, "%s`%s`", i ? ", " : ", from ", item);
     before = json_item(r, "parameters", 0), after = json_item(r, "parameters", 1);
     if (before && after) text_print(t, "; %s -> %s parameters", before, after);
     text_print(t, "\n  - function: %s\n", json_text(r, "function", "?"));
@@ -215,16 +229,18 @@ static void card_engines(Text* t, const Config* c) {
     char lines[4][256];
     int n = engine_notes(c, lines);
     if (is_ordinary(c) && c->arch != DOTS1)
-        text_print(t, "transformers (`AutoModelForCausalLM`), vLLM, llama.cpp (`convert_hf_to_gguf.py`)%s MLX%s have the class "
-                      "%s.\n", c->arch == OLMOE ? " and" : ",", c->arch == OLMOE ? "" : " and mistral.rs",
-                   archs[c->arch].class_name);
+        text_print(
+            t,
+            "transformers (`AutoModelForCausalLM`), vLLM, llama.cpp (`convert_hf_to_gguf.py`)%s MLX%s have the class "
+            "%s.\n",
+            c->arch == OLMOE ? " and" : ",", c->arch == OLMOE ? "" : " and mistral.rs", archs[c->arch].class_name);
     for (int i = 0; i < n; i++) text_print(t, "- %s.\n", lines[i]);
 }
 
-// README.md of the model in `dir`, whose files will be moved into `out`. It comes from the directory `from`, if not NULL;
-// the last part of `name` is its name. A card in `out` that somebody has taken over stays.
-static int write_readme(const Config* c, int bytes, const char* from, const char* name, const char* out, const char* dir,
-                        Error* error) {
+// README.md of the model in `dir`, whose files will be moved into `out`. It comes from the directory `from`, if not
+// NULL; the last part of `name` is its name. A card in `out` that somebody has taken over stays.
+static int write_readme(const Config* c, int bytes, const char* from, const char* name, const char* out,
+                        const char* dir, Error* error) {
     char path[PATH_SIZE], resolved[PATH_SIZE], *own = read_card(out), *card = from ? read_card(from) : NULL;
     int taken_over = own && !card_is_ours(own);
     Error ignored = {""};
@@ -239,7 +255,8 @@ static int write_readme(const Config* c, int bytes, const char* from, const char
     if (realpath(name, resolved)) name = resolved;
     const char* last = strrchr(name, '/');
     text_print(&t, "---\n%s\n%spipeline_tag: text-generation\ntags: [%s]\n", CARD_MARK,
-               is_ordinary(c) ? "library_name: transformers\n" : "", c->num_experts ? "mixture-of-experts" : "text-generation");
+               is_ordinary(c) ? "library_name: transformers\n" : "",
+               c->num_experts ? "mixture-of-experts" : "text-generation");
     // what the source's card says of its licence
     for (const char* s = card && !strncmp(card, "---\n", 4) ? card + 4 : "---"; *s && strncmp(s, "---", 3);) {
         size_t n = strcspn(s, "\n");
@@ -247,13 +264,16 @@ static int write_readme(const Config* c, int bytes, const char* from, const char
         s += n + (s[n] == '\n');
     }
     text_print(&t, "---\n\n# %s\n\n%s of %d layers, hidden size %d, %d/%d heads of size %d, vocabulary %d%s.\n",
-               last ? last + 1 : name, is_ordinary(c) ? archs[c->arch].class_name : "A model of train_moe's own type", c->num_layers,
-               c->hidden_size, c->num_heads, c->num_kv_heads, c->head_dim, c->vocab_size,
+               last ? last + 1 : name, is_ordinary(c) ? archs[c->arch].class_name : "A model of train_moe's own type",
+               c->num_layers, c->hidden_size, c->num_heads, c->num_kv_heads, c->head_dim, c->vocab_size,
                bytes ? ": its tokens are the bytes of the text" : "");
     if (c->num_experts)
-        text_print(&t, "%d experts of width %d in each of %d layers, %d per token: %ld parameters, %ld of them active for a token.\n",
+        text_print(&t,
+                   "%d experts of width %d in each of %d layers, %d per token: %ld parameters, %ld of them active for "
+                   "a token.\n",
                    c->num_experts, c->moe_intermediate_size, count_sparse(c), c->num_experts_per_tok, total, active);
-    else text_print(&t, "It is dense: %ld parameters.\n", total);
+    else
+        text_print(&t, "It is dense: %ld parameters.\n", total);
     card_commands(&commands, card);
     text_print(&t, "Made by %s %s.\n\n## Commands\n\n", program_name, VERSION);
     text_add(&t, commands.data ? commands.data : "", commands.length);
@@ -265,8 +285,9 @@ static int write_readme(const Config* c, int bytes, const char* from, const char
     }
     text_print(&t, "\n## Engines\n\n");
     card_engines(&t, c);
-    text_print(&t, "\n## Files\n\n`trainer.json` and `trainer/`, where they are, serve `train_moe --resume` alone. "
-                   "`README.source.md` and a licence\ncame with the model that this one was made from.\n");
+    text_print(&t,
+               "\n## Files\n\n`trainer.json` and `trainer/`, where they are, serve `train_moe --resume` alone. "
+               "`README.source.md` and a licence\ncame with the model that this one was made from.\n");
     json_free(receipt);
     free(card);
     free(commands.data);

@@ -622,7 +622,8 @@ static int save_files(const Model* m, const char* out, const char* dir, long ste
             OutTensor o = {names[i], "F32", tensor_is_matrix(t) ? 2 : 1, {t->rows, t->cols, 0}, block + t->offset};
             tensors[i] = o;
         }
-        if (pass && mkdir(join_path(path, dir, "trainer"), 0777)) ok = set_error(error, "%s: %s", path, strerror(errno));
+        if (pass && mkdir(join_path(path, dir, "trainer"), 0777))
+            ok = set_error(error, "%s: %s", path, strerror(errno));
         join_path(path, dir, pass ? OPTIMIZER_FILE : "model.safetensors");
         ok = ok && safetensors_write(path, tensors, count * (pass + 1), error);
     }

@@ -182,8 +182,8 @@ static int json_number(JsonReader* r, Json* j) {
     return 1;
 }
 
-// Keys are C strings: a zero byte in one becomes C0 80, which is not UTF-8 and so in no other key. (A tokenizer of bytes
-// has a token named "\u0000".)
+// Keys are C strings: a zero byte in one becomes C0 80, which is not UTF-8 and so in no other key. (A tokenizer of
+// bytes has a token named "\u0000".)
 static char* key_without_zeros(char* key, size_t length) {
     char *out = (char*)checked_malloc(2 * length + 1), *p = out;
     for (size_t i = 0; i < length; i++) {

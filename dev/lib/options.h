@@ -74,7 +74,8 @@ static Option option_table[] = {
     {"layers", OPT_WHOLE, USE_SHAPE, &options.layers, 1, MAX_LAYERS, "4", "L", "layers", 0},
     {"hidden", OPT_WHOLE, USE_SHAPE, &options.hidden, 1, 1 << 20, "128", "H", "hidden size", 0},
     {"heads", OPT_WHOLE, USE_SHAPE, &options.heads, 1, 1 << 14, "4", "NH", "attention heads", 0},
-    {"kv-heads", OPT_WHOLE, USE_SHAPE, &options.kv_heads, 1, 1 << 14, NULL, "NKV", "key/value heads (NH / 2; olmoe: NH)", 0},
+    {"kv-heads", OPT_WHOLE, USE_SHAPE, &options.kv_heads, 1, 1 << 14, NULL, "NKV", "key/value heads (NH / 2; olmoe: NH)",
+     0},
     {"head-dim", OPT_WHOLE, USE_SHAPE, &options.head_dim, 2, 1 << 14, NULL, "HD", "head size (H / NH)", 0},
     {"ffn", OPT_WHOLE, USE_SHAPE, &options.ffn, 1, 1 << 20, NULL, "I", "dense layers' width (3 H)", 0},
     {"experts", OPT_WHOLE, USE_SHAPE, &options.experts, 0, 1 << 16, "8", "E", "0: a dense model", 0},
@@ -412,8 +413,8 @@ static void config_from_options(Config* c) {
             c->num_layers);
 }
 
-// Whether the tokens of the model in `dir` are bytes: a tokenizer tells; never with fewer tokens than bytes, always with
-// 256. Otherwise the run that made the model told, or the upcycle after it, or nobody.
+// Whether the tokens of the model in `dir` are bytes: a tokenizer tells; never with fewer tokens than bytes, always
+// with 256. Otherwise the run that made the model told, or the upcycle after it, or nobody.
 static BytesAllowed reads_bytes(const Config* c, const char* dir) {
     static const char* records[] = {"trainer.json", "upcycle.json"};
     char path[PATH_SIZE];

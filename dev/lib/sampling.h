@@ -13,7 +13,9 @@ typedef struct {
 
 // GPT-2's alphabet gives every byte a printable character: the printable bytes of Latin-1 are themselves, the others
 // are numbered from 256 on.
-static int is_printable(uint32_t c) { return (c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255); }
+static int is_printable(uint32_t c) {
+    return (c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255);
+}
 
 static int byte_of_character(uint32_t c) {
     if (is_printable(c)) return (int)c;

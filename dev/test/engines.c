@@ -1,5 +1,5 @@
-// engines.c: what other programs find in a directory: where the moments lie, the tokenizer of bytes, keys, the model card;
-// and what version 0.1 wrote. Python looks at the same directories in dev/engines/check.py.
+// engines.c: what other programs find in a directory: where the moments lie, the tokenizer of bytes, keys, the model
+// card; and what version 0.1 wrote. Python looks at the same directories in dev/engines/check.py.
 
 // The text of a file in the temporary directory; "" if there is none.
 static const char* text_of(const char* name) {
@@ -12,7 +12,8 @@ static int says(const char* name, const char* what) { return strstr(text_of(name
 
 // Moves the moments of a run to where version 0.1 had them.
 static void age_run(const char* out) {
-    if (rename(temp("%s/" OPTIMIZER_FILE, out), temp("%s/optimizer.safetensors", out)) || rmdir(temp("%s/trainer", out)))
+    if (rename(temp("%s/" OPTIMIZER_FILE, out), temp("%s/optimizer.safetensors", out)) ||
+        rmdir(temp("%s/trainer", out)))
         die(1, "%s: %s", out, strerror(errno));
 }
 
@@ -21,7 +22,8 @@ static void test_moments_place(void) {
     char steps[128];
     write_corpus(temp("corpus.txt"), 20000);
     snprintf(steps, sizeof steps, "%s 2", run);
-    check(train_run("old", steps) == 0 && exists(temp("old/" OPTIMIZER_FILE)) && !exists(temp("old/optimizer.safetensors")),
+    check(train_run("old", steps) == 0 && exists(temp("old/" OPTIMIZER_FILE)) &&
+              !exists(temp("old/optimizer.safetensors")),
           "beside the model lies no other safetensors file");
     snprintf(steps, sizeof steps, "%s 4", run);
     train_run("a", steps);
@@ -79,8 +81,9 @@ static void test_byte_tokenizer(void) {
     train_run("a", "--steps 1");
     Json* j = json_read(temp("a/tokenizer.json"), &error);
     const Json *model = json_get(j, "model"), *vocab = json_get(model, "vocab"), *merges = json_get(model, "merges");
-    int named = j && vocab && json_whole(json_get(vocab, "\xC0\x80"), 255) == 0 && json_whole(json_get(vocab, "A"), 255) == 65 &&
-                json_whole(json_get(vocab, "\xC4\xA0"), 255) == ' ' && json_whole(json_get(vocab, "\xC3\x80\xC3\x81"), 255) == 255;
+    int named = j && vocab && json_whole(json_get(vocab, "\xC0\x80"), 255) == 0 &&
+                json_whole(json_get(vocab, "A"), 255) == 65 && json_whole(json_get(vocab, "\xC4\xA0"), 255) == ' ' &&
+                json_whole(json_get(vocab, "\xC3\x80\xC3\x81"), 255) == 255;
     check(named && vocab->count == 256 && merges && merges->count == 1, "256 tokens, one merge: %s", error.text);
     json_free(j);
     check(is_bytes_with("\"A\": 65", "\"A\": 65") == 1, "it is known as bytes");
@@ -110,7 +113,8 @@ static void test_byte_tokenizer(void) {
     memcpy(strstr(text, "\"B\": 66"), "\"B\": 65", 7);
     write_text(temp("b/tokenizer.json"), text);
     free(text);
-    check(run_program("--model %s --prompt a", temp("b")) == 2 && strstr(ran.err, "reads tokens"), "other ids are not bytes");
+    check(run_program("--model %s --prompt a", temp("b")) == 2 && strstr(ran.err, "reads tokens"),
+          "other ids are not bytes");
     // a source without one, as version 0.1 left it
     remove_tree(temp("up"));
     unlink(temp("a/tokenizer.json"));
@@ -120,16 +124,22 @@ static void test_byte_tokenizer(void) {
 
 static void test_engine_choices(void) {
     static const struct {
-        const char *options, *says;         // NULL: nothing to say
-    } cases[] = {{"--arch olmoe", NULL}, {"", NULL}, {"--arch mixtral", NULL},
-                 {"--arch olmoe --norm-topk 1", "do not renormalise"}, {"--arch olmoe --kv-heads 2", "--kv-heads 4"},
-                 {"--norm-topk 0", "llama.cpp renormalises"}, {"--router sigmoid", "Dots1"}, {"--router lpr", "only train_moe"}};
+        const char *options, *says; // NULL: nothing to say
+    } cases[] = {{"--arch olmoe", NULL},
+                 {"", NULL},
+                 {"--arch mixtral", NULL},
+                 {"--arch olmoe --norm-topk 1", "do not renormalise"},
+                 {"--arch olmoe --kv-heads 2", "--kv-heads 4"},
+                 {"--norm-topk 0", "llama.cpp renormalises"},
+                 {"--router sigmoid", "Dots1"},
+                 {"--router lpr", "only train_moe"}};
     for (EACH(i, cases)) {
         char options[256];
         snprintf(options, sizeof options, "--steps 0 --heads 4 %s", cases[i].options);
         int code = train_run("a", options), noted = strstr(ran.out, "note: ") != NULL;
-        check(code == 0 && noted == (cases[i].says != NULL) && (!noted || strstr(ran.out, cases[i].says)),
-              "%s: %s", *cases[i].options ? cases[i].options : "by default", cases[i].says ? cases[i].says : "every engine computes it");
+        check(code == 0 && noted == (cases[i].says != NULL) && (!noted || strstr(ran.out, cases[i].says)), "%s: %s",
+              *cases[i].options ? cases[i].options : "by default",
+              cases[i].says ? cases[i].says : "every engine computes it");
         check(!noted || strstr(text_of("a/README.md"), cases[i].says), "and the card says so");
     }
     Config c;
@@ -146,7 +156,8 @@ static void test_cards(void) {
     train_run("a", "--steps 1");
     check(says("a/README.md", "    ./train_moe --data ") && says("a/README.md", "Qwen3MoeForCausalLM"),
           "a run's card has its command and class");
-    check(resume_run("a", "--steps 2") == 0 && says("a/README.md", "    ./train_moe --data ") && says("a/README.md", "--resume --steps 2\n"),
+    check(resume_run("a", "--steps 2") == 0 && says("a/README.md", "    ./train_moe --data ") &&
+              says("a/README.md", "--resume --steps 2\n"),
           "resumed: both commands");
     // a source with a card and a licence of its own
     write_text(temp("a/README.md"), "---\nlicense: apache-2.0\n---\n# theirs\n");
@@ -161,17 +172,21 @@ static void test_cards(void) {
               says("up/README.md", "  - warning: ") && says("up/README.md", "--experts 6 --method shuffle\n"),
           "the card has lineage, receipt and command");
     code = up_run("", "%s %s --experts 12 --topk 1", temp("up"), temp("up2"));
-    check(code == 0 && same_file(temp("a/README.md"), temp("up2/README.source.md")) && says("up2/README.md", "--method shuffle\n") &&
-              says("up2/README.md", "- `copy`: 6 -> 12 experts") && says("up2/README.md", "\nlicense: apache-2.0\n") &&
+    check(code == 0 && same_file(temp("a/README.md"), temp("up2/README.source.md")) &&
+              says("up2/README.md", "--method shuffle\n") && says("up2/README.md", "- `copy`: 6 -> 12 experts") &&
+              says("up2/README.md", "\nlicense: apache-2.0\n") &&
               strstr(text_of("up2/README.md"), "- `shuffle`") < strstr(text_of("up2/README.md"), "- `copy`"),
           "the next generation's too, the first step first");
     write_text(temp("up2/README.md"), "mine");
-    check(run_program("--model %s --data %s --out %s --steps 1 --seq 8", temp("up"), temp("corpus.txt"), temp("up2/on")) == 0 &&
-              same_in("up", "up2/on", "README.source.md") && same_in("up", "up2/on", "LICENSE.txt") && says("up2/on/README.md", "- `shuffle`"),
+    check(run_program("--model %s --data %s --out %s --steps 1 --seq 8", temp("up"), temp("corpus.txt"),
+                      temp("up2/on")) == 0 &&
+              same_in("up", "up2/on", "README.source.md") && same_in("up", "up2/on", "LICENSE.txt") &&
+              says("up2/on/README.md", "- `shuffle`"),
           "training carries them on: %s", ran.err);
     write_text(temp("up2/on/README.md"), "mine");
-    check(run_program("--out %s --resume --steps 2", temp("up2/on")) == 0 && !strcmp(text_of("up2/on/README.md"), "mine"),
-          "a card that somebody has taken over stays");
+    check(
+        run_program("--out %s --resume --steps 2", temp("up2/on")) == 0 && !strcmp(text_of("up2/on/README.md"), "mine"),
+        "a card that somebody has taken over stays");
     // --force replaces what a checkpoint may hold
     remove_tree(temp("up"));
     up_run("", "%s %s --experts 6 --optimizer copy", temp("a"), temp("up"));
@@ -191,31 +206,41 @@ static void test_version_0_1(void) {
 #define OLD "dev/reference/version_0.1/"
     Error error = {""};
     long n = 0, k = 0;
-    for (int i = 0; i < 2; i++) {           // a run, and one that upcycle made of it with its moments
+    for (int i = 0; i < 2; i++) { // a run, and one that upcycle made of it with its moments
         const char *name = i ? OLD "family" : OLD "run", *out = i ? "old_family" : "old_run";
         remove_tree(temp("%s", out));
         copy_directory(name, temp("%s", out));
-        check(run_program("--out %s --resume --steps 6", temp("%s", out)) == 0 && saved_step(out) == 6, "%s: goes on: %s", name, ran.err);
-        check(exists(temp("%s/" OPTIMIZER_FILE, out)) && !exists(temp("%s/optimizer.safetensors", out)) && exists(temp("%s/README.md", out)),
+        check(run_program("--out %s --resume --steps 6", temp("%s", out)) == 0 && saved_step(out) == 6,
+              "%s: goes on: %s", name, ran.err);
+        check(exists(temp("%s/" OPTIMIZER_FILE, out)) && !exists(temp("%s/optimizer.safetensors", out)) &&
+                  exists(temp("%s/README.md", out)),
               "%s: is then as this version leaves it", name);
     }
     check(count_lines(temp("old_run/log.csv")) == 7, "its logs go on");
     remove_tree(temp("b"));
-    int code = run_program("--data LICENSE --steps 6 --batch 2 --seq 16 --layers 2 --hidden 8 --heads 2 --tie --val-every 2 "
-                           "--save-every 2 --seed 5 --warmup 0 --experts 3 --expert-ffn 8 --out %s", temp("b"));
-    float *x = up_tensor(temp("b"), "model.embed_tokens.weight", &n), *y = up_tensor(temp("old_run"), "model.embed_tokens.weight", &k);
+    int code = run_program(
+        "--data LICENSE --steps 6 --batch 2 --seq 16 --layers 2 --hidden 8 --heads 2 --tie --val-every 2 "
+        "--save-every 2 --seed 5 --warmup 0 --experts 3 --expert-ffn 8 --out %s",
+        temp("b"));
+    float *x = up_tensor(temp("b"), "model.embed_tokens.weight", &n),
+          *y = up_tensor(temp("old_run"), "model.embed_tokens.weight", &k);
     check(code == 0 && n == k && max_error(x, y, n) < 1e-2, "and ends near a run of this version");
     static const char* names[] = {"run", "olmoe", "experts", "family"};
     for (int i = 0; i < 4; i++) {
         check(run_program("--model " OLD "%s --data LICENSE --eval", names[i]) == 0 && strstr(ran.out, "bits per byte"),
               "%s: opens and reads bytes: %s", names[i], ran.err);
-        check(up_run("", "--inspect " OLD "%s --data LICENSE", names[i]) == 0, "%s: inspects: %.80s", names[i], up_output);
-        if (i >= 2) check(strstr(up_output, i == 2 ? "drop, dense -> 3 experts" : "family, 3 -> 6 experts") != NULL, "%s: lineage", names[i]);
+        check(up_run("", "--inspect " OLD "%s --data LICENSE", names[i]) == 0, "%s: inspects: %.80s", names[i],
+              up_output);
+        if (i >= 2)
+            check(strstr(up_output, i == 2 ? "drop, dense -> 3 experts" : "family, 3 -> 6 experts") != NULL,
+                  "%s: lineage", names[i]);
     }
     Config c;
-    check(config_read(&c, OLD "olmoe", &error) && c.norm_topk_prob && c.num_kv_heads == 1, "olmoe: what its config.json says counts");
+    check(config_read(&c, OLD "olmoe", &error) && c.norm_topk_prob && c.num_kv_heads == 1,
+          "olmoe: what its config.json says counts");
     remove_tree(temp("up"));
-    check(up_run("", OLD "experts %s --experts 6", temp("up")) == 0 && says("up/README.md", "- `drop`: dense -> 3 experts"),
+    check(up_run("", OLD "experts %s --experts 6", temp("up")) == 0 &&
+              says("up/README.md", "- `drop`: dense -> 3 experts"),
           "receipts of version 0.1 are read: %.80s", up_output);
 }
 
