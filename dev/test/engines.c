@@ -140,7 +140,7 @@ static void test_engine_choices(void) {
         check(code == 0 && noted == (cases[i].says != NULL) && (!noted || strstr(ran.out, cases[i].says)), "%s: %s",
               *cases[i].options ? cases[i].options : "by default",
               cases[i].says ? cases[i].says : "every engine computes it");
-        check(!noted || strstr(text_of("a/README.md"), cases[i].says), "and the card says so");
+        check(!noted || !cases[i].says || strstr(text_of("a/README.md"), cases[i].says), "and the card says so");
     }
     Config c;
     Error error = {""};
