@@ -384,6 +384,7 @@ static void test_matmul(void) {
 #include "dev/test/upcycle_calibration.c"
 #include "dev/test/upcycle_files.c"
 #include "dev/test/terminal.c"
+#include "dev/test/engines.c"
 #ifdef TEST_GPU
 #include "dev/test/gpu.c"
 #endif
@@ -416,7 +417,7 @@ static const struct {
     {"upcycle pruning", test_up_pruning},        {"upcycle cluster", test_up_cluster},
     {"upcycle files", test_up_files},            {"upcycle safety", test_up_safety},
     {"upcycle LPR pruning", test_up_pruning_lpr}, {"upcycle records", test_up_records},
-    {"upcycle refusals", test_up_refusals},      {"upcycle receipt", test_up_receipt}};
+    {"engines", test_engines},                   {"upcycle refusals", test_up_refusals},      {"upcycle receipt", test_up_receipt}};
 
 int main(int argc, char** argv) {
     if (argc > 1 && !strcmp(argv[1], "--as-train-moe")) {

@@ -1347,6 +1347,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
     return exit_code;
 }
 
+#include "dev/lib/card.h"         // what other programs and readers want beside a model
 #include "dev/lib/options.h"      // the command line
 
 int train_moe_main(int argc, char** argv) {

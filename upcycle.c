@@ -60,7 +60,7 @@ typedef struct {
     Role role;
     Dtype dtype;
     char name[120];
-    int half; // of optimizer.safetensors: 0 exp_avg, 1 exp_avg_sq; -1: the model itself
+    int half; // of trainer/optimizer.safetensors: 0 exp_avg, 1 exp_avg_sq; -1: the model itself
     int file;
     long bytes, offset; // in the file's data
 } Output;
@@ -943,6 +943,7 @@ static int upcycle_main(int argc, char** argv) {
         print_usage(stderr);
         die(2, "SRC and DST are missing; --help lists every option");
     }
+    remember_command(argc, argv);
     ask_parse(argc, argv); // moves SRC and DST behind the options
 #ifdef _OPENMP
     if (ask.threads != UNSET) omp_set_num_threads((int)ask.threads);
@@ -992,6 +993,7 @@ static int upcycle_main(int argc, char** argv) {
     check_destination(wanted, dst, p->sources, p->num_sources);
     find_properties(p, &findings);
     print_plan(p, dst);
+    print_engine_notes(&p->config);
     if (ask.dry_run) {
         printf("files   %d with %d tensors, %.1f MB; memory while writing at most about %.0f MB and the program's 3\n",
                p->num_files, p->num_outputs, (double)progress.total * 1e-6, plan_memory(p) * 1e-6);
@@ -1023,6 +1025,7 @@ static int upcycle_main(int argc, char** argv) {
                      ask.check);
             write_receipt(p, saving_path, &findings, &proof, arguments, num_arguments);
         }
+        write_cards(p, dst, saving_path);
         finish_saving(dst);
         print_findings(&findings);
         if (p->carry != MOMENTS_RESET)

@@ -13,7 +13,7 @@ mount -t tmpfs -o size=3m tmpfs "$disk"
 # a checkpoint (parameters and two moments) is 1.9 MB
 train="./train_moe --data train_moe.c --layers 2 --hidden 64 --experts 4 --expert-ffn 64 --seq 64 --batch 2
        --schedule constant --warmup 1 --val-every 1000 --out $disk/run"
-sum() { cat "$disk/run/model.safetensors" "$disk/run/optimizer.safetensors" "$disk/run/trainer.json" | cksum; }
+sum() { cat "$disk/run/model.safetensors" "$disk/run/trainer/optimizer.safetensors" "$disk/run/trainer.json" | cksum; }
 
 $train --steps 2 >/dev/null 2>&1
 before=$(sum)

@@ -1,7 +1,8 @@
 // checkpoint.h: Hugging Face directories, and saves that survive kill -9. Needs safetensors.h, layout.h, a Model.
 //
 // A checkpoint is a Hugging Face directory: config.json, model.safetensors and the tokenizer's files; beside them our
-// trainer.json (options and step) and optimizer.safetensors (AdamW's moments).
+// trainer.json (options and step) and trainer/optimizer.safetensors (AdamW's moments): vLLM loads every *.safetensors
+// that lies beside a model.
 #pragma once
 #include "safetensors.h"
 
@@ -295,6 +296,9 @@ static void config_to_json(Text* t, const Config* c) {
         text_json_double(t, c->router_aux_loss_coef);
         text_print(t, ",\n  \"output_router_logits\": false,\n");
     }
+    // mistral.rs wants both
+    if (c->arch == QWEN3 || c->arch == QWEN3_MOE)
+        text_print(t, "  \"use_sliding_window\": false,\n  \"max_window_layers\": %d,\n", c->num_layers);
     if (c->arch == QWEN3_MOE) {
         text_print(t, "  \"moe_intermediate_size\": %d,\n  \"decoder_sparse_step\": 1,\n  \"mlp_only_layers\": [",
                    c->moe_intermediate_size);
@@ -491,11 +495,19 @@ static int checkpoint_load(Model* m, const char* dir, Error* error) {
     return !error->text[0];
 }
 
-// Reads AdamW's moments from DIR/optimizer.safetensors.
+// Where AdamW's moments lie: version 0.1 had them beside the model.
+#define OPTIMIZER_FILE "trainer/optimizer.safetensors"
+static const char* optimizer_path(char* path, const char* dir) {
+    if (!access(join_path(path, dir, OPTIMIZER_FILE), F_OK)) return path;
+    if (!access(join_path(path, dir, "optimizer.safetensors"), F_OK)) return path;
+    return join_path(path, dir, OPTIMIZER_FILE);
+}
+
+// Reads AdamW's moments.
 static int optimizer_load(Model* m, const char* dir, Error* error) {
     char path[PATH_SIZE];
     Error inner = {""};
-    join_path(path, dir, "optimizer.safetensors");
+    optimizer_path(path, dir);
     SafeTensors* s = safetensors_open(path, error);
     if (!s) return 0;
     // both halves are in one file: tensors of the other one are marked as used while one is read
@@ -544,34 +556,48 @@ static int flush_directory(const char* path, Error* error) {
     return ok;
 }
 
-// Moves every file of a directory into the directory `to`, or deletes it if `to` is NULL.
+// Moves every file of a directory, and of trainer/ in it, into the directory `to`, or deletes it if `to` is NULL.
 static void move_files(const char* from, const char* to, Error* error) {
     DIR* d = opendir(from);
     struct dirent* entry;
+    struct stat st;
     while (d && (entry = readdir(d)) != NULL) {
         char old[PATH_SIZE], target[PATH_SIZE];
         if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
         join_path(old, from, entry->d_name);
         if (to) join_path(target, to, entry->d_name);
-        if (to ? rename(old, target) : unlink(old)) set_error(error, "%s: %s", old, strerror(errno));
+        if (!strcmp(entry->d_name, "trainer") && !lstat(old, &st) && S_ISDIR(st.st_mode)) {
+            Error inner = {""};
+            if (to && mkdir(target, 0777) && errno != EEXIST) set_error(&inner, "%s: %s", target, strerror(errno));
+            if (!inner.text[0]) move_files(old, to ? target : NULL, &inner);
+            if (to && !inner.text[0]) flush_directory(target, &inner);
+            if (!inner.text[0] && rmdir(old)) set_error(&inner, "%s: %s", old, strerror(errno));
+            if (inner.text[0]) set_error(error, "%s", inner.text);
+        } else if (to ? rename(old, target) : unlink(old)) set_error(error, "%s: %s", old, strerror(errno));
     }
     if (d) closedir(d);
 }
 
 // The last step of a save, also made by --resume if a save was interrupted here: moves OUT/.ready's files into OUT.
+// Moments of version 0.1 that lie beside the model are then those of an earlier step.
 static int finish_save(const char* out, Error* error) {
-    char ready[PATH_SIZE];
+    char ready[PATH_SIZE], path[PATH_SIZE];
     join_path(ready, out, ".ready");
     if (access(ready, F_OK)) return 1;
     move_files(ready, out, error);
+    if (!error->text[0] && !access(join_path(path, out, OPTIMIZER_FILE), F_OK) &&
+        unlink(join_path(path, out, "optimizer.safetensors")) && errno != ENOENT)
+        set_error(error, "%s: %s", path, strerror(errno));
     if (error->text[0] || !flush_directory(out, error)) return 0;
     if (rmdir(ready)) return set_error(error, "%s: %s", ready, strerror(errno));
     return 1;
 }
 
 static void trainer_to_json(Text* t, const Model* m, long step);        // in options.h
+static int write_card(const Model* m, const char* out, const char* dir, Error* error);          // in card.h
 
-static int save_files(const Model* m, const char* dir, long step, Error* error) {
+// Writes a checkpoint of OUT into the directory `dir`.
+static int save_files(const Model* m, const char* out, const char* dir, long step, Error* error) {
     char path[PATH_SIZE];
     Text text = {NULL, 0, 0};
     config_to_json(&text, &m->config);
@@ -596,9 +622,12 @@ static int save_files(const Model* m, const char* dir, long step, Error* error) 
             OutTensor o = {names[i], "F32", tensor_is_matrix(t) ? 2 : 1, {t->rows, t->cols, 0}, block + t->offset};
             tensors[i] = o;
         }
-        join_path(path, dir, pass ? "optimizer.safetensors" : "model.safetensors");
-        ok = safetensors_write(path, tensors, count * (pass + 1), error);
+        if (pass && mkdir(join_path(path, dir, "trainer"), 0777))
+            ok = set_error(error, "%s: %s", path, strerror(errno));
+        join_path(path, dir, pass ? OPTIMIZER_FILE : "model.safetensors");
+        ok = ok && safetensors_write(path, tensors, count * (pass + 1), error);
     }
+    ok = ok && flush_directory(join_path(path, dir, "trainer"), error);
     free(tensors);
     free(names);
     for (int i = 0; travelling_files[i] && m->source && ok; i++) {
@@ -610,7 +639,7 @@ static int save_files(const Model* m, const char* dir, long step, Error* error) 
         ok = data && write_file(path, data, length, error);
         free(data);
     }
-    return ok && flush_directory(dir, error);
+    return ok && write_card(m, out, dir, error) && flush_directory(dir, error);
 }
 
 // Saves model, optimizer and options of a run, as a whole or not at all: everything is written and flushed in
@@ -625,7 +654,7 @@ static const char* checkpoint_save(const Model* m, const char* out, long step) {
     join_path(ready, out, ".ready");
     if (mkdir(saving, 0777) && errno != EEXIST) set_error(&error, "%s: %s", saving, strerror(errno));
     move_files(saving, NULL, &error);
-    if (!error.text[0] && save_files(m, saving, step, &error) && finish_save(out, &error)) {
+    if (!error.text[0] && save_files(m, out, saving, step, &error) && finish_save(out, &error)) {
         if (rename(saving, ready)) set_error(&error, "%s: %s", ready, strerror(errno));
         else if (flush_directory(out, &error)) finish_save(out, &error);
     }

@@ -182,6 +182,19 @@ static int json_number(JsonReader* r, Json* j) {
     return 1;
 }
 
+// Keys are C strings: a zero byte in one becomes C0 80, which is not UTF-8 and so in no other key. (A tokenizer of
+// bytes has a token named "\u0000".)
+static char* key_without_zeros(char* key, size_t length) {
+    char *out = (char*)checked_malloc(2 * length + 1), *p = out;
+    for (size_t i = 0; i < length; i++) {
+        if (!key[i]) *p++ = '\xC0';
+        *p++ = key[i] ? key[i] : '\x80';
+    }
+    *p = 0;
+    free(key);
+    return out;
+}
+
 static Json* json_value(JsonReader* r, int depth) {
     Json* j = (Json*)checked_malloc(sizeof(Json));
     memset(j, 0, sizeof *j);
@@ -208,7 +221,7 @@ static Json* json_value(JsonReader* r, int depth) {
             if (c == '{') {
                 key = json_string(r, &length);
                 if (!key) break;
-                if (strlen(key) != length) json_error(r, "a key without zero bytes");
+                if (strlen(key) != length) key = key_without_zeros(key, length);
                 json_space(r);
                 if (r->at >= r->end || *r->at != ':') json_error(r, "a colon");
                 r->at++;
@@ -362,7 +375,10 @@ static void text_json_string(Text* t, const char* s) {
         if (*s == '"' || *s == '\\') text_print(t, "\\%c", *s);
         else if ((unsigned char)*s < 0x20) text_print(t, "\\u%04x", *s);
         else if (n > 0) text_add(t, s, (size_t)n);
-        else text_print(t, "\\ufffd"); // the name of a file may be any bytes
+        else if (!strncmp(s, "\xC0\x80", 2)) {                  // as key_without_zeros has it
+            text_print(t, "\\u0000");
+            n = 2;
+        } else text_print(t, "\\ufffd"); // the name of a file may be any bytes
         n = n > 0 ? n : 1;
     }
     text_print(t, "\"");

@@ -79,7 +79,8 @@ static Option option_table[] = {
     {"layers", OPT_WHOLE, USE_SHAPE, &options.layers, 1, MAX_LAYERS, "4", "L", "layers", 0},
     {"hidden", OPT_WHOLE, USE_SHAPE, &options.hidden, 1, 1 << 20, "128", "H", "hidden size", 0},
     {"heads", OPT_WHOLE, USE_SHAPE, &options.heads, 1, 1 << 14, "4", "NH", "attention heads", 0},
-    {"kv-heads", OPT_WHOLE, USE_SHAPE, &options.kv_heads, 1, 1 << 14, NULL, "NKV", "key/value heads (NH / 2)", 0},
+    {"kv-heads", OPT_WHOLE, USE_SHAPE, &options.kv_heads, 1, 1 << 14, NULL, "NKV", "key/value heads (NH / 2; olmoe: NH)",
+     0},
     {"head-dim", OPT_WHOLE, USE_SHAPE, &options.head_dim, 2, 1 << 14, NULL, "HD", "head size (H / NH)", 0},
     {"ffn", OPT_WHOLE, USE_SHAPE, &options.ffn, 1, 1 << 20, NULL, "I", "dense layers' width (3 H)", 0},
     {"experts", OPT_WHOLE, USE_SHAPE, &options.experts, 0, 1 << 16, "8", "E", "0: a dense model", 0},
@@ -91,7 +92,7 @@ static Option option_table[] = {
     {"vocab", OPT_WHOLE, USE_SHAPE, &options.vocab, 1, 1 << 24, NULL, "V", "vocabulary (text: 256)", 0},
     {"tie", OPT_FLAG, USE_SHAPE, &options.tie, 0, 0, "0", "", "LM head = embedding", 0},
     {"qk-norm", OPT_CHOICE, USE_SHAPE, &options.qk_norm, 0, 0, NULL, "none|head|row", "(the class's)", 0},
-    {"norm-topk", OPT_WHOLE, USE_SHAPE, &options.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1)", 0},
+    {"norm-topk", OPT_WHOLE, USE_SHAPE, &options.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1; olmoe: 0)", 0},
 
     {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C",
      "weight of balance loss (0.01 softmax; the model's)", 0},
@@ -246,6 +247,7 @@ static void options_parse(int argc, char** argv) {
     struct option longs[NUM_OPTIONS + 3];
     memset(longs, 0, sizeof longs);
     options_reset();
+    remember_command(argc, argv);
     for (int i = 0; i < NUM_OPTIONS; i++) {
         longs[i].name = option_table[i].name;
         longs[i].has_arg = option_table[i].type == OPT_FLAG ? no_argument : required_argument;
@@ -354,7 +356,7 @@ static void config_from_options(Config* c) {
     c->num_layers = (int)options.layers;
     c->hidden_size = (int)options.hidden;
     c->num_heads = (int)options.heads;
-    int kv = options.heads % 2 ? (int)options.heads : (int)options.heads / 2;
+    int kv = options.heads % 2 || kind == 2 ? (int)options.heads : (int)options.heads / 2;
     c->num_kv_heads = options.kv_heads == UNSET ? kv : (int)options.kv_heads;
     c->head_dim = options.head_dim == UNSET ? c->hidden_size / c->num_heads : (int)options.head_dim;
     c->intermediate_size = options.ffn == UNSET ? 3 * c->hidden_size : (int)options.ffn;
@@ -362,7 +364,7 @@ static void config_from_options(Config* c) {
     c->max_position_embeddings = (int)options.seq;
     c->tie_word_embeddings = (int)options.tie;
     c->rope_theta = 10000;
-    c->rms_norm_eps = 1e-6;
+    c->rms_norm_eps = kind == 2 ? archs[OLMOE].rms_norm_eps : 1e-6;
     c->qk_norm = kind == 0 ? QK_NORM_HEAD : kind == 1 ? QK_NORM_NONE : QK_NORM_ROW;
     static const char* fits[] = {"mixtral", "qwen3", "olmoe"};          // by kind of norm
     if (options.qk_norm && choice_index("none|head|row", options.qk_norm) != (int)c->qk_norm)
@@ -394,7 +396,7 @@ static void config_from_options(Config* c) {
     c->num_experts = (int)options.experts;
     c->num_experts_per_tok = options.topk == UNSET ? imin(2, c->num_experts) : (int)options.topk;
     c->moe_intermediate_size = options.expert_ffn == UNSET ? 2 * c->hidden_size : (int)options.expert_ffn;
-    c->norm_topk_prob = options.norm_topk == UNSET ? 1 : (int)options.norm_topk;
+    c->norm_topk_prob = options.norm_topk == UNSET ? kind != 2 : (int)options.norm_topk;
     if (c->num_experts_per_tok > c->num_experts)
         die(2, "--topk %d: there are only %d experts", c->num_experts_per_tok, c->num_experts);
     if (kind == 1 && !c->norm_topk_prob)
@@ -424,21 +426,14 @@ static void config_from_options(Config* c) {
             c->num_layers);
 }
 
-static int has_tokenizer(const char* dir) {
-    static const char* signs[] = {"tokenizer.json", "tokenizer.model", "vocab.json"};
-    char path[PATH_SIZE];
-    int found = 0;
-    for (int i = 0; i < 3; i++) found |= !access(join_path(path, dir, signs[i]), F_OK);
-    return found;
-}
-
-// Whether the tokens of the model in `dir` are bytes: never with a tokenizer or fewer tokens than bytes, always with
-// 256. Otherwise the run that made the model told, or the upcycle after it, or nobody.
+// Whether the tokens of the model in `dir` are bytes: a tokenizer tells; never with fewer tokens than bytes, always
+// with 256. Otherwise the run that made the model told, or the upcycle after it, or nobody.
 static BytesAllowed reads_bytes(const Config* c, const char* dir) {
     static const char* records[] = {"trainer.json", "upcycle.json"};
     char path[PATH_SIZE];
     Error ignored = {""};
-    if (has_tokenizer(dir) || c->vocab_size < 256) return NO_BYTES;
+    if (c->vocab_size < 256) return NO_BYTES;
+    if (has_tokenizer(dir)) return tokenizer_is_bytes(dir) ? BYTES : NO_BYTES;
     if (c->vocab_size == 256) return BYTES;
     long told = -1;
     for (int i = 0; i < 2 && told < 0; i++) {
@@ -780,8 +775,7 @@ static int run_train(Config* c, long first_step) {
                seen < val->windows ? "; --val-batches 0 takes all" : "");
     }
     if (!options.out) printf("nothing will be saved: there is no --out\n");
-    else if (!is_ordinary(c))
-        printf("no Hugging Face class is like this model: it will be saved with model_type train_moe\n");
+    else print_engine_notes(c);
     fflush(stdout);
     if (options.resume) {
         trainer_restore(m, trainer_state);

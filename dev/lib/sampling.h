@@ -6,19 +6,60 @@ typedef struct {
     int count;                      // the model's vocabulary
     char** pieces;                  // NULL: prints nothing (special tokens)
     int* lengths;
+    int bytes;                      // 1: tokens are bytes, as tokenizer.json tells
     int byte_level; // 1: pieces are in GPT-2's alphabet of bytes; 0: in SentencePiece's, with ▁ for a space
     int eos[8], num_eos;
 } Tokenizer;
 
 // GPT-2's alphabet gives every byte a printable character: the printable bytes of Latin-1 are themselves, the others
 // are numbered from 256 on.
+static int is_printable(uint32_t c) {
+    return (c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255);
+}
+
 static int byte_of_character(uint32_t c) {
-    if ((c >= 33 && c <= 126) || (c >= 161 && c <= 172) || (c >= 174 && c <= 255)) return (int)c;
-    for (int b = 0, n = 256; b < 256; b++) {
-        int printable = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || (b >= 174 && b <= 255);
-        if (!printable && (uint32_t)n++ == c) return b;
-    }
+    if (is_printable(c)) return (int)c;
+    for (uint32_t b = 0, n = 256; b < 256; b++)
+        if (!is_printable(b) && n++ == c) return (int)b;
     return -1;
+}
+
+// The next character of a token's name as a byte, or -1; *piece moves behind it. Zero bytes: see key_without_zeros.
+static int next_byte(const char** piece, const char* end) {
+    const unsigned char* u = (const unsigned char*)*piece;
+    int n = utf8_length(*piece, end), zero = n == 0 && u[0] == 0xC0 && u[1] == 0x80;
+    *piece += zero ? 2 : n ? n : 1;
+    return zero ? 0 : byte_of_character(n < 2 ? u[0] : n == 2 ? (uint32_t)(u[0] & 31) << 6 | (u[1] & 63) : 0xFFFF);
+}
+
+// 1 if the ids of a tokenizer.json are the bytes of the text. Each byte is named by its own character; those that UTF-8
+// never has may instead be made of each other, so that there is a merge that no text meets.
+static int is_not_utf8(long byte) { return byte == 0xC0 || byte == 0xC1 || byte >= 0xF5; }
+
+static int vocabulary_is_bytes(const Json* tokenizer) {
+    const Json *vocab = json_get(json_get(tokenizer, "model"), "vocab"), *added = json_get(tokenizer, "added_tokens");
+    char seen[256] = {0};
+    if (!vocab || vocab->type != JSON_OBJECT || vocab->count != 256) return 0;
+    for (int i = 0; i < 256; i++) {
+        const char *key = vocab->items[i]->key, *at = key, *end = key + strlen(key);
+        long id = json_whole(vocab->items[i], 255);
+        if (id < 0 || seen[id]++) return 0;
+        int own = next_byte(&at, end) == id && at == end, made = is_not_utf8(id) && at <= end;
+        for (at = key; made && at < end;) made = is_not_utf8(next_byte(&at, end));
+        if (!own && !made) return 0;
+    }
+    for (int i = 0; added && i < added->count; i++)
+        if (json_whole(json_get(added->items[i], "id"), 255) < 0) return 0;
+    return 1;
+}
+
+static int tokenizer_is_bytes(const char* dir) {
+    char path[PATH_SIZE];
+    Error ignored = {""};
+    Json* j = access(join_path(path, dir, "tokenizer.json"), F_OK) ? NULL : json_read(path, &ignored);
+    int bytes = vocabulary_is_bytes(j);
+    json_free(j);
+    return bytes;
 }
 
 static int json_contains_type(const Json* j, const char* type) {
@@ -42,18 +83,15 @@ static void tokenizer_add(Tokenizer* t, long id, const char* piece, int special)
         *p++ = (char)byte;
     } else {
         while (piece < end) {
-            int n = utf8_length(piece, end);
-            if (n == 0) n = 1;
-            const unsigned char* u = (const unsigned char*)piece;
-            uint32_t c = n == 1 ? u[0] : n == 2 ? (uint32_t)(u[0] & 31) << 6 | (u[1] & 63) : 0xFFFF;
-            int b = t->byte_level ? byte_of_character(c) : -1;
-            if (b >= 0) *p++ = (char)b;
-            else if (!t->byte_level && n == 3 && !memcmp(piece, "\xE2\x96\x81", 3)) *p++ = ' ';
+            const char* start = piece;
+            int b = next_byte(&piece, end);
+            size_t n = (size_t)(piece - start);
+            if (b >= 0 && (t->byte_level || *start == '\xC0')) *p++ = (char)b;
+            else if (!t->byte_level && n == 3 && !memcmp(start, "\xE2\x96\x81", 3)) *p++ = ' ';
             else {
-                memcpy(p, piece, (size_t)n);
+                memcpy(p, start, n);
                 p += n;
             }
-            piece += n;
         }
     }
     t->pieces[id] = out;
@@ -84,6 +122,11 @@ static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
     Json* j = json_read(path, &error);
     if (!j) die(2, "%s", error.text);
     const Json *vocab = json_get(json_get(j, "model"), "vocab"), *added = json_get(j, "added_tokens");
+    t->bytes = vocabulary_is_bytes(j);
+    if (t->bytes) {
+        json_free(j);
+        return t;
+    }
     t->byte_level = json_contains_type(json_get(j, "decoder"), "ByteLevel");
     t->pieces = (char**)checked_malloc(sizeof(char*) * (size_t)vocab_size);
     t->lengths = (int*)checked_malloc(sizeof(int) * (size_t)vocab_size);
@@ -169,7 +212,7 @@ static void tokenizer_print(const Tokenizer* t, int token, int first, Printer* p
     char byte = (char)token, number[16];
     const char* piece = t->pieces ? t->pieces[token] : &byte;
     int length = !piece ? 0 : t->pieces ? t->lengths[token] : 1;
-    if (!t->pieces && t->count != 256) {        // what its numbers mean nobody has told
+    if (!t->pieces && t->count != 256 && !(t->bytes && token < 256)) {      // what its numbers mean nobody has told
         length = snprintf(number, sizeof number, "%s%d", first ? "" : " ", token);
         piece = number;
     }

@@ -38,7 +38,7 @@ enum { ARRAY_GAP = 64 };        // bytes between arrays, which nothing may touch
 enum { ARRAY_GAP = 0 };
 #endif
 
-#define VERSION "0.1"
+#define VERSION "0.2"
 
 // The CUDA compiler reads this file as part of train_moe.cu, whose kernels draw the same random numbers.
 #ifdef __CUDACC__

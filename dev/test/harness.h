@@ -215,6 +215,7 @@ static void copy_directory(const char* from, const char* to) {
         join_path(source, from, entry->d_name);
         join_path(target, to, entry->d_name);
         if (!stat(source, &st) && S_ISREG(st.st_mode)) copy_file(source, target);
+        if (!strcmp(entry->d_name, "trainer") && S_ISDIR(st.st_mode)) copy_directory(source, target);
     }
     closedir(d);
 }

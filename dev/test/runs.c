@@ -155,7 +155,7 @@ static int same_in(const char* a, const char* b, const char* name) {
 
 // model, optimizer, configuration and trainer.json have the same bytes
 static int same_checkpoint(const char* a, const char* b) {
-    return same_in(a, b, "model.safetensors") && same_in(a, b, "optimizer.safetensors") &&
+    return same_in(a, b, "model.safetensors") && same_in(a, b, OPTIMIZER_FILE) &&
            same_in(a, b, "config.json") && same_in(a, b, "trainer.json");
 }
 
@@ -316,7 +316,7 @@ static void test_kill(void) {
 
 // A save that was interrupted while it moved in: any of the new files may be in OUT already, the others are in .ready.
 static void test_ready(void) {
-    static const char* files[] = {"config.json", "trainer.json", "model.safetensors", "optimizer.safetensors"};
+    static const char* files[] = {"config.json", "trainer.json", "model.safetensors", OPTIMIZER_FILE};
     int ok = train_run("a", "--schedule constant --val-every 1 --steps 4") == 0 &&
              train_run("old", "--schedule constant --val-every 1 --steps 2") == 0;
     int refused = 1, same = 1, cleaned = 1;
@@ -327,6 +327,7 @@ static void test_ready(void) {
         copy_file(temp("a/val.csv"), temp("b/val.csv"));
         copy_file(temp("a/load.csv"), temp("b/load.csv"));
         mkdir(temp("b/.ready"), 0777);
+        mkdir(temp("b/.ready/trainer"), 0777);
         for (int f = 0; f < 4; f++)
             copy_file(temp("a/%s", files[f]), moved >> f & 1 ? temp("b/%s", files[f]) : temp("b/.ready/%s", files[f]));
         refused &= run_program("--model %s --data %s --seq 8 --eval", temp("b"), temp("corpus.txt")) == 2 &&
@@ -422,7 +423,7 @@ static void test_disk_full(void) {
     train_run("a", "--steps 1");
     remove_tree(temp("c"));
     remove_tree(temp("d.safetensors"));
-    if (stat(temp("a/model.safetensors"), &model) || stat(temp("a/optimizer.safetensors"), &optimizer)) {
+    if (stat(temp("a/model.safetensors"), &model) || stat(temp("a/" OPTIMIZER_FILE), &optimizer)) {
         check(0, "a run that saves");
         show_failure(0);
         return;

@@ -60,7 +60,7 @@ static float* up_tensor(const char* dir, const char* name, long* count) {
 static float* up_moment(const char* dir, const char* name, long* count) {
     char path[PATH_SIZE];
     Error error = {""};
-    return up_take(safetensors_open(join_path(path, dir, "optimizer.safetensors"), &error), path, name, count);
+    return up_take(safetensors_open(optimizer_path(path, dir), &error), path, name, count);
 }
 
 // 1 if two tensors have the same numbers, bit for bit

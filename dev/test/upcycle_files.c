@@ -112,7 +112,7 @@ static void test_up_optimizer(void) {
         check(worst < 1e-6 && n > 0, "%s: moments are divided by %d", shards[i].arguments, shards[i].twins);
     }
     UP("{}/m3 {}/adam_reset --experts 7");
-    check(access(join_path(up_output, up_path("adam_reset"), "optimizer.safetensors"), F_OK) != 0 &&
+    check(access(join_path(up_output, up_path("adam_reset"), OPTIMIZER_FILE), F_OK) != 0 &&
               access(join_path(up_output, up_path("adam_reset"), "trainer.json"), F_OK) != 0,
           "reset: neither moments nor trainer.json");
     Config c;
@@ -326,7 +326,7 @@ static void test_up_safety(void) {
     check(system(command) == 0 && up_exists("piped/model.safetensors") && !up_exists("piped.saving"),
           "a pipe that is closed early loses nothing");
     snprintf(command, sizeof command,
-             "cd %s && sha256sum m3/* > sums && %s --as-upcycle m3 m3x --experts 9 --method drop >/dev/null && "
+             "cd %s && find m3 -type f | xargs sha256sum > sums && %s --as-upcycle m3 m3x --experts 9 --method drop >/dev/null && "
              "sha256sum -c --quiet sums",
              up_dir, self_path);
     check(system(command) == 0, "the source's files are untouched");
@@ -414,8 +414,9 @@ static void up_make_bad_sources(void) {
     size_t n = 0;
     char* window = read_bytes(up_path("window/config.json"), &n);
     t.length = 0;
-    text_print(&t, "{\"use_sliding_window\": true, \"sliding_window\": 16, \"max_window_layers\": 0, %.*s", (int)n - 1,
-               window + 1);
+    const char *used = strstr(window, "\"use_sliding_window\": false"), *rest = used ? strchr(used, ',') : NULL;
+    if (!rest) die(1, "window: no use_sliding_window");
+    text_print(&t, "%.*s\"use_sliding_window\": true, \"sliding_window\": 16%s", (int)(used - window), window, rest);
     write_bytes(up_path("window/config.json"), t.data, t.length);
     copy_directory(up_path("m3"), up_path("broken"));
     write_text(up_path("broken/upcycle.json"), "{\"layers\": ");

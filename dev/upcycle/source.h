@@ -222,7 +222,7 @@ static Source* source_open(const char* dir, const char* suffix, Error* error) {
     Error inner = {""};
     memset(s, 0, sizeof *s);
     s->dir = copy_string(dir);
-    join_path(path, dir, "optimizer.safetensors");
+    optimizer_path(path, dir);
     if (config_read(&s->config, dir, error))
         s->files = *suffix ? safetensors_open(path, error) : safetensors_open_model(dir, error);
     if (!s->files) {

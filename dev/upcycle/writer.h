@@ -95,7 +95,7 @@ static void write_output(Plan* p, const Output* o, int fd, const char* path, Buf
 
 static void output_file_name(const Plan* p, int file, char* name, size_t size) {
     if (file >= p->model_files)
-        snprintf(name, size, "optimizer.safetensors");
+        snprintf(name, size, OPTIMIZER_FILE);
     else if (p->model_files == 1)
         snprintf(name, size, "model.safetensors");
     else
@@ -135,6 +135,8 @@ static void write_tensors(Plan* p, const char* dir) {
         Text header = {NULL, 0, 0};
         long flushed = 0, written;
         output_file_name(p, file, name, sizeof name);
+        if (file >= p->model_files && mkdir(join_path(path, dir, "trainer"), 0777))
+            die(1, "%s: %s", path, strerror(errno));
         join_path(path, dir, name);
         int fd = open(path, O_WRONLY | O_CREAT | O_EXCL, 0666);
         if (fd < 0) die(1, "%s: %s", path, strerror(errno));
@@ -154,6 +156,10 @@ static void write_tensors(Plan* p, const char* dir) {
         }
         if (fsync(fd) || close(fd)) die(1, "%s: %s; nothing was made", path, strerror(errno));
     }
+    Error error = {""};
+    char folder[PATH_SIZE];
+    if (p->num_files > p->model_files && !flush_directory(join_path(folder, dir, "trainer"), &error))
+        die(1, "%s", error.text);
     clear_progress();
     free(b.floats);
     free(b.bytes);
@@ -277,6 +283,16 @@ static void copy_travelling_files(const char* from, const char* to) {
     }
 }
 
+// What other programs and readers want beside the model.
+static void write_cards(const Plan* p, const char* dst, const char* dir) {
+    Error error = {""};
+    const Source* s = p->sources[0];
+    int bytes = reads_bytes(&s->config, s->dir) == BYTES;
+    if (!carry_card(s->dir, dir, &error) || (bytes && !has_tokenizer(dir) && !write_byte_tokenizer(dir, dir, &error)) ||
+        !write_readme(&p->config, bytes, s->dir, dst, dir, dir, &error))
+        die(1, "%s", error.text);
+}
+
 // 1 if one of two directories is the other or holds it; both are as realpath gives them
 static int paths_overlap(const char* a, const char* b) {
     size_t n = strlen(a), k = strlen(b), shorter = n < k ? n : k;
@@ -293,7 +309,21 @@ static int belongs_to_checkpoint(const char* name) {
         known |= n > k && !strcmp(name + n - k, endings[i]);
     }
     for (int i = 0; travelling_files[i]; i++) known |= !strcmp(name, travelling_files[i]);
-    return known || !strcmp(name, SAVING_MARKER);
+    static const char* others[] = {"README.md", "README.source.md", ".gitattributes"};
+    for (int i = 0; i < 3; i++) known |= !strcmp(name, others[i]);
+    return known || is_licence(name) || !strcmp(name, SAVING_MARKER);
+}
+
+// 1 if a directory holds nothing but a file of moments; that is what --force may find under the name trainer.
+static int holds_moments_only(const char* path) {
+    DIR* d = opendir(path);
+    struct dirent* entry;
+    int only = d != NULL;
+    while (d && (entry = readdir(d)) != NULL)
+        only &= !strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..") ||
+                !strcmp(entry->d_name, strchr(OPTIMIZER_FILE, '/') + 1);
+    if (d) closedir(d);
+    return only;
 }
 
 // DST without slashes at its end; it must not exist, or hold a checkpoint and --force be given. The source is never
@@ -338,9 +368,10 @@ static void check_destination(const char* dst, char* clean, Source** sources, in
     while (d && (entry = readdir(d)) != NULL) {
         if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
         join_path(path, clean, entry->d_name);
-        if (!lstat(path, &st) && S_ISDIR(st.st_mode))
+        int directory = !lstat(path, &st) && S_ISDIR(st.st_mode);
+        if (directory && (strcmp(entry->d_name, "trainer") || !holds_moments_only(path)))
             die(2, "%s holds the directory %s; --force replaces plain checkpoints only", dst, entry->d_name);
-        if (!belongs_to_checkpoint(entry->d_name))
+        if (!directory && !belongs_to_checkpoint(entry->d_name))
             die(2, "%s holds %s, which is no part of a checkpoint; --force replaces checkpoints only", dst,
                 entry->d_name);
         files++;
