@@ -233,7 +233,7 @@ static Json* json_value(JsonReader* r, int depth) {
             else json_error(r, close == '}' ? "a comma or }" : "a comma or ]");
             break;
         }
-        if (j->type == JSON_OBJECT && !r->error->text[0]) {
+        if (j->type == JSON_OBJECT && j->count > 1 && !r->error->text[0]) {
             qsort(j->items, (size_t)j->count, sizeof(Json*), json_compare_keys);
             for (int i = 1; i < j->count; i++)
                 if (!strcmp(j->items[i - 1]->key, j->items[i]->key))
