@@ -385,6 +385,7 @@ static void test_matmul(void) {
 #include "dev/test/upcycle_files.c"
 #include "dev/test/terminal.c"
 #include "dev/test/engines.c"
+#include "dev/test/luggage.c"
 #ifdef TEST_GPU
 #include "dev/test/gpu.c"
 #endif
@@ -404,7 +405,8 @@ static const struct {
     {"families", test_families},                 {"load figures", test_load_figures},
     {"experts", test_experts},                   {"cache", test_cache},
     {"schedule", test_schedule},                 {"json", test_json},
-    {"checkpoints", test_checkpoints},           {"data", test_data},
+    {"checkpoints", test_checkpoints},           {"luggage", test_luggage},
+    {"data", test_data},
     {"sampling", test_sampling},                 {"command line", test_command_line},
     {"terminal", test_terminal},
     {"determinism", test_determinism},           {"disk full", test_disk_full},

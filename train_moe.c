@@ -60,7 +60,6 @@ typedef struct {
     int norm_topk_prob;             // 1: the K gates of a token are divided by their sum
     int vocab_size;                 // V
     int max_position_embeddings;    // the longest sequence that the model is meant for
-    int sliding_window;             // 0, or the length beyond which the original would stop looking back
     QKNorm qk_norm;
     int tie_word_embeddings;        // 1: the LM head is the embedding
     double rope_theta;
@@ -68,7 +67,6 @@ typedef struct {
     double router_aux_loss_coef;
     int topk_limit;                 // the largest K that training may draw for a layer, 0: num_experts_per_tok
     char sparse[MAX_LAYERS];        // 1: layer l is a mixture of experts, 0: it is dense
-    char token_ids[3][256];         // bos, eos, pad as written in config.json, empty where absent
     // router variants, routers.h; all zero with a softmax router
     Router router;
     double logit_norm;              // lambda of the logits' normalisation, 0: none
@@ -758,6 +756,7 @@ struct Model {
     int positions;              // the longest sequence: T, or the capacity of the cache
     const Backend* backend;
     const char* source;         // the directory that the parameters were read from, or NULL
+    struct Json* luggage;       // its config.json: what is nobody's here must not be lost; or NULL
     int reads_bytes;            // 1: its tokens are the bytes of a text, for trainer.json
     // its parameters, (layout.total) each, and the places of their tensors
     Layout layout;

@@ -70,6 +70,7 @@ typedef struct {
     int num_sources;
     Source* moments[2]; // of source 0, or NULL
     Config config; // of the result
+    Json* luggage; // what its config.json says besides
     Layout layout;
     int dense; // 1: the sources are dense
     Method method;
@@ -247,10 +248,10 @@ static double observed_forward(Model* m, const int* tokens, const int* targets, 
     return m->loss /= N;
 }
 
-static int sequence_length(Config* c) {
-    int T = asked("seq") ? (int)ask.seq : imin(1024, c->max_position_embeddings);
-    if (!asked("seq") && c->sliding_window) T = imin(T, c->sliding_window);
-    check_length(c, T);
+static int sequence_length(Config* c, const char* dir) {
+    int T = asked("seq") ? (int)ask.seq : imin(1024, c->max_position_embeddings), window = sliding_window(dir, c);
+    if (!asked("seq") && window) T = imin(T, window);
+    check_length(c, dir, T);
     return T;
 }
 
@@ -270,7 +271,7 @@ static Calibration calibration_open(const Source* s, Purpose purpose, const char
     Error error = {""};
     if (!ask.calibrate) die(2, "%s wants --calibrate F, a text or token shards", why);
     k.B = (int)ask.batch;
-    k.T = sequence_length(&c);
+    k.T = sequence_length(&c, s->dir);
     k.batches = ask.calibrate_batches;
     k.data = dataset_open(ask.calibrate, k.T, c.vocab_size, TRAIN_PART, reads_bytes(&c, s->dir));
     if (k.data->windows < k.B * k.batches)
@@ -987,7 +988,8 @@ static int upcycle_main(int argc, char** argv) {
     check_destination(wanted, dst, only, 1); // what can be refused is refused before any long work
     if (ask.check) {
         Config checked = c;
-        dataset_close(dataset_open(ask.check, sequence_length(&checked), c.vocab_size, WHOLE, reads_bytes(&c, src)));
+        int T = sequence_length(&checked, src);
+        dataset_close(dataset_open(ask.check, T, c.vocab_size, WHOLE, reads_bytes(&c, src)));
     }
     Plan* p = plan_create(src);
     check_destination(wanted, dst, p->sources, p->num_sources);
@@ -1009,7 +1011,7 @@ static int upcycle_main(int argc, char** argv) {
         if (p->model_files > 1) write_index(p, saving_path);
         write_config(p, saving_path);
         if (p->carry != MOMENTS_RESET) write_trainer(p, saving_path);
-        copy_travelling_files(src, saving_path);
+        if (!copy_travelling_files(src, saving_path, &error)) die(1, "%s", error.text);
         find_properties(p, &findings); // cluster knows its ranks only now
         if (progress.overflows)
             warn(&findings, "%ld numbers are too large for their format and became infinite; --dtype f32 holds them",

@@ -74,7 +74,11 @@ MUTATIONS = [
     ("shift[(long)n * E + e] = best ? 0 : penalty;", "shift[(long)n * E + e] = best ? penalty : 0;"),
     ("(float)(over < 0 ? rate : over > 0 ? -rate : 0);", "(float)(over > 0 ? rate : over < 0 ? -rate : 0);"),
     # files
-    ('text_print(&text, "[");', ""),
+    ("text_add(t, v->raw, strlen(v->raw));", "text_json_value(t, v);"),
+    ("if (key_is_owned(c, v->key)) continue;", "if (key_is_owned(c, v->key) || v->type < JSON_NUMBER) continue;"),
+    ("if (!strcmp(config_keys[k].names, part))", "if (0)"),
+    ('luggage_number(j, c->arch, "use_sliding_window") == 0', '!json_absent(json_get(j, "use_sliding_window"))'),
+    ("below == NO_KEY ? c->num_layers : imax(0, c->num_layers - (int)below)", "c->num_layers"),
     ("else if (n > 0) text_add(t, s, (size_t)n);", "else if (n > 0) text_add(t, s, 1);"),
     # random numbers, the command line, signals
     ("p = p * t2 + 2.0 / 13;", "p = p * t2 + 2.0 / 14;"),
@@ -109,7 +113,7 @@ def main():
                      "-o", "test", "-lm"]
             subprocess.run(build, cwd=folder, check=True, capture_output=True)
             red = False
-            for group in ("golden", "routers", "families", "gradients", "matmul", "checkpoints", "json", "data",
+            for group in ("golden", "routers", "families", "gradients", "matmul", "checkpoints", "luggage", "json", "data",
                           "command line", "determinism"):
                 if red:
                     break

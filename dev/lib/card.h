@@ -64,12 +64,9 @@ static int write_byte_tokenizer(const char* out, const char* dir, Error* error) 
 
 // generation_config.json of a new model: greedy, to the longest text that the model is meant for.
 static int write_generation_config(const Config* c, const char* out, const char* dir, Error* error) {
-    static const char* ids[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
     Text t = {NULL, 0, 0};
-    text_print(&t, "{\n");
-    for (int i = 0; i < 3; i++)
-        text_print(&t, "  \"%s\": %s,\n", ids[i], c->token_ids[i][0] ? c->token_ids[i] : "null");
-    text_print(&t, "  \"max_length\": %d\n}\n", c->max_position_embeddings);
+    text_print(&t, "{\n  \"bos_token_id\": null,\n  \"eos_token_id\": null,\n  \"pad_token_id\": null,\n"
+               "  \"max_length\": %d\n}\n", c->max_position_embeddings);
     return write_text_file(out, dir, "generation_config.json", &t, error);
 }
 
@@ -94,9 +91,9 @@ static int engine_notes(const Config* c, char lines[4][256]) {
                  "llama.cpp refuses an OLMoE with fewer key/value heads than heads; --kv-heads %d is "
                  "OLMoE's own",
                  c->num_heads);
-    if (c->arch == OLMOE && c->rms_norm_eps != archs[OLMOE].rms_norm_eps)
+    if (c->arch == OLMOE && c->rms_norm_eps != OLMOE_EPS)
         snprintf(lines[n++], 256, "llama.cpp's converter takes %g for the rms_norm_eps of an OLMoE; this one has %g",
-                 archs[OLMOE].rms_norm_eps, c->rms_norm_eps);
+                 OLMOE_EPS, c->rms_norm_eps);
     if (c->arch == QWEN3_MOE && !c->norm_topk_prob)
         snprintf(lines[n++], 256,
                  "llama.cpp renormalises the gates of a Qwen3-MoE (norm_topk_prob is false) and prints "
@@ -139,14 +136,7 @@ static int copy_file_to(const char* from, const char* to, Error* error) {
     return ok;
 }
 
-static int is_licence(const char* name) {
-    static const char* starts[] = {"LICENSE", "LICENCE", "NOTICE", "COPYING"};
-    int found = 0;
-    for (int i = 0; i < 4; i++) found |= !strncasecmp(name, starts[i], strlen(starts[i]));
-    return found;
-}
-
-// What the source says of itself goes along: licences as they are, its own card as README.source.md.
+// The source's own card goes along as README.source.md.
 static int carry_card(const char* from, const char* to, Error* error) {
     char old[PATH_SIZE], copy[PATH_SIZE], *card = read_card(from);
     int foreign = card && !card_is_ours(card), ok = 1;
@@ -156,9 +146,9 @@ static int carry_card(const char* from, const char* to, Error* error) {
     free(card);
     while (ok && d && (entry = readdir(d)) != NULL) {
         join_path(old, from, entry->d_name);
-        int is_card = !strcmp(entry->d_name, foreign ? "README.md" : "README.source.md");
-        if ((!is_card && !is_licence(entry->d_name)) || stat(old, &st) || !S_ISREG(st.st_mode)) continue;
-        ok = copy_file_to(old, join_path(copy, to, is_card ? "README.source.md" : entry->d_name), error);
+        if (strcmp(entry->d_name, foreign ? "README.md" : "README.source.md") || stat(old, &st) || !S_ISREG(st.st_mode))
+            continue;
+        ok = copy_file_to(old, join_path(copy, to, "README.source.md"), error);
     }
     if (d) closedir(d);
     return ok;

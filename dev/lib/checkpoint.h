@@ -1,29 +1,25 @@
 // checkpoint.h: Hugging Face directories, and saves that survive kill -9. Needs safetensors.h, layout.h, a Model.
 //
 // A checkpoint is a Hugging Face directory: config.json, model.safetensors and the tokenizer's files; beside them our
-// trainer.json (options and step) and trainer/optimizer.safetensors (AdamW's moments): vLLM loads every *.safetensors
-// that lies beside a model.
+// trainer.json (options and step) and trainer/optimizer.safetensors (AdamW's moments; vLLM loads every *.safetensors
+// that lies beside a model). What is not ours travels as it is: members of config.json as text (Model.luggage), files
+// as bytes (copy_travelling_files).
 #pragma once
 #include "safetensors.h"
+#include <fnmatch.h>
+#include <stddef.h>
 
-// The classes, in the order of Arch, with what transformers takes for a key that config.json does not have (0: see
-// config_from_json).
+// The classes, in the order of Arch.
 static const struct {
     const char *model_type, *class_name;
     QKNorm qk_norm;
-    int vocab, hidden, layers, heads, kv_heads, head_dim, width, expert_width, experts, topk, positions, window;
-    double rope_theta, rms_norm_eps, aux;
 } archs[NUM_ARCHS] = {
-    {"llama", "LlamaForCausalLM", QK_NORM_NONE, 32000, 4096, 32, 32, 0, 0, 11008, 0, 0, 0, 2048, 0, 1e4, 1e-6, 0},
-    {"mistral", "MistralForCausalLM", QK_NORM_NONE, 32000, 4096, 32, 32, 8, 0, 14336, 0, 0, 0, 131072, 4096, 1e4, 1e-6,
-     0},
-    {"mixtral", "MixtralForCausalLM", QK_NORM_NONE, 32000, 4096, 32, 32, 8, 0, 14336, 0, 8, 2, 131072, 0, 1e6, 1e-5,
-     1e-3},
-    {"olmoe", "OlmoeForCausalLM", QK_NORM_ROW, 50304, 2048, 16, 16, 0, 0, 2048, 0, 64, 8, 4096, 0, 1e4, 1e-5, 1e-2},
-    {"qwen3", "Qwen3ForCausalLM", QK_NORM_HEAD, 151936, 4096, 32, 32, 32, 128, 22016, 0, 0, 0, 32768, 0, 1e4, 1e-6, 0},
-    {"qwen3_moe", "Qwen3MoeForCausalLM", QK_NORM_HEAD, 151936, 2048, 24, 32, 4, 0, 6144, 768, 128, 8, 32768, 0, 1e4,
-     1e-6, 1e-3},
-    {"dots1", "Dots1ForCausalLM", QK_NORM_HEAD, 152064, 4608, 62, 32, 32, 0, 10944, 1408, 0, 0, 2048, 0, 1e4, 1e-6, 0}};
+    {"llama", "LlamaForCausalLM", QK_NORM_NONE},          {"mistral", "MistralForCausalLM", QK_NORM_NONE},
+    {"mixtral", "MixtralForCausalLM", QK_NORM_NONE},      {"olmoe", "OlmoeForCausalLM", QK_NORM_ROW},
+    {"qwen3", "Qwen3ForCausalLM", QK_NORM_HEAD},          {"qwen3_moe", "Qwen3MoeForCausalLM", QK_NORM_HEAD},
+    {"dots1", "Dots1ForCausalLM", QK_NORM_HEAD}};
+
+#define OLMOE_EPS 1e-5          // of its norms, whatever config.json says, in llama.cpp's converter
 
 static int is_moe(Arch arch) { return arch == MIXTRAL || arch == OLMOE || arch == QWEN3_MOE || arch == DOTS1; }
 
@@ -33,135 +29,224 @@ static int is_ordinary(const Config* c) {
     return (c->router == ROUTER_SOFTMAX || (c->router == ROUTER_SIGMOID && c->arch == DOTS1)) && c->logit_norm == 0 &&
            c->family_penalty == 0;
 }
-static const char* routers[] = {"softmax", "sigmoid", "lpr"};           // in the order of Router
 
-// A whole number under `key` (or `other`, if not NULL); fallback < 0: it must be there.
-static int config_int(const Json* j, const char* key, const char* other, int fallback, int low, int high,
-                      Error* error) {
-    const Json* v = json_get(j, key);
-    if (json_absent(v) && other) v = json_get(j, other);
+// A key of config.json. One with a member is the model's: it is read into a Config and written from it. One without is
+// looked at, because this program computes only some of its values, and travels as it was written.
+typedef struct {
+    const char* names;              // a|b: the first that is there is read, all are written
+    size_t member;                  // its offset in Config, or 0
+    const char* type;               // one of the next three, or the words that it may be: a|b
+    double least, most;             // of the number, or of the word's index
+    double fallback[NUM_ARCHS];     // what transformers' class takes if the key is not there, or one of the next four
+} Key;
+static const char a_whole[] = "a whole number", a_number[] = "a positive number", a_switch[] = "true or false";
+enum { NO_KEY = -1, REQUIRED = -2, AS_HEADS = -3, HIDDEN_BY_HEADS = -4 };       // NO_KEY: the class does not have it
+#define CONFIG(name) offsetof(Config, name)
+#define ALL(x) {x, x, x, x, x, x, x}
+#define DENSE(llama, mistral, qwen3) {llama, mistral, NO_KEY, NO_KEY, qwen3, NO_KEY, NO_KEY}
+#define SPARSE(mixtral, olmoe, qwen3_moe, dots1) {NO_KEY, NO_KEY, mixtral, olmoe, NO_KEY, qwen3_moe, dots1}
+
+static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, olmoe, qwen3, qwen3_moe, dots1
+    {"vocab_size", CONFIG(vocab_size), a_whole, 1, 1 << 24, {32000, 32000, 32000, 50304, 151936, 151936, 152064}},
+    {"hidden_size", CONFIG(hidden_size), a_whole, 1, 1 << 20, {4096, 4096, 4096, 2048, 4096, 2048, 4608}},
+    {"num_hidden_layers", CONFIG(num_layers), a_whole, 1, MAX_LAYERS, {32, 32, 32, 16, 32, 24, 62}},
+    {"num_attention_heads", CONFIG(num_heads), a_whole, 1, 1 << 14, {32, 32, 32, 16, 32, 32, 32}},
+    {"num_key_value_heads", CONFIG(num_kv_heads), a_whole, 1, 1 << 14, {AS_HEADS, 8, 8, AS_HEADS, 32, 4, 32}},
+    {"head_dim", CONFIG(head_dim), a_whole, 1, 1 << 14,
+     {HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, 128, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS}},
+    {"intermediate_size", CONFIG(intermediate_size), a_whole, 1, 1 << 20,
+     {11008, 14336, NO_KEY, NO_KEY, 22016, 6144, 10944}},
+    {"intermediate_size", CONFIG(moe_intermediate_size), a_whole, 1, 1 << 20, SPARSE(14336, 2048, NO_KEY, NO_KEY)},
+    {"moe_intermediate_size", CONFIG(moe_intermediate_size), a_whole, 1, 1 << 20, SPARSE(NO_KEY, NO_KEY, 768, 1408)},
+    {"max_position_embeddings", CONFIG(max_position_embeddings), a_whole, 1, 1 << 30,
+     {2048, 131072, 131072, 4096, 32768, 32768, 2048}},
+    {"rms_norm_eps", CONFIG(rms_norm_eps), a_number, 0, 1e30, {1e-6, 1e-6, 1e-5, 1e-5, 1e-6, 1e-6, 1e-6}},
+    {"rope_theta", CONFIG(rope_theta), a_number, 1e-30, 1e30, {1e4, 1e4, 1e6, 1e4, 1e4, 1e4, 1e4}},
+    {"tie_word_embeddings", CONFIG(tie_word_embeddings), a_switch, 0, 1, ALL(0)},
+    {"num_experts|num_local_experts", CONFIG(num_experts), a_whole, 1, 1 << 16, SPARSE(8, 64, 128, NO_KEY)},
+    {"n_routed_experts|num_local_experts|num_experts", CONFIG(num_experts), a_whole, 1, 1 << 16,
+     SPARSE(NO_KEY, NO_KEY, NO_KEY, REQUIRED)},
+    {"num_experts_per_tok", CONFIG(num_experts_per_tok), a_whole, 1, 1 << 16, SPARSE(2, 8, 8, REQUIRED)},
+    {"norm_topk_prob", CONFIG(norm_topk_prob), a_switch, 0, 1, SPARSE(NO_KEY, 0, 0, 0)},
+    {"router_aux_loss_coef", CONFIG(router_aux_loss_coef), a_number, 0, 1e30, SPARSE(1e-3, 1e-2, 1e-3, 0)},
+    // only with the model_type train_moe, see key_applies
+    {"router_type", CONFIG(router), "softmax|sigmoid|lpr", 0, 2, {0, 0, 0, 0, 0, 0, ROUTER_SIGMOID}},
+    {"logit_norm", CONFIG(logit_norm), a_number, 0, 1e30, ALL(0)},
+    {"family_penalty", CONFIG(family_penalty), a_number, 0, INFINITY, ALL(0)},
+    {"lpr_latent_dim", CONFIG(lpr_latent_dim), a_whole, 1, 1 << 14, ALL(16)},
+    {"lpr_weight", CONFIG(lpr_weight), a_number, 0, 1e30, ALL(0.01)},
+    {"lpr_diversity", CONFIG(lpr_diversity), a_number, 0, 1e30, ALL(1)},
+    {"lpr_kl", CONFIG(lpr_kl), a_number, 0, 1e30, ALL(0.01)},
+    {"lpr_align", CONFIG(lpr_align), a_number, 0, 1e30, ALL(0.05)},
+    {"lpr_align_form", CONFIG(lpr_align_mean), "sum|mean", 0, 1, ALL(0)},
+    // these and mlp_only_layers make Config.sparse
+    {"decoder_sparse_step", 0, a_whole, 1, 1 << 20, SPARSE(NO_KEY, NO_KEY, 1, NO_KEY)},
+    {"first_k_dense_replace", 0, a_whole, 0, 1 << 20, SPARSE(NO_KEY, NO_KEY, NO_KEY, 0)},
+    // what travels: only one value can be computed here, none at all, or it is about windows (see active_window)
+    {"hidden_act", 0, "silu|swish", 0, 1, ALL(0)},
+    {"attention_bias", 0, a_switch, 0, 0, {0, NO_KEY, NO_KEY, 0, 0, 0, 0}},
+    {"mlp_bias", 0, a_switch, 0, 0, DENSE(0, NO_KEY, NO_KEY)},
+    {"n_group", 0, a_whole, 1, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1)},
+    {"topk_group", 0, a_whole, 1, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1)},
+    {"n_shared_experts", 0, a_whole, 0, 0, SPARSE(NO_KEY, NO_KEY, NO_KEY, REQUIRED)},
+    {"routed_scaling_factor", 0, a_number, 1, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1)},
+    {"clip_qkv|quantization_config|kv_lora_rank|q_lora_rank", 0, "", 1, 0, ALL(0)},
+    {"sliding_window", 0, a_whole, 0, 1 << 30, {NO_KEY, 4096, 0, NO_KEY, 4096, 4096, 4096}},
+    {"use_sliding_window", 0, a_switch, 0, 1, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 0, 0, NO_KEY}},
+    {"max_window_layers", 0, a_whole, 0, 1 << 20, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 28, NO_KEY, 62}}};
+enum { NUM_KEYS = sizeof config_keys / sizeof config_keys[0] };
+
+static int key_applies(const Key* k, const Config* c, int ours) {
+    if (k->fallback[c->arch] == NO_KEY) return 0;
+    if (!strncmp(k->names, "lpr_", 4)) return c->router == ROUTER_LPR;
+    return ours || choice_index("router_type|logit_norm|family_penalty", k->names) < 0;
+}
+
+// The value that j has for the key, as a number (of words: their index); 0 and an error if it is none that may be.
+static int key_value(const Key* k, const Config* c, const Json* j, double* value, Error* error) {
+    char first[64] = "", name[64] = "";
+    const Json* v = NULL;
+    for (const char* s = k->names; *s && json_absent(v); s += strspn(s, "|")) {
+        size_t n = strcspn(s, "|");
+        snprintf(name, sizeof name, "%.*s", (int)n, s);
+        if (s == k->names) strcpy(first, name);
+        v = json_get(j, name);
+        s += n;
+    }
+    double x = k->fallback[c->arch];
     if (json_absent(v)) {
-        if (fallback < 0) set_error(error, "%s is missing", key);
-        return fallback;
+        if (x == REQUIRED) return set_error(error, "%s is missing", first);
+        *value = x == HIDDEN_BY_HEADS ? c->hidden_size / c->num_heads : x == AS_HEADS ? c->num_heads : x;
+        return 1;
     }
-    long value = json_whole(v, high);
-    if (value < low) {
-        set_error(error, "%s is %.40s, expected a whole number from %d to %d", key, v->string ? v->string : "no number",
-                  low, high);
-        return fallback;
-    }
-    return (int)value;
+    if (k->type == a_whole) x = (double)json_whole(v, (long)k->most);
+    else if (k->type == a_switch) x = v->type == JSON_TRUE ? 1 : v->type == JSON_FALSE ? 0 : NAN;
+    else if (k->type == a_number && v->type == JSON_NUMBER) x = v->number;
+    else x = v->type != JSON_STRING ? NAN : k->type != a_number ? choice_index(k->type, v->string) :
+             strcmp(v->string, "inf") ? NAN : INFINITY;
+    *value = x;
+    if (x >= k->least && x <= k->most) return 1;
+    static const char* words[] = {"null", "false", "true", "", "", "a list", "an object"};
+    const char* found = v->string ? v->string : words[v->type];
+    if (k->least > k->most) set_error(error, "%s is %.40s, which is not supported", name, found);
+    else if (k->least == k->most && k->type == a_switch)
+        set_error(error, "%s is %.40s, only false is supported", name, found);
+    else if (k->least == k->most) set_error(error, "%s is %.40s, only %g is supported", name, found, k->least);
+    else if (k->type == a_whole)
+        set_error(error, "%s is %.40s, expected a whole number from %.0f to %.0f", name, found, k->least, k->most);
+    else if (k->type == a_number || k->type == a_switch)
+        set_error(error, "%s is %.40s, expected %s", name, found, k->type);
+    else set_error(error, "%s is %.40s, only %s is supported", name, found, k->type);
+    return 0;
 }
 
-static double config_double(const Json* j, const char* key, double fallback, Error* error) {
-    const Json* v = json_get(j, key);
-    if (json_absent(v)) return fallback;
-    if (v->type == JSON_NUMBER && v->number >= 0 && v->number < 1e30) return v->number;
-    set_error(error, "%s is %.40s, expected a positive number", key, v->string ? v->string : "no number");
-    return fallback;
-}
-
-static int config_bool(const Json* j, const char* key, int fallback, Error* error) {
-    const Json* v = json_get(j, key);
-    if (json_absent(v)) return fallback;
-    if (v->type != JSON_TRUE && v->type != JSON_FALSE) set_error(error, "%s must be true or false", key);
-    return v->type == JSON_TRUE;
-}
-
-// What this program cannot compute must not be computed wrongly in silence.
-static void config_refuse_unsupported(const Json* j, Error* error) {
-    static const char* must_be_absent[] = {"clip_qkv", "quantization_config", "kv_lora_rank", "q_lora_rank"};
-    static const char* must_be_false[] = {"attention_bias", "mlp_bias"};
-    const Json* act = json_get(j, "hidden_act");
-    if (!json_absent(act) && (act->type != JSON_STRING || strcmp(act->string, "silu")))
-        set_error(error, "hidden_act is %.40s, only silu is supported", act->string ? act->string : "no string");
-    for (int i = 0; i < 4; i++) {
-        const Json* v = json_get(j, must_be_absent[i]);
-        if (json_absent(v)) continue;
-        set_error(error, "%s is %.40s, which is not supported", must_be_absent[i], v->string ? v->string : "set");
+static void key_to_json(Text* t, const Key* k, double x) {
+    const char* word = k->type;
+    if (k->type == a_whole) text_print(t, "%.0f", x);
+    else if (k->type == a_switch) text_print(t, x != 0 ? "true" : "false");
+    else if (k->type == a_number && !isinf(x)) text_json_double(t, x);
+    else {
+        for (; x > 0 && !isinf(x); x--) word = strchr(word, '|') + 1;
+        text_print(t, "\"%.*s\"", (int)strcspn(word, "|"), k->type == a_number ? "inf" : word);
     }
-    for (int i = 0; i < 2; i++)
-        if (config_bool(j, must_be_false[i], 0, error))
-            set_error(error, "%s is true, which is not supported", must_be_false[i]);
-    static const char* ropes[] = {"rope_scaling", "rope_parameters"};
+}
+
+// What a new model has: of the keys that travel, those with one value, and no window and no special tokens.
+static Json* luggage_new(Arch arch) {
+    Text t = {NULL, 0, 0};
+    Error error = {""};
+    text_print(&t, "{");
+    for (int i = 0; i < NUM_KEYS; i++) {
+        const Key* k = &config_keys[i];
+        int one = k->least == k->most || !strcmp(k->names, "hidden_act");
+        if (k->member || !one || k->fallback[arch] == NO_KEY) continue;
+        text_print(&t, "\"%s\": ", k->names);
+        key_to_json(&t, k, k->least);
+        text_print(&t, ", ");
+    }
+    text_print(&t, "\"sliding_window\": null, \"bos_token_id\": null, \"eos_token_id\": null, "
+                   "\"pad_token_id\": null}");
+    Json* j = json_parse(t.data, t.length, &error);
+    free(t.data);
+    return j;
+}
+
+// A key that travels as a number, 0 for null and false, the class's fallback if it is not there.
+static double luggage_number(const Json* j, Arch arch, const char* name) {
+    const Json* v = json_get(j, name);
+    int i = 0;
+    while (strcmp(config_keys[i].names, name)) i++;
+    if (!v || config_keys[i].fallback[arch] == NO_KEY) return config_keys[i].fallback[arch];
+    return v->type == JSON_TRUE ? 1 : v->number;
+}
+
+// How many positions a token of the original sees, 0: all; *layers: how many layers, the last ones, are so. Mistral and
+// Mixtral have a window if they have its size, the Qwens if use_sliding_window says so; Qwen3 and Dots1 only above
+// max_window_layers, or in the layers that layer_types names (config_from_json refuses those).
+static int active_window(const Json* j, const Config* c, int* layers) {
+    double window = luggage_number(j, c->arch, "sliding_window");
+    double below = luggage_number(j, c->arch, "max_window_layers");
+    int off = window <= 0 || luggage_number(j, c->arch, "use_sliding_window") == 0 ||
+              (below != NO_KEY && !json_absent(json_get(j, "layer_types")));
+    *layers = off ? 0 : below == NO_KEY ? c->num_layers : imax(0, c->num_layers - (int)below);
+    return *layers ? (int)window : 0;
+}
+
+static Json* luggage_read(const char* dir, Error* error) {
+    char path[PATH_SIZE];
+    return json_read(join_path(path, dir, "config.json"), error);
+}
+
+// The window of the model in `dir`, which config_read has read; dir may be NULL.
+static int sliding_window(const char* dir, const Config* c) {
+    Error ignored = {""};
+    int layers;
+    Json* j = dir ? luggage_read(dir, &ignored) : NULL;
+    int window = j ? active_window(j, c, &layers) : 0;
+    json_free(j);
+    return window;
+}
+
+// Rotary positions: transformers takes rope_scaling, if there is anything in it, for rope_parameters.
+static const Json* rope_of(const Json* j, const char** name) {
+    const Json* rope = json_get(j, *name = "rope_scaling");
+    if (!json_absent(rope) && (rope->type != JSON_OBJECT || rope->count > 0)) return rope;
+    return json_get(j, *name = "rope_parameters");
+}
+
+// What this program cannot compute must not be computed wrongly in silence. The base in there comes before that beside
+// it.
+static void rope_from_json(Config* c, const Json* j, Error* error) {
+    const char* name;
+    const Json *rope = rope_of(j, &name), *type = json_get(rope, "rope_type");
+    if (json_absent(type)) type = json_get(rope, "type");
+    if (!json_absent(rope) && rope->type != JSON_OBJECT) set_error(error, "%s is not an object", name);
+    else if (!json_absent(type) && (type->type != JSON_STRING || strcmp(type->string, "default")))
+        set_error(error, "%s has rope_type %.40s, only default is supported", name, type->string ? type->string : "?");
+    else if (json_absent(type) && !json_absent(json_get(rope, "factor")))
+        set_error(error, "%s has a factor, which is not supported", name);
+    for (int i = 0; rope && rope->type == JSON_OBJECT && i < rope->count; i++) {
+        const char* part = rope->items[i]->key;
+        if (rope->items[i]->type == JSON_OBJECT)
+            set_error(error, "%s has a part %.40s, but layers that differ are not supported", name, part);
+        for (int k = 0; k < NUM_KEYS && !strcmp(part, "rope_theta") && !json_absent(rope->items[i]); k++)
+            if (!strcmp(config_keys[k].names, part)) key_value(&config_keys[k], c, rope, &c->rope_theta, error);
+    }
     for (int i = 0; i < 2; i++) {
-        const Json *rope_json = json_get(j, ropes[i]), *type = json_get(rope_json, "rope_type");
-        if (json_absent(type)) type = json_get(rope_json, "type");
-        if (json_absent(rope_json)) continue;
-        if (rope_json->type != JSON_OBJECT) set_error(error, "%s is not an object", ropes[i]);
-        else if (!json_absent(type) && (type->type != JSON_STRING || strcmp(type->string, "default")))
-            set_error(error, "%s has rope_type %.40s, only default is supported", ropes[i],
-                      type->string ? type->string : "?");
-        else if (json_absent(type) && i == 0) set_error(error, "rope_scaling is set, which is not supported");
-        double part = config_double(rope_json, "partial_rotary_factor", 1, error);
-        if (part != 1) set_error(error, "partial_rotary_factor is %g, only 1 is supported", part);
+        const Json* part = json_get(i ? j : rope, "partial_rotary_factor");
+        if (!json_absent(part) && (part->type != JSON_NUMBER || part->number != 1))
+            set_error(error, "partial_rotary_factor is %.40s, only 1 is supported", part->string ? part->string : "?");
     }
-    double part = config_double(j, "partial_rotary_factor", 1, error);
-    if (part != 1) set_error(error, "partial_rotary_factor is %g, only 1 is supported", part);
-    const Json* types = json_get(j, "layer_types");
-    for (int i = 0; types && i < types->count; i++)
-        if (types->items[i]->type != JSON_STRING || strcmp(types->items[i]->string, "full_attention"))
-            set_error(error, "layer_types has %.40s, only full_attention is supported",
-                      types->items[i]->string ? types->items[i]->string : "no string");
-}
-
-// The keys of a model_type of our own.
-static int router_variant_from_json(Config* c, const Json* j, Error* error) {
-    const Json *router = json_get(j, "router_type"), *penalty = json_get(j, "family_penalty"),
-               *form = json_get(j, "lpr_align_form");
-    if (router && router->type == JSON_STRING) {
-        int kind = 0;
-        while (kind < 3 && strcmp(routers[kind], router->string)) kind++;
-        if (kind == 3)
-            return set_error(error, "router_type is %.40s, expected softmax, sigmoid or lpr", router->string);
-        c->router = (Router)kind;
-    }
-    c->logit_norm = config_double(j, "logit_norm", 0, error);
-    if (penalty && penalty->type == JSON_STRING && !strcmp(penalty->string, "inf")) c->family_penalty = INFINITY;
-    else c->family_penalty = config_double(j, "family_penalty", 0, error);
-    if (c->router == ROUTER_LPR) {
-        c->lpr_latent_dim = config_int(j, "lpr_latent_dim", NULL, 16, 1, 1 << 14, error);
-        c->lpr_weight = config_double(j, "lpr_weight", 0.01, error);
-        c->lpr_diversity = config_double(j, "lpr_diversity", 1, error);
-        c->lpr_kl = config_double(j, "lpr_kl", 0.01, error);
-        c->lpr_align = config_double(j, "lpr_align", 0.05, error);
-        c->lpr_align_mean = form && form->type == JSON_STRING && !strcmp(form->string, "mean");
-        if (c->logit_norm > 0 || c->family_penalty > 0)
-            set_error(error, "router_type lpr has neither logit_norm nor family_penalty");
-    }
-    return !error->text[0];
-}
-
-static void router_variant_to_json(Text* t, const Config* c) {
-    text_print(t, "  \"base_model_type\": \"%s\",\n  \"router_type\": \"%s\",\n  \"logit_norm\": ",
-               archs[c->arch].model_type, routers[c->router]);
-    text_json_double(t, c->logit_norm);
-    text_print(t, ",\n  \"family_penalty\": ");
-    if (isinf(c->family_penalty)) text_print(t, "\"inf\"");
-    else text_json_double(t, c->family_penalty);
-    if (c->router == ROUTER_LPR) {
-        static const char* keys[] = {"lpr_weight", "lpr_diversity", "lpr_kl", "lpr_align"};
-        const double values[] = {c->lpr_weight, c->lpr_diversity, c->lpr_kl, c->lpr_align};
-        text_print(t, ",\n  \"lpr_latent_dim\": %d,\n  \"lpr_align_form\": \"%s\"", c->lpr_latent_dim,
-                   c->lpr_align_mean ? "mean" : "sum");
-        for (int i = 0; i < 4; i++) {
-            text_print(t, ",\n  \"%s\": ", keys[i]);
-            text_json_double(t, values[i]);
-        }
-    }
-    text_print(t, ",\n");
 }
 
 // Fills a Config from config.json; 0 and an error naming key and value if it describes anything that is not supported.
 static int config_from_json(Config* c, const Json* j, Error* error) {
     memset(c, 0, sizeof *c);
     const Json* type = json_get(j, "model_type");
-    if (!type || type->type != JSON_STRING) return set_error(error, "model_type is missing");
-    int arch = 0, ours = !strcmp(type->string, "train_moe");
-    if (ours) {
-        type = json_get(j, "base_model_type");
-        if (!type || type->type != JSON_STRING) return set_error(error, "base_model_type is missing");
-    }
+    int arch = 0, ours = type && type->type == JSON_STRING && !strcmp(type->string, "train_moe");
+    if (ours) type = json_get(j, "base_model_type");
+    if (!type || type->type != JSON_STRING)
+        return set_error(error, "%s is missing", ours ? "base_model_type" : "model_type");
     while (arch < NUM_ARCHS && strcmp(type->string, archs[arch].model_type)) arch++;
     if (arch == NUM_ARCHS)
         return set_error(
@@ -170,57 +255,32 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
             "train_moe",
             type->string);
     c->arch = (Arch)arch;
-    if (arch == DOTS1) c->router = ROUTER_SIGMOID;
-    if (ours && !router_variant_from_json(c, j, error)) return 0;
-    config_refuse_unsupported(j, error);
-    c->num_layers = config_int(j, "num_hidden_layers", NULL, archs[arch].layers, 1, MAX_LAYERS, error);
-    c->hidden_size = config_int(j, "hidden_size", NULL, archs[arch].hidden, 1, 1 << 20, error);
-    c->num_heads = config_int(j, "num_attention_heads", NULL, archs[arch].heads, 1, 1 << 14, error);
-    c->vocab_size = config_int(j, "vocab_size", NULL, archs[arch].vocab, 1, 1 << 24, error);
-    if (error->text[0]) return 0;
-    int kv_heads = archs[arch].kv_heads ? archs[arch].kv_heads : c->num_heads;
-    int head_dim = archs[arch].head_dim ? archs[arch].head_dim : c->hidden_size / c->num_heads;
-    c->num_kv_heads = config_int(j, "num_key_value_heads", NULL, kv_heads, 1, 1 << 14, error);
-    c->head_dim = config_int(j, "head_dim", NULL, head_dim, 1, 1 << 14, error);
-    c->intermediate_size = config_int(j, "intermediate_size", NULL, archs[arch].width, 1, 1 << 20, error);
-    c->max_position_embeddings =
-        config_int(j, "max_position_embeddings", NULL, archs[arch].positions, 1, 1 << 30, error);
-    c->tie_word_embeddings = config_bool(j, "tie_word_embeddings", 0, error);
-    c->rms_norm_eps = config_double(j, "rms_norm_eps", archs[arch].rms_norm_eps, error);
-    c->rope_theta = config_double(j, "rope_theta", archs[arch].rope_theta, error);
-    c->rope_theta = config_double(json_get(j, "rope_parameters"), "rope_theta", c->rope_theta, error);
-    if (c->rope_theta <= 0) set_error(error, "rope_theta is 0, expected a positive number");
     c->qk_norm = archs[arch].qk_norm;
-    const Json* window = json_get(j, "sliding_window");
-    int window_default = window ? 0 : archs[arch].window;       // an explicit null means none
-    c->sliding_window = config_int(j, "sliding_window", NULL, window_default, 0, 1 << 30, error);
-    int window_wanted = config_bool(j, "use_sliding_window", arch == MISTRAL || arch == MIXTRAL, error);
-    if (!window_wanted) c->sliding_window = 0;
-    if (arch == DOTS1) {
-        static const char* only[] = {"n_group", "topk_group"};
-        for (int i = 0; i < 2; i++)
-            if (config_int(j, only[i], NULL, 1, 0, 1 << 16, error) != 1)
-                set_error(error, "%s is not 1, which is not supported", only[i]);
-        if (config_int(j, "n_shared_experts", NULL, -1, 0, 1 << 16, error) != 0)
-            set_error(error, "n_shared_experts is not 0, and shared experts are not supported");
-        if (config_double(j, "routed_scaling_factor", 1, error) != 1)
-            set_error(error, "routed_scaling_factor is not 1, which is not supported");
+    if (arch == DOTS1) c->router = ROUTER_SIGMOID;
+    for (int i = 0; i < NUM_KEYS; i++) {
+        const Key* k = &config_keys[i];
+        double x;
+        if (!key_applies(k, c, ours)) continue;
+        if (!key_value(k, c, j, &x, error)) return 0;
+        int whole = (int)fmin(x, INT_MAX);
+        if (k->member && k->type == a_number) memcpy((char*)c + k->member, &x, sizeof x);
+        else if (k->member) memcpy((char*)c + k->member, &whole, sizeof whole);
     }
+    rope_from_json(c, j, error);
+    const Json* types = json_get(j, "layer_types");
+    for (int i = 0; types && i < types->count; i++)
+        if (types->items[i]->type != JSON_STRING || strcmp(types->items[i]->string, "full_attention"))
+            set_error(error, "layer_types has %.40s, only full_attention is supported",
+                      types->items[i]->string ? types->items[i]->string : "no string");
+    if (c->router == ROUTER_LPR && (c->logit_norm > 0 || c->family_penalty > 0))
+        set_error(error, "router_type lpr has neither logit_norm nor family_penalty");
     if (is_moe(c->arch)) {
-        const char* experts_key = arch == DOTS1 ? "n_routed_experts" : "num_experts";
-        int experts = archs[arch].experts ? archs[arch].experts : -1, topk = archs[arch].topk ? archs[arch].topk : -1;
-        c->num_experts = config_int(j, experts_key, "num_local_experts", experts, 1, 1 << 16, error);
-        c->num_experts_per_tok = config_int(j, "num_experts_per_tok", NULL, topk, 1, 1 << 16, error);
-        c->norm_topk_prob = arch == MIXTRAL ? 1 : config_bool(j, "norm_topk_prob", 0, error);
-        c->moe_intermediate_size = c->intermediate_size;
-        if (archs[arch].expert_width)
-            c->moe_intermediate_size =
-                config_int(j, "moe_intermediate_size", NULL, archs[arch].expert_width, 1, 1 << 20, error);
-        c->router_aux_loss_coef = config_double(j, "router_aux_loss_coef", archs[arch].aux, error);
-        int step = arch == QWEN3_MOE ? config_int(j, "decoder_sparse_step", NULL, 1, 1, 1 << 20, error) : 1;
-        int first = arch == DOTS1 ? config_int(j, "first_k_dense_replace", NULL, 0, 0, 1 << 20, error) : 0;
-        for (int l = 0; l < c->num_layers; l++) c->sparse[l] = l >= first && (l + 1) % step == 0;
+        if (!c->intermediate_size) c->intermediate_size = c->moe_intermediate_size;
+        c->norm_topk_prob |= arch == MIXTRAL;
+        int step = (int)luggage_number(j, c->arch, "decoder_sparse_step");         // NO_KEY: every layer is sparse
+        int first = (int)luggage_number(j, c->arch, "first_k_dense_replace");
         const Json* dense = arch == QWEN3_MOE ? json_get(j, "mlp_only_layers") : NULL;
+        for (int l = 0; l < c->num_layers; l++) c->sparse[l] = l >= first && (l + 1) % imax(step, 1) == 0;
         for (int i = 0; dense && i < dense->count; i++) {
             long l = json_whole(dense->items[i], c->num_layers - 1);
             if (l < 0) return set_error(error, "mlp_only_layers names a layer that the model does not have");
@@ -241,84 +301,89 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
     if (c->head_dim % 2) set_error(error, "head_dim is %d, but rotary positions need an even one", c->head_dim);
     if (arch == OLMOE && c->head_dim * c->num_heads != c->hidden_size)
         set_error(error, "head_dim is %d, but OLMoE's is hidden_size / num_attention_heads", c->head_dim);
-    static const char* ids[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
-    for (int i = 0; i < 3; i++) {
-        const Json* id = json_get(j, ids[i]);
-        Text text = {NULL, 0, 0};
-        if (id && id->type == JSON_NULL) text_print(&text, "null");
-        if (id && id->type == JSON_NUMBER) text_print(&text, "%s", id->string);
-        if (id && id->type == JSON_ARRAY) {
-            text_print(&text, "[");
-            for (int k = 0; k < id->count; k++) {
-                if (id->items[k]->type != JSON_NUMBER) set_error(error, "%s holds what is not a number", ids[i]);
-                else text_print(&text, "%s%s", k ? ", " : "", id->items[k]->string);
-            }
-            text_print(&text, "]");
-        }
-        if (text.length >= sizeof c->token_ids[i])
-            set_error(error, "%s is longer than %d characters", ids[i], (int)sizeof c->token_ids[i] - 1);
-        else if (text.data) strcpy(c->token_ids[i], text.data);
-        free(text.data);
-    }
     return !error->text[0];
 }
 
-// The reverse: what transformers needs to open the checkpoint, under the names of its older and newer versions.
-static void config_to_json(Text* t, const Config* c) {
-    int moe = is_moe(c->arch);
+// 1 if config_to_json writes this key from the Config.
+static int key_is_owned(const Config* c, const char* name) {
+    for (int i = 0; i < NUM_KEYS; i++)
+        if (config_keys[i].member && config_keys[i].fallback[c->arch] != NO_KEY &&
+            choice_index(config_keys[i].names, name) >= 0)
+            return 1;
+    static const char always[] =
+        "architectures|model_type|base_model_type|rope_parameters|rope_scaling|dtype|torch_dtype";
+    return choice_index(always, name) >= 0 ||
+           (c->arch == QWEN3_MOE && choice_index("decoder_sparse_step|mlp_only_layers", name) >= 0) ||
+           (c->arch == DOTS1 && !strcmp(name, "first_k_dense_replace"));
+}
+
+// The reverse: the model's numbers, under the names of older and newer versions of transformers, and its luggage (NULL:
+// a new model's). dtype names the format of most of its numbers.
+static void config_to_json(Text* t, const Config* c, const Json* luggage, const char* dtype) {
+    Json* made = luggage ? NULL : luggage_new(c->arch);
+    int ordinary = is_ordinary(c), first = 0;
+    const char* model_type = archs[c->arch].model_type;
+    if (!luggage) luggage = made;
     text_print(t, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n",
-               is_ordinary(c) ? archs[c->arch].class_name : "TrainMoeForCausalLM",
-               is_ordinary(c) ? archs[c->arch].model_type : "train_moe");
-    if (!is_ordinary(c)) router_variant_to_json(t, c);
-    text_print(t, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"num_hidden_layers\": %d,\n", c->vocab_size,
-               c->hidden_size, c->num_layers);
-    text_print(t, "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n", c->num_heads,
-               c->num_kv_heads, c->head_dim);
-    text_print(t, "  \"intermediate_size\": %d,\n",
-               c->arch == QWEN3_MOE || c->arch == DOTS1 || !moe ? c->intermediate_size : c->moe_intermediate_size);
-    text_print(t, "  \"hidden_act\": \"silu\",\n  \"max_position_embeddings\": %d,\n  \"rms_norm_eps\": ",
-               c->max_position_embeddings);
-    text_json_double(t, c->rms_norm_eps);
-    text_print(t, ",\n  \"rope_theta\": ");
-    text_json_double(t, c->rope_theta);
-    text_print(t, ",\n  \"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": ");
-    text_json_double(t, c->rope_theta);
-    text_print(t, "},\n  \"attention_bias\": false,\n  \"tie_word_embeddings\": %s,\n",
-               c->tie_word_embeddings ? "true" : "false");
-    if (c->arch == MISTRAL || c->arch == MIXTRAL || c->arch == DOTS1) {
-        if (c->sliding_window) text_print(t, "  \"sliding_window\": %d,\n", c->sliding_window);
-        else text_print(t, "  \"sliding_window\": null,\n");
+               ordinary ? archs[c->arch].class_name : "TrainMoeForCausalLM", ordinary ? model_type : "train_moe");
+    if (!ordinary) text_print(t, "  \"base_model_type\": \"%s\",\n", model_type);
+    for (int i = 0; i < NUM_KEYS; i++) {
+        const Key* k = &config_keys[i];
+        double x = 0;
+        int whole = 0;
+        if (!k->member || !key_applies(k, c, !ordinary)) continue;
+        if (k->type == a_number) memcpy(&x, (const char*)c + k->member, sizeof x);
+        else memcpy(&whole, (const char*)c + k->member, sizeof whole), x = whole;
+        for (const char* s = k->names; *s; s += strspn(s, "|")) {
+            char name[64];
+            size_t n = strcspn(s, "|");
+            snprintf(name, sizeof name, "%.*s", (int)n, s);
+            text_print(t, "  \"%s\": ", name);
+            const char* was = json_raw(luggage, name);      // a number that is the same stays as it was written
+            if (was && isdigit((unsigned char)*was) && atof(was) == x) text_add(t, was, strlen(was));
+            else key_to_json(t, k, x);
+            text_print(t, ",\n");
+            s += n;
+        }
     }
-    if (moe) {
-        text_print(t, "  \"num_experts\": %d,\n  \"num_local_experts\": %d,\n  \"num_experts_per_tok\": %d,\n",
-                   c->num_experts, c->num_experts, c->num_experts_per_tok);
-        text_print(t, "  \"norm_topk_prob\": %s,\n  \"router_aux_loss_coef\": ", c->norm_topk_prob ? "true" : "false");
-        text_json_double(t, c->router_aux_loss_coef);
-        text_print(t, ",\n  \"output_router_logits\": false,\n");
+    text_print(t, "  \"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": ");
+    text_json_double(t, c->rope_theta);
+    const char* name;
+    const Json* rope = rope_of(luggage, &name);
+    for (int i = 0; rope && i < rope->count; i++) {
+        if (choice_index("rope_type|type|rope_theta", rope->items[i]->key) >= 0) continue;
+        text_print(t, ", ");
+        text_json_string(t, rope->items[i]->key);
+        text_print(t, ": ");
+        text_json_value(t, rope->items[i]);
     }
-    // mistral.rs wants both
-    if (c->arch == QWEN3 || c->arch == QWEN3_MOE)
-        text_print(t, "  \"use_sliding_window\": false,\n  \"max_window_layers\": %d,\n", c->num_layers);
+    text_print(t, "},\n");
     if (c->arch == QWEN3_MOE) {
-        text_print(t, "  \"moe_intermediate_size\": %d,\n  \"decoder_sparse_step\": 1,\n  \"mlp_only_layers\": [",
-                   c->moe_intermediate_size);
+        text_print(t, "  \"decoder_sparse_step\": 1,\n  \"mlp_only_layers\": [");
         for (int l = 0, listed = 0; l < c->num_layers; l++)
             if (!c->sparse[l]) text_print(t, "%s%d", listed++ ? ", " : "", l);
         text_print(t, "],\n");
     }
-    if (c->arch == DOTS1) {
-        int first = 0;
-        while (first < c->num_layers && !c->sparse[first]) first++;
-        text_print(t,
-                   "  \"moe_intermediate_size\": %d,\n  \"n_routed_experts\": %d,\n  \"n_shared_experts\": 0,\n  "
-                   "\"n_group\": 1,\n"
-                   "  \"topk_group\": 1,\n  \"routed_scaling_factor\": 1.0,\n  \"first_k_dense_replace\": %d,\n",
-                   c->moe_intermediate_size, c->num_experts, first);
+    while (first < c->num_layers && !c->sparse[first]) first++;
+    if (c->arch == DOTS1) text_print(t, "  \"first_k_dense_replace\": %d,\n", first);
+    // the luggage, sorted by name, and among it two keys that mistral.rs wants of a Qwen3
+    static const char* wanted[] = {"max_window_layers", "use_sliding_window"};
+    int next = c->arch == QWEN3 || c->arch == QWEN3_MOE ? 0 : 2;
+    for (int i = 0; i <= luggage->count; i++) {
+        const Json* v = i < luggage->count ? luggage->items[i] : NULL;
+        for (; next < 2 && (!v || strcmp(wanted[next], v->key) <= 0); next++)
+            if (json_get(luggage, wanted[next])) continue;
+            else if (next) text_print(t, "  \"use_sliding_window\": false,\n");
+            else text_print(t, "  \"max_window_layers\": %d,\n", c->num_layers);
+        if (!v || key_is_owned(c, v->key)) continue;
+        text_print(t, "  ");
+        text_json_string(t, v->key);
+        text_print(t, ": ");
+        text_add(t, v->raw, strlen(v->raw));
+        text_print(t, ",\n");
     }
-    static const char* ids[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
-    for (int i = 0; i < 3; i++)
-        if (c->token_ids[i][0]) text_print(t, "  \"%s\": %s,\n", ids[i], c->token_ids[i]);
-    text_print(t, "  \"torch_dtype\": \"float32\",\n  \"dtype\": \"float32\"\n}\n");
+    text_print(t, "  \"torch_dtype\": \"%s\",\n  \"dtype\": \"%s\"\n}\n", dtype, dtype);
+    json_free(made);
 }
 
 static int config_read(Config* c, const char* dir, Error* error) {
@@ -485,6 +550,7 @@ static int checkpoint_load(Model* m, const char* dir, Error* error) {
     if (!load_tensors(m, s, m->params, "", &inner)) set_error(error, "%s: %s", dir, inner.text);
     safetensors_close(s);
     m->source = dir;
+    if (m->purpose == FOR_TRAINING && !error->text[0]) m->luggage = luggage_read(dir, error);
     if (!error->text[0] && families_load(m, dir, error) && m->config.family_penalty > 0) {
         if (!m->has_families)
             set_error(error, "%s: families are penalised, but there is no upcycle.json that tells them", dir);
@@ -527,18 +593,17 @@ static int optimizer_load(Model* m, const char* dir, Error* error) {
     return !error->text[0];
 }
 
-// Files that belong to the tokenizer or to the model's history travel from the source to every save.
-static const char* travelling_files[] = {"tokenizer.json",
-                                         "tokenizer_config.json",
-                                         "tokenizer.model",
-                                         "special_tokens_map.json",
-                                         "added_tokens.json",
-                                         "vocab.json",
-                                         "merges.txt",
-                                         "generation_config.json",
-                                         "chat_template.jinja",
-                                         "upcycle.json",
-                                         NULL};
+// Files that belong to the tokenizer, to the licence or to the model's history travel from the source to every save.
+static const char templates_dir[] = "additional_chat_templates";   // the one directory among them
+static int travels(const char* name) {
+    static const char* patterns[] = {"tokenizer*", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken", "*piece*.model",
+                                     "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+                                     "*processor_config.json", "chat_template*", "*.jinja", "LICEN[CS]E*", "NOTICE*",
+                                     "COPYING*", "USE_POLICY*", "upcycle.json"};
+    int found = 0;
+    for (size_t i = 0; i < sizeof patterns / sizeof patterns[0]; i++) found |= !fnmatch(patterns[i], name, 0);
+    return found;
+}
 
 static int write_file(const char* path, const char* data, size_t length, Error* error) {
     FILE* f = fopen(path, "wb");
@@ -556,7 +621,29 @@ static int flush_directory(const char* path, Error* error) {
     return ok;
 }
 
-// Moves every file of a directory, and of trainer/ in it, into the directory `to`, or deletes it if `to` is NULL.
+static int copy_travelling_files(const char* from, const char* to, Error* error) {
+    DIR* d = opendir(from);
+    struct dirent* entry;
+    while (d && !error->text[0] && (entry = readdir(d)) != NULL) {
+        char old[PATH_SIZE], target[PATH_SIZE];
+        struct stat st;
+        size_t length;
+        join_path(target, to, entry->d_name);
+        if (stat(join_path(old, from, entry->d_name), &st)) continue;
+        if (S_ISREG(st.st_mode) && travels(entry->d_name)) {
+            char* data = read_file(old, (size_t)1 << 30, &length, error);
+            if (data) write_file(target, data, length, error);
+            free(data);
+        } else if (S_ISDIR(st.st_mode) && !strcmp(entry->d_name, templates_dir)) {
+            if (mkdir(target, 0777) && errno != EEXIST) set_error(error, "%s: %s", target, strerror(errno));
+            else if (copy_travelling_files(old, target, error)) flush_directory(target, error);
+        }
+    }
+    if (d) closedir(d);
+    return !error->text[0];
+}
+
+// Moves every file of a directory, and of the directories that a checkpoint may have, into the directory `to`, or deletes it if `to` is NULL.
 static void move_files(const char* from, const char* to, Error* error) {
     DIR* d = opendir(from);
     struct dirent* entry;
@@ -566,7 +653,8 @@ static void move_files(const char* from, const char* to, Error* error) {
         if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
         join_path(old, from, entry->d_name);
         if (to) join_path(target, to, entry->d_name);
-        if (!strcmp(entry->d_name, "trainer") && !lstat(old, &st) && S_ISDIR(st.st_mode)) {
+        if ((!strcmp(entry->d_name, "trainer") || !strcmp(entry->d_name, templates_dir)) && !lstat(old, &st) &&
+            S_ISDIR(st.st_mode)) {
             Error inner = {""};
             if (to && mkdir(target, 0777) && errno != EEXIST) set_error(&inner, "%s: %s", target, strerror(errno));
             if (!inner.text[0]) move_files(old, to ? target : NULL, &inner);
@@ -600,7 +688,7 @@ static int write_card(const Model* m, const char* out, const char* dir, Error* e
 static int save_files(const Model* m, const char* out, const char* dir, long step, Error* error) {
     char path[PATH_SIZE];
     Text text = {NULL, 0, 0};
-    config_to_json(&text, &m->config);
+    config_to_json(&text, &m->config, m->luggage, "float32");
     join_path(path, dir, "config.json");
     int ok = write_file(path, text.data, text.length, error);
     text.length = 0;
@@ -630,15 +718,7 @@ static int save_files(const Model* m, const char* out, const char* dir, long ste
     ok = ok && flush_directory(join_path(path, dir, "trainer"), error);
     free(tensors);
     free(names);
-    for (int i = 0; travelling_files[i] && m->source && ok; i++) {
-        size_t length;
-        join_path(path, m->source, travelling_files[i]);
-        if (access(path, F_OK)) continue;
-        char* data = read_file(path, (size_t)1 << 30, &length, error);
-        join_path(path, dir, travelling_files[i]);
-        ok = data && write_file(path, data, length, error);
-        free(data);
-    }
+    ok = ok && (!m->source || copy_travelling_files(m->source, dir, error));
     return ok && write_card(m, out, dir, error) && flush_directory(dir, error);
 }
 

@@ -32,6 +32,7 @@ typedef struct Json {
     double number;
     int count;                      // members of an array or object
     struct Json** items;            // (count); an object's are sorted by key
+    char* raw;                      // of a member of the whole: its text, as it was written
 } Json;
 
 // Values in a text: a tokenizer of 250,000 tokens has a million. More would only serve to fill up the memory.
@@ -49,6 +50,7 @@ static void json_free(Json* j) {
     free(j->items);
     free(j->key);
     free(j->string);
+    free(j->raw);
     free(j);
 }
 
@@ -175,9 +177,7 @@ static int json_number(JsonReader* r, Json* j) {
     }
     j->type = JSON_NUMBER;
     j->length = (size_t)(r->at - start);
-    j->string = (char*)checked_malloc(j->length + 1);
-    memcpy(j->string, start, j->length);
-    j->string[j->length] = 0;
+    j->string = copy_bytes(start, j->length);
     j->number = strtod(j->string, NULL);
     return 1;
 }
@@ -199,6 +199,7 @@ static Json* json_value(JsonReader* r, int depth) {
     Json* j = (Json*)checked_malloc(sizeof(Json));
     memset(j, 0, sizeof *j);
     json_space(r);
+    const char* start = r->at;
     char c = r->at < r->end ? *r->at : 0;
     if (depth > 64) {
         json_error(r, "at most 64 levels");
@@ -210,11 +211,9 @@ static Json* json_value(JsonReader* r, int depth) {
         j->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
         r->at++;
         json_space(r);
-        if (r->at < r->end && *r->at == close) {
-            r->at++;
-            return j;
-        }
-        for (;;) {
+        int empty = r->at < r->end && *r->at == close;
+        r->at += empty;
+        while (!empty) {
             char* key = NULL;
             size_t length;
             json_space(r);
@@ -247,7 +246,7 @@ static Json* json_value(JsonReader* r, int depth) {
             else json_error(r, close == '}' ? "a comma or }" : "a comma or ]");
             break;
         }
-        if (j->type == JSON_OBJECT && !r->error->text[0]) {
+        if (j->type == JSON_OBJECT && j->count > 1 && !r->error->text[0]) {
             qsort(j->items, (size_t)j->count, sizeof(Json*), json_compare_keys);
             for (int i = 1; i < j->count; i++)
                 if (!strcmp(j->items[i - 1]->key, j->items[i]->key))
@@ -272,6 +271,7 @@ static Json* json_value(JsonReader* r, int depth) {
         json_free(j);
         return NULL;
     }
+    if (depth == 1) j->raw = copy_bytes(start, (size_t)(r->at - start));
     return j;
 }
 
@@ -298,6 +298,12 @@ static const Json* json_get(const Json* j, const char* key) {
         else low = middle + 1;
     }
     return NULL;
+}
+
+// The text of a member of the whole, or NULL.
+static const char* json_raw(const Json* j, const char* key) {
+    const Json* v = json_get(j, key);
+    return v ? v->raw : NULL;
 }
 
 // A member that is absent or null.
@@ -392,4 +398,27 @@ static void text_json_double(Text* t, double x) {
         if (strtod(buffer, NULL) == x) break;
     }
     text_print(t, strpbrk(buffer, ".en") ? "%s" : "%s.0", buffer);
+}
+
+// What a value looked like, members in the order of their names.
+static void text_json_value(Text* t, const Json* j) {
+    static const char* words[] = {"null", "false", "true"};
+    if (j->type == JSON_STRING)
+        text_json_string(t, j->string);
+    else if (j->type == JSON_NUMBER)
+        text_print(t, "%s", j->string);
+    else if (j->type < JSON_NUMBER)
+        text_print(t, "%s", words[j->type]);
+    else {
+        text_print(t, j->type == JSON_ARRAY ? "[" : "{");
+        for (int i = 0; i < j->count; i++) {
+            if (i) text_print(t, ", ");
+            if (j->type == JSON_OBJECT) {
+                text_json_string(t, j->items[i]->key);
+                text_print(t, ": ");
+            }
+            text_json_value(t, j->items[i]);
+        }
+        text_print(t, j->type == JSON_ARRAY ? "]" : "}");
+    }
 }

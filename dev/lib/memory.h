@@ -155,7 +155,10 @@ static Model* model_create(const Config* c, Purpose purpose, int B, int T, int p
     return m;
 }
 
+static void json_free(struct Json* j);      // in json.h
+
 static void model_free(Model* m) {
+    json_free(m->luggage);
     free(m->weights.layers);
     free(m->dweights.layers);
     free(m->layout.tensors);

@@ -155,18 +155,6 @@ static Option* option_find(const char* name) {
 
 static int option_given(const char* name) { return option_find(name)->given; }
 
-// the position of a choice among "a|b|c", or -1
-static int choice_index(const char* choices, const char* text) {
-    size_t n = strlen(text);
-    for (int i = 0;; i++) {
-        const char* end = strchr(choices, '|');
-        size_t length = end ? (size_t)(end - choices) : strlen(choices);
-        if (n == length && !strncmp(choices, text, n)) return i;
-        if (!end) return -1;
-        choices = end + 1;
-    }
-}
-
 // Ends the program because getopt_long knew no single option for `argument`, --name or --name=value.
 static void option_unknown(const char* argument, const struct option* longs) {
     char candidates[256] = "";
@@ -364,7 +352,7 @@ static void config_from_options(Config* c) {
     c->max_position_embeddings = (int)options.seq;
     c->tie_word_embeddings = (int)options.tie;
     c->rope_theta = 10000;
-    c->rms_norm_eps = kind == 2 ? archs[OLMOE].rms_norm_eps : 1e-6;
+    c->rms_norm_eps = kind == 2 ? OLMOE_EPS : 1e-6;
     c->qk_norm = kind == 0 ? QK_NORM_HEAD : kind == 1 ? QK_NORM_NONE : QK_NORM_ROW;
     static const char* fits[] = {"mixtral", "qwen3", "olmoe"};          // by kind of norm
     if (options.qk_norm && choice_index("none|head|row", options.qk_norm) != (int)c->qk_norm)
@@ -377,7 +365,6 @@ static void config_from_options(Config* c) {
     if (c->head_dim % 2 || c->head_dim < 2) die(2, "--head-dim %d: rotary positions need an even one", c->head_dim);
     if (kind == 2 && c->head_dim * c->num_heads != c->hidden_size)
         die(2, "--head-dim %d: --arch olmoe has hidden / heads; --arch qwen3 is free in it", c->head_dim);
-    for (int i = 0; i < 3; i++) strcpy(c->token_ids[i], "null");
     static const char* moe_only[] = {"topk", "expert-ffn", "norm-topk", "sparse-step"};
     for (int i = 0; dense && i < 4; i++)
         if (option_given(moe_only[i]))
@@ -445,10 +432,10 @@ static BytesAllowed reads_bytes(const Config* c, const char* dir) {
 }
 
 // Longer sequences than the model was made for are computed all the same, but not in silence.
-static void check_length(Config* c, int T) {
-    if (c->sliding_window && c->sliding_window < T)
-        die(2, "--seq %d: the model has sliding_window %d, which is not supported; use a shorter --seq", T,
-            c->sliding_window);
+static void check_length(Config* c, const char* dir, int T) {
+    int window = sliding_window(dir, c);
+    if (window && window < T)
+        die(2, "--seq %d: the model has sliding_window %d, which is not supported; use a shorter --seq", T, window);
     if (T <= c->max_position_embeddings) return;
     fprintf(stderr, "%s: warning: --seq %d goes beyond the model's max_position_embeddings, %d\n", program_name, T,
             c->max_position_embeddings);
@@ -502,7 +489,7 @@ static int run_eval(Config* c) {
     int B = (int)options.batch, T = (int)options.seq;
     long batches = option_given("val-batches") ? options.val_batches : 0;
     Dataset* d = dataset_open(options.data, T, c->vocab_size, WHOLE, reads_bytes(c, options.model));
-    check_length(c, T);
+    check_length(c, options.model, T);
     Model* m = load_model(c, options.model, FOR_SCORING, B, T, T);
     Batch batch = batch_create(B, T);
     m->counting_load = options.load || options.trace;
@@ -532,7 +519,7 @@ static int run_dump(Config* c) {
     int B = (int)options.batch, T = (int)options.seq, V = c->vocab_size, count = 0;
     Dataset* d = dataset_open(options.data, T, V, WHOLE, reads_bytes(c, options.model));
     if (d->windows < B) die(2, "--batch %d: %s has only %ld windows of %d tokens", B, options.data, d->windows, T + 1);
-    check_length(c, T);
+    check_length(c, options.model, T);
     Model* m = load_model(c, options.model, FOR_TRAINING, B, T, T);
     Batch batch = batch_create(B, T);
     for (int b = 0; b < B; b++) dataset_window(d, b, batch.tokens + (long)b * T, batch.targets + (long)b * T);
@@ -613,9 +600,9 @@ static int run_prompt(Config* c) {
     }
     if (prompt == 0) die(2, "the prompt is empty; give at least one token to go on from");
     int positions = imin(prompt + tokens, c->max_position_embeddings);
-    if (c->sliding_window && c->sliding_window < positions)
-        die(2, "--tokens %d: the model has sliding_window %d, which is not supported; ask for fewer", tokens,
-            c->sliding_window);
+    int window = sliding_window(options.model, c);
+    if (window && window < positions)
+        die(2, "--tokens %d: the model has sliding_window %d, which is not supported; ask for fewer", tokens, window);
     Model* g = load_model(c, options.model, FOR_GENERATION, 1, imin(positions, 256), positions);
     Sampling how = {options.temperature, options.top_p, (int)options.top_k, (uint64_t)options.seed};
     signal(SIGINT, on_signal);
@@ -668,7 +655,7 @@ static int run_train(Config* c, long first_step) {
     Error error = {""};
     signal(SIGPIPE, SIG_IGN); // that nobody reads what is printed (`| head`) is no reason to lose the work
     if (options.resume) options.model = options.out;
-    check_length(c, T);
+    check_length(c, options.model, T);
     BytesAllowed bytes_are_tokens = options.model                                    ? reads_bytes(c, options.model)
                                     : c->vocab_size == 0 || c->vocab_size >= 256 ? BYTES
                                                                                    : NO_BYTES;

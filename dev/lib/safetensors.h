@@ -138,7 +138,7 @@ static int safetensors_add_file(SafeTensors* s, const char* path, Error* error) 
     for (int i = 0; i < header->count; i++) {
         Json* entry = header->items[i];
         if (!strcmp(entry->key, "__metadata__")) {
-            for (int k = 0; k < entry->count || entry->type != JSON_OBJECT; k++)
+            for (int k = 0; entry->type != JSON_NULL && (k < entry->count || entry->type != JSON_OBJECT); k++)
                 if (entry->type != JSON_OBJECT || entry->items[k]->type != JSON_STRING) {
                     set_error(error, "%s: __metadata__ is not a map of strings", path);
                     break;

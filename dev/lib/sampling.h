@@ -8,7 +8,7 @@ typedef struct {
     int* lengths;
     int bytes;                      // 1: tokens are bytes, as tokenizer.json tells
     int byte_level; // 1: pieces are in GPT-2's alphabet of bytes; 0: in SentencePiece's, with ▁ for a space
-    int eos[8], num_eos;
+    int *eos, num_eos, bos;         // (count) the ends of sequence; its begin, 0 if config.json has none
 } Tokenizer;
 
 // GPT-2's alphabet gives every byte a printable character: the printable bytes of Latin-1 are themselves, the others
@@ -99,7 +99,7 @@ static void tokenizer_add(Tokenizer* t, long id, const char* piece, int special)
 }
 
 static void tokenizer_add_eos(Tokenizer* t, const Json* j) {
-    if (json_whole(j, INT_MAX) >= 0 && t->num_eos < 8) t->eos[t->num_eos++] = (int)json_whole(j, INT_MAX);
+    if (json_whole(j, INT_MAX) >= 0 && t->num_eos < t->count) t->eos[t->num_eos++] = (int)json_whole(j, INT_MAX);
     for (int i = 0; j && j->type == JSON_ARRAY && i < j->count; i++) tokenizer_add_eos(t, j->items[i]);
 }
 
@@ -110,13 +110,16 @@ static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
     Error error = {""};
     memset(t, 0, sizeof *t);
     t->count = vocab_size;
+    t->eos = (int*)checked_malloc(sizeof(int) * (size_t)vocab_size);
     static const char* eos_files[] = {"generation_config.json", "config.json"};
-    for (int i = 0; dir && i < 2 && t->num_eos == 0; i++) {
+    for (int i = 0; dir && i < 2; i++) {
         join_path(path, dir, eos_files[i]);
         Json* j = access(path, F_OK) ? NULL : json_read(path, &error);
-        tokenizer_add_eos(t, json_get(j, "eos_token_id"));
+        if (t->num_eos == 0) tokenizer_add_eos(t, json_get(j, "eos_token_id"));
+        t->bos = (int)json_whole(json_get(j, "bos_token_id"), INT_MAX);
         json_free(j);
     }
+    t->bos = imax(t->bos, 0);
     join_path(path, dir ? dir : "", "tokenizer.json");
     if (!dir || access(path, F_OK)) return t;
     Json* j = json_read(path, &error);
@@ -154,6 +157,7 @@ static void tokenizer_close(Tokenizer* t) {
     for (int i = 0; i < t->count && t->pieces; i++) free(t->pieces[i]);
     free(t->pieces);
     free(t->lengths);
+    free(t->eos);
     free(t);
 }
 
@@ -319,8 +323,7 @@ static int generate(Model* g, const Tokenizer* tokenizer, int* ids, int prompt, 
 
 // What a sample without a prompt goes on from: the begin-of-sequence token, for bytes a newline.
 static int first_token(const Config* c, const Tokenizer* t) {
-    int bos = atoi(c->token_ids[0]);            // "" and null, as in byte models, give 0
-    return t->pieces && bos < c->vocab_size ? bos : '\n' % c->vocab_size;
+    return t->pieces && t->bos < c->vocab_size ? t->bos : '\n' % c->vocab_size;
 }
 
 static const char* sample_of(const Config* c, const Tokenizer* t) {

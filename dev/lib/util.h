@@ -86,11 +86,13 @@ static void* checked_malloc(size_t bytes) {
     return p;
 }
 
-static char* copy_string(const char* s) {
-    char* p = (char*)checked_malloc(strlen(s) + 1);
-    strcpy(p, s);
+static char* copy_bytes(const char* s, size_t n) {
+    char* p = (char*)checked_malloc(n + 1);
+    memcpy(p, s, n);
+    p[n] = 0;
     return p;
 }
+static char* copy_string(const char* s) { return copy_bytes(s, strlen(s)); }
 
 // "dir/name" in `path`, which has room for PATH_SIZE bytes
 enum { PATH_SIZE = 4096 };
@@ -101,6 +103,18 @@ static const char* join_path(char* path, const char* dir, const char* name) {
     path[n] = '/';
     memcpy(path + n + 1, name, k + 1);
     return path;
+}
+
+// the position of a choice among "a|b|c", or -1
+static int choice_index(const char* choices, const char* text) {
+    size_t n = strlen(text);
+    for (int i = 0;; i++) {
+        const char* end = strchr(choices, '|');
+        size_t length = end ? (size_t)(end - choices) : strlen(choices);
+        if (n == length && !strncmp(choices, text, n)) return i;
+        if (!end) return -1;
+        choices = end + 1;
+    }
 }
 
 static int imin(int a, int b) { return a < b ? a : b; }

@@ -82,6 +82,7 @@ static void test_safetensors_refusals(void) {
         {"a name twice", "{\"a\":{" A_TENSOR "},\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[8,12]}}", 12,
          "appears twice"},
         {"entry not an object", "{\"a\":5}", 0, "no dtype"},
+        {"metadata null", "{\"__metadata__\":null,\"a\":{" A_TENSOR "}}", 8, NULL},
         {"metadata not strings", "{\"__metadata__\":{\"format\":1}}", 0, "__metadata__ is not"},
         {"metadata no object", "{\"__metadata__\":[1]}", 0, "__metadata__ is not"}};
     for (EACH(i, files)) {

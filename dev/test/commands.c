@@ -364,9 +364,11 @@ static void test_command_line(void) {
     Text t = {NULL, 0, 0};
     if (config_read(&c, temp("window"), &error)) {
         c.arch = MISTRAL;
-        c.sliding_window = 64;
         c.max_position_embeddings = 1000;
-        config_to_json(&t, &c);
+        Json* k = luggage_new(MISTRAL);
+        json_set_raw(k, "sliding_window", "64");
+        config_to_json(&t, &c, k, "float32");
+        json_free(k);
         write_text(temp("window/config.json"), t.data);
         check(mkdir(temp("bare"), 0777) == 0, "a directory with nothing but a config.json");
         write_text(temp("bare/config.json"), t.data);

@@ -157,7 +157,7 @@ static int up_pack(const char* from, const char* to) {
     Text text = {NULL, 0, 0};
     mkdir(to, 0777);
     ok &= safetensors_write(join_path(path, to, "model.safetensors"), out, count, &error);
-    config_to_json(&text, &c);
+    config_to_json(&text, &c, NULL, "float32");
     ok &= write_file(join_path(path, to, "config.json"), text.data, text.length, &error);
     free(text.data);
     return ok;
@@ -403,21 +403,13 @@ static void up_make_bad_sources(void) {
     up_make("llama7", LLAMA, 2, 24, 40, 0, 0, 0, 5);
     up_make("dots", DOTS1, 2, 24, 40, 4, 2, 1, 5);
     up_make("none_sparse", QWEN3, 2, 24, 40, 0, 0, 0, 5);
-    up_make("window", QWEN3, 2, 24, 40, 0, 0, 0, 5);
     config_read(&c, up_path("none_sparse"), &error);
     c.arch = QWEN3_MOE;
     c.num_experts = 3;
     c.num_experts_per_tok = 2;
     c.moe_intermediate_size = 40;
-    config_to_json(&t, &c);
+    config_to_json(&t, &c, NULL, "float32");
     write_text(up_path("none_sparse/config.json"), t.data);
-    size_t n = 0;
-    char* window = read_bytes(up_path("window/config.json"), &n);
-    t.length = 0;
-    const char *used = strstr(window, "\"use_sliding_window\": false"), *rest = used ? strchr(used, ',') : NULL;
-    if (!rest) die(1, "window: no use_sliding_window");
-    text_print(&t, "%.*s\"use_sliding_window\": true, \"sliding_window\": 16%s", (int)(used - window), window, rest);
-    write_bytes(up_path("window/config.json"), t.data, t.length);
     copy_directory(up_path("m3"), up_path("broken"));
     write_text(up_path("broken/upcycle.json"), "{\"layers\": ");
     copy_directory(up_path("m3"), up_path("broken_trainer"));
@@ -439,7 +431,7 @@ static void up_make_bad_sources(void) {
     mkdir(up_path("head"), 0777);
     check(safetensors_write(up_path("head/model.safetensors"), out, m->layout.count + 1, &error), "a head too long");
     t.length = 0;
-    config_to_json(&t, &c);
+    config_to_json(&t, &c, NULL, "float32");
     write_text(up_path("head/config.json"), t.data);
     free(t.data);
 }
@@ -498,7 +490,6 @@ static void test_up_refusals(void) {
                  {"{}/m3 {}/x --experts 2 --select router-norm --reference " VARIANTS "lpr", "router than"},
                  {VARIANTS "lpr {}/x --experts 2 --select router-norm --reference {}/like_lpr", "router than"},
                  {"{}/none_sparse {}/x --experts 6", "no layer is sparse"},
-                 {"{}/window {}/x --experts 4", "sliding_window 16"},
                  {"{}/head {}/x --experts 4", "lm_head.weight differs"},
                  {"{}/m3 {}/x --experts 3 --method family", "as many experts as SRC"},
                  {"{}/m3 {}/x --experts 3 --method drop", "as many experts as SRC"},

@@ -21,6 +21,24 @@ try() { # class, then the arguments of upcycle without DST
     echo "$@"
     (cd dev/reference && python3 check_checkpoint.py "$work/result" "$work/dump.safetensors" --class "$class")
 }
+# what the receipt says of the balance loss: transformers adds it, the router has a gradient, and generation still works
+balance() {
+    python3 - "$work/result" <<'PYTHON'
+import sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, experts_implementation="eager")
+tokens = torch.arange(1, 25)[None]
+out = model(input_ids=tokens, labels=tokens)
+out.loss.backward()
+gradient = max(float(p.grad.abs().max()) for name, p in model.named_parameters() if name.endswith("gate.weight"))
+length = model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape[1]
+print(f"balance loss {float(out.aux_loss):.4f}, largest gradient of a router {gradient:.1e}, {length - 24} tokens generated")
+sys.exit(gradient < 1e-6 or length != 28)
+PYTHON
+}
+try MixtralForCausalLM $golden/llama --experts 4
+balance
+try Qwen3MoeForCausalLM $golden/qwen3 --experts 4
+balance
 try MixtralForCausalLM $golden/llama --experts 4 --method drop
 try MixtralForCausalLM $golden/llama_tied --experts 3 --method noise
 try Qwen3MoeForCausalLM $golden/qwen3 --experts 4 --layers every-2 --method drop --norm-topk 0

@@ -84,7 +84,7 @@ static int run_inspect(void) {
     uint64_t* hash = (uint64_t*)checked_malloc(sizeof(uint64_t) * (size_t)E);
     if (ask.data) {
         Config config = *c;
-        int T = sequence_length(&config), B = (int)ask.batch;
+        int T = sequence_length(&config, s->dir), B = (int)ask.batch;
         Dataset* d = dataset_open(ask.data, T, c->vocab_size, WHOLE, reads_bytes(c, s->dir));
         long windows = lmin(d->windows, ask.calibrate_batches * B);
         Model* m = model_create(&config, FOR_SCORING, B, T, T, NULL);

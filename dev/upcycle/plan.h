@@ -83,6 +83,27 @@ static void open_sources(Plan* p, const char* src) {
     free(names);
 }
 
+// What config.json says besides: all that SRC says. A dense model gets the balance loss that the receipt speaks of, and
+// its window under the keys of its new class, in which every layer has one or none.
+static void plan_luggage(Plan* p) {
+    const Source* s = p->sources[0];
+    Error error = {""};
+    char size[16] = "null";
+    int layers, window;
+    p->luggage = luggage_read(s->dir, &error);
+    if (!p->luggage) die(2, "%s", error.text);
+    if (!p->dense) return;
+    window = active_window(p->luggage, &s->config, &layers);
+    if (window && layers < s->config.num_layers)
+        die(2, "%s: has sliding_window %d in %d of %d layers, and %s has one in all or none; if none is meant, set "
+            "use_sliding_window to false in its config.json", s->dir, window, layers, s->config.num_layers,
+            archs[p->config.arch].class_name);
+    if (window) snprintf(size, sizeof size, "%d", window);
+    json_set_raw(p->luggage, "sliding_window", size);
+    if (p->config.arch == QWEN3_MOE) json_set_raw(p->luggage, "use_sliding_window", window ? "true" : "false");
+    json_set_raw(p->luggage, "output_router_logits", "true");
+}
+
 // The configuration of DST.
 static void plan_config(Plan* p) {
     const Config* from = &p->sources[0]->config;
@@ -132,9 +153,6 @@ static void plan_config(Plan* p) {
     }
     if (!p->dense && count_sparse(c) == 0)
         die(2, "%s: has experts in name only: no layer is sparse", p->sources[0]->dir);
-    if (c->sliding_window && c->arch == QWEN3_MOE)
-        die(2, "%s: has sliding_window %d, and DST would look back without limit; if that is meant, set "
-            "use_sliding_window to false in its config.json", p->sources[0]->dir, c->sliding_window);
     c->num_experts = N;
     for (int i = 0; ask.arch && i < 3; i++)
         if (!strcmp(ask.arch, targets[i].name) && c->arch != targets[i].arch)
@@ -293,6 +311,7 @@ static Plan* plan_create(const char* src) {
     const Source* s = p->sources[0];
     if (p->N < p->E && p->dense) die(2, "--experts %d: there are %d sources, and each needs an expert", p->N, p->E);
     plan_config(p);
+    plan_luggage(p);
 
     // selection
     int shrinks = !p->dense && p->N < p->E;
@@ -406,6 +425,7 @@ static void plan_free(Plan* p) {
     free(p->input_norms);
     free(p->centroids);
     free(p->outputs);
+    json_free(p->luggage);
     json_free(p->parent);
     json_free(p->trainer);
     free(p);

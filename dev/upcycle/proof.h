@@ -28,7 +28,7 @@ static void observe_sources(void* state, const Model* m, int l) {
 static void prove(const Plan* p, const char* dir, Proof* proof) {
     Error error = {""};
     Config from = p->sources[0]->config, to;
-    int T = sequence_length(&from), B = (int)ask.batch;
+    int T = sequence_length(&from, p->sources[0]->dir), B = (int)ask.batch;
     if (!config_read(&to, dir, &error)) die(1, "%s", error.text);
     to.max_position_embeddings = from.max_position_embeddings;
     Dataset* d = dataset_open(ask.check, T, from.vocab_size, WHOLE, reads_bytes(&from, p->sources[0]->dir));

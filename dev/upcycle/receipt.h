@@ -13,6 +13,7 @@ typedef struct {
 #define MAX_NOTES 16
 typedef struct {
     char function[512]; // whether DST computes what SRC computed
+    char balance[160]; // whether transformers, too, trains DST with a balance loss
     char notes[MAX_NOTES][512]; // warnings
     int count;
 } Findings;
@@ -55,8 +56,17 @@ static void find_properties(const Plan* p, Findings* f) {
     const char* rounding = converted ? ", up to rounding to bf16" : "";
     // the mean of all logits, and the mean of all prototypes, are those of SRC only if every expert has as many copies
     int unequal_sums = (from->logit_norm > 0 || from->router == ROUTER_LPR) && !equal;
+    const char* in_loss = json_raw(p->luggage, "output_router_logits");
     memset(f, 0, sizeof *f);
-    f->function[0] = 0;
+    if (!is_ordinary(to) || to->arch == DOTS1)
+        snprintf(f->balance, sizeof f->balance, "only in train_moe; transformers has none for this class");
+    else if (in_loss && !strcmp(in_loss, "true"))
+        snprintf(f->balance, sizeof f->balance,
+                 "in transformers, too: config.json has output_router_logits true and router_aux_loss_coef %g",
+                 to->router_aux_loss_coef);
+    else
+        snprintf(f->balance, sizeof f->balance,
+                 "only in train_moe; transformers wants output_router_logits true, which SRC's config.json has not");
 #define FUNCTION(...) snprintf(f->function, sizeof f->function, __VA_ARGS__)
     if (p->dense) {
         int exact = norm && p->num_sources == 1 &&
@@ -298,7 +308,7 @@ static void print_plan(const Plan* p, const char* dst) {
 }
 
 static void print_findings(const Findings* f) {
-    printf("function: %s\n", f->function);
+    printf("function: %s\nbalance loss: %s\n", f->function, f->balance);
     for (int i = 0; i < f->count; i++) printf("warning: %s\n", f->notes[i]);
     fflush(stdout);
 }
@@ -350,6 +360,8 @@ static void write_receipt(const Plan* p, const char* dir, const Findings* f, con
                active[0], active[1]);
     text_print(&t, "  \"bytes\": [%ld, %ld],\n  \"function\": ", stored_bytes(p->sources[0]), model_bytes(p));
     text_json_string(&t, f->function);
+    text_print(&t, ",\n  \"balance_loss\": ");
+    text_json_string(&t, f->balance);
     text_print(&t, ",\n  \"warnings\": [");
     for (int i = 0; i < f->count; i++) {
         text_print(&t, "%s\n    ", i ? "," : "");

@@ -194,29 +194,6 @@ static void text_json_number(Text* t, double x, int digits) {
         text_print(t, "null");
 }
 
-// What a value looked like, members in the order of their names.
-static void text_json_value(Text* t, const Json* j) {
-    static const char* words[] = {"null", "false", "true"};
-    if (j->type == JSON_STRING)
-        text_json_string(t, j->string);
-    else if (j->type == JSON_NUMBER)
-        text_print(t, "%s", j->string);
-    else if (j->type < JSON_NUMBER)
-        text_print(t, "%s", words[j->type]);
-    else {
-        text_print(t, j->type == JSON_ARRAY ? "[" : "{");
-        for (int i = 0; i < j->count; i++) {
-            if (i) text_print(t, ", ");
-            if (j->type == JSON_OBJECT) {
-                text_json_string(t, j->items[i]->key);
-                text_print(t, ": ");
-            }
-            text_json_value(t, j->items[i]);
-        }
-        text_print(t, j->type == JSON_ARRAY ? "]" : "}");
-    }
-}
-
 // With moments carried over, the run goes on where it was: ./train_moe --resume --out DST continues the step count, the
 // schedule and the bias correction. Only what was counted since the last validation starts again, and the penalty of
 // families, if there are new ones.
@@ -248,39 +225,15 @@ static void write_trainer(const Plan* p, const char* dir) {
 static void write_config(const Plan* p, const char* dir) {
     char path[PATH_SIZE];
     Error error = {""};
-    Text t = {NULL, 0, 0}, out = {NULL, 0, 0};
+    Text t = {NULL, 0, 0};
     long bytes[3] = {0, 0, 0};
     for (int i = 0; i < p->num_outputs; i++)
         if (p->outputs[i].half < 0) bytes[p->outputs[i].dtype] += p->outputs[i].bytes;
     int most = bytes[1] > bytes[0] && bytes[1] >= bytes[2] ? 1 : bytes[2] > bytes[0] ? 2 : 0;
-    config_to_json(&t, &p->config);
-    for (const char *s = t.data, *found;; s = found + 7) {
-        found = strstr(s, "float32");
-        if (!found) {
-            text_add(&out, s, strlen(s));
-            break;
-        }
-        text_add(&out, s, (size_t)(found - s));
-        text_add(&out, torch_names[most], strlen(torch_names[most]));
-    }
+    config_to_json(&t, &p->config, p->luggage, torch_names[most]);
     join_path(path, dir, "config.json");
-    if (!write_file(path, out.data, out.length, &error)) die(1, "%s", error.text);
+    if (!write_file(path, t.data, t.length, &error)) die(1, "%s", error.text);
     free(t.data);
-    free(out.data);
-}
-
-static void copy_travelling_files(const char* from, const char* to) {
-    for (int i = 0; travelling_files[i]; i++) {
-        char path[PATH_SIZE];
-        size_t length;
-        Error error = {""};
-        join_path(path, from, travelling_files[i]);
-        if (!strcmp(travelling_files[i], "upcycle.json") || access(path, F_OK)) continue;
-        char* data = read_file(path, (size_t)1 << 30, &length, &error);
-        join_path(path, to, travelling_files[i]);
-        if (!data || !write_file(path, data, length, &error)) die(1, "%s", error.text);
-        free(data);
-    }
 }
 
 // What other programs and readers want beside the model.
@@ -308,10 +261,9 @@ static int belongs_to_checkpoint(const char* name) {
         size_t k = strlen(endings[i]);
         known |= n > k && !strcmp(name + n - k, endings[i]);
     }
-    for (int i = 0; travelling_files[i]; i++) known |= !strcmp(name, travelling_files[i]);
     static const char* others[] = {"README.md", "README.source.md", ".gitattributes"};
     for (int i = 0; i < 3; i++) known |= !strcmp(name, others[i]);
-    return known || is_licence(name) || !strcmp(name, SAVING_MARKER);
+    return known || travels(name) || !strcmp(name, SAVING_MARKER);
 }
 
 // 1 if a directory holds nothing but a file of moments; that is what --force may find under the name trainer.
@@ -367,6 +319,7 @@ static void check_destination(const char* dst, char* clean, Source** sources, in
     int files = 0, config = 0;
     while (d && (entry = readdir(d)) != NULL) {
         if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, "..")) continue;
+        if (!strcmp(entry->d_name, templates_dir)) continue;
         join_path(path, clean, entry->d_name);
         int directory = !lstat(path, &st) && S_ISDIR(st.st_mode);
         if (directory && (strcmp(entry->d_name, "trainer") || !holds_moments_only(path)))
