@@ -1207,7 +1207,7 @@ static Losses take_losses(Model* m) {
 
 typedef enum { WSD, COSINE, CONSTANT } Schedule;
 
-// Where a run stands. Once it has gone on with another B, T or accum, its step alone does not tell what it has read.
+// Where a run stands. After another B, T or accum, its step alone does not tell what it has read.
 typedef struct {
     long step, sequences, tokens;
 } Position;
@@ -1264,8 +1264,8 @@ static Batch batch_create(long B, int T) {
     return batch;
 }
 
-// Mean loss over the first `batches` batches of a data set in file order (0: all of it). NaN if a signal stopped it or
-// the data cannot be read (d->error).
+// Mean loss over the first `batches` batches of a data set in file order (0: all of it). NaN if a signal stopped
+// it or the data cannot be read (d->error).
 static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
     long windows = batches > 0 ? lmin(batches * m->B, d->windows) : d->windows;
     double sum = 0, started = seconds();
@@ -1273,7 +1273,8 @@ static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
         int B = (int)lmin(m->B, windows - w);
         show_count("loss: window", w, windows, started);
         for (int b = 0; b < B; b++)
-            if (!dataset_read(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T)) return NAN;
+            if (!dataset_read(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T))
+                return NAN;
         m->trace_window = w;
         model_forward(m, batch.tokens, batch.targets, B, d->T);
         sum += take_losses(m).loss * B;
@@ -1290,11 +1291,12 @@ typedef struct {
     const char *problem, *advice;       // NULL, or why nothing was updated, and what may help
 } Step;
 
-// Step number `step`, counted from 0. The micro-batches' gradients add up to that of the mean of their losses. All data
-// are read before anything is computed: if they are bad, the model is just as the step before left it.
+// Step number `step`, counted from 0. The micro-batches' gradients add up to that of the mean of their losses. All
+// data are read before anything is computed: if they are bad, the model is just as the step before left it.
 static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, long step) {
     Step s = {learning_rate(run, step), NAN, seconds(), {NAN, 0, 0, 0, 0}, NULL, ""};
-    long sequences = (long)run->B * run->accum, first = position_after(run->begun, step, sequences, run->T).sequences;
+    long sequences = (long)run->B * run->accum;
+    long first = position_after(run->begun, step, sequences, run->T).sequences;
     for (long i = 0; i < sequences && !s.problem; i++)
         if (!dataset_training_sequence(data, run->seed, first + i, batch.tokens + i * run->T,
                                        batch.targets + i * run->T))
@@ -1324,9 +1326,9 @@ static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, lon
 
 #include "dev/lib/log.h"          // csv files, what is printed
 
-// Trains from run->begun to run->steps. out, val and generator may be NULL: then nothing is written, validated or
-// sampled. Returns the exit code: 0, 1 after a failure, 128 + its number after a signal. A step is saved before it is
-// validated; --resume makes up for a validation that was not finished.
+// Trains from run->begun to run->steps. out, val and generator may be NULL: then nothing is written, validated
+// or sampled. Returns the exit code: 0, 1 after a failure, 128 + its number after a signal. A step is saved before
+// it is validated; --resume makes up for a validation that was not finished.
 static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* generator, const char* out) {
     Batch batch = batch_create((long)run->B * run->accum, run->T);
     Reports r = reports_open(m, run, val, out);

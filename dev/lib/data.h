@@ -125,14 +125,15 @@ static int data_file_inspect(Dataset* d, DataFile* f, Part part, BytesAllowed ra
                 return data_error(d, "%s: %s, no text; %s", path, not_text[i].what, not_text[i].advice);
         }
         if (length > 4 && !strcasecmp(path + length - 4, ".bin"))
-            return data_error(d, "%s: magic %d at byte 0; a .bin file of tokens starts with %d (uint16) or %d (uint32), "
-                              "see data/README.md", path, magic, SHARD_MAGIC_16, SHARD_MAGIC_32);
+            return data_error(d, "%s: magic %d at byte 0; a .bin file of tokens starts with %d (uint16) or %d "
+                              "(uint32), see data/README.md", path, magic, SHARD_MAGIC_16, SHARD_MAGIC_32);
         if (!raw_allowed)
             return data_error(d, "%s: text, but this model does not read bytes; make token shards with "
                               "data/tokenize_text.py", path);
         // a text has no zeros, tokens of two or four bytes do
         if (raw_allowed == PERHAPS_BYTES && have && memchr(header, 0, (size_t)have))
-            return data_error(d, "%s: no text, and no header of a token shard; data/tokenize_text.py makes shards", path);
+            return data_error(d, "%s: no text, and no header of a token shard; data/tokenize_text.py makes shards",
+                              path);
         f->width = 1;
         long val = f->size / 10 > T + 1 ? f->size / 10 : T + 1;    // the last tenth, at least one window
         f->start = part == VAL_PART ? f->size - val : 0;

@@ -56,7 +56,8 @@ static Reports reports_open(const Model* m, const Run* run, const Dataset* val, 
     r.steps = log_open(out, "log.csv", "step,tokens,train_loss,aux_loss,z_loss,lr,grad_norm,tokens_per_s,lpr_loss",
                        first_step);
     // the row of val.csv is the last thing that a validation writes
-    r.validated = first_step > 0 && log_has(out, val ? "val.csv" : "load.csv", first_step) ? first_step : first_step - 1;
+    int known = first_step > 0 && log_has(out, val ? "val.csv" : "load.csv", first_step);
+    r.validated = known ? first_step : first_step - 1;
     r.val = log_open(out, "val.csv", "step,tokens,val_loss", r.validated);
     r.load = log_open(out, "load.csv", LOAD_HEADER, r.validated);
     return r;
@@ -94,8 +95,8 @@ static void report_step(Reports* r, const Step* s, long done) {
                     field_time_left(2, (seconds() - r->started) / (done - r->first_step) * (steps - done))};
     show_progress(line, 7);
     if (r->out)
-        fprintf(r->steps, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f,%.6f\n", done, position_at(r, done).tokens, s->mean.loss,
-                s->mean.aux, s->mean.z, s->lr, s->norm, rate, s->mean.lpr);
+        fprintf(r->steps, "%ld,%ld,%.6f,%.6f,%.6f,%.6e,%.6f,%.1f,%.6f\n", done, position_at(r, done).tokens,
+                s->mean.loss, s->mean.aux, s->mean.z, s->lr, s->norm, rate, s->mean.lpr);
     reports_flush(r, done);             // a step that is saved has its row
 }
 

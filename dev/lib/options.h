@@ -389,7 +389,7 @@ static Position trainer_position(const Json* state) {
     return p;
 }
 
-// Adds to `what` how the files of d differ from those that trainer.json lists: by number, size or hash. Names may differ.
+// Adds to `what` how the files of d differ from those that trainer.json lists, in number, size or hash.
 static void list_other_files(Text* what, const char* kind, const Json* files, const Dataset* d) {
     int others = 0;
     char hash[20];
@@ -448,8 +448,8 @@ static void trainer_read(const char* out, Json** kept) {
     run_origin = origin && origin->type == JSON_STRING ? origin->string : options.model;
     if (options.model && strcmp(run_origin, options.model) &&
         (!realpath(run_origin, was) || !realpath(options.model, is) || strcmp(was, is)))
-        die(2, "--model %s: the run in %s was begun %s%s; leave out --model, or choose another --out", options.model, out,
-            *run_origin ? "with --model " : "without one", run_origin);
+        die(2, "--model %s: the run in %s was begun %s%s; leave out --model, or choose another --out", options.model,
+            out, *run_origin ? "with --model " : "without one", run_origin);
     options.model = NULL;
 }
 
@@ -781,8 +781,8 @@ static int run_train(Config* c) {
                                     : c->vocab_size == 0 || c->vocab_size >= 256 ? BYTES
                                                                                    : NO_BYTES;
     if (!options.data) options.data = "<embedded>";
-    const char* stored = options.resume ? " (so says trainer.json, relative to the directory where the run was started; "
-                                          "go there, or name the data again)" : "";
+    const char* stored = options.resume ? " (so says trainer.json, relative to where the run was started; go there, or "
+                                          "name the data again)" : "";
     data_advice = option_given("data") ? "" : stored;
     int split = !options.val;
     Dataset *data = dataset_open(options.data, T, INT_MAX, split ? TRAIN_PART : WHOLE, bytes_are_tokens), *val = NULL;

@@ -152,8 +152,8 @@ static void test_bad_commands(void) {
 // job and its going on.
 static void test_agreement(void) {
     static const char* lines[] = {
-        "--dense --aux 0 --z-loss 0 --logit-norm 0 --bias-rate 0 --family-penalty 0 --family-steps 9 --topk 1 --norm-topk 0 "
-        "--router softmax --topk-range 1:1 --aux-form hf --lpr-weight 0 --lpr-diversity 0 --lpr-kl 0 --lpr-align 0 "
+        "--dense --aux 0 --z-loss 0 --logit-norm 0 --bias-rate 0 --family-penalty 0 --family-steps 9 --topk 1 "
+        "--norm-topk 0 --router softmax --topk-range 1:1 --aux-form hf --lpr-weight 0 --lpr-diversity 0 --lpr-kl 0 --lpr-align 0 "
         "--lpr-dim 16 --lpr-align-form sum --sparse-step 1 --ffn 48 --qk-norm head --vocab 256 --tie --kv-heads 2",
         "--experts 5 --topk 2 --expert-ffn 24 --bias-rate 0.001 --family-penalty 0 --lpr-kl 0 --lpr-align-form sum "
         "--router softmax --logit-norm 0.5 --sparse-step 2 --ffn 32 --norm-topk 0 --head-dim 12 --arch qwen3",
@@ -165,7 +165,8 @@ static void test_agreement(void) {
         snprintf(run, sizeof run, "--data %s %s %s", temp("corpus.txt"), small_run, lines[i]);
         remove_tree(temp("job"));
         int code = run_program("%s --steps 1 --out %s --resume", run, temp("job"));
-        check(code == 0 && error_lines() == 1 && strstr(ran.err, "so this begins one"), "%.60s: --resume begins a run", lines[i]);
+        check(code == 0 && error_lines() == 1 && strstr(ran.err, "so this begins one"), "%.60s: --resume begins a run",
+              lines[i]);
         show_failure(code == 0);
         code = run_program("%s --steps 2 --out %s --resume", run, temp("job"));
         check(code == 0 && error_lines() == 0 && saved_step("job") == 2, "the same line goes on");
@@ -180,8 +181,8 @@ static void test_agreement(void) {
         check(code == 0 && saved_step("tuned") == i, "--model and --resume in one line, time %d", i);
         show_failure(code == 0);
     }
-    int code = run_program("--model %s --eval --data %s --seq 24 --val none --save-every 0 --steps 1000", temp("trained"),
-                           temp("corpus.txt"));
+    int code = run_program("--model %s --eval --data %s --seq 24 --val none --save-every 0 --steps 1000",
+                           temp("trained"), temp("corpus.txt"));
     check(code == 0, "--eval with options of training that ask for nothing");
     show_failure(code == 0);
 }

@@ -447,7 +447,8 @@ static void test_resume_changes(void) {
     check(train_run("a", "--steps 3 --accum 2") == 0 && resume_run("a", "--steps 3") == 0 && error_lines() == 0,
           "a resume of which nothing differs says nothing");
     int code = resume_run("a", "--steps 5 --batch 2 --accum 1");
-    check(code == 0 && error_lines() == 1 && strstr(ran.err, "until step 3") && strstr(ran.err, "--batch 3, --accum 2;") &&
+    check(code == 0 && error_lines() == 1 && strstr(ran.err, "until step 3") &&
+              strstr(ran.err, "--batch 3, --accum 2;") &&
               strstr(ran.err, "sequence 18 of its data, and no window is read twice"),
           "another batch: %.300s", ran.err);
     Error error = {""};
@@ -469,11 +470,13 @@ static void test_resume_changes(void) {
     for (size_t i = 0; i < n; i++) text[i] = (char)toupper((unsigned char)text[i]);
     write_bytes(temp("moved.txt"), text, n);
     code = resume_run("a", "--steps 8");
-    check(code == 0 && error_lines() == 1 && strstr(ran.err, "other data (") && strstr(ran.err, "moved.txt of 20000 bytes"),
+    check(code == 0 && error_lines() == 1 && strstr(ran.err, "other data (") &&
+              strstr(ran.err, "moved.txt of 20000 bytes"),
           "data with other bytes: %.300s", ran.err);
     unlink(temp("moved.txt"));
     code = resume_run("a", "--steps 9");
-    check(code == 2 && error_lines() == 1 && strstr(ran.err, "so says trainer.json"), "data that are gone: %.300s", ran.err);
+    check(code == 2 && error_lines() == 1 && strstr(ran.err, "so says trainer.json"), "data that are gone: %.300s",
+          ran.err);
     char with_val[512];
     snprintf(with_val, sizeof with_val, "--steps 2 --val %s", temp("numbers"));
     check(train_run("b", with_val) == 0, "a run with validation data of its own");
@@ -508,13 +511,13 @@ static void test_last_sound_step(void) {
         remove_tree(temp("sound"));
         mkdir(temp("sound"), 0777);
         int code = train_here(&failing, 2, 1, start, 8, temp("sound"));
-        check(code == 1 && saved_step("sound") == (ruined ? 0 : 3), "a gradient that is not finite, %s: step %ld is saved",
-              ruined ? "of a ruined model" : "of a sound one", saved_step("sound"));
+        check(code == 1 && saved_step("sound") == (ruined ? 0 : 3),
+              "a gradient that is not finite, %s: step %ld is saved", ruined ? "of a ruined model" : "of a sound one", saved_step("sound"));
     }
     write_corpus(temp("shrinks.txt"), 20000);
     remove_tree(temp("b"));
     char arguments[1024];
-    snprintf(arguments, sizeof arguments, "--data %s --out %s %s --steps 1000000 --save-every 0 --val none --val-every 0",
+    snprintf(arguments, sizeof arguments, "--data %s --out %s %s --steps 1000000 --save-every 0 --val none",
              temp("shrinks.txt"), temp("b"), small_run);
     pid_t pid = start_program(arguments, 0);
     wait_for_rows(pid, "b", 5);
@@ -522,7 +525,8 @@ static void test_last_sound_step(void) {
     int code = finish_program(pid);
     long step = saved_step("b");
     snprintf(arguments, sizeof arguments, "the checkpoint of step %ld in", step);
-    check(code == 1 && step >= 5 && error_lines() == 1 && strstr(ran.err, arguments) && strstr(ran.err, "has the file changed"),
+    check(code == 1 && step >= 5 && error_lines() == 1 && strstr(ran.err, arguments) &&
+              strstr(ran.err, "has the file changed"),
           "data that shrink: %.300s", strstr(ran.err, "train_moe:") ? strstr(ran.err, "train_moe:") : "");
     // the same in validation
     write_corpus(temp("shrinks.txt"), 20000);
@@ -567,7 +571,8 @@ static void test_validation_last(void) {
     code = resume_run("b", arguments);
     size_t n;
     char* rows = read_bytes(temp("b/val.csv"), &n);
-    check(code == 0 && count_lines(temp("b/val.csv")) == 3 && rows && strstr(rows, "\n2,144,") && strstr(rows, "\n4,288,"),
+    check(code == 0 && count_lines(temp("b/val.csv")) == 3 && rows && strstr(rows, "\n2,144,") &&
+              strstr(rows, "\n4,288,"),
           "--resume makes up for it");
     show_failure(code == 0);
     code = resume_run("b", "");
@@ -579,11 +584,13 @@ static void test_validation_last(void) {
 static void test_file_systems(void) {
     setenv("NO_LOCKS", "1", 1);
     int code = train_run("b", "--steps 1");
-    check(code == 0 && error_lines() == 1 && strstr(ran.err, "no locks here"), "no locks: one warning: %.200s", ran.err);
+    check(code == 0 && error_lines() == 1 && strstr(ran.err, "no locks here"), "no locks: one warning: %.200s",
+          ran.err);
     unsetenv("NO_LOCKS");
     setenv("NO_FLUSH", "1", 1);
     code = train_run("b", "--steps 1");
-    check(code == 0 && error_lines() == 0 && saved_step("b") == 1, "directories that cannot be flushed: %.200s", ran.err);
+    check(code == 0 && error_lines() == 0 && saved_step("b") == 1, "directories that cannot be flushed: %.200s",
+          ran.err);
     unsetenv("NO_FLUSH");
 }
 

@@ -520,10 +520,10 @@ static void test_up_refusals(void) {
     // what agrees with the source or switches off what is not there is no error
     static const char* agree[] = {
         "{}/m3 --experts 6 --layers all --norm-topk 1 --granularity 1 --scale exact --energy 0.95 --drop-ratio 0 "
-        "--noise-std 0 --noise-fraction 0 --strength 0 --router copy --router-delta 0 --router-std 0.02 --router-init normal "
-        "--prune-weights 0 --cap 3 --score-on all --calibrate {}/short.bin --reference {}/m3 --arch qwen3",
-        GOLDEN "qwen3 --experts 4 --select uniform --score-on all --cap 3 --router copy --router-delta 0 --prune-weights 0 "
-        "--strength 0 --batch 8 --check-batches 10 --calibrate-batches 10 --reference {}/m3"};
+        "--noise-std 0 --noise-fraction 0 --strength 0 --router copy --router-delta 0 --router-std 0.02 "
+        "--router-init normal --prune-weights 0 --cap 3 --score-on all --calibrate {}/short.bin --reference {}/m3 --arch qwen3",
+        GOLDEN "qwen3 --experts 4 --select uniform --score-on all --cap 3 --router copy --router-delta 0 "
+        "--prune-weights 0 --strength 0 --batch 8 --check-batches 10 --calibrate-batches 10 --reference {}/m3"};
     for (int i = 0; i < 2; i++) {
         int code = up_run("", "%s {}/agrees", agree[i]);
         check(code == 0 && up_exists("agrees/config.json"), "options that agree, %d: %.200s", i, code ? up_output : "");
