@@ -26,9 +26,9 @@ head -c 20000 dev/reference/golden/llama/model.safetensors >$work/safetensors/cu
 echo '{"step": 5, "sequences": 40, "data_files": [{"file": "t", "bytes": 9, "hash": "ab"}], "options": {"batch": 8, "seq": 4}}' \
     >$work/json/trainer
 # shards of 6 tokens, 16 and 32 bits wide, behind the byte that chooses how they are read; a text
-shard() { printf "$1"; head -c 1012 /dev/zero; head -c "$2" dev/fuzz/run.sh | tr -c '\001' '\001'; }
-shard '\001\050\367\064\001\001\000\000\000\006\000\000\000' 12 >$work/data/shard16
-shard '\001\351\367\064\001\007\000\000\000\006\000\000\000' 24 >$work/data/shard32
+shard() { printf "$1"; head -c $((1012 + $2)) /dev/zero; }
+shard '\001\210\330\064\001\001\000\000\000\006\000\000\000' 12 >$work/data/shard16
+shard '\001\241\331\064\001\007\000\000\000\006\000\000\000' 24 >$work/data/shard32
 printf '\101some text, of which bytes are tokens' >$work/data/text
 WRITE_SEED=$work/safetensors/valid $work/fuzz_safetensors -runs=0 $work/safetensors >$work/seed.log 2>&1
 
