@@ -13,27 +13,7 @@ Compiled with -DTEST_GPU (make test_moe_cu, or dev/cuda/standin for machines wit
 train_moe.cu, and has groups named "gpu ..." which check that against the references and against train_moe.c.
 */
 #define UPCYCLE_NO_MAIN
-// File systems that lack something, for the programs under test: NO_LOCKS, NO_FLUSH in the environment.
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
-#include <errno.h>
-#include <stdlib.h>
-#include <sys/file.h>
-#include <sys/stat.h>
-#include <unistd.h>
-static int test_flock(int fd, int operation) {
-    errno = ENOSYS;
-    return getenv("NO_LOCKS") ? -1 : flock(fd, operation);
-}
-static int test_fsync(int fd) {
-    struct stat st;
-    int refuses = getenv("NO_FLUSH") && !fstat(fd, &st) && S_ISDIR(st.st_mode);
-    errno = EINVAL;
-    return refuses ? -1 : fsync(fd);
-}
-#define flock test_flock
-#define fsync test_fsync
+#include "dev/test/file_systems.h"   // before the programs: they lock and flush through it
 #ifdef TEST_GPU
 #define TRAIN_MOE_NO_MAIN
 #include "train_moe.cu"

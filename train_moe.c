@@ -1264,8 +1264,8 @@ static Batch batch_create(long B, int T) {
     return batch;
 }
 
-// Mean loss over the first `batches` batches of a data set in file order (0: all of it). NaN if a signal stopped
-// it or the data cannot be read (d->error).
+// Mean loss over the first `batches` batches of a data set in file order (0: all of it). NaN if a signal
+// stopped it or the data cannot be read (d->error).
 static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
     long windows = batches > 0 ? lmin(batches * m->B, d->windows) : d->windows;
     double sum = 0, started = seconds();
@@ -1291,8 +1291,8 @@ typedef struct {
     const char *problem, *advice;       // NULL, or why nothing was updated, and what may help
 } Step;
 
-// Step number `step`, counted from 0. The micro-batches' gradients add up to that of the mean of their losses. All
-// data are read before anything is computed: if they are bad, the model is just as the step before left it.
+// Step number `step`, counted from 0. The micro-batches' gradients add up to that of the mean of their losses.
+// All data are read before anything is computed: if they are bad, the model is just as the step before left it.
 static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, long step) {
     Step s = {learning_rate(run, step), NAN, seconds(), {NAN, 0, 0, 0, 0}, NULL, ""};
     long sequences = (long)run->B * run->accum;
@@ -1327,8 +1327,8 @@ static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, lon
 #include "dev/lib/log.h"          // csv files, what is printed
 
 // Trains from run->begun to run->steps. out, val and generator may be NULL: then nothing is written, validated
-// or sampled. Returns the exit code: 0, 1 after a failure, 128 + its number after a signal. A step is saved before
-// it is validated; --resume makes up for a validation that was not finished.
+// or sampled. Returns the exit code: 0, 1 after a failure, 128 + its number after a signal. A step is saved
+// before it is validated; --resume makes up for a validation that was not finished.
 static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* generator, const char* out) {
     Batch batch = batch_create((long)run->B * run->accum, run->T);
     Reports r = reports_open(m, run, val, out);
