@@ -13,6 +13,7 @@ Compiled with -DTEST_GPU (make test_moe_cu, or dev/cuda/standin for machines wit
 train_moe.cu, and has groups named "gpu ..." which check that against the references and against train_moe.c.
 */
 #define UPCYCLE_NO_MAIN
+#include "dev/test/file_systems.h"   // before the programs: they lock and flush through it
 #ifdef TEST_GPU
 #define TRAIN_MOE_NO_MAIN
 #include "train_moe.cu"

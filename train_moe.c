@@ -1206,6 +1206,17 @@ static Losses take_losses(Model* m) {
 
 typedef enum { WSD, COSINE, CONSTANT } Schedule;
 
+// Where a run stands. After another B, T or accum, its step alone does not tell what it has read.
+typedef struct {
+    long step, sequences, tokens;
+} Position;
+
+static Position position_after(Position begun, long step, long sequences_per_step, long T) {
+    long more = (step - begun.step) * sequences_per_step;
+    Position p = {step, begun.sequences + more, begun.tokens + more * T};
+    return p;
+}
+
 // All that decides what a run computes; --resume reads it back from trainer.json.
 typedef struct {
     const char* data;
@@ -1218,6 +1229,7 @@ typedef struct {
     AdamW adamw;
     uint64_t seed;
     long val_every, val_batches, save_every, sample_every;
+    Position begun;                     // where this process began
     Sampling sampling;
     int sample_tokens;
     RouterSchedule routers;             // what of a router changes from step to step, routers.h
@@ -1239,19 +1251,20 @@ static double learning_rate(const Run* r, long step) {
     return r->lr;
 }
 
-// Room for one batch.
+// Room for B sequences: a batch, or all of a step.
 typedef struct {
     int *tokens, *targets;              // (B, T)
 } Batch;
 
-static Batch batch_create(int B, int T) {
+static Batch batch_create(long B, int T) {
     Batch batch;
-    batch.tokens = (int*)checked_malloc(sizeof(int) * 2 * B * T);
-    batch.targets = batch.tokens + (long)B * T;
+    batch.tokens = (int*)checked_malloc(sizeof(int) * 2 * (size_t)B * (size_t)T);
+    batch.targets = batch.tokens + B * T;
     return batch;
 }
 
-// Mean loss over the first `batches` batches of a data set in file order (0: all of it).
+// Mean loss over the first `batches` batches of a data set in file order (0: all of it). NaN if a signal
+// stopped it or the data cannot be read (d->error).
 static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
     long windows = batches > 0 ? lmin(batches * m->B, d->windows) : d->windows;
     double sum = 0, started = seconds();
@@ -1259,10 +1272,12 @@ static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
         int B = (int)lmin(m->B, windows - w);
         show_count("loss: window", w, windows, started);
         for (int b = 0; b < B; b++)
-            dataset_window(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T);
+            if (!dataset_read(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T))
+                return NAN;
         m->trace_window = w;
         model_forward(m, batch.tokens, batch.targets, B, d->T);
         sum += take_losses(m).loss * B;
+        if (stop_signal) return NAN;
     }
     clear_progress();
     return sum / (double)windows;
@@ -1276,19 +1291,22 @@ typedef struct {
 } Step;
 
 // Step number `step`, counted from 0. The micro-batches' gradients add up to that of the mean of their losses.
+// All data are read before anything is computed: if they are bad, the model is just as the step before left it.
 static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, long step) {
     Step s = {learning_rate(run, step), NAN, seconds(), {NAN, 0, 0, 0, 0}, NULL, ""};
+    long sequences = (long)run->B * run->accum;
+    long first = position_after(run->begun, step, sequences, run->T).sequences;
+    for (long i = 0; i < sequences && !s.problem; i++)
+        if (!dataset_training_sequence(data, run->seed, first + i, batch.tokens + i * run->T,
+                                       batch.targets + i * run->T))
+            s.problem = data->error;
+    if (s.problem) return s;
     router_before_step(m, &run->routers, run->seed, step);
     m->noise_step = step * run->accum;
     m->counting_load = 1;
     for (int micro = 0; micro < run->accum; micro++) {
-        for (int b = 0; b < run->B && !s.problem; b++) {
-            long index = (step * run->accum + micro) * run->B + b, at = (long)b * run->T;
-            if (!dataset_training_sequence(data, run->seed, index, batch.tokens + at, batch.targets + at))
-                s.problem = data->error;
-        }
-        if (s.problem) return s;
-        model_forward(m, batch.tokens, batch.targets, run->B, run->T);
+        long at = (long)micro * run->B * run->T;
+        model_forward(m, batch.tokens + at, batch.targets + at, run->B, run->T);
         m->noise_step++;
         model_backward(m, 1.0f / run->accum);
     }
@@ -1307,40 +1325,39 @@ static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, lon
 
 #include "dev/lib/log.h"          // csv files, what is printed
 
-// Trains from first_step (0, or where the checkpoint in `out` stopped) to run->steps. out, val and generator may be
-// NULL: then nothing is written, validated or sampled. Returns the exit code: 0, 1 after a failure, 128 + its number
-// after a signal.
-static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* generator, const char* out,
-                 long first_step) {
-    Batch batch = batch_create(run->B, run->T);
-    Reports r = reports_open(m, run, out, first_step);
-    int exit_code = 0, stopping = 0;
+// Trains from run->begun to run->steps. out, val and generator may be NULL: then nothing is written, validated
+// or sampled. Returns the exit code: 0, 1 after a failure, 128 + its number after a signal. A step is saved
+// before it is validated; --resume makes up for a validation that was not finished.
+static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* generator, const char* out) {
+    Batch batch = batch_create((long)run->B * run->accum, run->T);
+    Reports r = reports_open(m, run, val, out);
     catch_signals();
-    if (first_step >= run->steps) exit_code = nothing_to_do(&r, m);
-    for (long step = first_step; step < run->steps && !stopping && !exit_code; step++) {
+    Step s = {0, 0, 0, {0, 0, 0, 0, 0}, resume_validation(&r, m, val, batch), ""};
+    int exit_code = s.problem ? report_problem(&r, m, &s, r.first_step, 0) : 0, stopping = stop_signal != 0;
+    if (r.first_step >= run->steps && !exit_code && !stopping) exit_code = nothing_to_do(&r, m);
+    for (long step = r.first_step; step < run->steps && !stopping && !exit_code; step++) {
         long done = step + 1;
         int last = done == run->steps;
-        Step s = train_step(m, run, data, batch, step);
+        s = train_step(m, run, data, batch, step);
         if (s.problem) {
-            exit_code = report_problem(&r, &s, done);
+            exit_code = report_problem(&r, m, &s, step, 1);
             break;
         }
         report_step(&r, &s, done);
-        if (last || is_due(run->val_every, done)) {
-            end_progress();
-            if (val) report_validation(&r, val, evaluate(m, val, run->val_batches, batch), done);
-            report_experts(&r, m, done);
-        }
-        reports_flush(&r, done);
-        if (generator && is_due(run->sample_every, done) && !last) {
+        if (out && (last || is_due(run->save_every, done))) save_step(&r, m, done);
+        if ((last || is_due(run->val_every, done)) && !stop_signal)
+            s.problem = validate(&r, m, val, batch, done);
+        if (generator && is_due(run->sample_every, done) && !last && !stop_signal) {
             end_progress();
             print_sample(generator, m, &run->sampling, run->sample_tokens);
         }
-        stopping = stop_signal && !last;        // looked at once a step: a signal that comes later stops the next one
-        if (out && (last || stopping || is_due(run->save_every, done))) exit_code = save_step(&r, m, done);
+        if (s.problem) exit_code = report_problem(&r, m, &s, done, 0);
+        stopping = stop_signal && !(last && r.validated == done);
+        if (out && stopping && r.tried < done) save_step(&r, m, done);
     }
     end_progress();
     if (stopping && !exit_code) exit_code = report_signal(&r);
+    if (r.saved < r.tried) exit_code = 1;           // the last save failed
     reports_close(&r);
     free(batch.tokens);
     return exit_code;

@@ -960,13 +960,13 @@ static int upcycle_main(int argc, char** argv) {
     for (int i = 0; i < NUM_ASKED; i++) {
         int fits = !ask.inspect;
         for (int k = 0; k < 6; k++) fits |= !strcmp(ask_table[i].name, of_inspect[k]);
-        if (ask_table[i].given && !fits) die(2, "--inspect only looks; leave out --%s", ask_table[i].name);
+        if (insists(ask_table[i].name) && !fits) die(2, "--inspect only looks; leave out --%s", ask_table[i].name);
     }
     static const char* of_data[] = {"batch", "seq", "calibrate-batches", "check-batches"};
     for (int i = 0; i < 4; i++) {
         const char* wanted = ask.inspect ? "data" : i == 2 ? "calibrate" : i == 3 ? "check" : "calibrate or --check";
         int used = ask.data || (i != 3 && ask.calibrate) || (i != 2 && ask.check);
-        if (asked(of_data[i]) && !used) die(2, "--%s is about data, and there is no --%s", of_data[i], wanted);
+        if (insists(of_data[i]) && !used) die(2, "--%s is about data, and there is no --%s", of_data[i], wanted);
     }
     if (ask.data && !ask.inspect) die(2, "--data goes with --inspect; --check and --calibrate are for an upcycle");
     if (ask.inspect) {

@@ -1,4 +1,4 @@
-// libFuzzer target: any bytes as JSON, and what parses as a config.json. Built and run by dev/fuzz/run.sh.
+// libFuzzer target: any bytes as JSON, and what parses as a config.json and as a trainer.json. Built and run by dev/fuzz/run.sh.
 #define TRAIN_MOE_NO_MAIN
 #include "../../train_moe.c"
 
@@ -31,6 +31,22 @@ static void check_round_trip(const Config* c, const Json* luggage) {
     free(text[1].data);
 }
 
+// Where a run stands is never negative, whatever its trainer.json says.
+static void check_trainer(const Json* j) {
+    DataFile file;
+    Dataset d;
+    Text what = {NULL, 0, 0};
+    memset(&file, 0, sizeof file);
+    memset(&d, 0, sizeof d);
+    file.fd = -1;
+    d.files = &file;
+    d.num_files = 1;
+    Position p = trainer_position(j);
+    if (p.step >= 0 && (p.sequences < 0 || p.tokens < 0)) abort();
+    list_other_files(&what, "data", json_get(j, "data_files"), &d);
+    free(what.data);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Error error = {""};
@@ -43,6 +59,7 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         check_round_trip(&config, j);
         if (active_window(j, &config, &layers) < 0 || layers < 0 || layers > config.num_layers) abort();
     } else if (!error.text[0]) abort();
+    check_trainer(j);
     json_free(j);
     return 0;
 }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds both fuzz targets with clang, makes a small corpus from the golden files and runs each for SECONDS (default
+# Builds the fuzz targets with clang, makes a small corpus from the golden files and runs each for SECONDS (default
 # 60). The exit code is not 0 if anything was found; the input that shows it stays in build/fuzz. With a SEED (default:
 # another one each time) a run on a fresh build/fuzz tries the same inputs in the same order.
 #     dev/fuzz/run.sh [SECONDS [SEED]]
@@ -8,10 +8,10 @@ cd "$(dirname "$0")/../.."
 seconds=${1:-60}
 seed=${2:-0}
 work=build/fuzz
-mkdir -p $work/json $work/safetensors
+mkdir -p $work/json $work/safetensors $work/data
 status=0
 
-for target in json safetensors; do
+for target in json safetensors data; do
     ${CLANG:-clang} -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
         -Wno-unused-function dev/fuzz/fuzz_$target.c -o $work/fuzz_$target -lm
 done
@@ -23,6 +23,13 @@ for dir in dev/reference/golden/*/; do
     head -c 3000 "$dir/model.safetensors" | tail -c +9 >"$work/json/$name.header"
 done
 head -c 20000 dev/reference/golden/llama/model.safetensors >$work/safetensors/cut
+echo '{"step": 5, "sequences": 40, "data_files": [{"file": "t", "bytes": 9, "hash": "ab"}], "options": {"batch": 8, "seq": 4}}' \
+    >$work/json/trainer
+# shards of 6 tokens, 16 and 32 bits wide, behind the byte that chooses how they are read; a text
+shard() { printf "$1"; head -c $((1012 + $2)) /dev/zero; }
+shard '\001\210\330\064\001\001\000\000\000\006\000\000\000' 12 >$work/data/shard16
+shard '\001\241\331\064\001\007\000\000\000\006\000\000\000' 24 >$work/data/shard32
+printf '\101some text, of which bytes are tokens' >$work/data/text
 WRITE_SEED=$work/safetensors/valid $work/fuzz_safetensors -runs=0 $work/safetensors >$work/seed.log 2>&1
 
 # words that mutation would be slow to find
@@ -30,13 +37,13 @@ for word in model_type num_hidden_layers hidden_size num_attention_heads vocab_s
         mlp_only_layers rope_parameters rope_type llama mixtral olmoe qwen3 qwen3_moe dots1 train_moe \
         base_model_type sliding_window use_sliding_window max_window_layers layer_types rope_scaling rope_theta \
         output_router_logits router_type family_penalty lpr lpr_align_form eos_token_id default inf \
-        dtype shape data_offsets __metadata__ F32 BF16 F16 I32 null true false \
+        sequences tokens step options data_files bytes hash dtype shape data_offsets __metadata__ F32 BF16 F16 I32 null true false \
         lm_head.weight 1e-06 18446744073709551616 9223372036854775807; do
     echo "\"$word\""
 done >$work/words
 printf '"\\\\u0000"\n"\\\\ud800"\n"\\\\udc00"\n"[["\n"{}"\n' >>$work/words
 
-for target in json safetensors; do
+for target in json safetensors data; do
     echo "fuzz_$target: $seconds s"
     if ! $work/fuzz_$target -max_total_time="$seconds" -seed="$seed" -max_len=4096 -timeout=10 -rss_limit_mb=2048 \
             -dict=$work/words -artifact_prefix=$work/found_${target}_ -print_final_stats=1 \

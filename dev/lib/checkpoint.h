@@ -607,7 +607,7 @@ static int travels(const char* name) {
 
 static int write_file(const char* path, const char* data, size_t length, Error* error) {
     FILE* f = fopen(path, "wb");
-    int ok = f && (length == 0 || fwrite(data, length, 1, f) == 1) && fflush(f) == 0 && fsync(fileno(f)) == 0;
+    int ok = f && (length == 0 || fwrite(data, length, 1, f) == 1) && fflush(f) == 0 && flush_to_disk(fileno(f)) == 0;
     if (!ok) set_error(error, "%s: %s", path, strerror(errno));
     if (f && fclose(f) && ok) ok = set_error(error, "%s: %s", path, strerror(errno));
     return ok;
@@ -615,7 +615,7 @@ static int write_file(const char* path, const char* data, size_t length, Error* 
 
 static int flush_directory(const char* path, Error* error) {
     int fd = open(path, O_RDONLY);
-    int ok = fd >= 0 && fsync(fd) == 0;
+    int ok = fd >= 0 && flush_to_disk(fd) == 0;
     if (!ok) set_error(error, "%s: %s", path, strerror(errno));
     if (fd >= 0) close(fd);
     return ok;

@@ -26,7 +26,8 @@ typedef struct {
     char* path;
     int fd;                 // -1: the embedded text
     int width;              // bytes in a token: 1 raw text, 2 or 4 in shards
-    long start;             // where this part's tokens start in the file, in bytes
+    long size;              // bytes of the whole file
+    long start;             // where this part's tokens start in it
     long count;             // tokens in this part
     long windows;
 } DataFile;
@@ -37,8 +38,19 @@ typedef struct {
     int T, vocab_size, raw;             // raw = 1: bytes are tokens
     long windows, tokens;
     unsigned char* buffer;              // (T + 1, 4) a window as it is in the file
-    char error[512];                    // what was wrong with the last window
+    char error[512];                    // what was wrong with the last file or window
 } Dataset;
+
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+static int data_error(Dataset* d, const char* format, ...) {       // always 0
+    va_list args;
+    va_start(args, format);
+    vsnprintf(d->error, sizeof d->error, format, args);
+    va_end(args);
+    return 0;
+}
 
 static int32_t read_i32(const unsigned char* p) {
     return (int32_t)((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
@@ -63,57 +75,112 @@ static void warn_of_bytes(const char* text, int vocab_size) {
             program_name, text, vocab_size);
 }
 
-// Finds out what a file is and which part of it is used. Bad files end the program with one line.
-static void data_file_open(DataFile* f, const char* path, int T, Part part, BytesAllowed raw_allowed) {
-    memset(f, 0, sizeof *f);
-    f->path = copy_string(path);
-    long size;
+// What is plainly no text, by its first bytes, and what makes a text or token shards of it.
+static const struct {
+    const char *magic, *what, *advice;
+} not_text[] = {
+    {"\x93NUMPY", "a NumPy array", "write its tokens behind a shard's header, see data/README.md"},
+    {"\x1f\x8b", "compressed by gzip", "gunzip it first"},
+    {"\x28\xb5\x2f\xfd", "compressed by zstd", "unzstd it first"},
+    {"\xfd" "7zXZ", "compressed by xz", "unxz it first"},
+    {"BZh91AY&SY", "compressed by bzip2", "bunzip2 it first"},
+    {"PK\3\4", "a zip archive", "unzip it first"},
+    {"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"},
+    {"PAR1", "a Parquet table", "data/tokenize_text.py reads data sets; or write its column of text to a file"},
+    {"ARROW1", "an Arrow table", "data/tokenize_text.py reads data sets; or write its column of text to a file"},
+    {"MMIDIDX", "the index of a Megatron data set", "data/tokenize_text.py makes token shards of the text"},
+    {"\x89HDF", "an HDF5 file", "write its text or tokens to a file"},
+    {"%PDF-", "a PDF", "pdftotext makes a text of it"},
+};
+
+// Finds out what a file is and which part of it is used; 0 and d->error if it is of no use. The file is open, but for
+// fd = -1, the embedded text.
+static int data_file_inspect(Dataset* d, DataFile* f, Part part, BytesAllowed raw_allowed) {
     unsigned char header[SHARD_HEADER];
-    if (!strcmp(path, "<embedded>")) {
-        f->fd = -1;
-        size = embedded_size;
-        if (size == 0) die(2, "this build has no embedded text: build with `make`, or name a text with --data FILE");
-    } else {
-        struct stat st;
-        f->fd = open(path, O_RDONLY);
-        if (f->fd < 0) die(2, "%s: %s; expected a text or a .bin file of tokens", path, strerror(errno));
-        if (fstat(f->fd, &st) || !S_ISREG(st.st_mode)) die(2, "%s: not a regular file", path);
-        size = (long)st.st_size;
-    }
-    int magic = size >= 4 && f->fd >= 0 && read_at(f->fd, header, 4, 0) ? read_i32(header) : 0;
+    const char* path = f->path;
+    int T = d->T, have = (int)lmin(f->size, SHARD_HEADER);
+    if (f->fd < 0) have = 0;
+    else if (!read_at(f->fd, header, (size_t)have, 0)) return data_error(d, "%s: %s", path, strerror(errno));
+    int magic = have >= 4 ? read_i32(header) : 0;
     size_t length = strlen(path);
-    int named_bin = length > 4 && !strcmp(path + length - 4, ".bin");
     if (magic == SHARD_MAGIC_16 || magic == SHARD_MAGIC_32) {
         int version = magic == SHARD_MAGIC_16 ? 1 : 7;
-        if (!read_at(f->fd, header, SHARD_HEADER, 0))
-            die(2, "%s: the header ends at byte %ld; a token shard's has 1024", path, size);
+        if (have < SHARD_HEADER)
+            return data_error(d, "%s: the header ends at byte %ld; a token shard's has 1024", path, f->size);
         if (read_i32(header + 4) != version)
-            die(2, "%s: version %d at byte 4, expected %d for magic %d", path, read_i32(header + 4), version, magic);
+            return data_error(d, "%s: version %d at byte 4, expected %d for magic %d", path, read_i32(header + 4),
+                              version, magic);
         f->width = magic == SHARD_MAGIC_16 ? 2 : 4;
         f->start = SHARD_HEADER;
         f->count = read_i32(header + 8);
-        if (f->count < 0 || SHARD_HEADER + f->count * f->width != size)
-            die(2, "%s: the header at byte 8 promises %ld tokens, which makes %ld bytes, but the file has %ld", path,
-                f->count, SHARD_HEADER + f->count * f->width, size);
-        if (f->count < T + 1) die(2, "%s: %ld tokens, but --seq %d needs at least %d", path, f->count, T, T + 1);
+        if (f->count < 0 || SHARD_HEADER + f->count * f->width != f->size)
+            return data_error(d, "%s: the header at byte 8 promises %ld tokens, which makes %ld bytes, but the file "
+                              "has %ld", path, f->count, SHARD_HEADER + f->count * f->width, f->size);
+        if (f->count < T + 1)
+            return data_error(d, "%s: %ld tokens, but --seq %d needs at least %d", path, f->count, T, T + 1);
     } else {
-        if (named_bin)
-            die(2, "%s: magic %d at byte 0; a .bin file of tokens starts with %d (uint16) or %d (uint32)", path, magic,
-                SHARD_MAGIC_16, SHARD_MAGIC_32);
+        for (size_t i = 0; i < sizeof not_text / sizeof not_text[0]; i++) {
+            size_t n = strlen(not_text[i].magic);
+            if ((size_t)have >= n && !memcmp(header, not_text[i].magic, n))
+                return data_error(d, "%s: %s, no text; %s", path, not_text[i].what, not_text[i].advice);
+        }
+        if (length > 4 && !strcasecmp(path + length - 4, ".bin"))
+            return data_error(d, "%s: magic %d at byte 0; a .bin file of tokens starts with %d (uint16) or %d "
+                              "(uint32), see data/README.md", path, magic, SHARD_MAGIC_16, SHARD_MAGIC_32);
         if (!raw_allowed)
-            die(2, "%s: text, but this model does not read bytes; make token shards with data/tokenize_text.py", path);
+            return data_error(d, "%s: text, but this model does not read bytes; make token shards with "
+                              "data/tokenize_text.py", path);
+        // a text has no zeros, tokens of two or four bytes do
+        if (raw_allowed == PERHAPS_BYTES && have && memchr(header, 0, (size_t)have))
+            return data_error(d, "%s: no text, and no header of a token shard; data/tokenize_text.py makes shards",
+                              path);
         f->width = 1;
-        long val = size / 10 > T + 1 ? size / 10 : T + 1;          // the last tenth, at least one window
-        f->start = part == VAL_PART ? size - val : 0;
-        f->count = part == WHOLE ? size : part == VAL_PART ? val : size - val;
-        if (part == WHOLE && size < T + 1)
-            die(2, "%s: %ld bytes, but --seq %d needs at least %d", path, size, T, T + 1);
-        if (part != WHOLE && size < 2L * (T + 1))
-            die(2, "%s: %ld bytes, but --seq %d needs at least %d (half of them for validation; --val none uses all)",
-                path, size, T, 2 * (T + 1));
+        long val = f->size / 10 > T + 1 ? f->size / 10 : T + 1;    // the last tenth, at least one window
+        f->start = part == VAL_PART ? f->size - val : 0;
+        f->count = part == WHOLE ? f->size : part == VAL_PART ? val : f->size - val;
+        if (part == WHOLE && f->size < T + 1)
+            return data_error(d, "%s: %ld bytes, but --seq %d needs at least %d", path, f->size, T, T + 1);
+        if (part != WHOLE && f->size < 2L * (T + 1))
+            return data_error(d, "%s: %ld bytes, but --seq %d needs at least %d (half of them for validation; "
+                              "--val none uses all)", path, f->size, T, 2 * (T + 1));
     }
     f->windows = (f->count - 1) / T;
+    return 1;
 }
+
+static int data_file_open(Dataset* d, DataFile* f, const char* path, Part part, BytesAllowed raw_allowed) {
+    struct stat st;
+    memset(f, 0, sizeof *f);
+    f->path = copy_string(path);
+    f->fd = -1;
+    f->size = embedded_size;
+    if (strcmp(path, "<embedded>")) {
+        f->fd = open(path, O_RDONLY);
+        if (f->fd < 0)
+            return data_error(d, "%s: %s; expected a text or a .bin file of tokens", path, strerror(errno));
+        if (fstat(f->fd, &st) || !S_ISREG(st.st_mode)) return data_error(d, "%s: not a regular file", path);
+        f->size = (long)st.st_size;
+    } else if (embedded_size == 0) {
+        return data_error(d, "this build has no embedded text: build with `make`, or name a text with --data FILE");
+    }
+    return data_file_inspect(d, f, part, raw_allowed);
+}
+
+// A hash of 16 pieces of a file, spread over all of it: what tells it from another one of the same name and size.
+static uint64_t data_file_hash(const DataFile* f) {
+    enum { PIECES = 16, PIECE = 64 };
+    unsigned char buffer[PIECE];
+    uint64_t hash = 0;
+    for (long i = 0, n = lmin(PIECE, f->size); i < PIECES; i++) {
+        long at = (long)((double)(f->size - n) * (double)i / (PIECES - 1));
+        const unsigned char* p = f->fd < 0 ? embedded_text + at : buffer;
+        if (f->fd >= 0 && !read_at(f->fd, buffer, (size_t)n, at)) return 0;
+        for (long k = 0; k < n; k++) hash = (hash ^ p[k]) * 0x100000001B3ull;
+    }
+    return hash;
+}
+
+static const char* data_advice = "";      // said behind what is wrong with a file
 
 // Opens the files of a comma-separated list of names and patterns; each pattern's files are sorted by name.
 // raw_allowed = NO_BYTES refuses text: the model has a tokenizer, or fewer than 256 tokens.
@@ -138,7 +205,7 @@ static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part,
             d->files = (DataFile*)realloc(d->files, sizeof(DataFile) * (d->num_files + 1));
             if (!d->files) die(1, "out of memory");
             DataFile* f = &d->files[d->num_files++];
-            data_file_open(f, found.gl_pathv[i], T, part, raw_allowed);
+            if (!data_file_open(d, f, found.gl_pathv[i], part, raw_allowed)) die(2, "%s%s", d->error, data_advice);
             if (d->num_files > 1 && (f->width == 1) != d->raw)
                 die(2, "%s: text and token shards cannot be mixed in one run", f->path);
             d->raw = f->width == 1;
@@ -173,17 +240,15 @@ static int dataset_read(Dataset* d, long w, int* tokens, int* targets) {
     if (f->fd >= 0) {
         p = d->buffer;
         if (!read_at(f->fd, d->buffer, ((size_t)T + 1) * f->width, offset)) {
-            snprintf(d->error, sizeof d->error, "%.300s: cannot read %d tokens at byte %ld; has the file changed?",
-                     f->path, T + 1, offset);
-            return 0;
+            return data_error(d, "%.300s: cannot read %d tokens at byte %ld; has the file changed?", f->path, T + 1,
+                              offset);
         }
     }
     for (int t = 0; t <= T; t++) {
         long token = f->width == 1 ? p[t] : f->width == 2 ? p[2 * t] | p[2 * t + 1] << 8 : read_i32(p + 4L * t);
         if (token < 0 || token >= d->vocab_size) {
-            snprintf(d->error, sizeof d->error, "%.300s: token %ld at byte %ld; the vocabulary has 0 to %d", f->path,
-                     token, offset + (long)t * f->width, d->vocab_size - 1);
-            return 0;
+            return data_error(d, "%.300s: token %ld at byte %ld; the vocabulary has 0 to %d", f->path, token,
+                              offset + (long)t * f->width, d->vocab_size - 1);
         }
         if (t < T) tokens[t] = (int)token;
         if (t > 0) targets[t - 1] = (int)token;

@@ -147,6 +147,37 @@ static Option option_table[] = {
 };
 enum { NUM_OPTIONS = sizeof option_table / sizeof option_table[0] };
 
+// What an option must find in the model or on the command line to mean something. With its default, or with the value
+// named here, it asks for nothing, and that the model lacks it is no contradiction: one line serves every arm.
+typedef enum { EXPERTS, DENSE_LAYERS, SIGMOID, LPR, FAMILIES, SCORING, NUM_NEEDS } Need;
+static const char* need_missing[NUM_NEEDS] = {
+    "a dense model has no experts and no router", "every layer is sparse, so there is no dense one; --expert-ffn is "
+    "the width of an expert", "only the router sigmoid has a bias", "belongs to --router lpr",
+    "a new, a dense or an lpr model has no families; they come with a --model from upcycle", "goes with --eval"};
+static const struct {
+    const char* name;
+    Need need;
+    const char* off;
+} option_needs[] = {
+    {"topk", EXPERTS, "1"}, {"expert-ffn", EXPERTS, NULL}, {"sparse-step", EXPERTS, NULL}, {"router", EXPERTS, NULL},
+    {"logit-norm", EXPERTS, NULL}, {"aux", EXPERTS, "0"}, {"z-loss", EXPERTS, NULL}, {"aux-adaptive", EXPERTS, NULL},
+    {"topk-range", EXPERTS, "1:1"}, {"load", EXPERTS, NULL}, {"trace", EXPERTS, NULL}, {"ffn", DENSE_LAYERS, NULL},
+    {"bias-rate", SIGMOID, "0"}, {"lpr-dim", LPR, NULL}, {"lpr-weight", LPR, "0"}, {"lpr-diversity", LPR, "0"},
+    {"lpr-kl", LPR, "0"}, {"lpr-align", LPR, "0"}, {"lpr-align-form", LPR, NULL}, {"family-penalty", FAMILIES, "0"},
+    {"family-steps", FAMILIES, NULL}, {"load", SCORING, NULL}, {"trace", SCORING, NULL}};
+
+// Whether an option has its default or the value `off` (NULL: there is none).
+static int asks_nothing(const Option* o, const char* off) {
+    const char* values[] = {o->start, off};
+    int nothing = 0;
+    for (int i = 0; i < 2; i++)
+        nothing |= values[i] && (o->type == OPT_TEXT || o->type == OPT_CHOICE
+                                     ? !strcmp(*(const char**)o->value, values[i])
+                                     : (o->type == OPT_REAL ? *(double*)o->value : (double)*(long*)o->value) ==
+                                           strtod(values[i], NULL));
+    return nothing;
+}
+
 static Option* option_find(const char* name) {
     for (int i = 0; i < NUM_OPTIONS; i++)
         if (!strcmp(option_table[i].name, name)) return &option_table[i];
@@ -266,11 +297,36 @@ static void options_parse(int argc, char** argv) {
     if (optind < argc) die(2, "%s: unexpected argument; options start with --, see --help", argv[optind]);
 }
 
-// trainer.json: the options of the run, the step it has reached, and the load counted since the last validation.
+static Position begun;                      // where this process began
+static const char* run_origin = NULL;       // the --model that the run was begun with; "": none; NULL: nobody knows
+static Text run_files;                      // its data, as trainer.json lists them
+
+// "key": [{"file", "bytes", "hash"}, ..]: by what a resume knows its data.
+static void files_to_json(Text* t, const char* key, const Dataset* d) {
+    text_print(t, "  \"%s\": [", key);
+    for (int i = 0; i < d->num_files; i++) {
+        const DataFile* f = &d->files[i];
+        text_print(t, "%s\n    {\"file\": ", i ? "," : "");
+        text_json_string(t, f->path);
+        text_print(t, ", \"bytes\": %ld, \"hash\": \"%016" PRIx64 "\"}", f->size, data_file_hash(f));
+    }
+    text_print(t, "],\n");
+}
+
+// trainer.json: the options of the run, where it stands, and the load counted since the last validation.
 static void trainer_to_json(Text* t, const Model* m, long step) {
     const Config* c = &m->config;
-    text_print(t, "{\n  \"version\": \"%s\",\n  \"step\": %ld,\n  \"family_start\": %ld,\n  \"reads_bytes\": %d,\n"
-               "  \"options\": {", VERSION, step, m->family_start, m->reads_bytes);
+    Position p = position_after(begun, step, options.batch * options.accum, options.seq);
+    text_print(t, "{\n  \"version\": \"%s\",\n  \"step\": %ld,\n  \"sequences\": %ld,\n  \"tokens\": %ld,\n"
+               "  \"family_start\": %ld,\n  \"reads_bytes\": %d,\n", VERSION, p.step, p.sequences, p.tokens,
+               m->family_start, m->reads_bytes);
+    if (run_origin) {
+        text_print(t, "  \"model\": ");
+        text_json_string(t, run_origin);
+        text_print(t, ",\n");
+    }
+    text_add(t, run_files.data, run_files.length);
+    text_print(t, "  \"options\": {");
     for (int i = 0, listed = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];
         int is_text = o->type == OPT_TEXT || o->type == OPT_CHOICE;
@@ -310,29 +366,87 @@ static void trainer_restore(Model* m, const Json* state) {
 
 static Json* trainer_state = NULL;          // what --resume read
 
-// Takes the options that were not given from OUT/trainer.json and returns the step that it has reached. The parsed file
-// holds the texts of the options, and the load for the model, so it is kept.
-static long trainer_read(const char* out, Json** kept) {
-    char path[PATH_SIZE];
+// Where the run of a trainer.json stands; step -1: it does not tell. Older ones hold no sequences: then all steps were
+// alike.
+static Position trainer_position(const Json* state) {
+    const Json* saved = json_get(state, "options");
+    long batch = json_whole(json_get(saved, "batch"), 65536), accum = json_whole(json_get(saved, "accum"), 65536),
+         seq = json_whole(json_get(saved, "seq"), 1 << 20), most = (long)1e15;
+    Position p = {saved ? json_whole(json_get(state, "step"), most) : -1,
+                  json_whole(json_get(state, "sequences"), most), json_whole(json_get(state, "tokens"), most)};
+    if (p.sequences < 0) p.sequences = (long)fmin(1e15, fabs((double)p.step * (double)batch * (double)accum));
+    if (p.tokens < 0) p.tokens = (long)fmin(1e15, (double)p.sequences * fabs((double)seq));
+    return p;
+}
+
+// Adds to `what` how the files of d differ from those that trainer.json lists, in number, size or hash.
+static void list_other_files(Text* what, const char* kind, const Json* files, const Dataset* d) {
+    int others = 0;
+    char hash[20];
+    if (!files || !d) return;
+    for (int i = 0; i < files->count && i < d->num_files && !others; i++) {
+        const Json *was = json_get(files->items[i], "hash"), *name = json_get(files->items[i], "file");
+        long bytes = json_whole(json_get(files->items[i], "bytes"), LONG_MAX);
+        snprintf(hash, sizeof hash, "%016" PRIx64, data_file_hash(&d->files[i]));
+        others = bytes != d->files[i].size || !was || was->type != JSON_STRING || strcmp(was->string, hash);
+        if (others)
+            text_print(what, ", other %s (%.200s of %ld bytes)", kind,
+                       name && name->type == JSON_STRING ? name->string : "a file", bytes);
+    }
+    if (!others && files->count != d->num_files) text_print(what, ", other %s (%d files)", kind, files->count);
+}
+
+// One line if the run was begun with other data, or with options that decide which of it are read when.
+static void tell_changes(const Json* state, const char* out, const Dataset* data, const Dataset* val) {
+    static const char* kept[] = {"batch", "accum", "seq", "seed"};
+    Text what = {NULL, 0, 0};
+    int reordered = 0;
+    for (int i = 0; i < 4; i++) {
+        long was = json_whole(json_get(json_get(state, "options"), kept[i]), LONG_MAX);
+        if (was < 0 || was == *(long*)option_find(kept[i])->value) continue;
+        text_print(&what, ", --%s %ld", kept[i], was);
+        reordered |= i >= 2;
+    }
+    size_t before = what.length;
+    list_other_files(&what, "data", json_get(state, "data_files"), data);
+    reordered |= what.length > before;
+    list_other_files(&what, "validation data", json_get(state, "val_files"), val);
+    if (what.length)
+        fprintf(stderr, "%s: warning: until step %ld the run in %s had %s; it goes on with sequence %ld%s\n",
+                program_name, begun.step, out, what.data + 2, begun.sequences,
+                reordered ? ", and as windows or their order are others now, some text may come twice in this epoch"
+                          : " of its data, and no window is read twice");
+    free(what.data);
+}
+
+// Takes the options that were not given from OUT/trainer.json, and `begun`, where the run stands. The parsed file holds
+// the texts of the options, and the load for the model, so it is kept.
+static void trainer_read(const char* out, Json** kept) {
+    char path[PATH_SIZE], was[PATH_SIZE], is[PATH_SIZE];
     Error error = {""};
     join_path(path, out, "trainer.json");
     *kept = json_read(path, &error);
-    char model[PATH_SIZE];
-    if (access(path, F_OK))
-        die(2, access(join_path(model, out, "config.json"), F_OK)
-                   ? "--out %s holds no checkpoint to go on from; leave out --resume to start"
-                   : "--out %s holds no checkpoint to go on from, but a model; give it as --model and another --out",
-            out);
     if (!*kept) die(2, "%s", error.text);
-    const Json* saved = json_get(*kept, "options");
-    long step = json_whole(json_get(*kept, "step"), LONG_MAX);
-    if (!saved || step < 0) die(2, "%s: no options or step; this is not the trainer.json of a run", path);
+    begun = trainer_position(*kept);
+    if (begun.step < 0) die(2, "%s: no options or step; this is not the trainer.json of a run", path);
     for (int i = 0; i < NUM_OPTIONS; i++) {
         Option* o = &option_table[i];
-        const Json* value = json_get(saved, o->name);
+        const Json* value = json_get(json_get(*kept, "options"), o->name);
         if (o->use == USE_RUN && !o->given && value && value->string) option_set(o, value->string);
     }
-    return step;
+    const Json* origin = json_get(*kept, "model");
+    run_origin = origin && origin->type == JSON_STRING ? origin->string : options.model;
+    if (options.model && strcmp(run_origin, options.model) &&
+        (!realpath(run_origin, was) || !realpath(options.model, is) || strcmp(was, is)))
+        die(2, "--model %s: the run in %s was begun %s%s; leave out --model, or choose another --out", options.model,
+            out, *run_origin ? "with --model " : "without one", run_origin);
+    options.model = NULL;
+}
+
+// Whether there is a run in OUT to go on with.
+static int holds_run(const char* out) {
+    char path[PATH_SIZE];
+    return !access(join_path(path, out, "trainer.json"), F_OK) || !access(join_path(path, out, ".ready"), F_OK);
 }
 
 // A new model as the options describe it. vocab_size stays 0 if it was not given; the data decides.
@@ -365,21 +479,8 @@ static void config_from_options(Config* c) {
     if (c->head_dim % 2 || c->head_dim < 2) die(2, "--head-dim %d: rotary positions need an even one", c->head_dim);
     if (kind == 2 && c->head_dim * c->num_heads != c->hidden_size)
         die(2, "--head-dim %d: --arch olmoe has hidden / heads; --arch qwen3 is free in it", c->head_dim);
-    static const char* moe_only[] = {"topk", "expert-ffn", "norm-topk", "sparse-step"};
-    for (int i = 0; dense && i < 4; i++)
-        if (option_given(moe_only[i]))
-            die(2, "--%s: a dense model has no experts; leave out --dense or --experts 0", moe_only[i]);
-    static const char* variants[] = {"router",        "logit-norm", "lpr-dim",   "lpr-weight",
-                                     "lpr-diversity", "lpr-kl",     "lpr-align", "lpr-align-form"};
     c->router = (Router)choice_index("softmax|sigmoid|lpr", options.router);
-    for (int i = 0; dense && i < 8; i++)
-        if (option_given(variants[i]))
-            die(2, "--%s: a dense model has no router; leave out --dense or --experts 0", variants[i]);
-    for (int i = 2; c->router != ROUTER_LPR && i < 8; i++)
-        if (option_given(variants[i])) die(2, "--%s: belongs to --router lpr", variants[i]);
     if (dense) return;
-    if (options.sparse_step == 1 && option_given("ffn"))
-        die(2, "--ffn: every layer is sparse, so there is no dense one; --expert-ffn is the width of an expert");
     c->num_experts = (int)options.experts;
     c->num_experts_per_tok = options.topk == UNSET ? imin(2, c->num_experts) : (int)options.topk;
     c->moe_intermediate_size = options.expert_ffn == UNSET ? 2 * c->hidden_size : (int)options.expert_ffn;
@@ -394,9 +495,9 @@ static void config_from_options(Config* c) {
     for (int l = 0; l < c->num_layers; l++) c->sparse[l] = (l + 1) % options.sparse_step == 0;
     c->logit_norm = options.logit_norm;
     if (c->router == ROUTER_LPR) {
+        if (!c->norm_topk_prob) die(2, "--norm-topk 0: --router lpr always renormalises; softmax and sigmoid need not");
         if (c->logit_norm > 0)
             die(2, "--logit-norm: LPR's scores are cosines already; use it with --router softmax or sigmoid");
-        c->norm_topk_prob = 1;
         c->lpr_latent_dim = (int)options.lpr_dim;
         c->lpr_weight = options.lpr_weight;
         c->lpr_diversity = options.lpr_diversity;
@@ -503,6 +604,7 @@ static int run_eval(Config* c) {
     }
     double start = seconds(), loss = evaluate(m, d, batches, batch), elapsed = seconds() - start;
     long tokens = (batches > 0 ? lmin(batches * B, d->windows) : d->windows) * T;
+    if (d->error[0]) die(2, "%s", d->error);
     if (m->trace && fclose(m->trace)) die(1, "--trace %s: %s", options.trace, strerror(errno));
     printf("loss %.6f | perplexity %.4f", loss, exp(loss));
     if (d->raw) printf(" | bits per byte %.4f", loss / M_LN2);
@@ -618,7 +720,7 @@ static int run_prompt(Config* c) {
 // --topk-range LO:HI
 static void topk_range_from_options(Config* c, Run* run) {
     char rest;
-    if (!options.topk_range) return;
+    if (!options.topk_range || c->num_experts == 0) return;
     if (sscanf(options.topk_range, "%d:%d%c", &run->routers.topk_low, &run->routers.topk_high, &rest) != 2 ||
         run->routers.topk_low < 1 || run->routers.topk_high < run->routers.topk_low ||
         run->routers.topk_high > c->num_experts)
@@ -638,7 +740,7 @@ static void open_out(const char* out) {
     if (!options.resume && mkdir(out, 0777) && errno != EEXIST) die(2, "--out %s: %s", out, strerror(errno));
     int fd = open(out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0) die(2, "--out %s: %s", out, strerror(errno));
-    if (flock(fd, LOCK_EX | LOCK_NB)) die(2, "--out %s: another run is writing there", out);
+    if (!lock_directory(fd, out)) die(2, "--out %s: another run is writing there", out);
     if (options.resume && !finish_save(out, &error)) die(1, "%s", error.text);
     static const char* signs[] = {"trainer.json", ".ready", "config.json", "model.safetensors"};
     for (int i = 0; !options.resume && i < 4; i++) {
@@ -650,7 +752,8 @@ static void open_out(const char* out) {
     }
 }
 
-static int run_train(Config* c, long first_step) {
+static int run_train(Config* c) {
+    long first_step = begun.step;
     int B = (int)options.batch, T = (int)options.seq, demonstration = !options.data && !options.out && !options.model;
     Error error = {""};
     signal(SIGPIPE, SIG_IGN); // that nobody reads what is printed (`| head`) is no reason to lose the work
@@ -660,12 +763,19 @@ static int run_train(Config* c, long first_step) {
                                     : c->vocab_size == 0 || c->vocab_size >= 256 ? BYTES
                                                                                    : NO_BYTES;
     if (!options.data) options.data = "<embedded>";
+    const char* stored = options.resume ? " (so says trainer.json, relative to where the run was started; go there, or "
+                                          "name the data again)" : "";
+    data_advice = option_given("data") ? "" : stored;
     int split = !options.val;
     Dataset *data = dataset_open(options.data, T, INT_MAX, split ? TRAIN_PART : WHOLE, bytes_are_tokens), *val = NULL;
     if (c->vocab_size == 0 && !data->raw)
         die(2, "--vocab is missing: token shards do not say how many tokens there are");
     if (c->vocab_size == 0) c->vocab_size = 256;
+    if (data->raw && !options.model && c->vocab_size > 256)
+        die(2, "%s: has no header of a token shard, and of its bytes there are 256, not --vocab %d; make shards with "
+            "data/tokenize_text.py, or leave out --vocab", data->files[0].path, c->vocab_size);
     data->vocab_size = c->vocab_size;
+    data_advice = option_given("val") ? "" : stored;
     if (split && data->raw) val = dataset_open(options.data, T, c->vocab_size, VAL_PART, bytes_are_tokens);
     if (options.val && strcmp(options.val, "none"))
         val = dataset_open(options.val, T, c->vocab_size, WHOLE, bytes_are_tokens);
@@ -682,11 +792,6 @@ static int run_train(Config* c, long first_step) {
     if (options.lr == UNSET) options.lr = options.model ? 2e-4 : 2e-3;
     if (options.min_lr > options.lr && (option_given("min-lr") || option_given("lr")))
         die(2, "--min-lr %g: the decay ends there, so it must not be above --lr, %g", options.min_lr, options.lr);
-    static const char* of_routers[] = {"aux", "aux-form", "z-loss", "aux-adaptive", "topk-range"};
-    for (int i = 0; i < 5 && c->num_experts == 0; i++)
-        if (option_given(of_routers[i])) die(2, "--%s: a dense model has no router", of_routers[i]);
-    if (option_given("bias-rate") && c->router != ROUTER_SIGMOID)
-        die(2, "--bias-rate: only the router sigmoid has a bias");
     if (options.warmup == UNSET && options.steps > 0) options.warmup = lmin(100, options.steps / 20);
     if (options.aux == UNSET)
         options.aux = options.model ? c->router_aux_loss_coef : c->router == ROUTER_SOFTMAX ? 0.01 : 0;
@@ -712,6 +817,7 @@ static int run_train(Config* c, long first_step) {
     run.val_batches = options.val_batches;
     run.save_every = options.save_every;
     run.sample_every = options.sample_every;
+    run.begun = begun;
     run.sampling.temperature = options.temperature;
     run.sampling.top_p = options.top_p;
     run.sampling.top_k = (int)options.top_k;
@@ -719,12 +825,9 @@ static int run_train(Config* c, long first_step) {
     run.sample_tokens = option_given("tokens") ? (int)options.tokens : demonstration ? 600 : 200;
     run.routers.bias_rate = options.bias_rate;
     topk_range_from_options(c, &run);
-    if (c->family_penalty > 0 || options.family_penalty != UNSET || options.family_steps != UNSET) {
-        if (!options.model)
-            die(2, "--family-penalty: a new model has no families; they come with a --model from upcycle");
-        if (c->num_experts == 0 || c->router == ROUTER_LPR)
-            die(2, "--family-penalty: a model %s has no families to penalise",
-                c->num_experts ? "with the router lpr" : "without experts");
+    if (c->family_penalty > 0 || (options.model && c->num_experts > 0 && c->router != ROUTER_LPR &&
+                                  options.family_penalty != 0 &&
+                                  (options.family_penalty != UNSET || options.family_steps != UNSET))) {
         if (options.family_penalty == UNSET) options.family_penalty = 1;
         // a run whose moments upcycle carried over goes on at its source's step, and the penalty starts there
         long start = json_whole(json_get(trainer_state, "family_start"), first_step), half;
@@ -755,6 +858,8 @@ static int run_train(Config* c, long first_step) {
     m->backend->send(m, PARAMETERS | (options.resume ? MOMENTS : 0));
     if (generator) generator->source = m->source;
     if (options.out && !options.resume) open_out(options.out);      // not before everything else is known to be right
+    if (!options.resume && option_given("resume"))
+        fprintf(stderr, "%s: there is no run in %s to go on with, so this begins one\n", program_name, options.out);
     printf("data: %s, %ld tokens, %ld windows of %d\n", options.data, data->tokens, data->windows, T + 1);
     if (val) {
         long seen = run.val_batches > 0 ? lmin(val->windows, run.val_batches * B) : val->windows;
@@ -766,8 +871,12 @@ static int run_train(Config* c, long first_step) {
     fflush(stdout);
     if (options.resume) {
         trainer_restore(m, trainer_state);
+        tell_changes(trainer_state, options.out, data, val);
     }
-    int code = train(m, &run, data, val, generator, options.out, first_step);
+    run_files.length = 0;
+    files_to_json(&run_files, "data_files", data);
+    if (val && !split) files_to_json(&run_files, "val_files", val);
+    int code = train(m, &run, data, val, generator, options.out);
     if (code == 0 && demonstration) print_sample(generator, m, &run.sampling, run.sample_tokens);
     dataset_close(data);
     if (val) dataset_close(val);
@@ -775,6 +884,55 @@ static int run_train(Config* c, long first_step) {
     model_free(m);
     json_free(trainer_state);
     return code ? code : stop_signal ? 128 + stop_signal : 0;
+}
+
+// An option that describes a model must agree with the one in `dir`.
+static void check_shape(const Option* o, const Config* c, const char* dir) {
+    int dense = c->num_experts == 0, step = (int)options.sparse_step, l = 0;
+    while (l < c->num_layers && c->sparse[l] == (!dense && (l + 1) % step == 0)) l++;
+    const struct {
+        const void* option;
+        double is;
+    } shape[] = {
+        {&options.arch, c->qk_norm == QK_NORM_HEAD ? 0 : c->qk_norm == QK_NORM_NONE ? 1 : 2},
+        {&options.layers, c->num_layers}, {&options.hidden, c->hidden_size}, {&options.heads, c->num_heads},
+        {&options.kv_heads, c->num_kv_heads}, {&options.head_dim, c->head_dim}, {&options.ffn, c->intermediate_size},
+        {&options.experts, dense && options.dense ? (double)options.experts : c->num_experts}, {&options.dense, dense},
+        {&options.topk, c->num_experts_per_tok}, {&options.expert_ffn, c->moe_intermediate_size},
+        {&options.sparse_step, l == c->num_layers ? step : 0}, {&options.vocab, c->vocab_size},
+        {&options.tie, c->tie_word_embeddings}, {&options.qk_norm, c->qk_norm},
+        {&options.norm_topk, dense ? (double)options.norm_topk : c->norm_topk_prob}, {&options.router, c->router},
+        {&options.logit_norm, c->logit_norm}, {&options.lpr_dim, c->lpr_latent_dim},
+        {&options.lpr_weight, c->lpr_weight}, {&options.lpr_diversity, c->lpr_diversity},
+        {&options.lpr_kl, c->lpr_kl}, {&options.lpr_align, c->lpr_align}, {&options.lpr_align_form, c->lpr_align_mean}};
+    size_t k = 0;
+    while (shape[k].option != o->value) k++;
+    if (o->type == OPT_CHOICE || o->type == OPT_FLAG) {
+        const char* text = o->type == OPT_CHOICE ? *(const char**)o->value : "";
+        if (shape[k].is != (o->type == OPT_CHOICE ? choice_index(o->argument, text) : 1))
+            die(2, "--%s%s%s: the model in %s is not like that; leave it out", o->name, *text ? " " : "", text, dir);
+    } else {
+        double asked = o->type == OPT_REAL ? *(double*)o->value : (double)*(long*)o->value;
+        if (shape[k].is != asked)
+            die(2, "--%s %.15g: the model in %s has %.15g; leave it out", o->name, asked, dir, shape[k].is);
+    }
+}
+
+// Refuses what contradicts the model, and nothing else. dir: where it comes from, NULL if it is new.
+static void check_needs(const Config* c, const char* dir, int training) {
+    int families = dir && c->num_experts > 0 && c->router != ROUTER_LPR;
+    const int met[NUM_NEEDS] = {c->num_experts > 0, count_sparse(c) < c->num_layers, c->router == ROUTER_SIGMOID,
+                                c->router == ROUTER_LPR, families || options.family_penalty == 0, (int)options.eval};
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        const Option* o = &option_table[i];
+        int idle = !o->given || (!training && o->use == USE_RUN);
+        for (size_t k = 0; k < sizeof option_needs / sizeof option_needs[0] && !idle; k++) {
+            if (strcmp(option_needs[k].name, o->name) || met[option_needs[k].need]) continue;
+            if (!asks_nothing(o, option_needs[k].off)) die(2, "--%s: %s", o->name, need_missing[option_needs[k].need]);
+            idle = 1;
+        }
+        if (dir && !idle && (o->use == USE_SHAPE || (training && o->value == &options.topk))) check_shape(o, c, dir);
+    }
 }
 
 // Does what the options say, with default_backend; returns the exit code.
@@ -785,6 +943,9 @@ static int run_command(void) {
     if (options.threads != UNSET) omp_set_num_threads((int)options.threads);
 #endif
     look_for_others();
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN);       // a file over the limit is an error of write
+#endif
     // a model alone is sampled from: it is not to be trained on a text that nobody named
     int prompting = options.prompt || options.prompt_ids, other = options.eval || options.dump || prompting,
         alone = options.model && !options.data && !options.resume && !other, training = !other && !alone;
@@ -800,27 +961,19 @@ static int run_command(void) {
         for (int k = 0; k < 8; k++) ignored &= strcmp(o->name, meant[k]) != 0;
         if (options.eval) ignored &= o->value != &options.val_batches;
         if (alone) ignored = (o->use == USE_RUN && o->value != &options.seed) || o->value == &options.out;
-        if (o->given && ignored && alone)
+        ignored &= o->given && !asks_nothing(o, o->type == OPT_TEXT ? "none" : "0");
+        if (ignored && alone)
             die(2, "--%s belongs to training, which wants --data F; --model alone is sampled from", o->name);
-        if (o->given && ignored)
+        if (ignored)
             die(2, "--%s belongs to training, and --eval, --dump and --prompt do not train", o->name);
     }
     if (options.resume && !options.out) die(2, "--resume wants --out DIR, the run to go on with");
-    if (options.resume && options.model) die(2, "--resume goes on with the model in --out; leave out --model");
-    char shape[512] = "";
-    for (int i = 0; i < NUM_OPTIONS && (options.model || options.resume); i++) {
-        const Option* o = &option_table[i];
-        size_t n = strlen(shape);
-        if (o->given && (o->use == USE_SHAPE || (training && !strcmp(o->name, "topk"))))
-            snprintf(shape + n, sizeof shape - n, "%s--%s", n ? ", " : "", o->name);
-    }
-    if (shape[0])
-        die(2, "a new model is described by %s, but %s has one already; leave out what describes it", shape,
-            options.resume ? "--out" : "--model");
-    long first_step = 0;
+    memset(&begun, 0, sizeof begun);
+    run_origin = options.model ? options.model : "";
+    if (options.resume && !holds_run(options.out)) options.resume = 0;      // then it begins one
     if (options.resume) {
         open_out(options.out);
-        first_step = trainer_read(options.out, &trainer_state);
+        trainer_read(options.out, &trainer_state);
     }
     const char* dir = options.resume ? options.out : options.model;
     if (dir) {
@@ -828,8 +981,8 @@ static int run_command(void) {
     } else {
         config_from_options(&config);
     }
-    if ((options.load || options.trace) && !options.eval) die(2, "--load and --trace go with --eval");
-    if (dir && options.topk != UNSET) {
+    check_needs(&config, dir, training);
+    if (dir && options.topk != UNSET && config.num_experts > 0) {
         if (options.topk > config.num_experts)
             die(2, "--topk %ld: the model has %d experts", options.topk, config.num_experts);
         config.num_experts_per_tok = (int)options.topk;
@@ -842,5 +995,5 @@ static int run_command(void) {
     return options.eval   ? run_eval(&config)
            : options.dump ? run_dump(&config)
            : !training    ? run_prompt(&config)
-                          : run_train(&config, first_step);
+                          : run_train(&config);
 }

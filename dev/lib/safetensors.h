@@ -313,7 +313,7 @@ static int safetensors_write(const char* path, const OutTensor* tensors, int cou
         size_t bytes = (size_t)out_tensor_bytes(&tensors[i]);
         ok = bytes == 0 || fwrite(tensors[i].data, bytes, 1, f) == 1;
     }
-    ok = ok && fflush(f) == 0 && fsync(fileno(f)) == 0;
+    ok = ok && fflush(f) == 0 && flush_to_disk(fileno(f)) == 0;
     if (!ok) set_error(error, "%s: %s", path, strerror(errno));
     if (f && fclose(f) && ok) ok = set_error(error, "%s: %s", path, strerror(errno));
     free(header.data);

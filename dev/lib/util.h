@@ -117,6 +117,21 @@ static int choice_index(const char* choices, const char* text) {
     }
 }
 
+// fsync. Some file systems cannot flush a directory, or cannot flush at all: that is no failure of the write.
+static int flush_to_disk(int fd) {
+    return fsync(fd) && errno != EINVAL && errno != EBADF && errno != ENOTSUP && errno != ENOSYS ? -1 : 0;
+}
+
+// Takes the lock of an open directory, which the system drops when the program ends, however it ends. 0: another run
+// has it. A file system without locks (Lustre, some of FUSE) is warned of, and nothing more.
+static int lock_directory(int fd, const char* path) {
+    if (!flock(fd, LOCK_EX | LOCK_NB)) return 1;
+    if (errno == EWOULDBLOCK) return 0;
+    fprintf(stderr, "%s: warning: %s: no locks here (%s), so nothing keeps a second run out\n", program_name, path,
+            strerror(errno));
+    return 1;
+}
+
 static int imin(int a, int b) { return a < b ? a : b; }
 static int imax(int a, int b) { return a > b ? a : b; }
 static long lmin(long a, long b) { return a < b ? a : b; }
@@ -149,11 +164,14 @@ static float* take_floats(Arena* a, long n) { return (float*)take(a, sizeof(floa
 static volatile sig_atomic_t stop_signal = 0;
 // The first Ctrl-C or SIGTERM ends the run after the step at hand, a second one at once: saves are whole or not at all.
 // (What comes within a second is the same one: timeout(1) signals the process and then its group.)
+static char stop_notice[128];           // what the first one is answered with
 static void on_signal(int signal_number) {
     static double first;
+    int kept = errno;
     if (!stop_signal) {
         first = seconds();
         stop_signal = signal_number;
+        if (write(2, stop_notice, strlen(stop_notice)) < 0) errno = kept;
     } else if (seconds() - first > 1) {
         signal(signal_number, SIG_DFL);
         raise(signal_number);
@@ -162,6 +180,8 @@ static void on_signal(int signal_number) {
 
 // Also for a terminal that is closed, unless nohup has seen to that.
 static void catch_signals(void) {
+    snprintf(stop_notice, sizeof stop_notice, "%s%s: a signal: stops after the work at hand, at once after a second\n",
+             isatty(2) ? "\n" : "", program_name);
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     if (signal(SIGHUP, on_signal) == SIG_IGN) signal(SIGHUP, SIG_IGN);

@@ -77,7 +77,6 @@ static void test_bad_commands(void) {
                {"--arch olmoe --head-dim 64", "--arch qwen3 is free in it"},
                {"--dense --topk 2", "--topk: a dense model has no experts"},
                {"--experts 0 --expert-ffn 64", "--expert-ffn: a dense model"},
-               {"--dense --norm-topk 0", "--norm-topk: a dense model"},
                {"--topk 9", "--topk 9: there are only 8"},
                {"--heads 3", "--hidden 128: no multiple of --heads 3"},
                {"--heads 4 --kv-heads 3", "no multiple"},
@@ -90,30 +89,33 @@ static void test_bad_commands(void) {
                {"--aux-adaptive --aux-form hf", "--aux-form switch"},
                // what belongs together
                {"--resume", "--resume wants --out"},
-               {"--resume --out @/new", "No such file"},
-               {"--resume --out @/empty", "holds no checkpoint"},
+               {"--resume --out @/trained --model @/window", "was begun without one"},
+               {"--router lpr --norm-topk 0", "always renormalises"},
+               {"--data @/corpus.txt --vocab 300", "leave out --vocab"},
+               {"--dense --logit-norm 1", "--logit-norm: a dense model"},
+               {"--lpr-kl 0.5 --router sigmoid", "--lpr-kl: belongs to --router lpr"},
+               {"--family-penalty 0.5", "--family-penalty: a new"},
                {"--data @/corpus.txt --family-penalty 1 --out @/new", "has no families"},
                {"--data @/corpus.txt --eval --prompt x --model @/trained", "only one of them"},
-               {"--resume --out @/empty --model @/trained", "leave out --model"},
                {"--eval", "--eval wants --model"},
                {"--dump @/new", "--dump wants --model"},
                {"--prompt x", "--prompt wants --model"},
                {"--model @/trained --eval", "--eval wants --data"},
                {"--model @/trained --dump @/new", "--dump wants --data"},
-               {"--load", "--load and --trace go with --eval"},
-               {"--model @/trained --layers 3 --data @/corpus.txt", "described by --layers, but --model has one"},
-               {"--model @/trained --topk 1 --data @/corpus.txt", "described by --topk, but --model has one"},
+               {"--load", "--load: goes with --eval"},
+               {"--model @/trained --layers 3 --data @/corpus.txt", "--layers 3: the model in"},
+               {"--model @/trained --topk 1 --data @/corpus.txt", "--topk 1: the model in"},
                {"--model @/absent --data @/corpus.txt", "@/absent/config.json: No such file"},
                {"--out @/trained --data @/corpus.txt", "--resume goes on with that run"},
-               {"--out @/trained --resume --hidden 8 --dense", "described by --hidden, --dense, but --out has one"},
+               {"--out @/trained --resume --hidden 8 --dense", "--hidden 8: the model in"},
                {"--out @/bare --data @/corpus.txt", "but no run; to train this model give it as --model"},
-               {"--out @/bare --resume", "but a model; give it as --model"},
-               {"--model @/trained --eval --data @/corpus.txt --val none", "--val belongs to training"},
+               {"--out @/bare --resume", "but no run; to train this model give it as --model"},
+               {"--model @/trained --eval --data @/corpus.txt --val @/corpus.txt", "--val belongs to training"},
                {"--model @/trained --eval --data @/corpus.txt --lr 1", "--lr belongs to training"},
                {"--model @/trained --prompt x --out @/new", "--out belongs to training"},
                {"--lr 1e-3 --min-lr 2e-3", "must not be above --lr, 0.001"},
-               {"--dense --aux 0.1", "--aux: a dense model has no router"},
-               {"--dense --topk-range 1:2", "--topk-range: a dense model has no router"},
+               {"--dense --aux 0.1", "--aux: a dense model has no experts and no router"},
+               {"--dense --topk-range 1:2", "--topk-range: a dense model has no experts"},
                {"--bias-rate 0.1", "only the router sigmoid has a bias"},
                {"--ffn 96", "--expert-ffn is the width of an expert"},
                {"--out @/corpus.txt --data @/corpus.txt --steps 1", "Not a directory"},
@@ -144,6 +146,45 @@ static void test_bad_commands(void) {
         check_refused(2, with_out, expected);
     }
     check_refused(1, "--model @/trained --data @/corpus.txt --batch 1 --seq 8 --dump @/absent/dump", "No such file");
+}
+
+// Options that say what is so already, or switch off what is not there: one line for every arm, one for the start of a
+// job and its going on.
+static void test_agreement(void) {
+    static const char* lines[] = {
+        "--dense --aux 0 --z-loss 0 --logit-norm 0 --bias-rate 0 --family-penalty 0 --family-steps 9 --topk 1 "
+        "--norm-topk 0 --router softmax --topk-range 1:1 --aux-form hf --lpr-weight 0 --lpr-diversity 0 --lpr-kl 0 --lpr-align 0 "
+        "--lpr-dim 16 --lpr-align-form sum --sparse-step 1 --ffn 48 --qk-norm head --vocab 256 --tie --kv-heads 2",
+        "--experts 5 --topk 2 --expert-ffn 24 --bias-rate 0.001 --family-penalty 0 --lpr-kl 0 --lpr-align-form sum "
+        "--router softmax --logit-norm 0.5 --sparse-step 2 --ffn 32 --norm-topk 0 --head-dim 12 --arch qwen3",
+        "--experts 4 --router lpr --lpr-dim 8 --lpr-weight 0.1 --lpr-diversity 0.7 --lpr-kl 0.3 --lpr-align 0.2 "
+        "--lpr-align-form mean --logit-norm 0 --bias-rate 0",
+        "--experts 4 --arch mixtral --router sigmoid --bias-rate 0.01 --norm-topk 1 --qk-norm none"};
+    for (size_t i = 0; i < sizeof lines / sizeof lines[0]; i++) {
+        char run[1024];
+        snprintf(run, sizeof run, "--data %s %s %s", temp("corpus.txt"), small_run, lines[i]);
+        remove_tree(temp("job"));
+        int code = run_program("%s --steps 1 --out %s --resume", run, temp("job"));
+        check(code == 0 && error_lines() == 1 && strstr(ran.err, "so this begins one"), "%.60s: --resume begins a run",
+              lines[i]);
+        show_failure(code == 0);
+        code = run_program("%s --steps 2 --out %s --resume", run, temp("job"));
+        check(code == 0 && error_lines() == 0 && saved_step("job") == 2, "the same line goes on");
+        show_failure(code == 0);
+        code = run_program("%s --steps 1 --model %s", run, temp("job"));
+        check(code == 0, "and fits the model that it made");
+        show_failure(code == 0);
+    }
+    for (int i = 1; i <= 2; i++) {
+        int code = run_program("--model %s --data %s --seq 24 --batch 2 --steps %d --out %s --resume", temp("trained"),
+                               temp("corpus.txt"), i, temp("tuned"));
+        check(code == 0 && saved_step("tuned") == i, "--model and --resume in one line, time %d", i);
+        show_failure(code == 0);
+    }
+    int code = run_program("--model %s --eval --data %s --seq 24 --val none --save-every 0 --steps 1000",
+                           temp("trained"), temp("corpus.txt"));
+    check(code == 0, "--eval with options of training that ask for nothing");
+    show_failure(code == 0);
 }
 
 static void test_help(void) {
@@ -379,6 +420,7 @@ static void test_command_line(void) {
                "{\"decoder\": {\"type\": \"ByteLevel\"}, \"model\": {\"vocab\": {\"a\": 0}}}");
     test_help();
     test_bad_commands();
+    test_agreement();
     char arguments[1024];
     test_eval();
     test_trace();
@@ -436,7 +478,7 @@ static void test_command_line(void) {
     check(run_program("--model %s --data %s --seq 24 --eval", temp("still"), temp("corpus.txt")) == 0,
           "256 tokens are bytes, whatever the last data were: %s", ran.err);
     // a text model of more tokens stays one, too
-    run_program("%s --vocab 300 --steps 1 --out %s", small, temp("spare"));
+    run_program("--model %s --data %s --seq 24 --steps 1 --out %s", temp("bpe"), temp("corpus.txt"), temp("spare"));
     run_program("--model %s --data %s --seq 16 --batch 2 --steps 1 --out %s", temp("spare"), temp("ids.bin"),
                 temp("spare2"));
     code = run_program("--model %s --data %s --seq 16 --eval", temp("spare2"), temp("corpus.txt"));

@@ -202,8 +202,50 @@ static void test_data_errors(void) {
     check_data_error("missing --val", text, list, "No such file", "absent.txt");
 }
 
+// Archives, tables and tokens without a header are no text, whatever they are called.
+static void test_no_text(void) {
+    static const struct {
+        const char *magic, *says;
+        int length;
+    } files[] = {{"\x93NUMPY\1\0v\0{", "a NumPy array", 11}, {"\x1f\x8b\x08", "gunzip", 3},
+                 {"\x28\xb5\x2f\xfd", "unzstd", 4},          {"PK\3\4", "unzip", 4},
+                 {"PAR1", "Parquet", 4},                     {"MMIDIDX\0\0", "index of a Megatron", 9},
+                 {"\xfd" "7zXZ\0", "unxz", 6},               {"BZh91AY&SY", "bunzip2", 10},
+                 {"7z\xbc\xaf\x27\x1c", "7z", 6},            {"ARROW1", "Arrow", 6},
+                 {"\x89HDF", "HDF5", 4},                     {"%PDF-1.4", "pdftotext", 8}};
+    char bytes[600];
+    int all = sizeof files / sizeof files[0] == sizeof not_text / sizeof not_text[0];
+    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
+        memset(bytes, 'a', sizeof bytes);
+        memcpy(bytes, files[i].magic, (size_t)files[i].length);
+        write_bytes(temp("thing"), bytes, sizeof bytes);
+        check_data_error(files[i].says, temp("thing"), "", files[i].says, "thing");
+    }
+    check(all, "every kind of file that is refused has been tried");
+    write_bytes(temp("thing"), "%PDF is a format; PARIS", 23);
+    Dataset* d = dataset_open(temp("thing"), 8, 256, WHOLE, BYTES);
+    check(d->raw && d->windows == 2, "a text that begins almost like one is a text");
+    dataset_close(d);
+    memset(bytes, 0, sizeof bytes);
+    for (int i = 0; i < 300; i++) bytes[2 * i] = (char)(i * 7);
+    write_bytes(temp("TRAIN.BIN"), bytes, sizeof bytes);
+    check_data_error("no header, .BIN", temp("TRAIN.BIN"), "", "a .bin file of tokens starts with", "TRAIN.BIN");
+    write_bytes(temp("thing"), bytes, sizeof bytes);
+    check_data_error("no header, --vocab 300", temp("thing"), "--vocab 300", "has no header of a token shard", "thing");
+    Dataset other;
+    memset(&other, 0, sizeof other);
+    other.T = 8;
+    DataFile f;
+    int refused = !data_file_open(&other, &f, temp("thing"), WHOLE, PERHAPS_BYTES);
+    check(refused && strstr(other.error, "no text, and no header"), "no header, a model of unknown tokens: %s",
+          other.error);
+    close(f.fd);
+    free(f.path);
+}
+
 static void test_data(void) {
     test_windows();
+    test_no_text();
     test_shards();
     test_normal();
     test_permutation();

@@ -267,7 +267,6 @@ static pid_t start_program(const char* arguments, long file_limit) {
         setenv("OMP_WAIT_POLICY", "passive", 1); // more threads than cores should not wait by turning round
         if (file_limit > 0) {
             struct rlimit limit = {(rlim_t)file_limit, (rlim_t)file_limit};
-            signal(SIGXFSZ, SIG_IGN); // the write fails instead
             setrlimit(RLIMIT_FSIZE, &limit);
         }
         if (!freopen(temp("stdout"), "w", stdout) || !freopen(temp("stderr"), "w", stderr)) _exit(99);

@@ -248,7 +248,8 @@ static void test_signal(int signal_number, const char* name, const char* referen
     show_failure(code == 128 + signal_number);
     char said[64];
     snprintf(said, sizeof said, "step %ld is saved", step);
-    check(error_lines() == 1 && strstr(ran.err, said), "%s: says so in one line", name);
+    check(error_lines() == 2 && strstr(ran.err, "a signal: stops after") && strstr(ran.err, said),
+          "%s: one line at once, one at the end", name);
     // rows that were written after the checkpoint are dropped by --resume
     Text torn = {NULL, 0, 0};
     size_t n = 0;
@@ -368,8 +369,238 @@ static void test_lock(void) {
           ran.err);
 }
 
+// What the training loop reads, recorded: the first bytes of every sequence.
+static long seen_windows[64];
+static int num_seen;
+static double recording_forward(Model* m, const int* tokens, const int* targets, int B, int T) {
+    for (int b = 0; b < B && num_seen < 64; b++) {
+        const int* t = tokens + (long)b * T;
+        seen_windows[num_seen++] = t[0] | t[1] << 8;
+    }
+    const Backend* recording = m->backend;
+    m->backend = &cpu_backend;
+    double loss = model_forward(m, tokens, targets, B, T);
+    m->backend = recording;
+    return loss;
+}
+
+// The gradient of step 4 is not finite; with `ruined`, its loss is more than guessing has.
+static int ruined;
+static double failing_update(Model* m, const AdamW* o, double lr, long step) {
+    if (step == 4) m->grads[0] = INFINITY;
+    if (step == 4 && ruined) m->sums.loss = 1e3 * (double)m->sums.passes;
+    const Backend* failing = m->backend;
+    m->backend = &cpu_backend;
+    double norm = model_update(m, o, lr, step);
+    m->backend = failing;
+    return norm;
+}
+
+// train() on 64 windows of 8 tokens; what it prints is not shown
+static int train_here(const Backend* backend, int B, int accum, Position begun_at, long steps, const char* out) {
+    Config c;
+    options_reset();
+    options.layers = 1, options.hidden = 16, options.heads = 2, options.experts = 2, options.batch = B,
+    options.accum = accum, options.seq = 8, options.data = "here";
+    config_from_options(&c);
+    c.vocab_size = 256;
+    Model* m = model_create(&c, FOR_TRAINING, B, 8, 8, NULL);
+    model_init(m, 1);
+    m->backend = backend;
+    Dataset* d = dataset_open(temp("numbers"), 8, 256, WHOLE, BYTES);
+    Run run;
+    memset(&run, 0, sizeof run);
+    run.steps = steps, run.B = B, run.T = 8, run.accum = accum, run.lr = 1e-3, run.schedule = CONSTANT, run.seed = 1;
+    run.adamw.beta1 = 0.9, run.adamw.beta2 = 0.95, run.adamw.eps = 1e-8;
+    begun = run.begun = begun_at;
+    int kept[2] = {dup(1), dup(2)}, quiet = open("/dev/null", O_WRONLY);
+    fflush(stdout);
+    for (int i = 0; i < 2; i++) dup2(quiet, i + 1);
+    int code = train(m, &run, d, NULL, NULL, out);
+    fflush(stdout);
+    for (int i = 0; i < 2; i++) {
+        dup2(kept[i], i + 1);
+        close(kept[i]);
+    }
+    close(quiet);
+    dataset_close(d);
+    model_free(m);
+    memset(&begun, 0, sizeof begun);
+    return code;
+}
+
+// A resume with another batch, length, order or data says so, and its place is kept in sequences.
+static void test_resume_changes(void) {
+    unsigned char numbers[8 * 64 + 1];
+    for (int i = 0; i <= 8 * 64; i++) numbers[i] = (unsigned char)(i % 8 ? i / 8 : 7);
+    write_bytes(temp("numbers"), numbers, sizeof numbers);
+    Backend recording = cpu_backend;
+    recording.forward = recording_forward;
+    Position start = {0, 0, 0}, then = {4, 24, 24 * 8};
+    num_seen = 0;
+    train_here(&recording, 3, 2, start, 4, NULL);
+    train_here(&recording, 5, 1, then, 12, NULL);
+    int twice = 0;
+    for (int i = 0; i < num_seen; i++)
+        for (int k = 0; k < i; k++) twice += seen_windows[i] == seen_windows[k];
+    check(num_seen == 64 && twice == 0, "4 steps of 3 x 2, 8 of 5: %d windows, %d of them twice", num_seen, twice);
+
+    check(train_run("a", "--steps 3 --accum 2") == 0 && resume_run("a", "--steps 3") == 0 && error_lines() == 0,
+          "a resume of which nothing differs says nothing");
+    int code = resume_run("a", "--steps 5 --batch 2 --accum 1");
+    check(code == 0 && error_lines() == 1 && strstr(ran.err, "until step 3") &&
+              strstr(ran.err, "--batch 3, --accum 2;") &&
+              strstr(ran.err, "sequence 18 of its data, and no window is read twice"),
+          "another batch: %.300s", ran.err);
+    Error error = {""};
+    Json* j = json_read(temp("a/trainer.json"), &error);
+    char* log = read_log("a");
+    check(j && json_whole(json_get(j, "sequences"), 1000) == 22 && json_whole(json_get(j, "tokens"), 1000) == 22 * 24 &&
+              log && strstr(log, "\n4,480,") && strstr(log, "\n5,528,"),
+          "trainer.json and log.csv count on from there");
+    json_free(j);
+    code = resume_run("a", "--steps 6 --seq 12 --seed 5");
+    check(code == 0 && error_lines() == 1 && strstr(ran.err, "--seq 24, --seed 1") && strstr(ran.err, "may come twice"),
+          "another length and order: %.300s", ran.err);
+    // the same data under another name are the same; others under the same name are not
+    copy_file(temp("corpus.txt"), temp("moved.txt"));
+    code = run_program("--resume --out %s --data %s --steps 7", temp("a"), temp("moved.txt"));
+    check(code == 0 && error_lines() == 0, "data that were renamed: %.300s", ran.err);
+    size_t n;
+    char* text = read_bytes(temp("moved.txt"), &n);
+    for (size_t i = 0; i < n; i++) text[i] = (char)toupper((unsigned char)text[i]);
+    write_bytes(temp("moved.txt"), text, n);
+    code = resume_run("a", "--steps 8");
+    check(code == 0 && error_lines() == 1 && strstr(ran.err, "other data (") &&
+              strstr(ran.err, "moved.txt of 20000 bytes"),
+          "data with other bytes: %.300s", ran.err);
+    unlink(temp("moved.txt"));
+    code = resume_run("a", "--steps 9");
+    check(code == 2 && error_lines() == 1 && strstr(ran.err, "so says trainer.json"), "data that are gone: %.300s",
+          ran.err);
+    char with_val[512];
+    snprintf(with_val, sizeof with_val, "--steps 2 --val %s", temp("numbers"));
+    check(train_run("b", with_val) == 0, "a run with validation data of its own");
+    write_corpus(temp("numbers"), 600);
+    code = resume_run("b", "--steps 3");
+    check(code == 0 && strstr(ran.err, "other validation data ("), "other validation data: %.300s", ran.err);
+
+    // trainer.json as older versions wrote it
+    train_run("a", "--schedule constant --steps 4");
+    train_run("b", "--schedule constant --steps 2");
+    text = read_bytes(temp("b/trainer.json"), &n);
+    char *from = strstr(text, "  \"sequences\""), *to = strstr(text, "  \"family_start\""),
+         *from2 = strstr(text, "  \"model\""), *to2 = strstr(text, "  \"options\"");
+    Text old = {NULL, 0, 0};
+    text_add(&old, text, (size_t)(from - text));
+    text_add(&old, to, (size_t)(from2 - to));
+    text_add(&old, to2, strlen(to2));
+    write_text(temp("b/trainer.json"), old.data);
+    free(old.data);
+    code = resume_run("b", "--steps 4");
+    check(code == 0 && error_lines() == 0 && same_in("a", "b", "model.safetensors") && same_logs("a", "b"),
+          "an older trainer.json goes on as before");
+    show_failure(code == 0);
+}
+
+// A run that must stop keeps the last sound step.
+static void test_last_sound_step(void) {
+    Position start = {0, 0, 0};
+    Backend failing = cpu_backend;
+    failing.update = failing_update;
+    for (ruined = 0; ruined < 2; ruined++) {
+        remove_tree(temp("sound"));
+        mkdir(temp("sound"), 0777);
+        int code = train_here(&failing, 2, 1, start, 8, temp("sound"));
+        check(code == 1 && saved_step("sound") == (ruined ? 0 : 3),
+              "a gradient that is not finite, %s: step %ld is saved", ruined ? "of a ruined model" : "of a sound one", saved_step("sound"));
+    }
+    write_corpus(temp("shrinks.txt"), 20000);
+    remove_tree(temp("b"));
+    char arguments[1024];
+    snprintf(arguments, sizeof arguments, "--data %s --out %s %s --steps 1000000 --save-every 0 --val none",
+             temp("shrinks.txt"), temp("b"), small_run);
+    pid_t pid = start_program(arguments, 0);
+    wait_for_rows(pid, "b", 5);
+    if (truncate(temp("shrinks.txt"), 5000)) die(1, "truncate: %s", strerror(errno));
+    int code = finish_program(pid);
+    long step = saved_step("b");
+    snprintf(arguments, sizeof arguments, "the checkpoint of step %ld in", step);
+    check(code == 1 && step >= 5 && error_lines() == 1 && strstr(ran.err, arguments) &&
+              strstr(ran.err, "has the file changed"),
+          "data that shrink: %.300s", strstr(ran.err, "train_moe:") ? strstr(ran.err, "train_moe:") : "");
+    // the same in validation
+    write_corpus(temp("shrinks.txt"), 20000);
+    snprintf(arguments, sizeof arguments, "--val %s --steps 3 --val-every 3", temp("shrinks.txt"));
+    check(train_run("a", arguments) == 0, "a run to go on with");
+    check(truncate(temp("shrinks.txt"), 60) == 0, "its validation data shrink");
+    code = resume_run("a", "--steps 6 --val-batches 0");
+    check(code == 0 && strstr(ran.err, "other validation data"), "which is said: %.300s", ran.err);
+    // a save that fails is tried again
+    remove_tree(temp("b"));
+    mkdir(temp("b"), 0777);
+    write_text(temp("b/.saving"), "in the way");
+    snprintf(arguments, sizeof arguments, "%s --steps 1000000 --save-every 2", small_run);
+    pid = start_training("b", arguments, 0);
+    wait_for_rows(pid, "b", 5);
+    int none = saved_step("b") == 0;
+    unlink(temp("b/.saving"));
+    for (int i = 0; i < 60000 && !saved_step("b"); i++) sleep_ms(1);
+    kill(pid, SIGTERM);
+    code = finish_program(pid);
+    check(none && code == 128 + SIGTERM && saved_step("b") > 5 && strstr(ran.err, "step 4 could not be saved"),
+          "a save that fails is tried again with the next one: %d, step %ld", code, saved_step("b"));
+}
+
+// Saved before it is validated; a signal does not wait for the end of a validation, and --resume makes up for it.
+static void test_validation_last(void) {
+    char arguments[1024];
+    write_corpus(temp("long.txt"), 4000000);
+    snprintf(arguments, sizeof arguments, "--val %s --val-every 2 --val-batches 0 --save-every 2 --steps 4",
+             temp("long.txt"));
+    remove_tree(temp("b"));
+    char all[2048];
+    snprintf(all, sizeof all, "%s %s %s", small_run, small_experts, arguments);
+    pid_t pid = start_training("b", all, 0);
+    for (int i = 0; i < 60000 && saved_step("b") < 2; i++) sleep_ms(1);
+    kill(pid, SIGTERM);
+    int code = finish_program(pid);
+    check(code == 128 + SIGTERM && saved_step("b") == 2 && count_lines(temp("b/val.csv")) == 1,
+          "a signal in a validation: exit code %d, step %ld, %d rows", code, saved_step("b"),
+          count_lines(temp("b/val.csv")) - 1);
+    snprintf(arguments, sizeof arguments, "--val %s --val-batches 2 --steps 4", temp("corpus.txt"));
+    code = resume_run("b", arguments);
+    size_t n;
+    char* rows = read_bytes(temp("b/val.csv"), &n);
+    check(code == 0 && count_lines(temp("b/val.csv")) == 3 && rows && strstr(rows, "\n2,144,") &&
+              strstr(rows, "\n4,288,"),
+          "--resume makes up for it");
+    show_failure(code == 0);
+    code = resume_run("b", "");
+    check(code == 0 && strstr(ran.out, "nothing left to do") && !strstr(ran.out, "validation loss"),
+          "once: %.300s", ran.out);
+}
+
+// File systems without locks, and without a flush of directories.
+static void test_file_systems(void) {
+    setenv("NO_LOCKS", "1", 1);
+    int code = train_run("b", "--steps 1");
+    check(code == 0 && error_lines() == 1 && strstr(ran.err, "no locks here"), "no locks: one warning: %.200s",
+          ran.err);
+    unsetenv("NO_LOCKS");
+    setenv("NO_FLUSH", "1", 1);
+    code = train_run("b", "--steps 1");
+    check(code == 0 && error_lines() == 0 && saved_step("b") == 1, "directories that cannot be flushed: %.200s",
+          ran.err);
+    unsetenv("NO_FLUSH");
+}
+
 static void test_determinism(void) {
     write_corpus(temp("corpus.txt"), 20000);
+    test_resume_changes();
+    test_last_sound_step();
+    test_validation_last();
+    test_file_systems();
     test_threads("qwen3_moe", "");
     test_threads("mixtral", "--arch mixtral --head-dim 14 --z-loss 0.001 --aux-form hf");
     test_threads("olmoe", "--arch olmoe --norm-topk 0 --tie");

@@ -264,9 +264,8 @@ static void test_samples(void) {
     static const char* wrong[][2] = {{"--steps 9", "--steps belongs to training, which wants --data F"},
                                      {"--out @/new", "--out belongs to training, which wants --data F"},
                                      {"--batch 4", "--batch belongs to training, which wants --data F"},
-                                     {"--val none", "--val belongs to training, which wants --data F"},
-                                     {"--load", "--load and --trace go with --eval"}};
-    for (int i = 0; i < 5; i++) {
+                                     {"--load", "--load: goes with --eval"}};
+    for (int i = 0; i < 4; i++) {
         char arguments[256];
         snprintf(arguments, sizeof arguments, "--model @/trained %s", wrong[i][0]);
         check_refused(2, arguments, wrong[i][1]);

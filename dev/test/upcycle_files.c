@@ -460,14 +460,14 @@ static void test_up_refusals(void) {
                  {GOLDEN "qwen3 {}/x --experts 4 --method family", "is dense"},
                  {GOLDEN "qwen3 {}/x --experts 4 --select grad2", "is dense"},
                  {"{}/m3 {}/x --experts 6 --method granular", "fitting are"},
-                 {"{}/m3 {}/x --experts 6 --layers all", "is a mixture"},
+                 {"{}/m3 {}/x --experts 6 --layers every-2", "is a mixture"},
+                 {"{}/m3 {}/x --experts 6 --norm-topk 0", "is a mixture"},
                  {"{}/m3 {}/x --experts 2", "--select router-norm"},
                  {"{}/m3 {}/x --experts 6 --select load", "keep"},
                  {"{}/m3 {}/x --experts 2 --select router-norm", "--reference"},
                  {"{}/m3 {}/x --experts 2 --select weight --method drop", "fewer"},
                  {"{}/m3 {}/x --experts 6 --select grad2", "--calibrate"},
                  {"{}/m3 {}/x --experts 6 --select grad2 --calibrate {}/short.bin --seq 64", "too short"},
-                 {"{}/m3 {}/x --experts 6 --calibrate {}/short.bin", "nothing asked"},
                  {"{}/m3 {}/x --experts 6 --check {}/none.bin", "none.bin"},
                  {"{}/m3 {}/x --experts 6 --router bias", "no bias"},
                  {"{}/m3 {}/x --experts 6 --method family --router noise", "exactly"},
@@ -495,7 +495,7 @@ static void test_up_refusals(void) {
                  {"{}/m3 {}/x --experts 3 --method drop", "as many experts as SRC"},
                  {"{}/m3 {}/x --experts 3 --router perturb-new", "no more experts than SRC"},
                  {"{}/m3 {}/x --experts 6 --method random --prune-weights 0.5 --calibrate {}/short.bin", "seen none"},
-                 {"{}/m3 {}/x --experts 3 --prune-weights 0 --calibrate {}/short.bin", "--prune-weights 0"},
+                 {"{}/m3 {}/x --experts 3 --prune-weights 1.5 --calibrate {}/short.bin", "from 0 to 1"},
                  {"{}/m3 {}/x --experts 6 --select random --allocate greedy", "draws lots"},
                  {"{}/m3 {}/x --experts 6 --method shuffle --optimizer interpolate", "no next expert"},
                  {"{}/llama7 {}/x --experts 6 --optimizer interpolate", "no next expert"},
@@ -509,6 +509,24 @@ static void test_up_refusals(void) {
                  {GOLDEN "llama {}/x --experts 2 --sources {}/m3", "has another model_type than"},
                  {"{}/m3 {}/x --experts 6 --strength 2", "belongs to"},
                  {"{}/m3 {}/x --experts six", "whole number"}};
+    // what agrees with the source or switches off what is not there is no error
+    static const char* agree[] = {
+        "{}/m3 --experts 6 --layers all --norm-topk 1 --granularity 1 --scale exact --energy 0.95 --drop-ratio 0 "
+        "--noise-std 0 --noise-fraction 0 --strength 0 --router copy --router-delta 0 --router-std 0.02 "
+        "--router-init normal --prune-weights 0 --cap 3 --score-on all --calibrate {}/short.bin --reference {}/m3 --arch qwen3",
+        GOLDEN "qwen3 --experts 4 --select uniform --score-on all --cap 3 --router copy --router-delta 0 "
+        "--prune-weights 0 --strength 0 --batch 8 --check-batches 10 --calibrate-batches 10 --reference {}/m3"};
+    for (int i = 0; i < 2; i++) {
+        int code = up_run("", "%s {}/agrees", agree[i]);
+        check(code == 0 && up_exists("agrees/config.json"), "options that agree, %d: %.200s", i, code ? up_output : "");
+        remove_tree(up_path("agrees"));
+    }
+    setenv("NO_LOCKS", "1", 1);
+    setenv("NO_FLUSH", "1", 1);
+    check(up_run("", "{}/m3 {}/agrees --experts 6") == 0 && strstr(up_output, "no locks here"),
+          "a file system without locks and flushes is warned of: %.200s", up_output);
+    unsetenv("NO_LOCKS");
+    unsetenv("NO_FLUSH");
     for (EACH(i, cases)) {
         int code = up_run("", "%s", cases[i].arguments), lines = 0;
         for (const char* s = up_output; *s; s++) lines += *s == '\n';

@@ -98,7 +98,7 @@ static Option ask_table[] = {
     {"seq", OPT_WHOLE, USE_OTHER, &ask.seq, 1, 1 << 20, NULL, "T", "tokens in one (at most 1024)", 0},
     {"reference", OPT_TEXT, USE_OTHER, &ask.reference, 0, 0, NULL, "DIR",
      "the model before fine-tuning, for router-norm", 0},
-    {"prune-weights", OPT_REAL, USE_OTHER, &ask.prune_weights, 1e-9, 1, NULL, "P",
+    {"prune-weights", OPT_REAL, USE_OTHER, &ask.prune_weights, 0, 1, NULL, "P",
      "share of expert weights to zero", 0},
 
     {"inspect", OPT_TEXT, USE_OTHER, &ask.inspect, 0, 0, NULL, "DIR", "look at DIR, write nothing", 0},
@@ -110,6 +110,21 @@ static int asked(const char* name) {
     for (int i = 0; i < NUM_ASKED; i++)
         if (!strcmp(ask_table[i].name, name)) return ask_table[i].given;
     return 0;
+}
+
+// Given, and neither with its default nor with the value that switches it off: whoever gives one expects something of
+// it, and what it is about must be there.
+static int insists(const char* name) {
+    static const char* off[][2] = {{"select", "uniform"}, {"router", "copy"}, {"router-init", "normal"},
+                                   {"strength", "0"}, {"router-delta", "0"}, {"prune-weights", "0"},
+                                   {"granularity", "1"}, {"drop-ratio", "0"}, {"noise-std", "0"},
+                                   {"noise-fraction", "0"}};
+    const char* switched_off = NULL;
+    int i = 0;
+    for (int k = 0; k < (int)(sizeof off / sizeof off[0]); k++)
+        if (!strcmp(off[k][0], name)) switched_off = off[k][1];
+    while (strcmp(ask_table[i].name, name)) i++;
+    return ask_table[i].given && !asks_nothing(&ask_table[i], switched_off);
 }
 
 // "5G", "500M", "64K" or bytes

@@ -15,14 +15,14 @@ static int uses(Method m, const char* list) {
 }
 
 // Options that say nothing to this source or method are refused: whoever gives one expects something of it.
-static void check_options(const Plan* p, const char* src) {
+static void check_options(const Plan* p, const Config* c, const char* src) {
 #define DENSE_METHODS "copy|drop|noise|noise-replace|granular|partition|cluster|random"
 #define MOE_METHODS \
     "copy|family|copy-noise|scaled|drop|interpolate|shuffle|orthogonal|svd-perturb|svd-mix|sparse-code-mix|random"
     static const char* dense_only[] = {"norm-topk", "layers", "sources",       "granularity",
                                        "scale",     "energy", "noise-fraction"};
-    static const char* moe_only[] = {"select",       "score-on",  "allocate",      "cap",     "router",
-                                     "router-delta", "reference", "prune-weights", "strength"};
+    static const char* moe_only[] = {"select", "score-on",     "allocate",      "cap",
+                                     "router", "router-delta", "prune-weights", "strength"};
     static const struct {
         const char *option, *methods;
     } wants[] = {{"drop-ratio", "drop"},
@@ -39,21 +39,21 @@ static void check_options(const Plan* p, const char* src) {
             p->dense ? "mixture-of-experts" : "dense", src, p->dense ? "dense" : "a mixture of experts",
             p->dense ? DENSE_METHODS : MOE_METHODS);
     for (int i = 0; !p->dense && i < 7; i++)
-        if (asked(dense_only[i]))
+        if (insists(dense_only[i]) && (i > 0 || ask.norm_topk != c->norm_topk_prob))
             die(2, "--%s is for a dense source, and %s is a mixture of experts", dense_only[i], src);
-    for (int i = 0; p->dense && i < 9; i++)
-        if (asked(moe_only[i])) die(2, "--%s is for a mixture-of-experts source, and %s is dense", moe_only[i], src);
+    for (int i = 0; p->dense && i < 8; i++)
+        if (insists(moe_only[i])) die(2, "--%s is for a mixture-of-experts source, and %s is dense", moe_only[i], src);
     for (size_t i = 0; i < sizeof wants / sizeof wants[0]; i++)
-        if (asked(wants[i].option) && !uses(p->method, wants[i].methods))
+        if (insists(wants[i].option) && !uses(p->method, wants[i].methods))
             die(2, "--%s belongs to --method %s, and the method is %s", wants[i].option, wants[i].methods, ask.method);
-    if (!p->dense && (asked("router-init") || asked("router-std")) && p->method != RANDOM)
+    if (!p->dense && (insists("router-init") || insists("router-std")) && p->method != RANDOM)
         die(2, "--router-%s draws new rows, which --method %s does not have; --method random does",
-            asked("router-init") ? "init" : "std", ask.method);
-    if (p->method == CLUSTER && (asked("router-init") || asked("router-std")))
+            insists("router-init") ? "init" : "std", ask.method);
+    if (p->method == CLUSTER && (insists("router-init") || insists("router-std")))
         die(2, "--router-init: the router of --method cluster is made of the centroids");
     if (uses(p->method, "svd-mix|sparse-code-mix") && asked("strength") && ask.strength > 1)
         die(2, "--strength %g: for --method %s it is the share that is exchanged, 0 to 1", ask.strength, ask.method);
-    if (p->method == RANDOM && asked("prune-weights"))
+    if (p->method == RANDOM && insists("prune-weights"))
         die(2, "--prune-weights goes by the inputs of experts, and the new ones of --method random have seen none");
 }
 
@@ -302,7 +302,7 @@ static Plan* plan_create(const char* src) {
     p->dense = c.num_experts == 0;
     if (c.family_penalty > 0)
         die(2, "%s: its families are still penalised; train it on to the end of --family-steps first", src);
-    check_options(p, src);
+    check_options(p, &c, src);
     open_sources(p, src);
     if (!asked("experts")) die(2, "--experts N is missing: the number of experts of each sparse layer in DST");
     p->N = (int)ask.experts;
@@ -332,18 +332,13 @@ static Plan* plan_create(const char* src) {
         die(2, "--method %s makes copies, but DST has as many experts as SRC, %d", ask.method, p->E);
     if (shrinks && p->config.num_experts_per_tok == p->N && p->N < c.num_experts_per_tok)
         p->config.num_experts_per_tok = p->N;
-    if (ask.reference && p->selection != ROUTER_NORM) die(2, "--reference belongs to --select router-norm");
-    if (asked("score-on") && (p->selection < WEIGHT || p->selection > FISHER))
+    if (insists("score-on") && (p->selection < WEIGHT || p->selection > FISHER))
         die(2, "--score-on belongs to --select weight, saliency, grad2 or fisher");
-    if ((asked("allocate") || asked("cap")) && (p->selection == UNIFORM || shrinks))
+    if ((insists("allocate") || insists("cap")) && (p->selection == UNIFORM || shrinks))
         die(2, "--%s hands out copies by a score; --select weight, saliency, grad2 or fisher has one",
-            asked("cap") ? "cap" : "allocate");
+            insists("cap") ? "cap" : "allocate");
     if (asked("allocate") && p->selection == BY_CHANCE)
         die(2, "--allocate: --select random draws lots; weight, saliency, grad2 or fisher have scores");
-    int calibrated =
-        p->method == CLUSTER || asked("prune-weights") || (p->selection >= SALIENCY && p->selection <= LOAD);
-    if (ask.calibrate && !calibrated)
-        die(2, "--calibrate: nothing asked for needs data; --select grad2, --prune-weights or --method cluster do");
 
     // router
     int correction = 0;
@@ -365,7 +360,7 @@ static Plan* plan_create(const char* src) {
         die(2, "--router %s: --method family keeps the function exactly, which needs --router copy", ask.router);
     if (p->router != ROUTER_COPY && ask.router && p->N <= p->E && !(p->N == p->E && p->router == ROUTER_NOISE))
         die(2, "--router %s is for copies, and DST has no more experts than SRC", ask.router);
-    if (asked("router-delta") && p->router == ROUTER_COPY) die(2, "--router-delta: --router copy has no strength");
+    if (insists("router-delta") && p->router == ROUTER_COPY) die(2, "--router-delta: --router copy has no strength");
     if (asked("router-delta") && p->router == ROUTER_TEMPERATURE && ask.router_delta == 0)
         die(2, "--router-delta 0: --router temperature divides by it; expected a positive number");
 
@@ -385,7 +380,7 @@ static Plan* plan_create(const char* src) {
 
     if (p->method == CLUSTER) find_clusters(p);
     plan_experts(p);
-    if (asked("prune-weights")) {
+    if (insists("prune-weights")) {
         long n = (long)c.num_layers * p->E * (c.hidden_size + c.moe_intermediate_size);
         p->input_norms = (double*)checked_malloc(sizeof(double) * (size_t)n);
         memset(p->input_norms, 0, sizeof(double) * (size_t)n);

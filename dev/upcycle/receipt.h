@@ -133,7 +133,7 @@ static void find_properties(const Plan* p, Findings* f) {
                  K - 1);
         return;
     }
-    if (asked("prune-weights"))
+    if (insists("prune-weights"))
         FUNCTION("not kept: %.0f %% of the weights of every expert are zero", 100 * ask.prune_weights);
     else if (N < p->E)
         FUNCTION("not kept: %d of %d experts are gone from each sparse layer", p->E - N, p->E);

@@ -154,7 +154,7 @@ static void write_tensors(Plan* p, const char* dir) {
             start_flushing(fd, flushed, written);
             flushed = written;
         }
-        if (fsync(fd) || close(fd)) die(1, "%s: %s; nothing was made", path, strerror(errno));
+        if (flush_to_disk(fd) || close(fd)) die(1, "%s: %s; nothing was made", path, strerror(errno));
     }
     Error error = {""};
     char folder[PATH_SIZE];
@@ -347,7 +347,7 @@ static void begin_saving(const char* dst) {
         die(2, "%s is in the way and was not made by upcycle; remove it, or choose another DST", path);
     saving_lock = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
     if (saving_lock < 0) die(1, "%s: %s", path, strerror(errno));
-    if (flock(saving_lock, LOCK_EX | LOCK_NB)) die(2, "%s: another run is writing there", path);
+    if (!lock_directory(saving_lock, path)) die(2, "%s: another run is writing there", path);
     move_files(path, NULL, &error);
     if (error.text[0] || !write_file(marker, "", 0, &error)) die(1, "%s", error.text);
     strcpy(saving_path, path);
