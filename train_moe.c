@@ -1,48 +1,53 @@
 /*
 train_moe.c: a complete mixture-of-experts GPT.
 
-It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen3, Qwen3-MoE and Dots1 models on a CPU in fp32,
-reads and writes their Hugging Face directories, and needs a C compiler and nothing else. Every forward pass is followed
-by its backward pass, written by hand. Read it from top to bottom:
+It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen3, Qwen3-MoE and Dots1 models on a CPU in
+fp32, reads and writes their Hugging Face directories, and needs a C compiler and nothing else. Every forward
+pass is followed by its backward pass, written by hand. To be read from top to bottom:
 
     1  Configuration        what a model is: a dozen numbers
     2  Matrix products      y = x W^T and its two gradients, also for many experts at once
-    3  Layers               embedding, RMSNorm, rotary positions, attention, SwiGLU, cross-entropy
-    4  Mixture of experts   top-K routing, grouping tokens by expert, balance losses
+    3  Layers               embedding, cross-entropy, RMSNorm, rotary positions, attention
+    4  Mixture of experts   top-K routing, balance losses, grouping tokens by expert, SwiGLU
     5  The model            parameters, activations, forward, backward, AdamW
-    6  Training loop        learning rate, accumulation, validation, logs
+    6  Training             learning rate, accumulation, the loop
 
-What is hardened or fast stands in the headers of dev/lib, included where they are needed; nobody has to read them.
+One evening: the block (section 1), the three formulas (2), RMSNorm (3), all of 4, and of 5 the arrays and
+what lies between router_forward and ffn_layer_backward. dev/reading.md lists one token's way as calls.
+
+What is hardened or fast stands in the headers of dev/lib, included where they are needed; nobody has to read
+them. How to go on: routers beyond softmax, dev/lib/routers.h; the same on a GPU, train_moe.cu; more experts
+for a trained model, upcycle.c.
 
 Dimension letters, the same everywhere:
     B  sequences in a batch         H   hidden size                     E  experts in a layer
     T  positions in a sequence      I   width of an expert (or FFN)     K  experts that each token uses
     N  tokens in a batch, B T       NH  attention heads                 V  vocabulary
     L  layers                       NKV key/value heads, HD head size
-Arrays are row-major and written with the outermost dimension first: (N, H) is N rows of H floats. `dx` is the gradient
-of the loss with respect to `x`. Functions write their first arguments and read the others.
+Arrays are row-major and written with the outermost dimension first: (N, H) is N rows of H floats. `dx` is the
+gradient of the loss with respect to `x`. Functions write their first arguments and read the others.
 
-The file is also a library: upcycle.c, test_moe.c and train_moe.cu define TRAIN_MOE_NO_MAIN and include it. It is
-written in the common subset of C11 (with gcc's vector types) and C++17, because the CUDA compiler reads it as C++.
+The file is also a library: upcycle.c, test_moe.c and train_moe.cu define TRAIN_MOE_NO_MAIN and include it. It
+is written in the common subset of C11 (with gcc's vector types) and C++17: the CUDA compiler reads it as C++.
 */
 #ifndef TRAIN_MOE_C
 #define TRAIN_MOE_C
 #include "dev/lib/util.h"         // die, memory, paths, imin, seconds, threads
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // 1. Configuration
 //
 // One block, repeated L times, with few switches (x is a row of H numbers, one per token):
 //
-//     x += Wo attention( rope(qknorm(Wq n1(x))), rope(qknorm(Wk n1(x))), Wv n1(x) )        causal, grouped-query
-//     x += sum over the token's K experts e of  gate_e  f_e(n2(x))                         f_e is a SwiGLU network
+//     x += Wo attention( rope(qknorm(Wq n1(x))), rope(qknorm(Wk n1(x))), Wv n1(x) )  causal, grouped-query
+//     x += sum over the token's K experts e of  gate_e  f_e(n2(x))                   f_e is a SwiGLU network
 //
 // n1, n2 are RMSNorms. A dense layer is a layer with one expert whose gate is 1: there is one code path.
 
-typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, DOTS1, NUM_ARCHS } Arch;    // the Hugging Face class
-typedef enum { QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_ROW } QKNorm;    // none; each head; all heads of a token as one row
-typedef enum { AUX_SWITCH, AUX_HF } AuxForm;                        // the two published balance losses, see section 4
-typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // how experts are scored; the last two: routers.h
+typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, DOTS1, NUM_ARCHS } Arch; // the class
+typedef enum { QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_ROW } QKNorm;    // none; each head; all heads as one row
+typedef enum { AUX_SWITCH, AUX_HF } AuxForm;                        // two balance losses, see section 4
+typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // the last two: routers.h
 
 #define MAX_LAYERS 512
 
@@ -65,7 +70,7 @@ typedef struct {
     double rope_theta;
     double rms_norm_eps;
     double router_aux_loss_coef;
-    int topk_limit;                 // the largest K that training may draw for a layer, 0: num_experts_per_tok
+    int topk_limit;                 // the largest K that training may draw, 0: num_experts_per_tok
     char sparse[MAX_LAYERS];        // 1: layer l is a mixture of experts, 0: it is dense
     // router variants, routers.h; all zero with a softmax router
     Router router;
@@ -81,13 +86,7 @@ static int layer_topk(const Config* c, int l) { return c->sparse[l] ? c->num_exp
 static int layer_width(const Config* c, int l) {
     return c->sparse[l] ? c->moe_intermediate_size : c->intermediate_size;
 }
-static int most_topk(const Config* c) {
-    return c->topk_limit > c->num_experts_per_tok ? c->topk_limit : c->num_experts_per_tok;
-}
 static int qkv_width(const Config* c) { return (c->num_heads + 2 * c->num_kv_heads) * c->head_dim; }
-static int has_router_variant(const Config* c) {
-    return c->router != ROUTER_SOFTMAX || c->logit_norm > 0 || c->family_penalty > 0;
-}
 static int count_sparse(const Config* c) {
     int n = 0;
     for (int l = 0; l < c->num_layers; l++) n += c->sparse[l];
@@ -96,7 +95,7 @@ static int count_sparse(const Config* c) {
 
 #include "dev/lib/random.h"       // draws that are hashes of what they are for
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // 2. Matrix products
 //
 // A linear layer needs three of them, all matrices row-major:
@@ -105,10 +104,10 @@ static int count_sparse(const Config* c) {
 //     backward weight  dW += dy^T x     dW (OC, C)
 //
 // The loops below are their definition, order of additions and roundings included: each sum runs over
-// k = 0, 1, 2, ..., and each of its steps is one multiply-add. dev/lib/products.h computes the same bits many times
-// faster: there, blocks, vectors and threads only decide which elements are computed when, and where a sum waits
-// while it is unfinished. So bits never depend on the number of rows, threads or experts in a call, nor on the
-// place of a row in the batch: a token generated alone equals the same token in a batch.
+// k = 0, 1, 2, ..., one multiply-add at a time. dev/lib/products.h computes the same bits many times faster:
+// there, blocks, vectors and threads only decide which elements are computed when, and where a sum waits
+// while it is unfinished. So bits never depend on the number of rows, threads or experts in a call, nor on
+// the place of a row in the batch: a token generated alone equals the same token in a batch.
 
 #include "dev/lib/products.h"     // fast_product, fast_block: these sums, fast
 
@@ -125,11 +124,11 @@ static int plain_products = PLAIN;
 #define MULTIPLY_ADD(sum, a, b) ((sum) + (a) * (b))
 #endif
 
-// E products at once, one for each expert: rows offsets[e] .. offsets[e + 1] - 1 of x and y belong to matrix number
-// e, which is (OC, C) and starts at W + e * weight_stride. An expert may have no rows.
+// E products at once, one for each expert: rows offsets[e] .. offsets[e + 1] - 1 of x and y belong to matrix
+// number e, which is (OC, C) and starts at W + e * weight_stride. An expert may have no rows.
 //     y = x W_e^T          y (rows, OC), x (rows, C), offsets (E + 1)
-void grouped_matmul_forward(float* y, const float* x, const float* W, long weight_stride, int C, int OC, int E,
-                            const int* offsets) {
+void grouped_matmul_forward(float* y, const float* x, const float* W, long weight_stride, int C, int OC,
+                            int E, const int* offsets) {
     if (!plain_products) {
         fast_product(FORWARD, y, x, W, weight_stride, C, OC, E, offsets, 0);
         return;
@@ -147,8 +146,8 @@ void grouped_matmul_forward(float* y, const float* x, const float* W, long weigh
 }
 
 //     dx = dy W_e, or with add = 1 dx += dy W_e
-void grouped_matmul_backward_input(float* dx, const float* dy, const float* W, long weight_stride, int C, int OC,
-                                   int E, const int* offsets, int add) {
+void grouped_matmul_backward_input(float* dx, const float* dy, const float* W, long weight_stride, int C,
+                                   int OC, int E, const int* offsets, int add) {
     if (!plain_products) {
         fast_product(BACKWARD_INPUT, dx, dy, W, weight_stride, C, OC, E, offsets, add);
         return;
@@ -166,8 +165,8 @@ void grouped_matmul_backward_input(float* dx, const float* dy, const float* W, l
 }
 
 //     dW_e += dy^T x
-void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, long weight_stride, int C, int OC,
-                                    int E, const int* offsets) {
+void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, long weight_stride, int C,
+                                    int OC, int E, const int* offsets) {
     if (!plain_products) {
         fast_product(BACKWARD_WEIGHT, dW, dy, x, weight_stride, C, OC, E, offsets, 1);
         return;
@@ -183,14 +182,15 @@ void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, 
     }
 }
 
-// The same sums for attention, by one thread, on matrices whose rows and columns are any number of floats apart:
+// The same sums for attention, by one thread, on matrices with rows and columns any number of floats apart:
 //     result(i,j) = [result(i,j) if add] + sum over k of left(i,k) right(k,j)
-// result (rows, columns), left (rows, depth), right (depth, columns); left(i,k) is left[i * left_i + k * left_k].
+// result (rows, columns), left (rows, depth), right (depth, columns); left(i,k) is left[i*left_i + k*left_k].
 static void multiply_block(float* result, long result_i, const float* left, long left_i, long left_k,
                            const float* right, long right_k, long right_j, int rows, int columns, int depth,
                            int add) {
     if (!plain_products) {
-        fast_block(result, result_i, left, left_i, left_k, right, right_k, right_j, rows, columns, depth, add);
+        fast_block(result, result_i, left, left_i, left_k, right, right_k, right_j, rows, columns, depth,
+                   add);
         return;
     }
     for (int i = 0; i < rows; i++)
@@ -218,7 +218,7 @@ void matmul_backward_weight(float* dW, const float* dy, const float* x, int rows
     grouped_matmul_backward_weight(dW, dy, x, 0, C, OC, 1, offsets);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // 3. Layers
 
 #include "dev/lib/vector_math.h"  // fast_exp, max_of
@@ -230,8 +230,8 @@ static void embedding_forward(float* out, const int* tokens, const float* table,
     for (int n = 0; n < N; n++) memcpy(out + (long)n * H, table + (long)tokens[n] * H, sizeof(float) * H);
 }
 
-// dtable[tokens] += dout. Two positions may hold the same token, so threads share the columns and not the rows: each
-// sum is then made by one thread, in the order of the positions.
+// dtable[tokens] += dout. Two positions may hold the same token, so threads share the columns and not the
+// rows: each sum is then made by one thread, in the order of the positions.
 static void embedding_backward(float* dtable, const float* dout, const int* tokens, int N, int H) {
     #pragma omp parallel for
     for (int column = 0; column < H; column += 16) {
@@ -244,13 +244,39 @@ static void embedding_backward(float* dtable, const float* dout, const int* toke
     }
 }
 
+// The loss of each token and the log of its softmax's denominator:
+//     lse_n = log sum_v exp(logits_nv)   losses_n = lse_n - logits_n,target  logits (N, V); losses, lse (N)
+static void cross_entropy_forward(float* losses, float* lse, const float* logits, const int* targets, int N,
+                                  int V) {
+#pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* logits_n = logits + (long)n * V;
+        float max = max_of(logits_n, V), sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int v = 0; v < V; v++) sum += fast_exp(logits_n[v] - max);
+        lse[n] = max + logf(sum);
+        losses[n] = lse[n] - logits_n[targets[n]];
+    }
+}
+
+// The logits become their own gradient in place:  dlogits_nv = scale (exp(logits_nv - lse_n) - [v = target])
+static void cross_entropy_backward(float* logits, const float* lse, const int* targets, int N, int V,
+                                   float scale) {
+#pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        float* logits_n = logits + (long)n * V;
+        for (int v = 0; v < V; v++) logits_n[v] = scale * fast_exp(logits_n[v] - lse[n]);
+        logits_n[targets[n]] -= scale;
+    }
+}
+
 // RMSNorm (Zhang and Sennrich 2019):  out = weight * x * rstd,  rstd = 1 / sqrt(mean(x^2) + eps)
-// x is N rows, `ld_x` floats apart, each of `groups` vectors of `size`; every vector is normalised by itself with the
-// same weight (size). Layer norms have one group a row; per-head norms of queries and keys have one for each head.
+// x is N rows, `ld_x` floats apart, each of `groups` vectors of `size`; every vector is normalised by itself,
+// with the same weight (size). Layer norms have one group a row, per-head norms of q and k one a head.
 // rstd (N, groups) is kept for the backward pass.
-static void rmsnorm_forward(float* out, long ld_out, float* rstd, const float* x, long ld_x, const float* weight, int N,
-                            int groups, int size, float eps) {
-    #pragma omp parallel for if (N > 1)
+static void rmsnorm_forward(float* out, long ld_out, float* rstd, const float* x, long ld_x,
+                            const float* weight, int N, int groups, int size, float eps) {
+#pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++)
         for (int g = 0; g < groups; g++) {
             const float* x_ng = x + n * ld_x + (long)g * size;
@@ -264,8 +290,8 @@ static void rmsnorm_forward(float* out, long ld_out, float* rstd, const float* x
         }
 }
 
-// Rows whose share of a norm's dweight is summed up while they are at hand. Blocks of rows are then added in order, so
-// that the number of threads changes nothing.
+// Rows whose share of a norm's dweight is summed up while they are at hand. Blocks of rows are then added in
+// order, so that the number of threads changes nothing.
 #define RMSNORM_ROWS 16
 static long rmsnorm_sums_size(int N, int size) { return (long)(N + RMSNORM_ROWS - 1) / RMSNORM_ROWS * size; }
 
@@ -274,8 +300,8 @@ static long rmsnorm_sums_size(int N, int size) { return (long)(N + RMSNORM_ROWS 
 // add = 1 adds to dx, which then is the gradient that flows past the norm on the residual stream.
 // sums: rmsnorm_sums_size(N, size) floats of scratch.
 static void rmsnorm_backward(float* dx, long ld_dx, int add, float* dweight, const float* dout, long ld_dout,
-                             const float* x, long ld_x, const float* weight, const float* rstd, int N, int groups,
-                             int size, float* sums) {
+                             const float* x, long ld_x, const float* weight, const float* rstd, int N,
+                             int groups, int size, float* sums) {
     int blocks = (N + RMSNORM_ROWS - 1) / RMSNORM_ROWS;
     #pragma omp parallel for
     for (int b = 0; b < blocks; b++) {
@@ -283,7 +309,8 @@ static void rmsnorm_backward(float* dx, long ld_dx, int add, float* dweight, con
         memset(sums_b, 0, sizeof(float) * size);
         for (int n = b * RMSNORM_ROWS; n < imin(N, (b + 1) * RMSNORM_ROWS); n++)
             for (int g = 0; g < groups; g++) {
-                const float *x_ng = x + n * ld_x + (long)g * size, *dout_ng = dout + n * ld_dout + (long)g * size;
+                const float *x_ng = x + n * ld_x + (long)g * size,
+                            *dout_ng = dout + n * ld_dout + (long)g * size;
                 float *dx_ng = dx + n * ld_dx + (long)g * size, r = rstd[(long)n * groups + g], s = 0;
                 #pragma omp simd reduction(+ : s)
                 for (int i = 0; i < size; i++) s += dout_ng[i] * weight[i] * x_ng[i];
@@ -316,16 +343,18 @@ static void rope_table(float* cosines, float* sines, int positions, int HD, doub
         }
 }
 
-// Rotary positions (Su et al. 2021), in place, on `heads` heads of each of N = B T rows that are ld floats apart.
-// Element i of a head's first half and element i of its second half are a point in the plane (Hugging Face's
-// rotate_half), turned by position * theta^(-2 i / HD). Row n is at position start + n % T of its sequence; the angles'
-// cosines and sines are rope_table's. The gradient of a rotation is the rotation back, direction = -1.
+// Rotary positions (Su et al. 2021), in place, on `heads` heads of each of N = B T rows that are ld floats
+// apart. Element i of a head's first half and element i of its second half are a point in the plane (Hugging
+// Face's rotate_half), turned by position * theta^(-2 i / HD). Row n is at position start + n % T of its
+// sequence; the angles' cosines and sines are rope_table's. The gradient of a rotation is the rotation back,
+// direction = -1.
 static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, const float* cosines,
                  const float* sines, int direction) {
     int half = HD / 2;
     #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
-        const float *cos_t = cosines + (long)(start + n % T) * half, *sin_t = sines + (long)(start + n % T) * half;
+        const float *cos_t = cosines + (long)(start + n % T) * half,
+                    *sin_t = sines + (long)(start + n % T) * half;
         for (int h = 0; h < heads; h++) {
             float *a = x + n * ld + (long)h * HD, *b = a + half;
             for (int i = 0; i < half; i++) {
@@ -337,7 +366,7 @@ static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, 
     }
 }
 
-// Attention works on blocks of this many queries: their scores against all keys stay in the cache between the products.
+// Attention works on blocks of this many queries: their scores against all keys stay in the cache.
 #define QUERY_BLOCK 64
 // rows of scores are this far apart: a power of two would map all of them to one cache set
 static long score_stride(int T) { return (T + 15) / 16 * 16 + 16; }
@@ -349,8 +378,8 @@ static float* attention_scratch(float* scratch, int T) {
 }
 
 // Causal attention of Tq queries, which are the last Tq of Tk positions, in B sequences:
-//     out_i = sum over j <= i of p_ij v_j,  p_ij = exp(q_i k_j / sqrt(HD)) / sum over j <= i,  lse_i = log of that sum
-// Row n of q, k, v starts at q + n ld_q (k, v with ld_k, ld_v); query head h uses key and value head h / (NH / NKV).
+//     out_i = sum over j <= i of p_ij v_j,  p_ij = exp(q_i k_j / sqrt(HD) - lse_i),  so that sum_j p_ij = 1
+// Row n of q, k, v starts at q + n ld_q (k, v with ld_k, ld_v); head h uses key/value head h / (NH / NKV).
 // out (B Tq, NH HD), lse (B, NH, Tq). scratch: attention_scratch_size(Tk) floats.
 static void attention_forward(float* out, float* lse, const float* q, long ld_q, const float* k, long ld_k,
                               const float* v, long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD,
@@ -390,15 +419,16 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
     }
 }
 
-// The probabilities are made again from the scores and lse, which is cheaper than having kept T^2 of them. With
-// dp_ij = dout_i v_j and D_i = sum over j of p_ij dp_ij = dout_i out_i:
+// The probabilities are made again from the scores and lse, which is cheaper than having kept T^2 of them.
+// With dp_ij = dout_i v_j and D_i = sum over j of p_ij dp_ij = dout_i out_i:
 //     ds_ij = p_ij (dp_ij - D_i) / sqrt(HD)
 //     dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
-// Here Tq = Tk = T. A thread owns a key/value head with all its query heads, so that dk and dv are sums in a fixed
-// order. dq, dk, dv have the strides of q, k, v, and are overwritten. dout (B T, NH HD).
-static void attention_backward(float* dq, float* dk, float* dv, const float* dout, const float* out, const float* lse,
-                               const float* q, long ld_q, const float* k, long ld_k, const float* v, long ld_v,
-                               long ld_dqk, long ld_dv, int B, int T, int NH, int NKV, int HD, float* scratch) {
+// Here Tq = Tk = T. A thread owns a key/value head with all its query heads, so that dk and dv are sums in a
+// fixed order. dq, dk, dv have the strides of q, k, v, and are overwritten. dout (B T, NH HD).
+static void attention_backward(float* dq, float* dk, float* dv, const float* dout, const float* out,
+                               const float* lse, const float* q, long ld_q, const float* k, long ld_k,
+                               const float* v, long ld_v, long ld_dqk, long ld_dv, int B, int T, int NH,
+                               int NKV, int HD, float* scratch) {
     float scale = 1.0f / sqrtf((float)HD);
     long ld = score_stride(T), ld_out = (long)NH * HD;
     Work work;
@@ -416,7 +446,8 @@ static void attention_backward(float* dq, float* dk, float* dv, const float* dou
             for (int first = (T - 1) / QUERY_BLOCK * QUERY_BLOCK; first >= 0; first -= QUERY_BLOCK, add = 1) {
                 int rows = imin(QUERY_BLOCK, T - first), keys = first + rows;
                 long row = (long)b * T + first;
-                const float *q_bh = q + row * ld_q + (long)h * HD, *out_bh = out + row * ld_out + (long)h * HD;
+                const float *q_bh = q + row * ld_q + (long)h * HD,
+                            *out_bh = out + row * ld_out + (long)h * HD;
                 const float *dout_bh = dout + row * ld_out + (long)h * HD;
                 multiply_block(p, ld, q_bh, ld_q, 1, k_b, 1, ld_k, rows, keys, HD, 0);
                 multiply_block(ds, ld, dout_bh, ld_out, 1, v_b, 1, ld_v, rows, keys, HD, 0);       // dp
@@ -433,41 +464,18 @@ static void attention_backward(float* dq, float* dk, float* dv, const float* dou
                     }
                     for (int j = seen; j < keys; j++) p_i[j] = ds_i[j] = 0;
                 }
-                multiply_block(dq + row * ld_dqk + (long)h * HD, ld_dqk, ds, ld, 1, k_b, ld_k, 1, rows, HD, keys, 0);
+                multiply_block(dq + row * ld_dqk + (long)h * HD, ld_dqk, ds, ld, 1, k_b, ld_k, 1, rows, HD,
+                               keys, 0);
                 multiply_block(dk_b, ld_dqk, ds, 1, ld, q_bh, ld_q, 1, keys, HD, rows, add);
                 multiply_block(dv_b, ld_dv, p, 1, ld, dout_bh, ld_out, 1, keys, HD, rows, add);
             }
     }
 }
 
-// The loss of each token and the log of its softmax's denominator:
-//     lse_n = log sum_v exp(logits_nv)        losses_n = lse_n - logits_n,target        logits (N, V); losses, lse (N)
-static void cross_entropy_forward(float* losses, float* lse, const float* logits, const int* targets, int N, int V) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        const float* logits_n = logits + (long)n * V;
-        float max = max_of(logits_n, V), sum = 0;
-        #pragma omp simd reduction(+ : sum)
-        for (int v = 0; v < V; v++) sum += fast_exp(logits_n[v] - max);
-        lse[n] = max + logf(sum);
-        losses[n] = lse[n] - logits_n[targets[n]];
-    }
-}
-
-// The logits become their own gradient in place:  dlogits_nv = scale (exp(logits_nv - lse_n) - [v = target])
-static void cross_entropy_backward(float* logits, const float* lse, const int* targets, int N, int V, float scale) {
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++) {
-        float* logits_n = logits + (long)n * V;
-        for (int v = 0; v < V; v++) logits_n[v] = scale * fast_exp(logits_n[v] - lse[n]);
-        logits_n[targets[n]] -= scale;
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // 4. Mixture of experts
 //
-// The router scores every expert for a token, the best K are run, and their results are added up, weighted by gates:
+// The router scores every expert for a token, the best K are run, and their results, times gates, added up:
 //
 //     z = W_router x          p = softmax(z) over all E experts          S = the K experts with the largest p
 //     gate_e = p_e, or p_e / sum over S of p  (norm_topk_prob)          y = sum over S of gate_e f_e(x)
@@ -482,15 +490,15 @@ static void choose_topk(int* chosen, const float* scores, int E, int K) {
             int available = k == 0 || scores[e] < last || (scores[e] == last && e > chosen[k - 1]);
             if (available && (best < 0 || scores[e] > scores[best])) best = e;
         }
-        chosen[k] = best < 0 ? 0 : best;        // nothing is left only among NaN, which the loss will show too
+        chosen[k] = best < 0 ? 0 : best;        // nothing is left only among NaN; the loss shows them
     }
 }
 
-// probs (N, E) = softmax(logits), lse (N) = log of its denominator, experts (N, K) best first (of equals the lowest
-// index first), gates (N, K)
-static void softmax_router_forward(float* probs, float* lse, int* experts, float* gates, const float* logits, int N,
-                                   int E, int K, int norm_topk) {
-    #pragma omp parallel for if (N > 1)
+// probs (N, E) = softmax(logits), lse (N) = log of its denominator, experts (N, K) best first (of equals the
+// lowest index first), gates (N, K)
+static void softmax_router_forward(float* probs, float* lse, int* experts, float* gates, const float* logits,
+                                   int N, int E, int K, int norm_topk) {
+#pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         const float* z = logits + (long)n * E;
         float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, max = z[0], sum = 0;
@@ -506,15 +514,16 @@ static void softmax_router_forward(float* probs, float* lse, int* experts, float
     }
 }
 
-// dlogits (N, E) from dgates (N, K), the gradient with respect to the gates as they were used. With S a token's
-// experts:
+// dlogits (N, E) from dgates (N, K), the gradient of the gates as they were used. With S a token's experts:
 //     renormalised:  dz_e = gate_e (dgate_e - sum over S of gate_j dgate_j)  for e in S, 0 for the others
 //     otherwise:     dz_e = p_e (dgate_e [e in S] - sum over S of p_j dgate_j)  for all e
-static void softmax_router_backward(float* dlogits, const float* dgates, const float* probs, const int* experts,
-                                    const float* gates, int N, int E, int K, int norm_topk) {
-    #pragma omp parallel for
+static void softmax_router_backward(float* dlogits, const float* dgates, const float* probs,
+                                    const int* experts, const float* gates, int N, int E, int K,
+                                    int norm_topk) {
+#pragma omp parallel for
     for (int n = 0; n < N; n++) {
-        const float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, *dgates_n = dgates + (long)n * K;
+        const float *p = probs + (long)n * E, *gates_n = gates + (long)n * K,
+                    *dgates_n = dgates + (long)n * K;
         float *dz = dlogits + (long)n * E, mean = 0;
         for (int k = 0; k < K; k++) mean += gates_n[k] * dgates_n[k];
         for (int e = 0; e < E; e++) dz[e] = norm_topk ? 0 : -p[e] * mean;
@@ -523,28 +532,21 @@ static void softmax_router_backward(float* dlogits, const float* dgates, const f
     }
 }
 
-// Left alone, a router sends everything to a few experts. The balance loss (Fedus et al. 2021, eq. 4) pushes back:
+// Left alone, a router sends everything to a few experts. The balance loss (2101.03961, eq. 4) pushes back:
 //     f_e = share of the assignments that went to expert e (a constant),  P_e = mean over tokens of p_e
 //     AUX_SWITCH: the sum over sparse layers of E sum_e f_e P_e: 1 a layer when balanced
-//     AUX_HF: as in transformers, once over all layers' tokens together, with f_e counted per token: K when balanced
+//     AUX_HF: as in transformers, once over all layers' tokens, with f_e counted per token: K when balanced
 // Their gradients have one form:      dz_ne += aux_weight p_ne (f_e - sum_j f_j p_nj)
-// The z-loss (Zoph et al. 2022, eq. 5), mean over tokens of lse_n^2 with lse_n = logsumexp(z_n), keeps logits small:
+// The z-loss (2202.08906, eq. 5), mean over tokens of lse_n^2, lse_n = logsumexp(z_n), keeps logits small:
 //                                     dz_ne += z_weight lse_n p_ne
-
-// sums (E) = the sums of the columns of x (N, E)
-static void sum_columns(double* sums, const float* x, int N, int E) {
-    for (int e = 0; e < E; e++) sums[e] = 0;
-    for (int n = 0; n < N; n++)
-        for (int e = 0; e < E; e++) sums[e] += x[(long)n * E + e];
-}
 
 // Adds both gradients to dlogits (N, E). aux_weight and f (E) belong to one of
 //     AUX_SWITCH: coefficient E / N, counts / (N K)
 //     AUX_HF:     coefficient E / M, counts of all layers / M,  M = N times the number of sparse layers
 // and z_weight is 2 coefficient / N. lse (N), probs (N, E).
-static void balance_backward(float* dlogits, const float* lse, const float* probs, const double* f, double aux_weight,
-                             double z_weight, int N, int E) {
-    #pragma omp parallel for
+static void balance_backward(float* dlogits, const float* lse, const float* probs, const double* f,
+                             double aux_weight, double z_weight, int N, int E) {
+#pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* p = probs + (long)n * E;
         double mean = 0;
@@ -554,11 +556,12 @@ static void balance_backward(float* dlogits, const float* lse, const float* prob
     }
 }
 
-// Sorts the N K assignments by expert, so that each expert runs once over rows that lie together. Nothing is padded and
-// no assignment is dropped, however uneven the experts' shares.
+// Sorts the N K assignments by expert, so that each expert runs once over rows that lie together. Nothing is
+// padded and no assignment is dropped, however uneven the experts' shares.
 // offsets (E + 1): expert e's rows are offsets[e] .. offsets[e+1]-1
 // assignment (N K): row r serves assignment n K + k, the k-th expert of token n;  row_of (N, K): the inverse
-static void group_by_expert(int* offsets, int* assignment, int* row_of, const int* experts, int N, int K, int E) {
+static void group_by_expert(int* offsets, int* assignment, int* row_of, const int* experts, int N, int K,
+                            int E) {
     memset(offsets, 0, sizeof(int) * (E + 1));
     for (int a = 0; a < N * K; a++) offsets[experts[a] + 1]++;
     for (int e = 0; e < E; e++) offsets[e + 1] += offsets[e];
@@ -573,14 +576,16 @@ static void group_by_expert(int* offsets, int* assignment, int* row_of, const in
 // out row r (rows, H) = x (N, H) at the token that row r serves
 static void gather_rows(float* out, const float* x, const int* assignment, int rows, int K, int H) {
     #pragma omp parallel for if (rows > 8)
-    for (int r = 0; r < rows; r++) memcpy(out + (long)r * H, x + (long)(assignment[r] / K) * H, sizeof(float) * H);
+    for (int r = 0; r < rows; r++)
+        memcpy(out + (long)r * H, x + (long)(assignment[r] / K) * H, sizeof(float) * H);
 }
 
-// out_n = residual_n + sum over k of gates_nk y[row_of_nk], in the order of k;  gates = NULL: all gates are 1,
-// residual = NULL: zero. The same function is the backward of gather_rows. out, residual (N, H), y (rows, H)
-static void combine_rows(float* out, const float* residual, const float* y, const float* gates, const int* row_of,
-                         int N, int K, int H) {
-    #pragma omp parallel for if (N > 1)
+// out_n = residual_n + sum over k of gates_nk y[row_of_nk], in the order of k;  gates = NULL: all are 1,
+// residual = NULL: zero. out, residual (N, H), y (rows, H). This and gather_rows are each other's transpose:
+// each is the other's backward.
+static void combine_rows(float* out, const float* residual, const float* y, const float* gates,
+                         const int* row_of, int N, int K, int H) {
+#pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         float* out_n = out + (long)n * H;
         for (int i = 0; i < H; i++) out_n[i] = residual ? residual[(long)n * H + i] : 0;
@@ -603,16 +608,17 @@ static void swiglu_forward(float* act, const float* gate_up, int rows, int I) {
     }
 }
 
-// The backward pass of gate * down(silu(g) * u) for the rows of all experts, between the two matrix products. Here gate
-// is the router's number for the row, and g and u are as in swiglu_forward. Given
+// The backward pass of gate * down(silu(g) * u) for the rows of all experts, between the two matrix products.
+// Here gate is the router's number for the row, and g and u are as in swiglu_forward. Given
 // dact (rows, I) = W_down^T dy, with dy the gradient of the layer's output at the row's token:
-//     dgate = <dy, W_down act> = <dact, act>, so the experts' outputs need not have been kept (SonicMoE, 2512.14080)
-//     dgate_up: g' = gate dact u silu'(g),  u' = gate dact silu(g),     silu'(g) = s (1 + g (1 - s)),  s = sigmoid(g)
+//     dgate = <dy, W_down act> = <dact, act>, so outputs need not have been kept (SonicMoE, 2512.14080)
+//     dgate_up: g' = gate dact u silu'(g), u' = gate dact silu(g), silu' = s (1 + g (1 - s)), s = sigmoid(g)
 // gated_act (rows, I) = gate * act is what the gradient of W_down needs: dW_down += dy^T (gate act).
 // dgate_up may be the same memory as gate_up; dgates (N, K).
-static void swiglu_backward(float* dgate_up, float* gated_act, float* dgates, const float* dact, const float* gate_up,
-                            const float* gates, const int* assignment, int rows, int I) {
-    #pragma omp parallel for
+static void swiglu_backward(float* dgate_up, float* gated_act, float* dgates, const float* dact,
+                            const float* gate_up, const float* gates, const int* assignment, int rows,
+                            int I) {
+#pragma omp parallel for
     for (int r = 0; r < rows; r++) {
         const float *g = gate_up + (long)r * 2 * I, *u = g + I, *dact_r = dact + (long)r * I;
         float *dg = dgate_up + (long)r * 2 * I, *du = dg + I, *act = gated_act + (long)r * I;
@@ -629,7 +635,7 @@ static void swiglu_backward(float* dgate_up, float* gated_act, float* dgates, co
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // 5. The model
 
 // One layer's parameters. Gradients are kept in the same structure.
@@ -645,7 +651,7 @@ typedef struct {
     float* down;                // (E, H, I)
     // router variants, NULL elsewhere
     float* router_bias;         // (E)                      sigmoid
-    float *lpr_norm_weight, *lpr_norm_bias;         // (H)  Latent Prototype Routing; D is its latent dimension
+    float *lpr_norm_weight, *lpr_norm_bias;         // (H)  Latent Prototype Routing, of latent dimension D
     float *lpr_encoder, *lpr_encoder_bias;          // (2 D, H), (2 D)
     float* lpr_prototypes;                          // (E, D)
     float *lpr_readout, *lpr_readout_bias;          // (H, D), (H)
@@ -659,56 +665,56 @@ typedef struct {
 } Weights;
 
 #include "dev/lib/layout.h"       // the tensors' names and places
-#include "dev/lib/router_arrays.h"        // ROUTER_LAYER_ARRAYS, ROUTER_SCRATCH_ARRAYS: routers other than softmax
+#include "dev/lib/model_parts.h"  // what other routers and reports need of a model
 
-// The arrays of the forward and backward pass are two tables of {type, name, number of elements}: they make the
-// structures below and, in dev/lib/memory.h, the memory. Dimension letters as above, R = N K rows of experts; for a
-// dense layer E = K = 1. D is the latent dimension of LPR. `sparse`, `training` and what else stands as a factor is 1
-// or 0: an array that a model does not need has no elements.
+// The arrays of the forward and backward pass are two tables of {type, name, number of elements}: they make
+// the structures below and, in dev/lib/memory.h, the memory. Dimension letters as above, R = N K rows of
+// experts; for a dense layer E = K = 1. D is the latent dimension of LPR. `sparse`, `training` and what else
+// stands as a factor is 1 or 0: an array that a model does not need has no elements.
 
 // What each layer keeps for its backward pass.
-#define LAYER_ARRAYS(ARRAY)                                                                                    \
-    ARRAY(float, x, N * H)                          /* the residual stream as it enters the layer */           \
-    ARRAY(float, attn_in, N * H)                    /* n1(x) */                                                \
-    ARRAY(float, attn_rstd, N)                                                                                 \
-    ARRAY(float, qkv, N * (NH + 2 * NKV) * HD)                                                                 \
-    ARRAY(float, q_rstd, N * NH)                    /* (N, NH) per head, (N) per row */                        \
-    ARRAY(float, k_rstd, N * NKV)                   /* (N, NKV) per head, (N) per row */                       \
-    ARRAY(float, rotated, N * (NH + NKV) * HD)      /* queries and keys, normed and rotated */                 \
-    ARRAY(float, attn, N * NH * HD)                                                                            \
-    ARRAY(float, lse, B * NH * T)                   /* (B, NH, T) */                                           \
-    ARRAY(float, x_mid, N * H)                      /* the residual stream after attention */                  \
-    ARRAY(float, ffn_in, N * H)                     /* n2(x_mid) */                                            \
-    ARRAY(float, ffn_rstd, N)                                                                                  \
-    ARRAY(float, router_logits, sparse * N * E)     /* z */                                                    \
-    ARRAY(float, router_lse, sparse * N)            /* logsumexp(z) */                                         \
-    ARRAY(float, probs, sparse * N * E)             /* softmax(z) */                                           \
-    ARRAY(float, gates, sparse * N * K)             /* of a dense layer: Model.ones */                         \
-    ARRAY(int, experts, sparse * N * K)             /* (N, K) chosen, best first */                            \
-    ARRAY(int, offsets, E + 1)                      /* these three: see group_by_expert */                     \
-    ARRAY(int, assignment, sparse * R)              /* of a dense layer: Model.identity */                     \
-    ARRAY(int, row_of, sparse * R)                  /* (N, K); of a dense layer: Model.identity */             \
-    ARRAY(float, gate_up, R * 2 * I)                /* (R, 2, I) */                                            \
+#define LAYER_ARRAYS(ARRAY)                                                                                 \
+    ARRAY(float, x, N * H)                          /* the residual stream as it enters the layer */        \
+    ARRAY(float, attn_in, N * H)                    /* n1(x) */                                             \
+    ARRAY(float, attn_rstd, N)                                                                              \
+    ARRAY(float, qkv, N * (NH + 2 * NKV) * HD)                                                              \
+    ARRAY(float, q_rstd, N * NH)                    /* (N, NH) per head, (N) per row */                     \
+    ARRAY(float, k_rstd, N * NKV)                   /* (N, NKV) per head, (N) per row */                    \
+    ARRAY(float, rotated, N * (NH + NKV) * HD)      /* queries and keys, normed and rotated */              \
+    ARRAY(float, attn, N * NH * HD)                                                                         \
+    ARRAY(float, lse, B * NH * T)                   /* (B, NH, T) */                                        \
+    ARRAY(float, x_mid, N * H)                      /* the residual stream after attention */               \
+    ARRAY(float, ffn_in, N * H)                     /* n2(x_mid) */                                         \
+    ARRAY(float, ffn_rstd, N)                                                                               \
+    ARRAY(float, router_logits, sparse * N * E)     /* z */                                                 \
+    ARRAY(float, router_lse, sparse * N)            /* logsumexp(z) */                                      \
+    ARRAY(float, probs, sparse * N * E)             /* softmax(z) */                                        \
+    ARRAY(float, gates, sparse * N * K)             /* of a dense layer: Model.ones */                      \
+    ARRAY(int, experts, sparse * N * K)             /* (N, K) chosen, best first */                         \
+    ARRAY(int, offsets, E + 1)                      /* these three: see group_by_expert */                  \
+    ARRAY(int, assignment, sparse * R)              /* of a dense layer: Model.identity */                  \
+    ARRAY(int, row_of, sparse * R)                  /* (N, K); of a dense layer: Model.identity */          \
+    ARRAY(float, gate_up, R * 2 * I)                /* (R, 2, I) */                                         \
     ROUTER_LAYER_ARRAYS(ARRAY)
 
 // What is written and used up within one layer; all layers share it. For training, but for the first three.
-#define SCRATCH_ARRAYS(ARRAY)                                                                                  \
-    ARRAY(float, x_rows, R * H)                     /* experts' inputs, gathered */                            \
-    ARRAY(float, y_rows, R * H)                     /* experts' outputs */                                     \
-    ARRAY(float, act, RI)                           /* (R, I) */                                               \
-    ARRAY(float, attention, attention_scratch_size(m->positions))                                              \
-    ARRAY(double, balance, E)                       /* f of the balance loss */                                \
-    ARRAY(double, prob_sums, E)                     /* sum over tokens of probs */                             \
-    ARRAY(float, dx, training * N * H)              /* flows back along the residual stream */                 \
-    ARRAY(float, dnormed, training * N * H)         /* the gradient of a norm's output */                      \
-    ARRAY(float, dattn, training * N * NH * HD)                                                                \
-    ARRAY(float, drotated, training * N * (NH + NKV) * HD)                                                     \
-    ARRAY(float, dqkv, training * N * (NH + 2 * NKV) * HD)                                                     \
-    ARRAY(float, dact, training * RI)                                                                          \
-    ARRAY(float, dgates, training * N * K)                                                                     \
-    ARRAY(float, drouter, training * N * E)         /* dz */                                                   \
-    ARRAY(float, norm_sums, training * rmsnorm_sums_size(N, H > NH * HD ? H : NH * HD))                        \
-    ARRAY(double, norms, training * norm_blocks(m))         /* partial sums of the gradient's norm */          \
+#define SCRATCH_ARRAYS(ARRAY)                                                                               \
+    ARRAY(float, x_rows, R * H)                     /* experts' inputs, gathered */                         \
+    ARRAY(float, y_rows, R * H)                     /* experts' outputs */                                  \
+    ARRAY(float, act, RI)                           /* (R, I) */                                            \
+    ARRAY(float, attention, attention_scratch_size(m->positions))                                           \
+    ARRAY(double, balance, E)                       /* f of the balance loss */                             \
+    ARRAY(double, prob_sums, E)                     /* sum over tokens of probs */                          \
+    ARRAY(float, dx, training * N * H)              /* flows back along the residual stream */              \
+    ARRAY(float, dnormed, training * N * H)         /* the gradient of a norm's output */                   \
+    ARRAY(float, dattn, training * N * NH * HD)                                                             \
+    ARRAY(float, drotated, training * N * (NH + NKV) * HD)                                                  \
+    ARRAY(float, dqkv, training * N * (NH + 2 * NKV) * HD)                                                  \
+    ARRAY(float, dact, training * RI)                                                                       \
+    ARRAY(float, dgates, training * N * K)                                                                  \
+    ARRAY(float, drouter, training * N * E)         /* dz */                                                \
+    ARRAY(float, norm_sums, training * rmsnorm_sums_size(N, H > NH * HD ? H : NH * HD))                     \
+    ARRAY(double, norms, training * norm_blocks(m))         /* partial sums of the gradient's norm */       \
     ROUTER_SCRATCH_ARRAYS(ARRAY)
 
 #define MEMBER(type, name, count) type* name;
@@ -734,13 +740,6 @@ typedef struct {
     AuxForm aux_form;
     int adaptive;               // 1: each layer has a coefficient of its own, Model.aux_coefficients
 } Balance;
-
-// The parts of the objective, summed over forward passes: cross-entropy, and the balance loss and the z-loss without
-// their coefficients, LPR's losses with them.
-typedef struct {
-    double loss, aux, z, lpr;
-    long passes;
-} Losses;
 
 typedef struct {
     double beta1, beta2, eps, weight_decay, clip;       // clip = 0: no clipping
@@ -780,8 +779,8 @@ struct Model {
     int* identity;              // (N)          its assignment and row_of: every token, in order
     float *cache_k, *cache_v;   // (L, positions, NKV HD)
     int cached;                 // positions in the cache
-    double loss, aux_loss, z_loss, lpr_loss;    // cross-entropy; the next two without coefficients, LPR's with
-    double *all_counts, *all_probs;     // (E)  assignments and sums of probs over all sparse layers, for AUX_HF
+    double loss, aux_loss, z_loss, lpr_loss;    // cross-entropy; two without coefficients, LPR's with
+    double *all_counts, *all_probs;     // (E)  assignments, sums of probs over all sparse layers, for AUX_HF
     // what a run adds
     Balance balance;
     Losses sums;                // of the forward passes since take_losses
@@ -804,15 +803,11 @@ struct Model {
     void* device;               // what the backend of a GPU keeps
 };
 
-#define NORM_BLOCK 65536        // floats in a partial sum of the gradient's norm,
-#define NORM_LANES 64           // which is itself made of this many sums side by side
-static long norm_blocks(const Model* m) { return m->layout.total / NORM_BLOCK + 1; }
-
 #include "dev/lib/memory.h"       // model_create, model_free
 
-// Training from scratch starts from N(0, 0.02); projections that add to the residual stream from N(0, 0.02 / sqrt(2
-// L)), so that its variance does not grow with the depth (GPT-2); norms from 1. Each tensor draws from a stream of its
-// own.
+// Training from scratch starts from N(0, 0.02); projections that add to the residual stream from N(0, 0.02 /
+// sqrt(2 L)), so that its variance does not grow with the depth (GPT-2); norms from 1. Each tensor draws from
+// a stream of its own.
 static void model_init(Model* m, uint64_t seed) {
     for (int i = 0; i < m->layout.count; i++) {
         const Tensor* t = &m->layout.tensors[i];
@@ -835,13 +830,6 @@ static void copy_rows(float* out, long ld_out, const float* x, long ld_x, long N
     for (long n = 0; n < N; n++) memcpy(out + n * ld_out, x + n * ld_x, sizeof(float) * (size_t)width);
 }
 
-// out += x, both (N, H)
-static void add_rows(float* out, const float* x, int N, int H) {
-    #pragma omp parallel for if (N > 1)
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < H; i++) out[(long)n * H + i] += x[(long)n * H + i];
-}
-
 // Where layer l's keys and values are: in its own activations, or in the cache, which also holds the past.
 typedef struct {
     const float *k, *v;
@@ -854,11 +842,19 @@ static KeysValues layer_keys_values(const Model* m, int l) {
     long HD = c->head_dim, Q = c->num_heads * HD, K = c->num_kv_heads * HD, N = (long)m->batch * m->length;
     KeysValues kv = {s->rotated + Q, s->qkv + Q + K, Q + K, Q + 2 * K};
     if (m->purpose != FOR_GENERATION) return kv;
-    float *cache_k = m->cache_k + (long)l * m->positions * K, *cache_v = m->cache_v + (long)l * m->positions * K;
+    float *cache_k = m->cache_k + (long)l * m->positions * K,
+          *cache_v = m->cache_v + (long)l * m->positions * K;
     copy_rows(cache_k + m->cached * K, K, kv.k, kv.ld_k, N, K);         // what is new joins the past
     copy_rows(cache_v + m->cached * K, K, kv.v, kv.ld_v, N, K);
     KeysValues cache = {cache_k, cache_v, K, K};
     return cache;
+}
+
+// out += x, both (N, H)
+static void add_rows(float* out, const float* x, int N, int H) {
+    #pragma omp parallel for if (N > 1)
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < H; i++) out[(long)n * H + i] += x[(long)n * H + i];
 }
 
 // rotated = the norms of queries and keys, where the model has them: NH vectors of HD, or one of NH HD
@@ -893,8 +889,8 @@ static void qk_norm_backward(const Model* m, int l) {
     }
     rmsnorm_backward(t->dqkv, QKV, 0, dw->q_norm, t->drotated, QK, s->qkv, QKV, w->q_norm, s->q_rstd, N,
                      Q / q_size, q_size, t->norm_sums);
-    rmsnorm_backward(t->dqkv + Q, QKV, 0, dw->k_norm, t->drotated + Q, QK, s->qkv + Q, QKV, w->k_norm, s->k_rstd, N,
-                     K / k_size, k_size, t->norm_sums);
+    rmsnorm_backward(t->dqkv + Q, QKV, 0, dw->k_norm, t->drotated + Q, QK, s->qkv + Q, QKV, w->k_norm,
+                     s->k_rstd, N, K / k_size, k_size, t->norm_sums);
 }
 
 // x_mid = x + Wo attention(rope(qknorm(Wq n1(x))), rope(qknorm(Wk n1(x))), Wv n1(x)), in five steps
@@ -915,8 +911,8 @@ static void attention_layer_forward(Model* m, int l) {
     rope(s->rotated, QK, NH + NKV, N, T, past, HD, m->cosines, m->sines, 1);
     // 4. attn_i = sum over j <= i of p_ij v_j
     KeysValues kv = layer_keys_values(m, l);
-    attention_forward(s->attn, s->lse, s->rotated, QK, kv.k, kv.ld_k, kv.v, kv.ld_v, m->batch, T, past + T, NH, NKV,
-                      HD, m->scratch.attention);
+    attention_forward(s->attn, s->lse, s->rotated, QK, kv.k, kv.ld_k, kv.v, kv.ld_v, m->batch, T, past + T,
+                      NH, NKV, HD, m->scratch.attention);
     // 5. x_mid = x + W_o attn
     matmul_forward(s->x_mid, s->attn, w->attn_out, N, NH * HD, H);
     add_rows(s->x_mid, s->x, N, H);
@@ -936,8 +932,9 @@ static void attention_layer_backward(Model* m, int l) {
     matmul_backward_weight(dw->attn_out, t->dx, s->attn, N, NH * HD, H);
     // 4 was  attn_i = sum over j <= i of p_ij v_j
     KeysValues kv = layer_keys_values(m, l);
-    attention_backward(t->drotated, t->drotated + NH * HD, t->dqkv + QK, t->dattn, s->attn, s->lse, s->rotated, QK,
-                       kv.k, kv.ld_k, kv.v, kv.ld_v, QK, QKV, m->batch, T, NH, NKV, HD, t->attention);
+    attention_backward(t->drotated, t->drotated + NH * HD, t->dqkv + QK, t->dattn, s->attn, s->lse,
+                       s->rotated, QK, kv.k, kv.ld_k, kv.v, kv.ld_v, QK, QKV, m->batch, T, NH, NKV, HD,
+                       t->attention);
     // 3 was  rotated = rope(qknorm(q)), rope(qknorm(k));  a rotation's gradient is the rotation back
     rope(t->drotated, QK, NH + NKV, N, T, 0, HD, m->cosines, m->sines, -1);
     qk_norm_backward(m, l);
@@ -947,25 +944,6 @@ static void attention_layer_backward(Model* m, int l) {
     // 1 was  attn_in = n1(x)
     rmsnorm_backward(t->dx, H, 1, dw->attn_norm, t->dnormed, H, s->x, H, w->attn_norm, s->attn_rstd, N, 1, H,
                      t->norm_sums);
-}
-
-// After routing: counts the load, and adds this layer's share to the balance losses.
-static void balance_layer_forward(Model* m, int l) {
-    LayerActivations* s = &m->layers[l];
-    int N = m->batch * m->length, E = m->config.num_experts, K = m->topk[l];
-    double* prob_sums = m->scratch.prob_sums;
-    sum_columns(prob_sums, s->probs, N, E);
-    for (int e = 0; e < E; e++) {
-        long count = s->offsets[e + 1] - s->offsets[e];
-        if (m->counting_load) {
-            m->load[(long)l * E + e] += count;
-            m->step_load[(long)l * E + e] += count;
-        }
-        m->all_counts[e] += count;
-        m->all_probs[e] += prob_sums[e];
-        if (m->balance.aux_form == AUX_SWITCH) m->aux_loss += E * (count / ((double)N * K)) * (prob_sums[e] / N);
-    }
-    for (int n = 0; n < N; n++) m->z_loss += (double)s->router_lse[n] * s->router_lse[n] / N;
 }
 
 #include "dev/lib/routers.h"      // routers other than softmax top-K
@@ -984,10 +962,10 @@ static void router_forward(Model* m, int l) {
                                c->norm_topk_prob);
     }
     group_by_expert(s->offsets, s->assignment, s->row_of, s->experts, N, K, E);
-    balance_layer_forward(m, l);
+    count_balance(m, l);
 }
 
-// In: scratch.dgates, and in scratch.dnormed the gradient of what the experts read. Out: dnormed, that of ffn_in.
+// In: scratch.dgates, and in scratch.dnormed the gradient of what the experts read. Out: dnormed, of ffn_in.
 static void router_backward(Model* m, int l, float scale) {
     const Config* c = &m->config;
     LayerActivations* s = &m->layers[l];
@@ -996,21 +974,24 @@ static void router_backward(Model* m, int l, float scale) {
     // the balance loss's f and the weights of both losses, see balance_backward
     int per_layer = m->balance.aux_form == AUX_SWITCH;
     double tokens = per_layer ? N : (double)N * count_sparse(c), z_weight = 2.0 * scale * m->balance.z / N;
-    double aux = m->balance.adaptive ? m->aux_coefficients[l] : m->balance.aux, aux_weight = scale * aux * E / tokens;
+    double aux = m->balance.adaptive ? m->aux_coefficients[l] : m->balance.aux,
+           aux_weight = scale * aux * E / tokens;
     for (int e = 0; e < E; e++)
-        t->balance[e] = per_layer ? (s->offsets[e + 1] - s->offsets[e]) / ((double)N * K) : m->all_counts[e] / tokens;
+        t->balance[e] =
+            per_layer ? (s->offsets[e + 1] - s->offsets[e]) / ((double)N * K) : m->all_counts[e] / tokens;
     if (has_router_variant(c)) {
         variant_router_backward(m, l, t->balance, aux_weight, z_weight, scale);
         return;
     }
-    softmax_router_backward(t->drouter, t->dgates, s->probs, s->experts, s->gates, N, E, K, c->norm_topk_prob);
+    softmax_router_backward(t->drouter, t->dgates, s->probs, s->experts, s->gates, N, E, K,
+                            c->norm_topk_prob);
     balance_backward(t->drouter, s->router_lse, s->probs, t->balance, aux_weight, z_weight, N, E);
     matmul_backward_input(t->dnormed, t->drouter, m->weights.layers[l].router, N, H, E, 1);
     matmul_backward_weight(m->dweights.layers[l].router, t->drouter, s->ffn_in, N, H, E);
 }
 
-// out = x_mid + sum over the token's experts of gate f(n2(x_mid)), in five steps. A dense layer skips the second: all
-// rows are its one expert's, in the tokens' order, with gates of 1.
+// out = x_mid + sum over the token's experts of gate f(n2(x_mid)), in five steps. A dense layer skips the
+// second: all rows are its one expert's, in the tokens' order, with gates of 1.
 static void ffn_layer_forward(Model* m, int l, float* out) {
     const Config* c = &m->config;
     const LayerWeights* w = &m->weights.layers[l];
@@ -1033,8 +1014,8 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     combine_rows(out, s->x_mid, t->y_rows, s->gates, s->row_of, N, K, H);
 }
 
-// In: scratch.dx, the gradient of the layer's output. Out: scratch.dx, the gradient of x_mid. The five steps, from the
-// last. Gathering rows and combining them are each other's transpose: each is the other's backward.
+// In: scratch.dx, the gradient of the layer's output. Out: scratch.dx, the gradient of x_mid. The five steps,
+// from the last.
 static void ffn_layer_backward(Model* m, int l, float scale) {
     const Config* c = &m->config;
     const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
@@ -1042,7 +1023,7 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
     Scratch* t = &m->scratch;
     int N = m->batch * m->length, H = c->hidden_size, I = layer_width(c, l);
     int E = layer_experts(c, l), K = m->topk[l], R = N * K;
-    // 5 was  out_n = x_mid_n + sum over k of gate_nk y_row(n,k).  A row's dy is its token's dx; the gate waits for 4.
+    // 5 was  out_n = x_mid_n + sum over k of gate_nk y_row(n,k).  A row's dy: its token's dx (gates: in 4)
     gather_rows(t->dy_rows, t->dx, s->assignment, R, K, H);
     // 4 was  (g, u) = W_gate_up x,  act = silu(g) u,  y = W_down act.  x_rows had not been kept.
     gather_rows(t->x_rows, experts_input(m, l), s->assignment, R, K, H);
@@ -1061,8 +1042,9 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
                      t->norm_sums);
 }
 
-// Runs B sequences of T tokens (B T) through the model. With targets (B T), the next tokens, it returns the mean
-// cross-entropy in nats; with NULL it only makes logits. For generation (B = 1) the tokens follow those in the cache.
+// Runs B sequences of T tokens (B T) through the model. With targets (B T), the next tokens, it returns the
+// mean cross-entropy in nats; with NULL it only makes logits. For generation (B = 1) the tokens follow those
+// in the cache.
 static double model_forward(Model* m, const int* tokens, const int* targets, int B, int T) {
     const Config* c = &m->config;
     int N = B * T, H = c->hidden_size, V = c->vocab_size, E = c->num_experts;
@@ -1081,7 +1063,8 @@ static double model_forward(Model* m, const int* tokens, const int* targets, int
     }
     if (m->balance.aux_form == AUX_HF && count_sparse(c) > 0) {
         double tokens_seen = (double)N * count_sparse(c);
-        for (int e = 0; e < E; e++) m->aux_loss += E * m->all_counts[e] / tokens_seen * m->all_probs[e] / tokens_seen;
+        for (int e = 0; e < E; e++)
+            m->aux_loss += E * m->all_counts[e] / tokens_seen * m->all_probs[e] / tokens_seen;
     }
     int wanted = N;                     // rows of logits
     const float* x = m->final_in;
@@ -1106,8 +1089,8 @@ static double model_forward(Model* m, const int* tokens, const int* targets, int
     return m->loss;
 }
 
-// Adds to the gradients that of  scale * (loss + aux * aux_loss + z * z_loss + lpr_loss)  of the last forward pass,
-// which must have had targets. It uses up the activations: the logits become their gradient.
+// Adds to the gradients that of  scale * (loss + aux * aux_loss + z * z_loss + lpr_loss)  of the last forward
+// pass, which must have had targets. It uses up the activations: the logits become their gradient.
 static void model_backward(Model* m, float scale) {
     const Config* c = &m->config;
     int N = m->batch * m->length, H = c->hidden_size, V = c->vocab_size;
@@ -1119,8 +1102,8 @@ static void model_backward(Model* m, float scale) {
     cross_entropy_backward(m->logits, m->losses_lse, m->targets, N, V, scale / N);
     matmul_backward_input(t->dnormed, m->logits, m->weights.lm_head, N, H, V, 0);
     matmul_backward_weight(m->dweights.lm_head, m->logits, m->final_out, N, H, V);
-    rmsnorm_backward(t->dx, H, 0, m->dweights.final_norm, t->dnormed, H, m->final_in, H, m->weights.final_norm,
-                     m->final_rstd, N, 1, H, t->norm_sums);
+    rmsnorm_backward(t->dx, H, 0, m->dweights.final_norm, t->dnormed, H, m->final_in, H,
+                     m->weights.final_norm, m->final_rstd, N, 1, H, t->norm_sums);
     for (int l = c->num_layers - 1; l >= 0; l--) {
         ffn_layer_backward(m, l, scale);
         attention_layer_backward(m, l);
@@ -1128,23 +1111,13 @@ static void model_backward(Model* m, float scale) {
     embedding_backward(m->dweights.embedding, t->dx, m->tokens, N, H);
 }
 
-// The 2-norm of all gradients together. The sum is made of fixed blocks, added in order: any number of threads agrees.
+// The 2-norm of all gradients together: the sum of fixed blocks, in order, so any number of threads agrees.
 static double gradient_norm(Model* m) {
-    long blocks = norm_blocks(m);
+    long total = m->layout.total, blocks = norm_blocks(m);
     #pragma omp parallel for
-    for (long b = 0; b < blocks; b++) {
-        long end = lmin((b + 1) * NORM_BLOCK, m->layout.total), i = b * NORM_BLOCK;
-        double sum = 0;
-        while (i < end) {                       // short sums in floats, side by side as vectors; their total in doubles
-            float lanes[NORM_LANES] = {0};
-            for (long stop = i + 64 * NORM_LANES; i + NORM_LANES <= end && i < stop; i += NORM_LANES)
-                for (int k = 0; k < NORM_LANES; k++) lanes[k] += m->grads[i + k] * m->grads[i + k];
-            for (int k = 0; k < NORM_LANES; k++) sum += lanes[k];
-            if (end - i < NORM_LANES)
-                for (; i < end; i++) sum += (double)m->grads[i] * m->grads[i];
-        }
-        m->scratch.norms[b] = sum;
-    }
+    for (long b = 0; b < blocks; b++)
+        m->scratch.norms[b] =
+            sum_of_block(m->grads + b * NORM_BLOCK, lmin(NORM_BLOCK, total - b * NORM_BLOCK));
     double sum = 0;
     for (long b = 0; b < blocks; b++) sum += m->scratch.norms[b];
     return sqrt(sum);
@@ -1152,7 +1125,7 @@ static double gradient_norm(Model* m) {
 
 // One AdamW step (Loshchilov and Hutter 2019) on n parameters, with g the gradient times `clip_scale`:
 //     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
-//     w -= lr (m / correction1) / (sqrt(v / correction2) + eps) + lr decay w           correction_i = 1 - beta_i^step
+//     w -= lr (m / correction1) / (sqrt(v / correction2) + eps) + lr decay w;  correction_i = 1 - beta_i^step
 // and the gradient is cleared for the next step while it is at hand.
 static void adamw(float* w, float* grad, float* m, float* v, long n, float clip_scale, float lr, float decay,
                   float beta1, float beta2, float eps, float correction1, float correction2) {
@@ -1168,8 +1141,8 @@ static void adamw(float* w, float* grad, float* m, float* v, long n, float clip_
     }
 }
 
-// Updates the parameters from the gradients and clears them; step counts from 1. Weight decay is for matrices alone.
-// Returns the norm of the gradients before they were clipped; if it is not finite, nothing is updated.
+// Updates the parameters from the gradients and clears them; step counts from 1. Weight decay is for matrices
+// alone. Returns the norm of the gradients before they were clipped; if it is not finite, nothing is updated.
 static double model_update(Model* m, const AdamW* o, double lr, long step) {
     if (m->backend->update) return m->backend->update(m, o, lr, step);
     double norm = gradient_norm(m), scale = 1;
@@ -1178,26 +1151,15 @@ static double model_update(Model* m, const AdamW* o, double lr, long step) {
     float correction1 = (float)(1 - pow(o->beta1, (double)step)),
           correction2 = (float)(1 - pow(o->beta2, (double)step));
     long matrices = m->layout.matrices, vectors = m->layout.total - matrices;
-    adamw(m->params, m->grads, m->exp_avg, m->exp_avg_sq, matrices, (float)scale, (float)lr, (float)o->weight_decay,
-          (float)o->beta1, (float)o->beta2, (float)o->eps, correction1, correction2);
+    adamw(m->params, m->grads, m->exp_avg, m->exp_avg_sq, matrices, (float)scale, (float)lr,
+          (float)o->weight_decay, (float)o->beta1, (float)o->beta2, (float)o->eps, correction1, correction2);
     adamw(m->params + matrices, m->grads + matrices, m->exp_avg + matrices, m->exp_avg_sq + matrices, vectors,
-          (float)scale, (float)lr, 0, (float)o->beta1, (float)o->beta2, (float)o->eps, correction1, correction2);
+          (float)scale, (float)lr, 0, (float)o->beta1, (float)o->beta2, (float)o->eps, correction1,
+          correction2);
     return norm;
 }
 
-// The means over the forward passes (with targets) since the last call.
-static Losses take_losses(Model* m) {
-    m->backend->read_back(m, LOSSES);
-    Losses mean = m->sums;
-    mean.loss /= (double)mean.passes;
-    mean.aux /= (double)mean.passes;
-    mean.z /= (double)mean.passes;
-    mean.lpr /= (double)mean.passes;
-    memset(&m->sums, 0, sizeof m->sums);
-    return mean;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // 6. Training loop
 
 #include "dev/lib/data.h"         // texts and shards of tokens
@@ -1205,17 +1167,6 @@ static Losses take_losses(Model* m) {
 #include "dev/lib/sampling.h"     // generation
 
 typedef enum { WSD, COSINE, CONSTANT } Schedule;
-
-// Where a run stands. After another B, T or accum, its step alone does not tell what it has read.
-typedef struct {
-    long step, sequences, tokens;
-} Position;
-
-static Position position_after(Position begun, long step, long sequences_per_step, long T) {
-    long more = (step - begun.step) * sequences_per_step;
-    Position p = {step, begun.sequences + more, begun.tokens + more * T};
-    return p;
-}
 
 // All that decides what a run computes; --resume reads it back from trainer.json.
 typedef struct {
@@ -1241,7 +1192,8 @@ typedef struct {
 static double learning_rate(const Run* r, long step) {
     if (step < r->warmup) return r->lr * (double)(step + 1) / (double)r->warmup;
     if (r->schedule == COSINE) {
-        double done = (double)(step - r->warmup) / (double)(r->steps - r->warmup > 0 ? r->steps - r->warmup : 1);
+        double done =
+            (double)(step - r->warmup) / (double)(r->steps - r->warmup > 0 ? r->steps - r->warmup : 1);
         return r->min_lr + (r->lr - r->min_lr) * 0.5 * (1 + cos(M_PI * (done < 1 ? done : 1)));
     }
     if (r->schedule == WSD) {
@@ -1251,38 +1203,6 @@ static double learning_rate(const Run* r, long step) {
     return r->lr;
 }
 
-// Room for B sequences: a batch, or all of a step.
-typedef struct {
-    int *tokens, *targets;              // (B, T)
-} Batch;
-
-static Batch batch_create(long B, int T) {
-    Batch batch;
-    batch.tokens = (int*)checked_malloc(sizeof(int) * 2 * (size_t)B * (size_t)T);
-    batch.targets = batch.tokens + B * T;
-    return batch;
-}
-
-// Mean loss over the first `batches` batches of a data set in file order (0: all of it). NaN if a signal
-// stopped it or the data cannot be read (d->error).
-static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
-    long windows = batches > 0 ? lmin(batches * m->B, d->windows) : d->windows;
-    double sum = 0, started = seconds();
-    for (long w = 0; w < windows; w += m->B) {
-        int B = (int)lmin(m->B, windows - w);
-        show_count("loss: window", w, windows, started);
-        for (int b = 0; b < B; b++)
-            if (!dataset_read(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T))
-                return NAN;
-        m->trace_window = w;
-        model_forward(m, batch.tokens, batch.targets, B, d->T);
-        sum += take_losses(m).loss * B;
-        if (stop_signal) return NAN;
-    }
-    clear_progress();
-    return sum / (double)windows;
-}
-
 // What one step did.
 typedef struct {
     double lr, norm, seconds;           // norm: of the gradient, before it was clipped
@@ -1290,8 +1210,9 @@ typedef struct {
     const char *problem, *advice;       // NULL, or why nothing was updated, and what may help
 } Step;
 
-// Step number `step`, counted from 0. The micro-batches' gradients add up to that of the mean of their losses.
-// All data are read before anything is computed: if they are bad, the model is just as the step before left it.
+// Step number `step`, counted from 0. The micro-batches' gradients add up to that of the mean of their
+// losses. All data are read before anything is computed: if they are bad, the model is just as the step
+// before left it.
 static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, long step) {
     Step s = {learning_rate(run, step), NAN, seconds(), {NAN, 0, 0, 0, 0}, NULL, ""};
     long sequences = (long)run->B * run->accum;
@@ -1325,9 +1246,9 @@ static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, lon
 
 #include "dev/lib/log.h"          // csv files, what is printed
 
-// Trains from run->begun to run->steps. out, val and generator may be NULL: then nothing is written, validated
-// or sampled. Returns the exit code: 0, 1 after a failure, 128 + its number after a signal. A step is saved
-// before it is validated; --resume makes up for a validation that was not finished.
+// Trains from run->begun to run->steps. out, val and generator may be NULL: then nothing is written,
+// validated or sampled. Returns the exit code: 0, 1 after a failure, 128 + its number after a signal. A step
+// is saved before it is validated; --resume makes up for a validation that was not finished.
 static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* generator, const char* out) {
     Batch batch = batch_create((long)run->B * run->accum, run->T);
     Reports r = reports_open(m, run, val, out);

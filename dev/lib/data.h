@@ -289,3 +289,26 @@ static int dataset_training_sequence(Dataset* d, uint64_t seed, long index, int*
     uint64_t key = random_key(seed, hash_string("order"), (uint64_t)(index / d->windows), 0);
     return dataset_read(d, random_permutation(index % d->windows, d->windows, key), tokens, targets);
 }
+
+// Room for B sequences: a batch, or all of a step.
+typedef struct {
+    int *tokens, *targets;              // (B, T)
+} Batch;
+
+static Batch batch_create(long B, int T) {
+    Batch batch;
+    batch.tokens = (int*)checked_malloc(sizeof(int) * 2 * (size_t)B * (size_t)T);
+    batch.targets = batch.tokens + B * T;
+    return batch;
+}
+
+// Where a run stands. After another B, T or accum, its step alone does not tell what it has read.
+typedef struct {
+    long step, sequences, tokens;
+} Position;
+
+static Position position_after(Position begun, long step, long sequences_per_step, long T) {
+    long more = (step - begun.step) * sequences_per_step;
+    Position p = {step, begun.sequences + more, begun.tokens + more * T};
+    return p;
+}

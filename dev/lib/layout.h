@@ -146,3 +146,8 @@ static double flops_per_token(const Config* c, int T) {
     if (!c->tie_word_embeddings) active -= (long)c->vocab_size * c->hidden_size;
     return 6.0 * active + 6.0 * c->num_layers * c->num_heads * c->head_dim * T;
 }
+
+// the largest K of a pass
+static int most_topk(const Config* c) {
+    return c->topk_limit > c->num_experts_per_tok ? c->topk_limit : c->num_experts_per_tok;
+}

@@ -5,6 +5,46 @@
 #define LOAD_HEADER \
     "step,layer,expert,assignments,gini,min_max,max_vio,dead,entropy,top_gate,twin_cosine,twins_together,sources"
 
+// sums (E) = the sums of the columns of x (N, E)
+static void sum_columns(double* sums, const float* x, int N, int E) {
+    for (int e = 0; e < E; e++) sums[e] = 0;
+    for (int n = 0; n < N; n++)
+        for (int e = 0; e < E; e++) sums[e] += x[(long)n * E + e];
+}
+
+// After routing: counts the load, and adds this layer's share to the balance losses' values. (Their gradient is
+// balance_backward.)
+static void count_balance(Model* m, int l) {
+    LayerActivations* s = &m->layers[l];
+    int N = m->batch * m->length, E = m->config.num_experts, K = m->topk[l];
+    double* prob_sums = m->scratch.prob_sums;
+    sum_columns(prob_sums, s->probs, N, E);
+    for (int e = 0; e < E; e++) {
+        long count = s->offsets[e + 1] - s->offsets[e];
+        if (m->counting_load) {
+            m->load[(long)l * E + e] += count;
+            m->step_load[(long)l * E + e] += count;
+        }
+        m->all_counts[e] += count;
+        m->all_probs[e] += prob_sums[e];
+        if (m->balance.aux_form == AUX_SWITCH)
+            m->aux_loss += E * (count / ((double)N * K)) * (prob_sums[e] / N);
+    }
+    for (int n = 0; n < N; n++) m->z_loss += (double)s->router_lse[n] * s->router_lse[n] / N;
+}
+
+// The means over the forward passes (with targets) since the last call.
+static Losses take_losses(Model* m) {
+    m->backend->read_back(m, LOSSES);
+    Losses mean = m->sums;
+    mean.loss /= (double)mean.passes;
+    mean.aux /= (double)mean.passes;
+    mean.z /= (double)mean.passes;
+    mean.lpr /= (double)mean.passes;
+    memset(&m->sums, 0, sizeof m->sums);
+    return mean;
+}
+
 // One layer's load: x_e assignments of expert e, with mean over the E experts.
 typedef struct {
     double gini;                // sum over pairs |x_i - x_j| / (2 E^2 mean): 0 all equal, 1 - 1/E one expert has all

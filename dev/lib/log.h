@@ -1,6 +1,26 @@
 // log.h: what a run says: progress, rows of csv files, failures. Needs train_moe.c's Run, Step and Model.
 #pragma once
 
+// Mean loss over the first `batches` batches of a data set in file order (0: all of it). NaN if a signal
+// stopped it or the data cannot be read (d->error).
+static double evaluate(Model* m, Dataset* d, long batches, Batch batch) {
+    long windows = batches > 0 ? lmin(batches * m->B, d->windows) : d->windows;
+    double sum = 0, started = seconds();
+    for (long w = 0; w < windows; w += m->B) {
+        int B = (int)lmin(m->B, windows - w);
+        show_count("loss: window", w, windows, started);
+        for (int b = 0; b < B; b++)
+            if (!dataset_read(d, w + b, batch.tokens + (long)b * d->T, batch.targets + (long)b * d->T))
+                return NAN;
+        m->trace_window = w;
+        model_forward(m, batch.tokens, batch.targets, B, d->T);
+        sum += take_losses(m).loss * B;
+        if (stop_signal) return NAN;
+    }
+    clear_progress();
+    return sum / (double)windows;
+}
+
 // Opens OUT/name for appending. A run that continues at `step` first drops the rows of later steps, which it will make
 // again; a new run starts with the header.
 static FILE* log_open(const char* out, const char* name, const char* header, long step) {

@@ -381,6 +381,10 @@ static void lpr_losses_backward(Model* m, int l, float* dencoded, double scale) 
     }
 }
 
+static int has_router_variant(const Config* c) {
+    return c->router != ROUTER_SOFTMAX || c->logit_norm > 0 || c->family_penalty > 0;
+}
+
 // What the experts of layer l read (N, H): the norm's output, but with LPR what it reads out of the probabilities.
 static const float* experts_input(const Model* m, int l) {
     return m->config.router == ROUTER_LPR && m->config.sparse[l] ? m->layers[l].lpr_input : m->layers[l].ffn_in;

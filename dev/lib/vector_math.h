@@ -35,3 +35,19 @@ static float max_of(const float* x, long n) {
     for (int j = 1; j < 16; j++) max = lanes[j] > max ? lanes[j] : max;
     return max;
 }
+
+// The sum of n squares: short sums in floats, side by side as vectors; their total in doubles.
+static double sum_of_block(const float* x, long n) {
+    enum { LANES = 64 };
+    double sum = 0;
+    long i = 0;
+    while (i < n) {
+        float lanes[LANES] = {0};
+        for (long stop = i + 64 * LANES; i + LANES <= n && i < stop; i += LANES)
+            for (int k = 0; k < LANES; k++) lanes[k] += x[i + k] * x[i + k];
+        for (int k = 0; k < LANES; k++) sum += lanes[k];
+        if (n - i < LANES)
+            for (; i < n; i++) sum += (double)x[i] * x[i];
+    }
+    return sum;
+}

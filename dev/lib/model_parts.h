@@ -1,4 +1,4 @@
-// router_arrays.h: the arrays of routers other than softmax top-K, see LAYER_ARRAYS of train_moe.c and routers.h.
+// model_parts.h: parts of a model for routers other than softmax top-K (see LAYER_ARRAYS of train_moe.c) and reports.
 #pragma once
 
 #define ROUTER_LAYER_ARRAYS(ARRAY)                                                                                  \
@@ -25,3 +25,14 @@ typedef struct Observed {
     double sources, twins;                      // with families: distinct families chosen; tokens that chose two of one
 } Observed;
 enum { OBSERVED_NUMBERS = sizeof(Observed) / sizeof(double) };
+
+// The parts of the objective, summed over forward passes: cross-entropy, and the balance loss and the z-loss
+// without their coefficients, LPR's losses with them.
+typedef struct {
+    double loss, aux, z, lpr;
+    long passes;
+} Losses;
+
+#define NORM_BLOCK 65536        // floats in a partial sum of the gradient's norm,
+#define NORM_LANES 64           // which is itself made of this many sums side by side
+#define norm_blocks(m) ((m)->layout.total / NORM_BLOCK + 1)
