@@ -27,6 +27,8 @@ FLAGS  += $(if $(findstring __AVX512F__,$(MACROS)),-mprefer-vector-width=512)
 else
 # gcc makes branches of the comparisons in fast_exp, which it cannot undo when it meets the loop around them
 FLAGS  += -fno-thread-jumps
+# at -O1 it would leave a * b + c as two instructions: the fast products would not be the plain loops, see train_moe.c
+FLAGS  += -fexpensive-optimizations
 endif
 # OpenMP is there if a program that uses it can be linked, and its library is found when it starts (127: it is not; a
 # cross compiler's program does not start at all, which says nothing). Apple's clang wants to be told by -Xclang, and

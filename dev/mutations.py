@@ -109,7 +109,7 @@ def main():
                 continue
             broken = next(path for path, text in files.items() if right in text)
             (folder / broken).write_text(files[broken].replace(right, wrong))
-            build = ["cc", "-std=gnu11", "-O1", "-march=native", "-fno-math-errno", "-fopenmp", "test_moe.c",
+            build = ["cc", "-std=gnu11", "-O1", "-fexpensive-optimizations", "-march=native", "-fno-math-errno", "-fopenmp", "test_moe.c",
                      "-o", "test", "-lm"]
             subprocess.run(build, cwd=folder, check=True, capture_output=True)
             red = False

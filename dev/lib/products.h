@@ -73,27 +73,19 @@ typedef int places __attribute__((vector_size(4 * VECTOR_LENGTH)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
 #endif
 
-// sum + a b, rounded once where the processor can do so. (Left to itself, gcc splits some of these into two roundings,
-// depending on the level of optimisation and on the processor that it tunes for.)
-#if VECTOR_LENGTH == 16
-#include <immintrin.h>
-#define BROADCAST(x) ((vector)_mm512_set1_ps(x))
-#define ADD_PRODUCT(sum, a, b) ((vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum)))
-#elif VECTOR_LENGTH == 8 && defined(__FMA__)
-#include <immintrin.h>
-#define BROADCAST(x) ((vector)_mm256_set1_ps(x))
-#define ADD_PRODUCT(sum, a, b) ((vector)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum)))
-#elif VECTOR_LENGTH == 4 && defined(__aarch64__)
-#include <arm_neon.h>
-#define BROADCAST(x) ((vector)vdupq_n_f32(x))
-#define ADD_PRODUCT(sum, a, b) ((vector)vfmaq_f32((float32x4_t)(sum), (float32x4_t)(a), (float32x4_t)(b)))
+// gcc, tuning for some processors (seen for Zen 2 and Zen 3), splits the multiply-add into two roundings in a loop that
+// adds to a single sum, but not in loops with several. That would break the promise of train_moe.c's section 2, so where
+// there can be a single sum it is hidden from gcc: an empty piece of assembly "changes" it in its register.
+#if defined(__x86_64__)
+#define HIDE(sum) __asm__("" : "+v"(sum))
+#elif defined(__aarch64__)
+#define HIDE(sum) __asm__("" : "+w"(sum))
 #else
-#define BROADCAST(x) (x)
-#define ADD_PRODUCT(sum, a, b) ((sum) + (a) * (b))
+#define HIDE(sum)
 #endif
 
 enum {
-    TILE_VECTORS = 2,                            // vectors in a row of the tile
+    TILE_VECTORS = 2,                            // vectors in a row of the tile; with one, see HIDE
     TILE_COLUMNS = TILE_VECTORS * VECTOR_LENGTH,
 #if VECTOR_LENGTH == 16 || defined(__aarch64__)
     TILE_ROWS = 14,                              // 14*2 sums + 2 of right + 1 of left = 31 of 32 vector registers
@@ -276,7 +268,7 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
             UNROLL
             for (int i = 0; i < rows; i++) {
                 UNROLL
-                for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = ADD_PRODUCT(sum[i][v], BROADCAST(left[i]), r[v]);
+                for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += left[i] * r[v];
             }
             left += left_step;
             right += right_step;
@@ -490,15 +482,19 @@ ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_row, long y
             UNROLL
             for (int q = 0; q < VECTOR_LENGTH; q++) {
                 UNROLL
-                for (int i = 0; i < rows; i++)
-                    sum[i] = ADD_PRODUCT(sum[i], BROADCAST(x[(long)i * C + c + q]), square[q]);
+                for (int i = 0; i < rows; i++) {
+                    sum[i] += x[(long)i * C + c + q] * square[q];
+                    HIDE(sum[i]);
+                }
             }
         }
         for (; c < C; c++) {
             for (int q = 0; q < valid; q++) edge[q] = w[(long)q * C + c];
             UNROLL
-            for (int i = 0; i < rows; i++)
-                sum[i] = ADD_PRODUCT(sum[i], BROADCAST(x[(long)i * C + c]), *(const vector*)edge);
+            for (int i = 0; i < rows; i++) {
+                sum[i] += x[(long)i * C + c] * *(const vector*)edge;
+                HIDE(sum[i]);
+            }
         }
         UNROLL
         for (int i = 0; i < rows; i++) {
