@@ -393,3 +393,26 @@ static void text_json_double(Text* t, double x) {
     }
     text_print(t, strpbrk(buffer, ".en") ? "%s" : "%s.0", buffer);
 }
+
+// What a value looked like, members in the order of their names.
+static void text_json_value(Text* t, const Json* j) {
+    static const char* words[] = {"null", "false", "true"};
+    if (j->type == JSON_STRING)
+        text_json_string(t, j->string);
+    else if (j->type == JSON_NUMBER)
+        text_print(t, "%s", j->string);
+    else if (j->type < JSON_NUMBER)
+        text_print(t, "%s", words[j->type]);
+    else {
+        text_print(t, j->type == JSON_ARRAY ? "[" : "{");
+        for (int i = 0; i < j->count; i++) {
+            if (i) text_print(t, ", ");
+            if (j->type == JSON_OBJECT) {
+                text_json_string(t, j->items[i]->key);
+                text_print(t, ": ");
+            }
+            text_json_value(t, j->items[i]);
+        }
+        text_print(t, j->type == JSON_ARRAY ? "]" : "}");
+    }
+}

@@ -469,7 +469,7 @@ static void test_up_refusals(void) {
                  {GOLDEN "qwen3 {}/x --experts 4 --select grad2", "is dense"},
                  {"{}/m3 {}/x --experts 6 --method granular", "fitting are"},
                  {"{}/m3 {}/x --experts 6 --layers all", "is a mixture"},
-                 {"{}/m3 {}/x --experts 2", "--select router-norm"},
+                 {"{}/m3 {}/x --experts 2", "load|router-norm"},
                  {"{}/m3 {}/x --experts 6 --select load", "keep"},
                  {"{}/m3 {}/x --experts 2 --select router-norm", "--reference"},
                  {"{}/m3 {}/x --experts 2 --select weight --method drop", "fewer"},

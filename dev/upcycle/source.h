@@ -302,3 +302,15 @@ static Source* open_or_die(const char* dir, const char* suffix) {
     if (!s) die(2, "%s", error.text);
     return s;
 }
+
+enum { WEIGHTS, EXP_AVG, EXP_AVG_SQ }; // what a tensor of the result holds: the model's numbers, or AdamW's moments
+
+// A tensor of the result.
+typedef struct {
+    const Tensor* tensor;
+    Role role;
+    Dtype dtype;
+    char name[120];
+    int holds, file;
+    long bytes, offset; // in the file's data
+} Output;
