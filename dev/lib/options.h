@@ -151,8 +151,9 @@ enum { NUM_OPTIONS = sizeof option_table / sizeof option_table[0] };
 // named here, it asks for nothing, and that the model lacks it is no contradiction: one line serves every arm.
 typedef enum { EXPERTS, DENSE_LAYERS, SIGMOID, LPR, FAMILIES, SCORING, NUM_NEEDS } Need;
 static const char* need_missing[NUM_NEEDS] = {
-    "a dense model has no experts and no router", "every layer is sparse, so there is no dense one; --expert-ffn is "
-    "the width of an expert", "only the router sigmoid has a bias", "belongs to --router lpr",
+    "a dense model has no experts and no router",
+    "every layer is sparse, so there is no dense one; --expert-ffn is the width of an expert",
+    "only the router sigmoid has a bias", "belongs to --router lpr",
     "a new, a dense or an lpr model has no families; they come with a --model from upcycle", "goes with --eval"};
 static const struct {
     const char* name;
@@ -327,7 +328,7 @@ static void trainer_to_json(Text* t, const Model* m, long step) {
         text_json_string(t, run_origin);
         text_print(t, ",\n");
     }
-    text_add(t, run_files.data, run_files.length);
+    if (run_files.length) text_add(t, run_files.data, run_files.length);
     text_print(t, "  \"options\": {");
     for (int i = 0, listed = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];
