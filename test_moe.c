@@ -414,6 +414,7 @@ static const struct {
     {"upcycle formats", test_up_formats},        {"upcycle allocation", test_up_allocation},
     {"upcycle algebra", test_up_algebra},        {"upcycle copy", test_up_copy},
     {"upcycle drop", test_up_drop},              {"upcycle shards", test_up_shards},
+    {"upcycle pieces", test_up_pieces},
     {"upcycle sources", test_up_sources},        {"upcycle twins", test_up_twins},
     {"upcycle operators", test_up_operators},    {"upcycle routers", test_up_routers},
     {"upcycle utility", test_up_utility},        {"upcycle optimizer", test_up_optimizer},

@@ -31,7 +31,7 @@ static struct {
 
 typedef enum { OPT_FLAG, OPT_WHOLE, OPT_REAL, OPT_TEXT, OPT_CHOICE } OptionType;
 // What an option describes decides where it may stand: SHAPE only for a new model, RUN is remembered by --resume.
-typedef enum { USE_RUN, USE_SHAPE, USE_OTHER } OptionUse;
+typedef enum { USE_RUN, USE_SHAPE, USE_OTHER, USE_DENSE, USE_MOE } OptionUse; // the last two: of upcycle, by SRC
 
 typedef struct {
     const char* name;
@@ -151,8 +151,9 @@ enum { NUM_OPTIONS = sizeof option_table / sizeof option_table[0] };
 // named here, it asks for nothing, and that the model lacks it is no contradiction: one line serves every arm.
 typedef enum { EXPERTS, DENSE_LAYERS, SIGMOID, LPR, FAMILIES, SCORING, NUM_NEEDS } Need;
 static const char* need_missing[NUM_NEEDS] = {
-    "a dense model has no experts and no router", "every layer is sparse, so there is no dense one; --expert-ffn is "
-    "the width of an expert", "only the router sigmoid has a bias", "belongs to --router lpr",
+    "a dense model has no experts and no router",
+    "every layer is sparse, so there is no dense one; --expert-ffn is the width of an expert",
+    "only the router sigmoid has a bias", "belongs to --router lpr",
     "a new, a dense or an lpr model has no families; they come with a --model from upcycle", "goes with --eval"};
 static const struct {
     const char* name;
@@ -226,9 +227,8 @@ static void option_set(Option* o, const char* text) {
     }
 }
 
-static void options_reset(void) {
-    for (int i = 0; i < NUM_OPTIONS; i++) {
-        Option* o = &option_table[i];
+static void options_reset_table(Option* table, int count) {
+    for (Option* o = table; o < table + count; o++) {
         o->given = 0;
         if (o->start) option_set(o, o->start);
         else if (o->type == OPT_WHOLE) *(long*)o->value = UNSET;
@@ -262,19 +262,20 @@ static void print_help(void) {
     }
 }
 
-static void options_parse(int argc, char** argv) {
-    struct option longs[NUM_OPTIONS + 3];
+// Reads the command line into a table of options. What is no option is moved behind them; argv[optind] is its first.
+enum { MOST_OPTIONS = 128 };
+static void options_parse_table(Option* table, int count, void (*help)(void), int argc, char** argv) {
+    struct option longs[MOST_OPTIONS + 3];
     memset(longs, 0, sizeof longs);
-    options_reset();
-    remember_command(argc, argv);
-    for (int i = 0; i < NUM_OPTIONS; i++) {
-        longs[i].name = option_table[i].name;
-        longs[i].has_arg = option_table[i].type == OPT_FLAG ? no_argument : required_argument;
+    options_reset_table(table, count);
+    for (int i = 0; i < count; i++) {
+        longs[i].name = table[i].name;
+        longs[i].has_arg = table[i].type == OPT_FLAG ? no_argument : required_argument;
     }
-    longs[NUM_OPTIONS].name = "help";
-    longs[NUM_OPTIONS + 1].name = "version";
+    longs[count].name = "help";
+    longs[count + 1].name = "version";
     // beyond any character; were they equal, getopt would not see that an abbreviation is ambiguous
-    for (int i = 0; i < NUM_OPTIONS + 2; i++) longs[i].val = 256 + i;
+    for (int i = 0; i < count + 2; i++) longs[i].val = 256 + i;
     opterr = 0;
     optind = 1;
     int c;
@@ -283,17 +284,19 @@ static void options_parse(int argc, char** argv) {
         if (c == ':') die(2, "%s wants a value; see --help", argv[optind - 1]);
         if (c == '?' && optopt > 0 && optopt < 256) die(2, "-%c: unknown option; see --help", optopt);
         if (c == '?') option_unknown(argv[optind - 1], longs);
-        if (index == NUM_OPTIONS || c == 'h') {
-            print_help();
+        if (c == 'h' || index >= count) {
+            if (c == 'h' || index == count) help();
+            else printf("%s %s\n", program_name, VERSION);
             exit(0);
         }
-        if (index == NUM_OPTIONS + 1) {
-            printf("%s %s\n", program_name, VERSION);
-            exit(0);
-        }
-        option_set(&option_table[index], option_table[index].type == OPT_FLAG ? "1" : optarg);
-        option_table[index].given = 1;
+        option_set(&table[index], table[index].type == OPT_FLAG ? "1" : optarg);
+        table[index].given = 1;
     }
+}
+
+static void options_parse(int argc, char** argv) {
+    remember_command(argc, argv);
+    options_parse_table(option_table, NUM_OPTIONS, print_help, argc, argv);
     if (optind < argc) die(2, "%s: unexpected argument; options start with --, see --help", argv[optind]);
 }
 
@@ -325,7 +328,7 @@ static void trainer_to_json(Text* t, const Model* m, long step) {
         text_json_string(t, run_origin);
         text_print(t, ",\n");
     }
-    text_add(t, run_files.data, run_files.length);
+    if (run_files.length) text_add(t, run_files.data, run_files.length);
     text_print(t, "  \"options\": {");
     for (int i = 0, listed = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];

@@ -425,7 +425,7 @@ static void test_round_trip(const char* dir, const char* name) {
     Model *m = open_model(dir, FOR_TRAINING, 1, 4), *back = NULL;
     fill_random(m->exp_avg, m->layout.total, 1);
     fill_random(m->exp_avg_sq, m->layout.total, 2);
-    options_reset();
+    options_reset_table(option_table, NUM_OPTIONS);
     const char *out = temp("saved"), *failure;
     remove_tree(out);
     mkdir(out, 0777);

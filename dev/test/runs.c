@@ -399,7 +399,7 @@ static double failing_update(Model* m, const AdamW* o, double lr, long step) {
 // train() on 64 windows of 8 tokens; what it prints is not shown
 static int train_here(const Backend* backend, int B, int accum, Position begun_at, long steps, const char* out) {
     Config c;
-    options_reset();
+    options_reset_table(option_table, NUM_OPTIONS);
     options.layers = 1, options.hidden = 16, options.heads = 2, options.experts = 2, options.batch = B,
     options.accum = accum, options.seq = 8, options.data = "here";
     config_from_options(&c);

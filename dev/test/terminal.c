@@ -160,7 +160,7 @@ static void test_other_progress(void) {
              temp("trained"), temp("larger"), temp("corpus.txt"), temp("corpus.txt"));
     s = run_in_terminal(80, NULL, 0, &seen, "--as-upcycle", arguments);
     text_add(&seen, "", 1);
-    check(ran.code == 0 && strstr(seen.data, "\rcalibration: batch 0 of 2") &&
+    check(ran.code == 0 && strstr(seen.data, "\rcalibration: window 0 of 4") &&
               strstr(seen.data, "\rcheck: window 0 of 4"),
           "upcycle shows calibration and check");
     check(strstr(seen.data, " % | ") && strstr(seen.data, " GB | ") && strstr(seen.data, "0:00 left"),
@@ -314,7 +314,7 @@ static void test_help_pages(void) {
     for (int i = 0; i < NUM_ASKED; i++)
         if (!strstr(up_output, ask_table[i].name)) check(0, "upcycle -h: no --%s", ask_table[i].name);
     code = up_run("", " ");
-    check(code == 2 && strstr(up_output, "./upcycle SRC DST --experts N") && strstr(up_output, "are missing"),
+    check(code == 2 && strstr(up_output, "./upcycle SRC DST --experts M") && strstr(up_output, "are missing"),
           "upcycle without arguments prints its usage");
 }
 

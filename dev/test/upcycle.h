@@ -148,7 +148,7 @@ static void up_make(const char* name, Arch arch, int layers, int hidden, int wid
     c.qk_norm = arch == OLMOE ? QK_NORM_ROW : per_head ? QK_NORM_HEAD : QK_NORM_NONE;
     c.router = arch == DOTS1 ? ROUTER_SIGMOID : ROUTER_SOFTMAX;
     for (int l = 0; l < layers; l++) c.sparse[l] = experts > 0;
-    options_reset();
+    options_reset_table(option_table, NUM_OPTIONS);
     Model* m = new_model(&c, FOR_TRAINING, 1, 4);
     for (long i = 0; i < m->layout.total; i++) {
         m->params[i] = (float)(0.3 * random_normal(random_key(seed, 1, (uint64_t)i, 0)));

@@ -462,7 +462,7 @@ static void test_up_refusals(void) {
                  {"{}/m3 {}/x --experts 6 --method granular", "fitting are"},
                  {"{}/m3 {}/x --experts 6 --layers every-2", "is a mixture"},
                  {"{}/m3 {}/x --experts 6 --norm-topk 0", "is a mixture"},
-                 {"{}/m3 {}/x --experts 2", "--select router-norm"},
+                 {"{}/m3 {}/x --experts 2", "load|router-norm"},
                  {"{}/m3 {}/x --experts 6 --select load", "keep"},
                  {"{}/m3 {}/x --experts 2 --select router-norm", "--reference"},
                  {"{}/m3 {}/x --experts 2 --select weight --method drop", "fewer"},
@@ -513,7 +513,8 @@ static void test_up_refusals(void) {
     static const char* agree[] = {
         "{}/m3 --experts 6 --layers all --norm-topk 1 --granularity 1 --scale exact --energy 0.95 --drop-ratio 0 "
         "--noise-std 0 --noise-fraction 0 --strength 0 --router copy --router-delta 0 --router-std 0.02 "
-        "--router-init normal --prune-weights 0 --cap 3 --score-on all --calibrate {}/short.bin --reference {}/m3 --arch qwen3",
+        "--router-init normal --prune-weights 0 --cap 3 --score-on all --calibrate {}/short.bin --reference {}/m3 "
+        "--arch qwen3",
         GOLDEN "qwen3 --experts 4 --select uniform --score-on all --cap 3 --router copy --router-delta 0 "
         "--prune-weights 0 --strength 0 --batch 8 --check-batches 10 --calibrate-batches 10 --reference {}/m3"};
     for (int i = 0; i < 2; i++) {

@@ -681,3 +681,58 @@ static void test_up_routers(void) {
     check(n == 9 * 16 && p[6 * 16 + 3] == 0.5f * p0[2 * 16 + 3] && p[2 * 16] == p0[2 * 16],
           "LPR: a copy has a prototype of its own");
 }
+
+// Matrices are made a piece at a time, and every method, with every kind of moments, must make the same numbers in
+// pieces of any size: of all rows at once, and of 3.
+static void test_up_pieces(void) {
+    up_begin();
+    up_make("pieces_dense", QWEN3, 1, 16, 24, 0, 0, 1, 5);
+    up_make("pieces_mixture", QWEN3_MOE, 1, 16, 24, 3, 2, 1, 6);
+    up_make_random_shard("pieces.bin", 400, 256);
+    static Plan plans[2 * 4 * NUM_METHODS];
+    int threads = thread_count(); // waking them for each piece would take most of the time
+#ifdef _OPENMP
+    omp_set_num_threads(1);
+#endif
+    static const char* carried[] = {"reset", "copy", "scale", "interpolate"};
+    for (int i = 0; i < 2 * 4 * NUM_METHODS; i++) {
+        const Method* method = &methods[i / 8];
+        int dense = i % 2, cluster = is(method->name, "cluster"), granular = is(method->name, "granular");
+        const char* carry = carried[i / 2 % 4];
+        int refused = is(carry, "interpolate") && (dense || is(method->name, "shuffle"));
+        if (!(method->from & (dense ? FROM_DENSE : FROM_MOE)) || refused) continue;
+        if (!is(carry, "reset") && dense && !method->carry) continue;
+        char src[PATH_SIZE], data[PATH_SIZE];
+        strcpy(src, up_path(dense ? "pieces_dense" : "pieces_mixture"));
+        strcpy(data, up_path("pieces.bin"));
+        const char* arguments[16] = {"upcycle",  src,          "x",           "--experts", "8",
+                                     "--method", method->name, "--optimizer", carry};
+        int count = 9;
+        if (granular) arguments[count++] = "--granularity", arguments[count++] = "4";
+        const char* with_data[] = {"--calibrate", data, "--calibrate-batches", "2", "--seq", "16"};
+        for (int k = 0; k < 6 && cluster; k++) arguments[count++] = with_data[k];
+        memset(&the_plan, 0, sizeof the_plan);
+        read_options(count, (char**)arguments);
+        plans[i] = *plan_create(src); // what a plan owns lives as long as the program
+        const Plan* p = &plans[i];
+        int wrong = 0;
+        for (int o = 0; o < p->num_outputs; o++) {
+            Target whole = target_open(p, &p->outputs[o]), pieces = target_open(p, &p->outputs[o]);
+            float *a = floats(whole.rows * whole.cols), *b = floats(whole.rows * whole.cols);
+            target_rows(p, &whole, 0, whole.rows, a);
+            for (long row = 0; row < whole.rows; row += 3)
+                target_rows(p, &pieces, row, lmin(3, whole.rows - row), b + row * whole.cols);
+            wrong += memcmp(a, b, sizeof(float) * (size_t)(whole.rows * whole.cols)) != 0;
+            target_close(&whole);
+            target_close(&pieces);
+            free(a);
+            free(b);
+        }
+        check(p->num_outputs > 0 && wrong == 0, "%s, %s, --optimizer %s: in pieces of 3 rows %d tensors differ",
+              method->name, dense ? "dense" : "mixture", carry, wrong);
+    }
+#ifdef _OPENMP
+    omp_set_num_threads(threads);
+#endif
+    (void)threads;
+}

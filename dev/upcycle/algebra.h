@@ -1,4 +1,4 @@
-// algebra.h: linear algebra in double precision, for the few methods that need it. Needs util.h.
+// algebra.h: linear algebra in double precision, for the few methods that need it.
 #pragma once
 
 static double dot(const double* a, const double* b, long n) {
@@ -45,6 +45,22 @@ static void svd_free(Svd* d) {
     free(d->s);
 }
 
+static void rotate(double* a, double* b, long n, double cosine, double sine) {
+    for (long q = 0; q < n; q++) {
+        double x = a[q], y = b[q];
+        a[q] = cosine * x - sine * y;
+        b[q] = sine * x + cosine * y;
+    }
+}
+
+static void swap(double* a, double* b, long n) {
+    for (long q = 0; q < n; q++) {
+        double t = a[q];
+        a[q] = b[q];
+        b[q] = t;
+    }
+}
+
 // One-sided Jacobi (Hestenes 1958): columns are rotated in pairs until all are orthogonal; the rotations make V. The
 // pairs of a round, as in a tournament, have no column in common, so threads may share them without changing a bit.
 static Svd svd_of(const float* W, long rows, long cols) {
@@ -53,12 +69,11 @@ static Svd svd_of(const float* W, long rows, long cols) {
     d.m = d.transposed ? cols : rows;
     d.n = d.transposed ? rows : cols;
     long m = d.m, n = d.n, players = n + n % 2;
-    d.us = (double*)checked_malloc(sizeof(double) * (size_t)(n * m));
-    d.v = (double*)checked_malloc(sizeof(double) * (size_t)(n * n));
-    d.s = (double*)checked_malloc(sizeof(double) * (size_t)n);
+    d.us = NEW(double, n * m);
+    d.v = NEW(double, n * n);
+    d.s = NEW(double, n);
     for (long k = 0; k < n; k++)
         for (long i = 0; i < m; i++) d.us[k * m + i] = d.transposed ? W[k * cols + i] : W[i * cols + k];
-    memset(d.v, 0, sizeof(double) * (size_t)(n * n));
     for (long k = 0; k < n; k++) d.v[k * n + k] = 1;
     for (int sweep = 0, rotations = 1; sweep < 40 && rotations > 0; sweep++) {
         rotations = 0;
@@ -75,16 +90,8 @@ static Svd svd_of(const float* W, long rows, long cols) {
                 if (fabs(ab) <= 1e-12 * sqrt(aa * bb) || ab == 0) continue;
                 double zeta = (bb - aa) / (2 * ab), t = (zeta < 0 ? -1 : 1) / (fabs(zeta) + sqrt(1 + zeta * zeta));
                 double cosine = 1 / sqrt(1 + t * t), sine = cosine * t;
-                for (long q = 0; q < m; q++) {
-                    double x = a[q], y = b[q];
-                    a[q] = cosine * x - sine * y;
-                    b[q] = sine * x + cosine * y;
-                }
-                for (long q = 0; q < n; q++) {
-                    double x = va[q], y = vb[q];
-                    va[q] = cosine * x - sine * y;
-                    vb[q] = sine * x + cosine * y;
-                }
+                rotate(a, b, m, cosine, sine);
+                rotate(va, vb, n, cosine, sine);
                 rotations++;
             }
         }
@@ -95,19 +102,9 @@ static Svd svd_of(const float* W, long rows, long cols) {
         for (long i = k + 1; i < n; i++)
             if (d.s[i] > d.s[best]) best = i;
         if (best == k) continue;
-        double t = d.s[k];
-        d.s[k] = d.s[best];
-        d.s[best] = t;
-        for (long q = 0; q < m; q++) {
-            t = d.us[k * m + q];
-            d.us[k * m + q] = d.us[best * m + q];
-            d.us[best * m + q] = t;
-        }
-        for (long q = 0; q < n; q++) {
-            t = d.v[k * n + q];
-            d.v[k * n + q] = d.v[best * n + q];
-            d.v[best * n + q] = t;
-        }
+        swap(d.s + k, d.s + best, 1);
+        swap(d.us + k * m, d.us + best * m, m);
+        swap(d.v + k * n, d.v + best * n, n);
     }
     return d;
 }
@@ -117,7 +114,7 @@ static void svd_product(float* W, const Svd* d, long rank) {
     long m = d->m, n = d->n, rows = d->transposed ? n : m, cols = d->transposed ? m : n;
     #pragma omp parallel
     {
-        double* row = (double*)checked_malloc(sizeof(double) * (size_t)cols);
+        double* row = NEW(double, cols);
         #pragma omp for
         for (long i = 0; i < rows; i++) {
             memset(row, 0, sizeof(double) * (size_t)cols);

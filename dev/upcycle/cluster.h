@@ -8,9 +8,10 @@
 //     W_i = (U s V^T)_r S^-1
 #pragma once
 
-typedef struct {
+typedef struct Clusters {
     float** inputs; // (L) the FFN's inputs (tokens, H)
     int** cluster; // (L) (tokens) the cluster of each
+    float* centroids; // (L, M, H)
     long tokens, filled;
     float* made[3]; // the matrices of (layer, expert) that were made last
     int layer, expert;
@@ -18,8 +19,8 @@ typedef struct {
     long ranks, matrices; // for the receipt
 } Clusters;
 
-static void observe_inputs(void* state, const Model* m, int l) {
-    Clusters* k = (Clusters*)state;
+static void observe_inputs(Model* m, int l) {
+    Clusters* k = (Clusters*)m->observer;
     long H = m->config.hidden_size, n = (long)m->batch * m->length;
     if (k->inputs[l]) memcpy(k->inputs[l] + k->filled * H, m->layers[l].ffn_in, sizeof(float) * (size_t)(n * H));
 }
@@ -28,10 +29,9 @@ static void observe_inputs(void* state, const Model* m, int l) {
 // direction of the sum of its unit vectors. A cluster that ran empty starts again from the token that fits its centroid
 // least. centroids (k, H) at length 1, cluster (n)
 static void spherical_k_means(float* centroids, int* cluster, const float* x, long n, int H, int k, uint64_t key) {
-    double* sums = (double*)checked_malloc(sizeof(double) * (size_t)k * (size_t)H);
-    float* cosines = (float*)checked_malloc(sizeof(float) * (size_t)k);
-    float* fit = (float*)checked_malloc(sizeof(float) * (size_t)n);
-    long* count = (long*)checked_malloc(sizeof(long) * (size_t)k);
+    double* sums = NEW(double, (long)k * H);
+    float *cosines = floats(k), *fit = floats(n);
+    long* count = NEW(long, k);
     for (int i = 0; i < k; i++) {
         const float* start = x + random_permutation(i, n, key) * H;
         double length = sqrt(sum_of_squares(start, H));
@@ -82,40 +82,41 @@ static void spherical_k_means(float* centroids, int* cluster, const float* x, lo
 }
 
 static void find_clusters(Plan* p) {
-    const Config* c = &p->sources[0]->config;
-    Clusters* k = (Clusters*)checked_malloc(sizeof(Clusters));
-    memset(k, 0, sizeof *k);
+    const Config* c = &p->config;
+    int L = c->num_layers, M = p->M, H = c->hidden_size;
+    Clusters* k = p->clusters = NEW(Clusters, 1);
+    Feed f = feed_calibration(p->sources[0], "--method cluster");
+    Model* m = feed_model(&f, p->sources[0]->dir, FOR_SCORING, 2);
     k->layer = k->expert = -1;
-    Calibration calibration = calibration_open(p->sources[0], FOR_SCORING, "--method cluster");
-    k->tokens = calibration.batches * calibration.B * calibration.T;
-    if (k->tokens < p->N) die(2, "--calibrate: %ld tokens cannot make %d clusters", k->tokens, p->N);
-    k->inputs = (float**)checked_malloc(sizeof(float*) * (size_t)c->num_layers);
-    k->cluster = (int**)checked_malloc(sizeof(int*) * (size_t)c->num_layers);
-    p->centroids =
-        (float*)checked_malloc(sizeof(float) * (size_t)c->num_layers * (size_t)p->N * (size_t)c->hidden_size);
-    p->clusters = k;
-    for (int l = 0; l < c->num_layers; l++) {
-        int wanted = p->config.sparse[l];
-        k->inputs[l] = wanted ? (float*)checked_malloc(sizeof(float) * (size_t)(k->tokens * c->hidden_size)) : NULL;
-        k->cluster[l] = wanted ? (int*)checked_malloc(sizeof(int) * (size_t)k->tokens) : NULL;
+    k->tokens = f.windows * f.T;
+    if (k->tokens < M) die(2, "--calibrate: %ld tokens cannot make %d clusters", k->tokens, M);
+    k->inputs = NEW(float*, L);
+    k->cluster = NEW(int*, L);
+    k->centroids = NEW(float, (long)L * M * H);
+    for (int l = 0; l < L; l++) {
+        k->inputs[l] = c->sparse[l] ? floats(k->tokens * H) : NULL;
+        k->cluster[l] = c->sparse[l] ? NEW(int, k->tokens) : NULL;
     }
-    for (long b = 0; b < calibration.batches; b++) {
-        calibration_batch(&calibration, b);
-        observed_forward(calibration.model, calibration.batch.tokens, calibration.batch.targets, calibration.B,
-                         calibration.T, observe_inputs, k);
-        k->filled += (long)calibration.B * calibration.T;
-    }
-    calibration_close(&calibration);
-    for (int l = 0; l < c->num_layers; l++)
+    m->observe = observe_inputs;
+    m->observer = k;
+    for (int rows; (rows = feed_next(&f)) > 0; k->filled += (long)rows * f.T)
+        model_forward(m, f.batch.tokens, f.batch.targets, rows, f.T);
+    model_free(m);
+    feed_close(&f);
+    for (int l = 0; l < L; l++)
         if (k->inputs[l])
-            spherical_k_means(p->centroids + (long)l * p->N * c->hidden_size, k->cluster[l], k->inputs[l], k->tokens,
-                              c->hidden_size, p->N, stream_key(p, "clusters", l, 0, 0));
+            spherical_k_means(k->centroids + (long)l * M * H, k->cluster[l], k->inputs[l], k->tokens, H, M,
+                              stream_key(p, "clusters", l, 0, 0));
 }
 
-// C (n, n) = X^T X / rows + ridge, the ridge being a thousandth of the mean of the diagonal: with fewer inputs than n
-// the sum alone could not be inverted.
+static void cluster_router_row(const Plan* p, float* row, int l, int j) {
+    long H = p->config.hidden_size;
+    memcpy(row, p->clusters->centroids + ((long)l * p->M + j) * H, sizeof(float) * (size_t)H);
+}
+
+// C (n, n), 0 before, = X^T X / rows + ridge, the ridge being a thousandth of the mean of the diagonal: with fewer
+// inputs than n the sum alone could not be inverted.
 static void covariance(double* C, const float* X, long rows, long n) {
-    memset(C, 0, sizeof(double) * (size_t)(n * n));
     #pragma omp parallel for
     for (long i = 0; i < n; i++)
         for (long r = 0; r < rows; r++) {
@@ -129,7 +130,7 @@ static void covariance(double* C, const float* X, long rows, long n) {
 
 // W (rows, n) becomes the matrix of lowest rank that keeps the share `energy` of || W S ||^2. Returns the rank.
 static long truncate_whitened(float* W, long rows, long n, const double* S, double energy) {
-    float* WS = (float*)checked_malloc(sizeof(float) * (size_t)(rows * n));
+    float* WS = floats(rows * n);
     #pragma omp parallel for
     for (long r = 0; r < rows; r++)
         for (long j = 0; j < n; j++) {
@@ -148,7 +149,7 @@ static long truncate_whitened(float* W, long rows, long n, const double* S, doub
     svd_free(&d);
     #pragma omp parallel
     {
-        double* w = (double*)checked_malloc(sizeof(double) * (size_t)n);
+        double* w = NEW(double, n);
         #pragma omp for
         for (long r = 0; r < rows; r++) { // w S = row, from the last column to the first
             for (long j = n - 1; j >= 0; j--) {
@@ -166,8 +167,8 @@ static long truncate_whitened(float* W, long rows, long n, const double* S, doub
 
 // The matrix of expert j of layer l. The statistics of down are those of its own inputs: the hidden rows of the
 // cluster's tokens.
-static const float* cluster_matrix(Plan* p, int l, int j, int matrix) {
-    Clusters* k = (Clusters*)p->clusters;
+static const float* cluster_matrix(const Plan* p, int l, int j, int matrix) {
+    Clusters* k = p->clusters;
     const Config* c = &p->sources[0]->config;
     long H = c->hidden_size, I = c->intermediate_size, n = 0, size = H * I;
     if (k->layer != l || k->expert != j)
@@ -179,14 +180,12 @@ static const float* cluster_matrix(Plan* p, int l, int j, int matrix) {
     k->expert = j;
     if (k->made[matrix]) return k->made[matrix];
     for (long t = 0; t < k->tokens; t++) n += k->cluster[l][t] == j;
-    float* X = (float*)checked_malloc(sizeof(float) * (size_t)(n * H));
+    float* X = floats(n * H);
     for (long t = 0, r = 0; t < k->tokens; t++)
         if (k->cluster[l][t] == j) memcpy(X + r++ * H, k->inputs[l] + t * H, sizeof(float) * (size_t)H);
     long width = matrix == DOWN ? I : H;
     if (matrix == DOWN && n > 0) {
-        float* gate_up = (float*)checked_malloc(sizeof(float) * 2 * (size_t)size);
-        float* both = (float*)checked_malloc(sizeof(float) * 2 * (size_t)(n * I));
-        float* hidden = (float*)checked_malloc(sizeof(float) * (size_t)(n * I));
+        float *gate_up = floats(2 * size), *both = floats(2 * n * I), *hidden = floats(n * I);
         view_read(source_ffn(p->sources[0], l, 0, GATE), 0, I, gate_up);
         view_read(source_ffn(p->sources[0], l, 0, UP), 0, I, gate_up + size);
         matmul_forward(both, X, gate_up, (int)n, (int)H, (int)(2 * I));
@@ -196,11 +195,11 @@ static const float* cluster_matrix(Plan* p, int l, int j, int matrix) {
         free(X);
         X = hidden;
     }
-    double* C = (double*)checked_malloc(sizeof(double) * (size_t)(width * width));
+    double* C = NEW(double, width * width);
     covariance(C, X, n, width);
     if (!cholesky(C, width)) die(1, "layer %d, expert %d: the inputs' covariance is not positive definite", l, j);
-    for (int i = matrix == DOWN ? DOWN : GATE; i <= (matrix == DOWN ? DOWN : UP);
-         i++) { // gate and up share their inputs
+    // gate and up share their inputs
+    for (int i = matrix == DOWN ? DOWN : GATE; i <= (matrix == DOWN ? DOWN : UP); i++) {
         k->made[i] = view_whole(source_ffn(p->sources[0], l, 0, i));
         k->ranks += truncate_whitened(k->made[i], i == DOWN ? H : I, width, C, ask.energy);
         k->matrices++;
@@ -208,4 +207,9 @@ static const float* cluster_matrix(Plan* p, int l, int j, int matrix) {
     free(C);
     free(X);
     return k->made[matrix];
+}
+
+static void cluster_rows(const Plan* p, Target* t, long row, long rows, float* out) {
+    const float* made = cluster_matrix(p, t->layer, t->expert, t->matrix);
+    memcpy(out, made + row * t->cols, sizeof(float) * (size_t)(rows * t->cols));
 }

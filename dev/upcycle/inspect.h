@@ -1,13 +1,73 @@
-// inspect.h: --inspect: what a checkpoint's experts are like and where they come from.
+// inspect.h: --check: loss and logits of source and result. --inspect: what a checkpoint's experts are like and where
+// they come from.
 #pragma once
+
+typedef struct {
+    const Plan* plan;
+    double distinct;
+    long tokens;
+} DistinctSources;
+
+// Counts, for each token, the different sources among its experts; an expert that is new is a source of its own.
+static void observe_sources(Model* m, int l) {
+    DistinctSources* d = (DistinctSources*)m->observer;
+    const Config* c = &m->config;
+    int K = m->topk[l], N = m->batch * m->length;
+    if (!c->sparse[l]) return;
+    for (int n = 0; n < N; n++) {
+        const int* chosen = m->layers[l].experts + (long)n * K;
+        for (int k = 0; k < K; k++) {
+            int s = plan_source(d->plan, l, chosen[k]), seen = 0;
+            for (int i = 0; i < k; i++) seen |= s >= 0 && plan_source(d->plan, l, chosen[i]) == s;
+            d->distinct += !seen;
+        }
+    }
+    d->tokens += N;
+}
+
+// The loss of SRC and of the result in `dir` on --check, and || logits - logits of SRC || / || logits of SRC ||.
+static void prove(const Plan* p, const char* dir, Proof* proof) {
+    const Source* s = p->sources[0];
+    Feed f = feed_open("check: window", ask.check, WHOLE, s, ask.check_batches);
+    Model *before = feed_model(&f, s->dir, FOR_SCORING, 1), *after = feed_model(&f, dir, FOR_SCORING, 1);
+    DistinctSources distinct = {p, 0, 0};
+    double difference = 0, norm = 0;
+    memset(proof, 0, sizeof *proof);
+    after->observe = observe_sources;
+    after->observer = &distinct;
+    for (int rows; (rows = feed_next(&f)) > 0;) {
+        proof->loss_before += model_forward(before, f.batch.tokens, f.batch.targets, rows, f.T) * rows;
+        proof->loss_after += model_forward(after, f.batch.tokens, f.batch.targets, rows, f.T) * rows;
+        for (long i = 0; i < (long)rows * f.T * s->config.vocab_size; i++) {
+            double x = before->logits[i], y = after->logits[i];
+            difference += (y - x) * (y - x);
+            norm += x * x;
+        }
+    }
+    feed_close(&f);
+    proof->done = 1;
+    proof->tokens = f.windows * f.T;
+    proof->loss_before /= (double)f.windows;
+    proof->loss_after /= (double)f.windows;
+    proof->logits = norm == 0 && difference == 0 ? 0 : sqrt(difference / norm);
+    if ((!p->dense || p->num_sources > 1) && distinct.tokens)
+        proof->distinct = distinct.distinct / (double)distinct.tokens;
+    printf("check   %s, %ld tokens: loss %.4f before, %.4f after; relative change of the logits %.1e\n", ask.check,
+           proof->tokens, proof->loss_before, proof->loss_after, proof->logits);
+    if (proof->distinct > 0)
+        printf("        a token's %d experts come from %.2f distinct sources on average\n",
+               p->config.num_experts_per_tok, proof->distinct);
+    fflush(stdout);
+    model_free(before);
+    model_free(after);
+}
 
 // Cosines between the experts of a layer, all their weights taken as one vector: gram (E, E) of inner products; hash
 // (E) is equal for experts that are equal in every number.
 static void expert_gram(const Source* s, int l, double* gram, uint64_t* hash) {
     int E = s->config.num_experts;
     long n = CHUNK_FLOATS / E < 1 ? 1 : CHUNK_FLOATS / E;
-    float* x = (float*)checked_malloc(sizeof(float) * (size_t)(n * E));
-    float* products = (float*)checked_malloc(sizeof(float) * (size_t)E * (size_t)E);
+    float *x = floats(n * E), *products = floats((long)E * E);
     Error error = {""};
     memset(gram, 0, sizeof(double) * (size_t)E * (size_t)E);
     memset(hash, 0, sizeof(uint64_t) * (size_t)E);
@@ -79,32 +139,20 @@ static int run_inspect(void) {
         source_close(s);
         return 0;
     }
-    double *load = NULL, *gram = (double*)checked_malloc(sizeof(double) * (size_t)E * (size_t)E);
-    long* whole_load = (long*)checked_malloc(sizeof(long) * (size_t)E);
-    uint64_t* hash = (uint64_t*)checked_malloc(sizeof(uint64_t) * (size_t)E);
+    double *load = NULL, *gram = NEW(double, (long)E * E);
+    long* whole_load = NEW(long, E);
+    uint64_t* hash = NEW(uint64_t, E);
     if (ask.data) {
-        Config config = *c;
-        int T = sequence_length(&config, s->dir), B = (int)ask.batch;
-        Dataset* d = dataset_open(ask.data, T, c->vocab_size, WHOLE, reads_bytes(c, s->dir));
-        long windows = lmin(d->windows, ask.calibrate_batches * B);
-        Model* m = model_create(&config, FOR_SCORING, B, T, T, NULL);
-        if (!checkpoint_load(m, s->dir, &error)) die(2, "%s", error.text);
-        Batch batch = batch_create(B, T);
-        load = (double*)checked_malloc(sizeof(double) * (size_t)L * (size_t)E);
-        memset(load, 0, sizeof(double) * (size_t)L * (size_t)E);
-        Usage usage = {load, NULL};
-        double loss = 0, started = seconds();
-        for (long w = 0; w < windows; w += B) {
-            int rows = (int)lmin(B, windows - w);
-            show_count("load: window", w, windows, started);
-            for (int b = 0; b < rows; b++)
-                dataset_window(d, w + b, batch.tokens + (long)b * T, batch.targets + (long)b * T);
-            loss += observed_forward(m, batch.tokens, batch.targets, rows, T, observe_usage, &usage) * rows;
-        }
-        clear_progress();
-        printf("data    %s, %ld tokens: loss %.4f\n", ask.data, windows * T, loss / (double)windows);
-        free(batch.tokens);
-        dataset_close(d);
+        Feed f = feed_open("load: window", ask.data, WHOLE, s, ask.calibrate_batches);
+        Model* m = feed_model(&f, s->dir, FOR_SCORING, 2);
+        Usage usage = {load = NEW(double, L * E), NULL};
+        double loss = 0;
+        m->observe = observe_usage;
+        m->observer = &usage;
+        for (int rows; (rows = feed_next(&f)) > 0;)
+            loss += model_forward(m, f.batch.tokens, f.batch.targets, rows, f.T) * rows;
+        feed_close(&f);
+        printf("data    %s, %ld tokens: loss %.4f\n", ask.data, f.windows * f.T, loss / (double)f.windows);
         model_free(m);
     }
     join_path(path, s->dir, "upcycle.json");

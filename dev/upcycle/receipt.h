@@ -1,4 +1,9 @@
-// receipt.h: the receipt: what was done and what it means.
+// receipt.h: the receipt: what was done, what holds by construction, what to beware of.
+//
+//  - Twins tie, so for K >= 2 top-K picks both copies of the best expert instead of the two best experts.
+//  - A softmax over m times the experts makes every gate m times smaller, unless the K gates are renormalised.
+//  - Twins that are always chosen together with equal gates get equal gradients and stay twins for ever.
+//  - dL/dlogit_e is proportional to <dL/dy, f_e(x) - y>: 0 if all chosen experts are equal, or K = 1 and the gate is 1.
 #pragma once
 
 // What --check measured.
@@ -10,7 +15,7 @@ typedef struct {
     long tokens;
 } Proof;
 
-#define MAX_NOTES 16
+enum { MAX_NOTES = 16 };
 typedef struct {
     char function[512]; // whether DST computes what SRC computed
     char balance[160]; // whether transformers, too, trains DST with a balance loss
@@ -18,16 +23,46 @@ typedef struct {
     int count;
 } Findings;
 
+// A sentence that is said if its condition holds; braces stand for a word.
+typedef struct {
+    int holds;
+    const char* sentence;
+} Finding;
+enum { MAX_WORDS = 24 };
+typedef struct {
+    const char* name[MAX_WORDS];
+    char text[MAX_WORDS][256];
+    int count;
+} Words;
+
 #if defined(__GNUC__)
-__attribute__((format(printf, 2, 3)))
+__attribute__((format(printf, 3, 4)))
 #endif
 static void
-warn(Findings* f, const char* format, ...) {
+add_word(Words* w, const char* name, const char* format, ...) {
     va_list args;
-    if (f->count == MAX_NOTES) return;
     va_start(args, format);
-    vsnprintf(f->notes[f->count++], sizeof f->notes[0], format, args);
+    vsnprintf(w->text[w->count], sizeof w->text[0], format, args);
     va_end(args);
+    w->name[w->count++] = name;
+}
+
+// The sentence with its words
+static void fill_in(char* out, size_t size, const char* sentence, const Words* words) {
+    size_t n = 0;
+    for (const char* s = sentence; *s && n + 1 < size; s++) {
+        size_t length = strcspn(s, "}");
+        int i = *s == '{' ? 0 : words->count;
+        while (i < words->count && (strlen(words->name[i]) != length - 1 || memcmp(words->name[i], s + 1, length - 1)))
+            i++;
+        int found = i < words->count;
+        n += (size_t)snprintf(out + n, size - n, "%.*s", found ? 256 : 1, found ? words->text[i] : s);
+        s += i < words->count ? length : 0;
+    }
+}
+
+static void warn(Findings* f, const char* sentence, const Words* words) {
+    if (f->count < MAX_NOTES) fill_in(f->notes[f->count++], sizeof f->notes[0], sentence, words);
 }
 
 // Most copies of one expert in any layer, and whether all experts have equally many.
@@ -35,192 +70,162 @@ static int most_copies(const Plan* p, int* equal) {
     int most = 0, least = INT_MAX;
     for (int l = 0; l < p->config.num_layers; l++)
         for (int e = 0; p->config.sparse[l] && e < p->E; e++) {
-            int n = p->copies[(long)l * p->E + e];
-            if (n > most) most = n;
-            if (n < least) least = n;
+            most = imax(most, p->copies[(long)l * p->E + e]);
+            least = imin(least, p->copies[(long)l * p->E + e]);
         }
     *equal = most == least;
     return most;
 }
 
-// What holds by construction, and what is known to go wrong:
-//  - Twins tie, so for K >= 2 top-K picks both copies of the best expert instead of the two best experts.
-//  - A softmax over m times the experts makes every gate m times smaller, unless the K gates are renormalised.
-//  - Twins that are always chosen together with equal gates get equal gradients and stay twins for ever.
-//  - dL/dlogit_e is proportional to <dL/dy, f_e(x) - y>: 0 if all chosen experts are equal, or K = 1 and the gate is 1.
+#define NOT_KEPT "not kept: "
 static void find_properties(const Plan* p, Findings* f) {
     const Config *from = &p->sources[0]->config, *to = &p->config;
-    int K = to->num_experts_per_tok, N = p->N, norm = to->norm_topk_prob, equal, m = most_copies(p, &equal);
-    int sigmoid = from->router == ROUTER_SIGMOID, raw = sigmoid && !norm,
-        converted = strcmp(ask.dtype, "keep") != 0 && strcmp(ask.dtype, "f32") != 0;
-    const char* rounding = converted ? ", up to rounding to bf16" : "";
+    const char* name = p->method->name;
+    int K = to->num_experts_per_tok, K0 = from->num_experts_per_tok, M = p->M, E = p->E, norm = to->norm_topk_prob;
+    int equal, m = imax(1, most_copies(p, &equal)), G = p->shards, twins = p->method->traits & EQUAL;
+    int mixture = !p->dense, one_model = p->num_sources == 1, larger = M > E, one = K == 1 && K0 == 1;
+    int family = is(name, "family"), granular = is(name, "granular"), sharded = granular || is(name, "partition");
+    int is_new = p->method->traits & NEW_ROWS, lpr = from->router == ROUTER_LPR;
+    int sigmoid = from->router == ROUTER_SIGMOID, raw = sigmoid && !norm, biased = is(p->router->name, "bias");
+    int plain_router = is(p->router->name, "copy") || biased;
     // the mean of all logits, and the mean of all prototypes, are those of SRC only if every expert has as many copies
-    int unequal_sums = (from->logit_norm > 0 || from->router == ROUTER_LPR) && !equal;
-    const char* in_loss = json_raw(p->luggage, "output_router_logits");
+    int unequal_sums = (from->logit_norm > 0 || lpr) && !equal;
+    // down times a number that is no power of two has more digits than BF16 and F16 hold
+    int l = 0, near = (K + m - 1) / m;
+    while (!to->sparse[l]) l++;
+    int half = is(ask.dtype, "keep") && source_ffn(p->sources[0], l, 0, DOWN)->stored->dtype != DTYPE_F32;
+    const char* rounding = !is(ask.dtype, "keep") && !is(ask.dtype, "f32")              ? ", up to rounding to bf16"
+                           : p->dense && granular && (G & (G - 1)) && half ? ", up to rounding of down"
+                                                                          : "";
+    const Clusters* clusters = p->clusters;
+    Words words = {{NULL}, {""}, 0};
+    add_word(&words, "K", "%d", K);
+    add_word(&words, "K0", "%d", K0);
+    add_word(&words, "K-1", "%d", K - 1);
+    add_word(&words, "M", "%d", M);
+    add_word(&words, "E", "%d", E);
+    add_word(&words, "E-M", "%d", E - M);
+    add_word(&words, "G", "%d", G);
+    add_word(&words, "m", "%d", m);
+    add_word(&words, "K/m", "%d", K / m);
+    add_word(&words, "K/m experts", "%d expert%s", K / m, K / m > 1 ? "s" : "");
+    add_word(&words, "near sources", "%d distinct source%s", near, near > 1 ? "s" : "");
+    add_word(&words, "M/K", "%.3g", (double)M / K);
+    add_word(&words, "drop", "%.0f", 100 * ask.drop_ratio);
+    add_word(&words, "prune", "%.0f", 100 * ask.prune_weights);
+    add_word(&words, "rank", "%.1f", clusters && clusters->matrices ? (double)clusters->ranks / clusters->matrices : 0);
+    add_word(&words, "coefficient", "%g", to->router_aux_loss_coef);
+    add_word(&words, "up to", "%s", rounding);
+    add_word(&words, "router", "%s", p->router->name);
+    add_word(&words, "sums", "%s",
+             lpr ? "the read-out of the prototypes" : "the mean and spread that logit_norm divides by");
+    add_word(&words, "gate", "%s", raw ? "does not change" : "is 1");
+    add_word(&words, "never learns",
+             "K = 1 with renormalised gates: every gate is 1, so the router never learns from the loss");
+    add_word(&words, "never separate",
+             "equal gates get equal gradients and never separate in a deterministic trainer");
+
+    // the first that holds
+    const Finding of_dense[] = {
+        {norm && one_model && granular && is(ask.scale, "exact"),
+         "kept exactly{up to}: gates sum to 1, and down is scaled by {G} for the {G} shards of a group"},
+        {norm && one_model && (is(name, "copy") || (is(name, "drop") && ask.drop_ratio == 0)),
+         "kept exactly{up to}: gates sum to 1, and every expert is the dense FFN"},
+        {!one_model, NOT_KEPT "experts come from {E} models and everything else is their mean"},
+        {granular && is(ask.scale, "cuberoot"),
+         norm ? NOT_KEPT "the cube root of the scale on gate, up and down is not exact for SwiGLU; --scale exact is"
+              : NOT_KEPT "the cube root of the scale on gate, up and down is not exact for SwiGLU; --scale exact with "
+                         "--norm-topk 1 is"},
+        {granular && is(ask.scale, "none"),
+         NOT_KEPT "--scale none leaves a token with 1 / {G} of the FFN's output or less"},
+        {sharded && !granular && K == M,
+         "kept exactly while the router is zero (--router-init zero), otherwise nearly: gates weigh the shards"},
+        {1, p->method->changed}};
+    const Finding of_mixture[] = {
+        {insists("prune-weights"), NOT_KEPT "{prune} % of the weights of every expert are zero"},
+        {M < E, NOT_KEPT "{E-M} of {E} experts are gone from each sparse layer"},
+        {M == E && K != K0, NOT_KEPT "{K} experts per token instead of {K0}"},
+        {M == E && !is(p->router->name, "noise"), "kept exactly{up to}: nothing was added"},
+        {unequal_sums, NOT_KEPT "unequal numbers of copies shift {sums}"},
+        {family && K != K0, "that of SRC with {K} experts per token while train_moe's family penalty is infinite"},
+        {family,
+         "kept exactly{up to} while train_moe's family penalty is infinite (t = 0 of --family-steps), for every K; "
+         "only train_moe opens it until the penalty has ended"},
+        {!twins, NOT_KEPT "copies differ from their sources"},
+        {!plain_router, NOT_KEPT "routing changes (--router {router})"},
+        {one && sigmoid && biased,
+         "kept{up to} but for tokens whose best scores are closer than twice the bias' delta: K = 1, and the one gate "
+         "{gate}"},
+        {one && (norm || sigmoid), "kept exactly{up to}: K = 1, and the one gate {gate}"},
+        {one, "kept up to the gate: the same expert is chosen, but its gate shrinks"},
+        {K == 1, NOT_KEPT "1 expert per token instead of {K0}"},
+        {biased, NOT_KEPT "with K = {K} a token gets copies of one expert instead of different experts"},
+        {raw && equal && K % m == 0,
+         NOT_KEPT "sigmoid gates are not renormalised, so {m} copies add up to {m} times an expert's output"},
+        {equal && K == m * K0, "kept exactly{up to}: the top {K} are {m} copies of each of SRC's {K0}"},
+        {equal && K % m == 0,
+         "that of SRC with {K/m experts} per token{up to}: the top {K} are {m} copies each of the best {K/m}"},
+        {1, NOT_KEPT "with K = {K} a token gets copies of one expert instead of different experts"}};
+    const Finding of_balance[] = {
+        {!is_ordinary(to) || to->arch == DOTS1, "only in train_moe; transformers has none for this class"},
+        {is(json_raw(p->luggage, "output_router_logits"), "true"),
+         "in transformers, too: config.json has output_router_logits true and router_aux_loss_coef {coefficient}"},
+        {1, "only in train_moe; transformers wants output_router_logits true, which SRC's config.json has not"}};
+    const Finding *first = p->dense ? of_dense : of_mixture, *balance = of_balance;
+    while (!first->holds) first++;
+    while (!balance->holds) balance++;
     memset(f, 0, sizeof *f);
-    if (!is_ordinary(to) || to->arch == DOTS1)
-        snprintf(f->balance, sizeof f->balance, "only in train_moe; transformers has none for this class");
-    else if (in_loss && !strcmp(in_loss, "true"))
-        snprintf(f->balance, sizeof f->balance,
-                 "in transformers, too: config.json has output_router_logits true and router_aux_loss_coef %g",
-                 to->router_aux_loss_coef);
-    else
-        snprintf(f->balance, sizeof f->balance,
-                 "only in train_moe; transformers wants output_router_logits true, which SRC's config.json has not");
-#define FUNCTION(...) snprintf(f->function, sizeof f->function, __VA_ARGS__)
-    if (p->dense) {
-        int exact = norm && p->num_sources == 1 &&
-                    ((p->method == COPY) || (p->method == GRANULAR && !strcmp(ask.scale, "exact")) ||
-                     (p->method == DROP && ask.drop_ratio == 0));
-        // down times a number that is no power of two has more digits than BF16 and F16 hold
-        int l = 0, scaled = p->method == GRANULAR && (ask.granularity & (ask.granularity - 1));
-        while (!to->sparse[l]) l++;
-        if (scaled && !strcmp(ask.dtype, "keep") && source_ffn(p->sources[0], l, 0, DOWN)->stored->dtype != DTYPE_F32)
-            rounding = ", up to rounding of down";
-        if (exact && p->method == GRANULAR)
-            FUNCTION("kept exactly%s: gates sum to 1, and down is scaled by %ld for the %ld shards of a group",
-                     rounding, ask.granularity, ask.granularity);
-        else if (exact)
-            FUNCTION("kept exactly%s: gates sum to 1, and every expert is the dense FFN", rounding);
-        else if (p->num_sources > 1)
-            FUNCTION("not kept: experts come from %d models and everything else is their mean", p->num_sources);
-        else if (p->method == COPY)
-            FUNCTION("not kept: gates are not renormalised, so every FFN's output shrinks to about K / N = %d / %d", K,
-                     N);
-        else if (p->method == GRANULAR && !strcmp(ask.scale, "cuberoot"))
-            FUNCTION(
-                "not kept: the cube root of the scale on gate, up and down is not exact for SwiGLU; --scale exact%s is",
-                norm ? "" : " with --norm-topk 1");
-        else if (p->method == GRANULAR && !strcmp(ask.scale, "none"))
-            FUNCTION("not kept: --scale none leaves a token with 1 / %ld of the FFN's output or less", ask.granularity);
-        else if (p->method == GRANULAR)
-            FUNCTION("nearly kept: without renormalisation the scale is exact only while the router is zero");
-        else if (p->method == PARTITION && K == N)
-            FUNCTION(
-                "kept exactly while the router is zero (--router-init zero), otherwise nearly: gates weigh the shards");
-        else if (p->method == PARTITION)
-            FUNCTION("not kept: a token sees %d of %d shards of the FFN, scaled to its size", K, N);
-        else if (p->method == DROP)
-            FUNCTION("not kept: %.0f %% of the units of every expert are drawn anew", 100 * ask.drop_ratio);
-        else if (p->method == CLUSTER)
-            FUNCTION("not kept: experts are approximations of the FFN for their clusters, at mean rank %.1f",
-                     p->clusters && ((Clusters*)p->clusters)->matrices
-                         ? (double)((Clusters*)p->clusters)->ranks / ((Clusters*)p->clusters)->matrices
-                         : 0.0);
-        else if (p->method == RANDOM)
-            FUNCTION("not kept: the experts are new");
-        else
-            FUNCTION("not kept: noise was added to the experts");
-        if (p->method == COPY && norm && p->num_sources == 1)
-            warn(
-                f,
-                "equal experts give the router no language-model gradient at step 0; only the balance loss moves it. "
-                "Experts separate because different tokens reach them; --method drop makes them differ from the start");
-        if (norm && K == 1)
-            warn(f, "K = 1 with renormalised gates: every gate is 1, so the router never learns from the loss; %s",
-                 N == 1                ? "with one expert nothing avoids it"
-                 : to->arch == MIXTRAL ? "--topk 2 avoids it"
-                                       : "--norm-topk 0 or --topk 2 avoid it");
-        if (!norm && p->method != GRANULAR && p->method != PARTITION)
-            warn(f,
-                 "gates are not renormalised: the FFN's output shrinks by about E / K = %.3g at step 0; --norm-topk 1 "
-                 "avoids it",
-                 (double)N / K);
-        if (ask.router_init && !strcmp(ask.router_init, "zero") && p->method != GRANULAR && p->method != PARTITION)
-            warn(f,
-                 "a zero router ties all experts: every token goes to experts 0 to %d until it moves; --router-init "
-                 "normal avoids it",
-                 K - 1);
-        return;
-    }
-    if (insists("prune-weights"))
-        FUNCTION("not kept: %.0f %% of the weights of every expert are zero", 100 * ask.prune_weights);
-    else if (N < p->E)
-        FUNCTION("not kept: %d of %d experts are gone from each sparse layer", p->E - N, p->E);
-    else if (K != from->num_experts_per_tok && N == p->E)
-        FUNCTION("not kept: %d experts per token instead of %d", K, from->num_experts_per_tok);
-    else if (N == p->E && p->router != ROUTER_NOISE)
-        FUNCTION("kept exactly%s: nothing was added", rounding);
-    else if (unequal_sums)
-        FUNCTION("not kept: unequal numbers of copies shift %s",
-                 from->router == ROUTER_LPR ? "the read-out of the prototypes"
-                                            : "the mean and spread that logit_norm divides by");
-    else if (p->method == FAMILY && K != from->num_experts_per_tok)
-        FUNCTION("that of SRC with %d experts per token while train_moe's family penalty is infinite", K);
-    else if (p->method == FAMILY)
-        FUNCTION(
-            "kept exactly%s while train_moe's family penalty is infinite (t = 0 of --family-steps), for every K; only "
-            "train_moe opens it until the penalty has ended",
-            rounding);
-    else if (!uses(p->method,
-                   "copy|shuffle|copy-noise|scaled|drop|interpolate|orthogonal|svd-perturb|svd-mix|sparse-code-mix") ||
-             (p->method != COPY && p->method != SHUFFLE))
-        FUNCTION("not kept: copies differ from their sources");
-    else if (p->router != ROUTER_COPY && p->router != ROUTER_BIAS)
-        FUNCTION("not kept: routing changes (--router %s)", ask.router);
-    else if (K == 1 && sigmoid && from->num_experts_per_tok == 1 && p->router == ROUTER_BIAS)
-        FUNCTION(
-            "kept%s but for tokens whose best scores are closer than twice the bias' delta: K = 1, and the one gate "
-            "%s",
-            rounding, raw ? "does not change" : "is 1");
-    else if (K == 1 && (norm || sigmoid) && from->num_experts_per_tok == 1)
-        FUNCTION("kept exactly%s: K = 1, and the one gate %s", rounding, raw ? "does not change" : "is 1");
-    else if (K == 1 && from->num_experts_per_tok == 1)
-        FUNCTION("kept up to the gate: the same expert is chosen, but its gate shrinks");
-    else if (K == 1)
-        FUNCTION("not kept: 1 expert per token instead of %d", from->num_experts_per_tok);
-    else if (p->router == ROUTER_BIAS)
-        FUNCTION("not kept: with K = %d a token gets copies of one expert instead of different experts", K);
-    else if (raw && equal && K % m == 0)
-        FUNCTION("not kept: sigmoid gates are not renormalised, so %d copies add up to %d times an expert's output", m,
-                 m);
-    else if (equal && K == m * from->num_experts_per_tok)
-        FUNCTION("kept exactly%s: the top %d are %d copies of each of SRC's %d", rounding, K, m,
-                 from->num_experts_per_tok);
-    else if (equal && K % m == 0)
-        FUNCTION("that of SRC with %d expert%s per token%s: the top %d are %d copies each of the best %d", K / m,
-                 K / m > 1 ? "s" : "", rounding, K, m, K / m);
-    else
-        FUNCTION("not kept: with K = %d a token gets copies of one expert instead of different experts", K);
-    if (p->method == SHUFFLE) {
-        size_t n = strlen(f->function);
+    fill_in(f->function, sizeof f->function, first->sentence, &words);
+    fill_in(f->balance, sizeof f->balance, balance->sentence, &words);
+    size_t n = strlen(f->function);
+    if (is(name, "shuffle"))
         snprintf(f->function + n, sizeof f->function - n,
                  " (permuted units change the order of additions, nothing else)");
-    }
-    if (N <= p->E) return;
-    int twins = p->method == COPY || p->method == SHUFFLE;
-    if (uses(p->method, "random")) return;
-    if (K >= 2 && p->method != FAMILY)
-        warn(f,
-             "K = %d: twins tie or nearly tie, so most tokens reach only about %d distinct source%s; --method family "
-             "avoids it",
-             K, (K + m - 1) / m, (K + m - 1) / m > 1 ? "s" : "");
-    if (K == 1 && p->router == ROUTER_COPY && p->method != FAMILY)
-        warn(f,
-             "K = 1: a tie goes to the lower index, so copies get no token until the router moves; --router "
-             "perturb-new or --method family avoid it");
-    if (!norm && !sigmoid && p->method != FAMILY)
-        warn(f,
-             "gates are not renormalised: each shrinks by about %d, the number of copies%s; --method family avoids it",
-             m, K == 1 ? ", and with K = 1 the output does too" : "");
-    if (twins && norm && K >= 2 && K <= m && equal && (p->router == ROUTER_COPY || p->router == ROUTER_BIAS))
-        warn(f,
-             "all %d experts of a token are copies of one, so the router gets no language-model gradient at step 0; "
-             "only balancing moves it; --method family avoids it",
-             K);
-    if (norm && K == 1)
-        warn(f, "K = 1 with renormalised gates: every gate is 1, so the router never learns from the loss; --topk 2 "
-                "avoids it");
-    if (twins && K >= 2 && (p->router == ROUTER_COPY || p->router == ROUTER_BIAS))
-        warn(f,
-             "twins that are chosen together with equal gates get equal gradients and never separate in a "
-             "deterministic trainer%s; --method family or drop, or --router perturb-new avoid it",
-             p->router == ROUTER_BIAS ? " (a bias for selection does not reach the gates)" : "");
+
+    // all that hold
+    mixture = mixture && larger && !is_new;
+    const int tied = twins && !family, collapse = mixture && K >= 2 && !family;
+    const Finding warnings[] = {
+        {p->dense && is(name, "copy") && norm && one_model,
+         "equal experts give the router no language-model gradient at step 0; only the balance loss moves it. Experts "
+         "separate because different tokens reach them; --method drop makes them differ from the start"},
+        {p->dense && norm && K == 1,
+         M == 1                ? "{never learns}; with one expert nothing avoids it"
+         : to->arch == MIXTRAL ? "{never learns}; --topk 2 avoids it"
+                               : "{never learns}; --norm-topk 0 or --topk 2 avoid it"},
+        {p->dense && !norm && !sharded,
+         "gates are not renormalised: the FFN's output shrinks by about E / K = {M/K} at step 0; --norm-topk 1 avoids "
+         "it"},
+        {p->dense && is(ask.router_init, "zero") && !sharded,
+         "a zero router ties all experts: every token goes to experts 0 to {K-1} until it moves; --router-init normal "
+         "avoids it"},
+        {collapse,
+         "K = {K}: twins tie or nearly tie, so most tokens reach only about {near sources}; --method "
+         "family avoids it"},
+        {mixture && K == 1 && is(p->router->name, "copy") && !family,
+         "K = 1: a tie goes to the lower index, so copies get no token until the router moves; --router perturb-new or "
+         "--method family avoid it"},
+        {mixture && !norm && !sigmoid && !family,
+         K == 1 ? "gates are not renormalised: each shrinks by about {m}, the number of copies, and with K = 1 the "
+                  "output does too; --method family avoids it"
+                : "gates are not renormalised: each shrinks by about {m}, the number of copies; --method family avoids "
+                  "it"},
+        {collapse && tied && norm && K <= m && equal && plain_router,
+         "all {K} experts of a token are copies of one, so the router gets no language-model gradient at step 0; only "
+         "balancing moves it; --method family avoids it"},
+        {mixture && norm && K == 1, "{never learns}; --topk 2 avoids it"},
+        {collapse && tied && plain_router,
+         biased ? "twins that are chosen together with {never separate} (a bias for selection does not reach the "
+                  "gates); --method family or drop, or --router perturb-new avoid it"
+                : "twins that are chosen together with {never separate}; --method family or drop, or --router "
+                  "perturb-new avoid it"}};
+    for (size_t i = 0; i < sizeof warnings / sizeof warnings[0]; i++)
+        if (warnings[i].holds) warn(f, warnings[i].sentence, &words);
 }
 
 static long model_bytes(const Plan* p) {
     long bytes = 0;
-    for (int i = 0; i < p->num_outputs; i++) bytes += p->outputs[i].half < 0 ? p->outputs[i].bytes : 0;
+    for (int i = 0; i < p->num_outputs; i++) bytes += p->outputs[i].holds == WEIGHTS ? p->outputs[i].bytes : 0;
     return bytes;
 }
 
@@ -247,9 +252,9 @@ static void print_config_line(const char* what, const char* dir, const Config* c
 }
 
 static int same_layer(const Plan* p, int a, int b) {
-    size_t n = sizeof(int) * (size_t)p->N;
+    size_t n = sizeof(int) * (size_t)p->M;
     return p->config.sparse[a] == p->config.sparse[b] &&
-           (!p->config.sparse[a] || !memcmp(p->source + (long)a * p->N, p->source + (long)b * p->N, n));
+           (!p->config.sparse[a] || !memcmp(p->source + (long)a * p->M, p->source + (long)b * p->M, n));
 }
 
 // Which expert came from which; layers that are alike share a line.
@@ -266,20 +271,16 @@ static void print_layers(const Plan* p) {
             continue;
         }
         if (p->dense && p->num_sources == 1) {
-            static const char* made[] = {"all %d experts are the FFN",
-                                         "%d experts from the FFN, each with other units drawn anew",
-                                         "%d experts from the FFN, each with other noise",
-                                         "%d experts from the FFN, each with other weights drawn anew",
-                                         "%d experts: the shards of the FFN, group after group",
-                                         "%d experts: the shards of the FFN",
-                                         "%d experts, one for each cluster of the FFN's inputs",
-                                         "%d new experts"};
-            printf(made[p->method], p->N);
+            char made[128];
+            Words words = {{"M"}, {""}, 1};
+            snprintf(words.text[0], sizeof words.text[0], "%d", p->M);
+            fill_in(made, sizeof made, p->method->made, &words);
+            printf("%s", made);
         } else {
             printf("experts from %s", p->dense ? "models" : "experts");
-            for (int j = 0; j < p->N; j++) {
-                if (p->N > 40 && j == 32) {
-                    printf(" ... (%d in all, see upcycle.json)", p->N);
+            for (int j = 0; j < p->M; j++) {
+                if (p->M > 40 && j == 32) {
+                    printf(" ... (%d in all, see upcycle.json)", p->M);
                     break;
                 }
                 if (plan_source(p, l, j) < 0)
@@ -298,10 +299,11 @@ static void print_plan(const Plan* p, const char* dst) {
     for (int i = 1; i < p->num_sources; i++) printf("        and %s\n", p->sources[i]->dir);
     print_config_line("result", dst, &p->config, model_bytes(p));
     printf("method  %s, seed %ld", ask.method, ask.seed);
-    if (p->method == GRANULAR) printf(", %d groups of %ld shards, --scale %s", p->groups, ask.granularity, ask.scale);
-    if (p->method == DROP) printf(", ratio %g, indices %s", ask.drop_ratio, ask.drop_indices);
-    if (!p->dense) printf(", router %s", ask.router ? ask.router : p->router == ROUTER_BIAS ? "bias" : "copy");
-    if (!p->dense && p->selection != UNIFORM) printf(", selected by %s", ask.select);
+    if (is(p->method->name, "granular"))
+        printf(", %d groups of %d shards, --scale %s", p->M / p->shards, p->shards, ask.scale);
+    if (is(p->method->name, "drop")) printf(", ratio %g, indices %s", ask.drop_ratio, ask.drop_indices);
+    if (!p->dense) printf(", router %s", p->router->name);
+    if (!p->dense && p->score) printf(", selected by %s", p->selection->name);
     printf("\n");
     print_layers(p);
     fflush(stdout);
@@ -316,25 +318,32 @@ static void print_findings(const Findings* f) {
 // An upper bound of the memory that writing needs beside the tables of names: the buffers, whole matrices for four
 // operators, the tokens' inputs for clusters, and a sum of several sources.
 static double plan_memory(const Plan* p) {
-    double H = p->config.hidden_size, I = p->config.moe_intermediate_size, n = H < I ? H : I, router = 8.0 * p->N * H,
+    double H = p->config.hidden_size, I = p->config.moe_intermediate_size, n = H < I ? H : I, router = 8.0 * p->M * H,
            matrix = 0;
-    if (p->method == ORTHOGONAL) matrix = 12 * H * I;
-    if (p->method == SVD_PERTURB) matrix = 12 * H * I + 8 * n * n;
-    if (p->method == SVD_MIX) matrix = 24 * H * I + 16 * n * n;
-    if (p->method == SPARSE_CODE_MIX) matrix = 8 * H * I + 8.0 * 64 * (H + I + 2 * fmax(H, I));
-    if (p->method == CLUSTER) { // the tokens' FFN inputs of all layers and their clusters; two matrices of one cluster
-        double tokens = ((const Clusters*)p->clusters)->tokens, L = count_sparse(&p->config);
-        matrix = L * tokens * (4 * H + 4) + 4 * L * p->N * H + 4 * tokens * (H + 3 * I) + 24 * H * I + 16 * n * n +
+    const char* name = p->method->name;
+    if (is(name, "orthogonal")) matrix = 12 * H * I;
+    if (is(name, "svd-perturb")) matrix = 12 * H * I + 8 * n * n;
+    if (is(name, "svd-mix")) matrix = 24 * H * I + 16 * n * n;
+    if (is(name, "sparse-code-mix")) matrix = 8 * H * I + 8.0 * 64 * (H + I + 2 * fmax(H, I));
+    if (p->clusters) { // the tokens' FFN inputs of all layers and their clusters; two matrices of one cluster
+        double tokens = p->clusters->tokens, L = count_sparse(&p->config);
+        matrix = L * tokens * (4 * H + 4) + 4 * L * p->M * H + 4 * tokens * (H + 3 * I) + 24 * H * I + 16 * n * n +
                  8 * fmax(H, I) * fmax(H, I);
     }
     if (p->num_sources > 1) matrix += 8.0 * CHUNK_FLOATS; // their sum
     return 3.0 * 4 * CHUNK_FLOATS + router + matrix;
 }
 
+// x with `digits` digits; JSON has no word for what is not a number.
+static void text_json_number(Text* t, double x, int digits) {
+    if (isfinite(x))
+        text_print(t, "%.*g", digits, x);
+    else
+        text_print(t, "null");
+}
+
 static void write_receipt(const Plan* p, const char* dir, const Findings* f, const Proof* proof, char** arguments,
                           int num_arguments) {
-    char path[PATH_SIZE];
-    Error error = {""};
     Text t = {NULL, 0, 0};
     const Config *from = &p->sources[0]->config, *to = &p->config;
     long total[2], active[2];
@@ -382,11 +391,11 @@ static void write_receipt(const Plan* p, const char* dir, const Findings* f, con
     for (int l = 0, listed = 0; l < to->num_layers; l++) {
         if (!to->sparse[l]) continue;
         text_print(&t, "%s\n    {\"layer\": %d, \"source\": [", listed++ ? "," : "", l);
-        for (int j = 0; j < p->N; j++) text_print(&t, "%s%d", j ? ", " : "", plan_source(p, l, j));
+        for (int j = 0; j < p->M; j++) text_print(&t, "%s%d", j ? ", " : "", plan_source(p, l, j));
         text_print(&t, "], \"family\": [");
-        for (int j = 0; j < p->N; j++) text_print(&t, "%s%d", j ? ", " : "", p->family[(long)l * p->N + j]);
+        for (int j = 0; j < p->M; j++) text_print(&t, "%s%d", j ? ", " : "", p->family[(long)l * p->M + j]);
         text_print(&t, "]");
-        int scored = p->score && p->selection != BY_CHANCE;
+        int scored = p->score && !is(p->selection->name, "random");
         for (int e = 0; scored && e < p->E; e++) {
             text_print(&t, e ? ", " : ", \"score\": [");
             text_json_number(&t, p->score[(long)l * p->E + e], 7);
@@ -399,7 +408,5 @@ static void write_receipt(const Plan* p, const char* dir, const Findings* f, con
     else
         text_print(&t, "null");
     text_print(&t, "\n}\n");
-    join_path(path, dir, "upcycle.json");
-    if (!write_file(path, t.data, t.length, &error)) die(1, "%s", error.text);
-    free(t.data);
+    save_text(dir, "upcycle.json", &t);
 }

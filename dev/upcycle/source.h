@@ -3,22 +3,6 @@
 
 static const char* const dtype_names[] = {"F32", "BF16", "F16"}; // in the order of Dtype
 static const char* const torch_names[] = {"float32", "bfloat16", "float16"};
-
-// Another text in the place of a member's, or a new member.
-static void json_set_raw(Json* j, const char* key, const char* raw) {
-    Json* v = (Json*)json_get(j, key);
-    if (!v) {
-        v = (Json*)checked_malloc(sizeof(Json));
-        memset(v, 0, sizeof *v);
-        v->key = copy_bytes(key, strlen(key));
-        j->items = (Json**)realloc(j->items, sizeof(Json*) * (size_t)(j->count + 1));
-        if (!j->items) die(1, "out of memory");
-        j->items[j->count++] = v;
-        qsort(j->items, (size_t)j->count, sizeof(Json*), json_compare_keys);
-    }
-    free(v->raw);
-    v->raw = copy_bytes(raw, strlen(raw));
-}
 static int dtype_size(Dtype d) { return d == DTYPE_F32 ? 4 : 2; }
 
 // Rounds to the nearest number of 8 significant bits, ties to even. A NaN stays one.
@@ -318,3 +302,15 @@ static Source* open_or_die(const char* dir, const char* suffix) {
     if (!s) die(2, "%s", error.text);
     return s;
 }
+
+enum { WEIGHTS, EXP_AVG, EXP_AVG_SQ }; // what a tensor of the result holds: the model's numbers, or AdamW's moments
+
+// A tensor of the result.
+typedef struct {
+    const Tensor* tensor;
+    Role role;
+    Dtype dtype;
+    char name[120];
+    int holds, file;
+    long bytes, offset; // in the file's data
+} Output;

@@ -3,6 +3,8 @@
 // Everything is written into the directory DST.saving, flushed, and renamed to DST at the end. What a killed run left
 // behind there is removed by the next; the system drops the lock on it when a run ends, however it ends.
 #pragma once
+#include <sys/statvfs.h>
+#include <sys/syscall.h>
 
 static char saving_path[PATH_SIZE]; // empty: there is nothing to remove
 static int saving_lock = -1;
@@ -59,38 +61,150 @@ static void start_flushing(int fd, long from, long to) {
 #endif
 }
 
+// The format of a tensor of the result.
+static Dtype output_dtype(const Plan* p, const Role* r, const char* name) {
+    const Source* s = p->sources[0];
+    if (r->kind == ROUTER_CORRECTION) return DTYPE_F32;
+    if (is(ask.dtype, "f32")) return DTYPE_F32;
+    if (is(ask.dtype, "bf16")) return DTYPE_BF16;
+    if (r->kind == ROUTER_ROWS && !p->dense) return s->views[s->router[r->layer]].stored->dtype;
+    if (r->kind == ROUTER_ROWS) return source_ffn(s, r->layer, 0, GATE)->stored->dtype;
+    if (r->kind == FFN_MATRIX && p->config.sparse[r->layer]) {
+        int e = plan_source(p, r->layer, r->expert);
+        const Source* made_from = p->dense && e >= 0 ? p->sources[e] : s;
+        return source_ffn(made_from, r->layer, p->dense || e < 0 ? 0 : e, r->matrix)->stored->dtype;
+    }
+    const View* v = source_find(s, name);
+    return v ? v->stored->dtype : DTYPE_F32;
+}
+
+// Lists the tensors of DST and packs them into files of at most `most` bytes of data (one tensor may be larger).
+static void plan_outputs(Plan* p, long most) {
+    static const char* endings[] = {"", ".exp_avg", ".exp_avg_sq"};
+    p->layout = layout_create(&p->config);
+    p->outputs = NEW(Output, 3 * p->layout.count);
+    long at = 0;
+    int file = 0;
+    for (int holds = WEIGHTS; holds <= (p->carries ? EXP_AVG_SQ : WEIGHTS); holds++) {
+        if (holds == EXP_AVG) {
+            file++;
+            at = 0;
+        }
+        for (int i = 0; i < p->layout.count; i++) {
+            Output* o = &p->outputs[p->num_outputs];
+            o->tensor = &p->layout.tensors[i];
+            o->role = role_of(o->tensor->name);
+            o->holds = holds;
+            o->dtype = holds == WEIGHTS ? output_dtype(p, &o->role, o->tensor->name) : DTYPE_F32;
+            if (holds != WEIGHTS && o->role.kind == ROUTER_CORRECTION) {
+                const Source* s = p->states[holds];
+                if (s->correction[o->role.layer] < 0 || !s->views[s->correction[o->role.layer]].stored) continue;
+            }
+            snprintf(o->name, sizeof o->name, "%s%s", o->tensor->name, endings[holds]);
+            o->bytes = tensor_size(o->tensor) * dtype_size(o->dtype);
+            if (holds == WEIGHTS && at > 0 && at + o->bytes > most) {
+                file++;
+                at = 0;
+            }
+            o->file = file;
+            o->offset = at;
+            at += o->bytes;
+            progress.total += o->bytes;
+            p->num_outputs++;
+        }
+        if (holds == WEIGHTS) p->model_files = file + 1;
+    }
+    p->num_files = file + 1;
+}
+
+// How a tensor of the result is made: experts by the method, what belongs to no expert by a copy or a mean.
+static Target target_open(const Plan* p, const Output* o) {
+    const Role* r = &o->role;
+    const Source* from = p->states[o->holds];
+    int l = r->layer, E = p->sources[0]->config.num_experts, moments = o->holds != WEIGHTS;
+    Target t;
+    memset(&t, 0, sizeof t);
+    t.output = o;
+    t.layer = l;
+    t.expert = r->expert;
+    t.matrix = r->matrix;
+    t.holds = o->holds;
+    t.rows = o->tensor->rows;
+    t.cols = tensor_is_matrix(o->tensor) ? o->tensor->cols : 1;
+    t.by_column = r->matrix == DOWN;
+    t.units = t.by_column ? t.cols : t.rows;
+    t.factor = t.divisor = 1;
+    if (r->kind == FFN_MATRIX && p->config.sparse[l]) {
+        int e = plan_source(p, l, t.expert), copy = plan_copy(p, l, t.expert);
+        t.key = stream_key(p, "weights", l, t.expert, t.matrix);
+        t.make = !p->dense && copy == 0 ? source_rows : moments && e >= 0 ? p->method->carry : p->method->make;
+        if (e < 0) return t; // new
+        if (p->dense && !moments) from = p->sources[e];
+        t.from = *source_ffn(from, l, p->dense ? 0 : e, t.matrix);
+        t.next = *source_ffn(from, l, p->dense ? 0 : (e + 1) % E, t.matrix);
+        if (moments) carry_expert(p, &t, e, copy);
+        long H = p->config.hidden_size, I = p->config.moe_intermediate_size;
+        if (p->input_norms && !moments)
+            t.input_norm = p->input_norms + ((long)l * p->E + e) * (H + I) + (t.by_column ? H : 0);
+    } else if (r->kind == ROUTER_ROWS || r->kind == ROUTER_CORRECTION) {
+        const int* place = r->kind == ROUTER_ROWS ? from->router : from->correction;
+        t.make = r->kind == ROUTER_ROWS ? router_rows : correction_rows;
+        if (!p->dense) t.from = from->views[place[l]];
+    } else {
+        const View* v = source_find(from, o->tensor->name);
+        if (!v || v->rows != t.rows || v->cols != t.cols)
+            die(1, "%s: SRC has no such tensor of this shape", o->tensor->name);
+        t.make = p->num_sources > 1 ? average_rows : source_rows;
+        t.from = *v;
+    }
+    return t;
+}
+
+static void target_rows(const Plan* p, Target* t, long row, long rows, float* out) {
+    t->make(p, t, row, rows, out);
+    double factor = t->factor / t->divisor;
+    #pragma omp parallel for simd schedule(static) if (factor != 1)
+    for (long i = 0; i < (factor != 1 ? rows * t->cols : 0); i++) out[i] = (float)(out[i] * factor);
+    if (t->input_norm) prune_rows(t, rows, out);
+}
+
+static void target_close(Target* t) {
+    free(t->marked);
+    free(t->order);
+    free(t->whole);
+}
+
 typedef struct {
-    float* floats; // (CHUNK_FLOATS), or one row if that is longer
+    float* floats; // (capacity), or one row if that is longer
     unsigned char* bytes; // room for the same in any format
     long capacity; // floats
 } Buffers;
 
 // Streams one tensor to the end of a file.
-static void write_output(Plan* p, const Output* o, int fd, const char* path, Buffers* b) {
-    Maker k = maker_for(p, o);
-    long capacity_bytes = b->capacity * 4;
-    if (maker_copies(&k) && k.from.stored->dtype == o->dtype) { // bit for bit
-        long at = k.from.stored->offset + k.from.first * dtype_size(o->dtype);
-        for (long done = 0; done < o->bytes;) {
-            long n = lmin(capacity_bytes, o->bytes - done);
-            if (!read_at(k.from.files->fds[k.from.stored->file], b->bytes, (size_t)n, at + done))
-                die(1, "%s: tensor %s cannot be read", k.from.files->paths[k.from.stored->file], k.from.stored->name);
+static void write_output(const Plan* p, const Output* o, int fd, const char* path, Buffers* b) {
+    Target t = target_open(p, o);
+    const View* from = &t.from;
+    int size = dtype_size(o->dtype);
+    if (t.make == source_rows && t.mix == 0 && t.divisor == 1 && !t.input_norm && from->stored->dtype == o->dtype) {
+        long at = from->stored->offset + from->first * size; // bit for bit
+        for (long done = 0, n; done < o->bytes; done += n) {
+            n = lmin(b->capacity * 4, o->bytes - done);
+            if (!read_at(from->files->fds[from->stored->file], b->bytes, (size_t)n, at + done))
+                die(1, "%s: tensor %s cannot be read", from->files->paths[from->stored->file], from->stored->name);
             write_all(fd, path, b->bytes, (size_t)n);
             progress_add(n);
-            done += n;
         }
     } else {
-        long wide = k.from.stored && k.from.cols > k.cols ? k.from.cols : k.cols,
-             rows = wide == 0 || b->capacity / wide < 1 ? 1 : b->capacity / wide;
-        for (long r = 0; r < k.rows; r += rows) {
-            long n = lmin(rows, k.rows - r);
-            make_rows(&k, r, n, b->floats);
-            progress.overflows += floats_to_bytes(b->bytes, b->floats, n * k.cols, o->dtype);
-            write_all(fd, path, b->bytes, (size_t)(n * k.cols * dtype_size(o->dtype)));
-            progress_add(n * k.cols * dtype_size(o->dtype));
+        long wide = from->stored && from->cols > t.cols ? from->cols : t.cols, piece = wide ? b->capacity / wide : 1;
+        for (long r = 0, n; r < t.rows; r += n) {
+            n = lmin(piece > 1 ? piece : 1, t.rows - r);
+            target_rows(p, &t, r, n, b->floats);
+            progress.overflows += floats_to_bytes(b->bytes, b->floats, n * t.cols, o->dtype);
+            write_all(fd, path, b->bytes, (size_t)(n * t.cols * size));
+            progress_add(n * t.cols * size);
         }
     }
-    maker_free(&k);
+    target_close(&t);
 }
 
 static void output_file_name(const Plan* p, int file, char* name, size_t size) {
@@ -117,15 +231,12 @@ static void output_header(const Plan* p, int file, Text* header) {
     while (header->length % 8) text_print(header, " ");
 }
 
-static void write_tensors(Plan* p, const char* dir) {
+static void write_tensors(const Plan* p, const char* dir) {
     Buffers b;
     b.capacity = CHUNK_FLOATS;
-    for (int i = 0; i < p->num_outputs; i++) {
-        const Tensor* t = p->outputs[i].tensor;
-        long wide = t->cols * (p->method == GRANULAR || p->method == PARTITION ? ask.granularity : 1);
-        if (wide > b.capacity) b.capacity = wide;
-    }
-    b.floats = (float*)checked_malloc(sizeof(float) * (size_t)b.capacity);
+    for (int i = 0; i < p->num_outputs; i++)
+        if (p->outputs[i].tensor->cols * p->shards > b.capacity) b.capacity = p->outputs[i].tensor->cols * p->shards;
+    b.floats = floats(b.capacity);
     b.bytes = (unsigned char*)checked_malloc(4 * (size_t)b.capacity);
     progress.started = seconds();
     progress.shown = progress.started - 1;
@@ -167,73 +278,31 @@ static void write_tensors(Plan* p, const char* dir) {
 
 // model.safetensors.index.json, for a model in several files
 static void write_index(const Plan* p, const char* dir) {
-    char path[PATH_SIZE], name[64];
-    Error error = {""};
+    char name[64];
     Text t = {NULL, 0, 0};
     long total = 0;
-    for (int i = 0; i < p->num_outputs; i++) total += p->outputs[i].half < 0 ? p->outputs[i].bytes : 0;
+    for (int i = 0; i < p->num_outputs; i++) total += p->outputs[i].holds == WEIGHTS ? p->outputs[i].bytes : 0;
     text_print(&t, "{\n  \"metadata\": {\"total_size\": %ld},\n  \"weight_map\": {", total);
     for (int i = 0, listed = 0; i < p->num_outputs; i++) {
-        if (p->outputs[i].half >= 0) continue;
+        if (p->outputs[i].holds != WEIGHTS) continue;
         output_file_name(p, p->outputs[i].file, name, sizeof name);
         text_print(&t, "%s\n    ", listed++ ? "," : "");
         text_json_string(&t, p->outputs[i].name);
         text_print(&t, ": \"%s\"", name);
     }
     text_print(&t, "\n  }\n}\n");
-    join_path(path, dir, "model.safetensors.index.json");
-    if (!write_file(path, t.data, t.length, &error)) die(1, "%s", error.text);
-    free(t.data);
-}
-
-// x with `digits` digits; JSON has no word for what is not a number.
-static void text_json_number(Text* t, double x, int digits) {
-    if (isfinite(x))
-        text_print(t, "%.*g", digits, x);
-    else
-        text_print(t, "null");
-}
-
-// With moments carried over, the run goes on where it was: ./train_moe --resume --out DST continues the step count, the
-// schedule and the bias correction. Only what was counted since the last validation starts again, and the penalty of
-// families, if there are new ones.
-static void write_trainer(const Plan* p, const char* dir) {
-    char path[PATH_SIZE];
-    Error error = {""};
-    Text t = {NULL, 0, 0};
-    const Json* j = p->trainer;
-    text_print(&t, "{");
-    for (int i = 0; i < j->count; i++) {
-        text_print(&t, "%s\n  ", i ? "," : "");
-        text_json_string(&t, j->items[i]->key);
-        text_print(&t, ": ");
-        // what was counted since the last validation was counted of other experts
-        if (!strcmp(j->items[i]->key, "load") || !strcmp(j->items[i]->key, "observed"))
-            text_print(&t, "[]");
-        else if (!strcmp(j->items[i]->key, "family_start") && p->method == FAMILY)
-            text_print(&t, "%ld", json_whole(json_get(j, "step"), LONG_MAX));
-        else
-            text_json_value(&t, j->items[i]);
-    }
-    text_print(&t, "\n}\n");
-    join_path(path, dir, "trainer.json");
-    if (!write_file(path, t.data, t.length, &error)) die(1, "%s", error.text);
-    free(t.data);
+    save_text(dir, "model.safetensors.index.json", &t);
 }
 
 // config.json of the result. It names the format of most of its numbers.
 static void write_config(const Plan* p, const char* dir) {
-    char path[PATH_SIZE];
-    Error error = {""};
     Text t = {NULL, 0, 0};
     long bytes[3] = {0, 0, 0};
     for (int i = 0; i < p->num_outputs; i++)
-        if (p->outputs[i].half < 0) bytes[p->outputs[i].dtype] += p->outputs[i].bytes;
+        if (p->outputs[i].holds == WEIGHTS) bytes[p->outputs[i].dtype] += p->outputs[i].bytes;
     int most = bytes[1] > bytes[0] && bytes[1] >= bytes[2] ? 1 : bytes[2] > bytes[0] ? 2 : 0;
     config_to_json(&t, &p->config, p->luggage, torch_names[most]);
-    join_path(path, dir, "config.json");
-    if (!write_file(path, t.data, t.length, &error)) die(1, "%s", error.text);
-    free(t.data);
+    save_text(dir, "config.json", &t);
 }
 
 // What other programs and readers want beside the model.

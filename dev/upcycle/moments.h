@@ -1,0 +1,57 @@
+// moments.h: AdamW's moments, carried over so that train_moe --resume goes on with the result.
+//
+// They go where their weights go and are 0 where a weight is new. With `scale` the first is divided by the number of
+// copies and the second by its square: twins share the tokens of their source, so each sees about 1 / copies of its
+// gradient. With `interpolate` a copy's are the mean with those of the next expert.
+#pragma once
+
+static void refuse_moments(const Plan* p) {
+    if (p->dense && (p->num_sources > 1 || !p->method->carry))
+        die(2,
+            "--optimizer %s: the experts of this method have no weights that moments could go with; --optimizer reset "
+            "fits",
+            ask.optimizer);
+    if (is(ask.optimizer, "interpolate") && (p->dense || is(p->method->name, "shuffle")))
+        die(2, "--optimizer interpolate: %s has no next expert to interpolate with; --optimizer copy fits",
+            p->dense ? "a dense model" : "a permuted copy");
+}
+
+// How the moments of an expert from source e differ from the source's
+static void carry_expert(const Plan* p, Target* t, int e, int copy) {
+    if (is(ask.optimizer, "interpolate") && copy > 0) t->mix = 0.5;
+    if (!is(ask.optimizer, "scale")) return;
+    double n = p->shards == 1 ? p->copies[(long)t->layer * p->E + e] : p->M / p->shards; // of shards: groups
+    t->divisor = t->holds == EXP_AVG ? n : n * n;
+}
+
+static void carry_router_row(const Plan* p, const Target* t, float* row, const RouterRows* from) {
+    const float* next = from->w + (long)((from->e + 1) % from->E) * from->cols;
+    double n = p->copies[(long)t->layer * p->E + from->e];
+    for (long c = 0; c < from->cols; c++) {
+        if (is(ask.optimizer, "interpolate") && from->copy > 0) row[c] = 0.5f * row[c] + 0.5f * next[c];
+        if (is(ask.optimizer, "scale")) row[c] = (float)(row[c] / (t->holds == EXP_AVG ? n : n * n));
+    }
+}
+
+// With moments carried over, the run goes on where it was: ./train_moe --resume --out DST continues the step count, the
+// schedule and the bias correction. Only what was counted since the last validation starts again, and the penalty of
+// families, if there are new ones.
+static void write_trainer(const Plan* p, const char* dir) {
+    Text t = {NULL, 0, 0};
+    const Json* j = p->trainer;
+    text_print(&t, "{");
+    for (int i = 0; i < j->count; i++) {
+        text_print(&t, "%s\n  ", i ? "," : "");
+        text_json_string(&t, j->items[i]->key);
+        text_print(&t, ": ");
+        // what was counted since the last validation was counted of other experts
+        if (is(j->items[i]->key, "load") || is(j->items[i]->key, "observed"))
+            text_print(&t, "[]");
+        else if (is(j->items[i]->key, "family_start") && is(p->method->name, "family"))
+            text_print(&t, "%ld", json_whole(json_get(j, "step"), LONG_MAX));
+        else
+            text_json_value(&t, j->items[i]);
+    }
+    text_print(&t, "\n}\n");
+    save_text(dir, "trainer.json", &t);
+}
