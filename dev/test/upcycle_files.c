@@ -326,8 +326,8 @@ static void test_up_safety(void) {
     check(system(command) == 0 && up_exists("piped/model.safetensors") && !up_exists("piped.saving"),
           "a pipe that is closed early loses nothing");
     snprintf(command, sizeof command,
-             "cd %s && find m3 -type f | xargs sha256sum > sums && %s --as-upcycle m3 m3x --experts 9 --method drop >/dev/null && "
-             "sha256sum -c --quiet sums",
+             "cd %s && find m3 -type f | xargs sha256sum > sums && %s --as-upcycle m3 m3x --experts 9 --method drop "
+             ">/dev/null && sha256sum -c --quiet sums",
              up_dir, self_path);
     check(system(command) == 0, "the source's files are untouched");
     UP("{}/m3 {}/dry --experts 6 --dry-run");
@@ -513,7 +513,8 @@ static void test_up_refusals(void) {
     static const char* agree[] = {
         "{}/m3 --experts 6 --layers all --norm-topk 1 --granularity 1 --scale exact --energy 0.95 --drop-ratio 0 "
         "--noise-std 0 --noise-fraction 0 --strength 0 --router copy --router-delta 0 --router-std 0.02 "
-        "--router-init normal --prune-weights 0 --cap 3 --score-on all --calibrate {}/short.bin --reference {}/m3 --arch qwen3",
+        "--router-init normal --prune-weights 0 --cap 3 --score-on all --calibrate {}/short.bin --reference {}/m3 "
+        "--arch qwen3",
         GOLDEN "qwen3 --experts 4 --select uniform --score-on all --cap 3 --router copy --router-delta 0 "
         "--prune-weights 0 --strength 0 --batch 8 --check-batches 10 --calibrate-batches 10 --reference {}/m3"};
     for (int i = 0; i < 2; i++) {
