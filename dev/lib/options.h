@@ -79,8 +79,8 @@ static Option option_table[] = {
     {"layers", OPT_WHOLE, USE_SHAPE, &options.layers, 1, MAX_LAYERS, "4", "L", "layers", 0},
     {"hidden", OPT_WHOLE, USE_SHAPE, &options.hidden, 1, 1 << 20, "128", "H", "hidden size", 0},
     {"heads", OPT_WHOLE, USE_SHAPE, &options.heads, 1, 1 << 14, "4", "NH", "attention heads", 0},
-    {"kv-heads", OPT_WHOLE, USE_SHAPE, &options.kv_heads, 1, 1 << 14, NULL, "NKV", "key/value heads (NH / 2; olmoe: NH)",
-     0},
+    {"kv-heads", OPT_WHOLE, USE_SHAPE, &options.kv_heads, 1, 1 << 14, NULL, "NKV",
+     "key/value heads (NH / 2; olmoe: NH)", 0},
     {"head-dim", OPT_WHOLE, USE_SHAPE, &options.head_dim, 2, 1 << 14, NULL, "HD", "head size (H / NH)", 0},
     {"ffn", OPT_WHOLE, USE_SHAPE, &options.ffn, 1, 1 << 20, NULL, "I", "dense layers' width (3 H)", 0},
     {"experts", OPT_WHOLE, USE_SHAPE, &options.experts, 0, 1 << 16, "8", "E", "0: a dense model", 0},
@@ -897,17 +897,20 @@ static void check_shape(const Option* o, const Config* c, const char* dir) {
         const void* option;
         double is;
     } shape[] = {
-        {&options.arch, c->qk_norm == QK_NORM_HEAD ? 0 : c->qk_norm == QK_NORM_NONE ? 1 : 2},
-        {&options.layers, c->num_layers}, {&options.hidden, c->hidden_size}, {&options.heads, c->num_heads},
-        {&options.kv_heads, c->num_kv_heads}, {&options.head_dim, c->head_dim}, {&options.ffn, c->intermediate_size},
-        {&options.experts, dense && options.dense ? (double)options.experts : c->num_experts}, {&options.dense, dense},
-        {&options.topk, c->num_experts_per_tok}, {&options.expert_ffn, c->moe_intermediate_size},
-        {&options.sparse_step, l == c->num_layers ? step : 0}, {&options.vocab, c->vocab_size},
-        {&options.tie, c->tie_word_embeddings}, {&options.qk_norm, c->qk_norm},
-        {&options.norm_topk, dense ? (double)options.norm_topk : c->norm_topk_prob}, {&options.router, c->router},
-        {&options.logit_norm, c->logit_norm}, {&options.lpr_dim, c->lpr_latent_dim},
-        {&options.lpr_weight, c->lpr_weight}, {&options.lpr_diversity, c->lpr_diversity},
-        {&options.lpr_kl, c->lpr_kl}, {&options.lpr_align, c->lpr_align}, {&options.lpr_align_form, c->lpr_align_mean}};
+        {&options.arch, (double)(c->qk_norm == QK_NORM_HEAD ? 0 : c->qk_norm == QK_NORM_NONE ? 1 : 2)},
+        {&options.layers, (double)(c->num_layers)}, {&options.hidden, (double)(c->hidden_size)},
+        {&options.heads, (double)(c->num_heads)}, {&options.kv_heads, (double)(c->num_kv_heads)},
+        {&options.head_dim, (double)(c->head_dim)}, {&options.ffn, (double)(c->intermediate_size)},
+        {&options.experts, (double)(dense && options.dense ? (double)options.experts : c->num_experts)},
+        {&options.dense, (double)(dense)}, {&options.topk, (double)(c->num_experts_per_tok)},
+        {&options.expert_ffn, (double)(c->moe_intermediate_size)},
+        {&options.sparse_step, (double)(l == c->num_layers ? step : 0)}, {&options.vocab, (double)(c->vocab_size)},
+        {&options.tie, (double)(c->tie_word_embeddings)}, {&options.qk_norm, (double)(c->qk_norm)},
+        {&options.norm_topk, (double)(dense ? (double)options.norm_topk : c->norm_topk_prob)},
+        {&options.router, (double)(c->router)}, {&options.logit_norm, (double)(c->logit_norm)},
+        {&options.lpr_dim, (double)(c->lpr_latent_dim)}, {&options.lpr_weight, (double)(c->lpr_weight)},
+        {&options.lpr_diversity, (double)(c->lpr_diversity)}, {&options.lpr_kl, (double)(c->lpr_kl)},
+        {&options.lpr_align, (double)(c->lpr_align)}, {&options.lpr_align_form, (double)(c->lpr_align_mean)}};
     size_t k = 0;
     while (shape[k].option != o->value) k++;
     if (o->type == OPT_CHOICE || o->type == OPT_FLAG) {

@@ -52,8 +52,9 @@ static const char* screen_find(const Screen* s, const char* text) {
     return NULL;
 }
 
-// Runs this program as `as` (--as-train-moe, --as-upcycle) with stdout and stderr on a terminal of so many columns, which
-// says that it has `later` columns as soon as it shows `when` (NULL: never). seen, if not NULL, gets all that is printed.
+// Runs this program as `as` (--as-train-moe, --as-upcycle) with stdout and stderr on a terminal of so many columns,
+// which says that it has `later` columns as soon as it shows `when` (NULL: never). seen, if not NULL, gets all that is
+// printed.
 static Screen* run_in_terminal(int columns, const char* when, int later, Text* seen, const char* as,
                                const char* arguments) {
     Screen* screen = (Screen*)checked_malloc(sizeof(Screen));
@@ -235,8 +236,8 @@ static int is_valid_text(const char* s) {
 static void test_samples(void) {
     size_t n = 0;
     // bytes that are no newline, so that each of them is one character of the sample
-    int code = run_program("%s %s --steps 3 --sample-every 2 --tokens 37 --temperature 9 --data %s --val none", small_run,
-                           small_experts, temp("corpus.txt"));
+    int code = run_program("%s %s --steps 3 --sample-every 2 --tokens 37 --temperature 9 --data %s --val none",
+                           small_run, small_experts, temp("corpus.txt"));
     char* out = read_bytes(temp("stdout"), &n);
     const char* sample = out ? strstr(out, "\na sample:\n\n") : NULL;
     long shown = 0;
@@ -298,14 +299,14 @@ static int widest_line(const char* s) {
 
 static void test_help_pages(void) {
     size_t n = 0;
-    char *readme = read_bytes("README.md", &n), *help = NULL;
+    char *page = read_bytes("dev/FLAGS.md", &n), *help = NULL;
     int code = run_program("--help"), examples = 0;
     help = read_bytes(temp("stdout"), &n);
     if (!help) die(1, "stdout cannot be read");
     for (const char* s = help; (s = strstr(s, "\n  ./train_moe ")) != NULL; s++) examples++;
     check(code == 0 && examples == 3 && widest_line(help) <= 80, "--help: three examples, %d columns",
           widest_line(help));
-    check(readme && (strstr(readme, help) || strcmp(PRECISIONS, "fp32")), "README.md has it word for word");
+    check(page && (strstr(page, help) || strcmp(PRECISIONS, "fp32")), "dev/FLAGS.md has it word for word");
     code = run_program("-h");
     check(code == 0 && !*ran.err && !strncmp(help, ran.out, strlen(ran.out)), "-h is --help");
     code = up_run("", "-h");
