@@ -24,12 +24,12 @@ train_moe.cu, and has groups named "gpu ..." which check that against the refere
 // ---------------------------------------------------------------------------------------------------------------------
 // Against transformers in fp64 (dev/reference/make_references.py)
 
-static const char* golden_models[] = {
-    "llama", "llama_tied", "mistral", "mixtral", "mixtral_top1", "olmoe", "olmoe_norm", "qwen3", "qwen3_moe",
-    "qwen3_moe_all", "qwen3_moe_mlp_only", "qwen3_moe_top1", "dots1"};
-static const char* golden_routers[] = {
-    "sigmoid", "sigmoid_top1", "lpr", "lpr_mean", "logit_norm", "aux_hf", "matryoshka", "family", "family_aux",
-    "family_inf", "family_sigmoid", "family_sigmoid_inf", "family_twins", "family_twins_sigmoid"};
+static const char* golden_models[] = {"llama", "llama_tied", "mistral", "mixtral", "mixtral_top1", "olmoe",
+                                      "olmoe_norm", "qwen3", "qwen3_moe", "qwen3_moe_all", "qwen3_moe_mlp_only",
+                                      "qwen3_moe_top1", "dots1"};
+static const char* golden_routers[] = {"sigmoid", "sigmoid_top1", "lpr", "lpr_mean", "logit_norm", "aux_hf",
+                                       "matryoshka", "family", "family_aux", "family_inf", "family_sigmoid",
+                                       "family_sigmoid_inf", "family_twins", "family_twins_sigmoid"};
 
 // How far results may be from the reference: of each group the largest error.
 typedef struct {
@@ -318,7 +318,7 @@ static void test_plain_training(void) {
         plain_products = way;
         model_init(m, 1);
         for (int step = 0; step < STEPS; step++) {
-            for (int i = 0; i <= B * T; i++) tokens[i] = (int)(mix64((uint64_t)(step * 99 + i)) % (uint64_t)c.vocab_size);
+            for (int i = 0; i <= B * T; i++) tokens[i] = (int)(mix64((uint64_t)(step * 99 + i)) % c.vocab_size);
             model_forward(m, tokens, tokens + 1, B, T);
             model_backward(m, 1);
             model_update(m, &adamw, 1e-3, step + 1);
@@ -396,32 +396,24 @@ static const struct {
     void (*run)(void);
 } groups[] = {
 #ifdef TEST_GPU
-    {"gpu fp32", test_gpu_fp32},                 {"gpu bf16", test_gpu_bf16},
-    {"gpu tiles", test_gpu_tiles},               {"gpu cache", test_gpu_cache},
-    {"gpu training", test_gpu_training},         {"gpu families", test_gpu_families},
-    {"gpu resume", test_gpu_resume},             {"gpu commands", test_gpu_commands},
+    {"gpu fp32", test_gpu_fp32}, {"gpu bf16", test_gpu_bf16}, {"gpu tiles", test_gpu_tiles},
+    {"gpu cache", test_gpu_cache}, {"gpu training", test_gpu_training}, {"gpu families", test_gpu_families},
+    {"gpu resume", test_gpu_resume}, {"gpu commands", test_gpu_commands},
 #endif
-    {"matmul", test_matmul},                     {"gradients", test_gradients},
-    {"golden", test_golden},                     {"routers", test_golden_routers},
-    {"families", test_families},                 {"load figures", test_load_figures},
-    {"experts", test_experts},                   {"cache", test_cache},
-    {"schedule", test_schedule},                 {"json", test_json},
-    {"checkpoints", test_checkpoints},           {"luggage", test_luggage},
-    {"data", test_data},
-    {"sampling", test_sampling},                 {"command line", test_command_line},
-    {"terminal", test_terminal},
-    {"determinism", test_determinism},           {"disk full", test_disk_full},
-    {"upcycle formats", test_up_formats},        {"upcycle allocation", test_up_allocation},
-    {"upcycle algebra", test_up_algebra},        {"upcycle copy", test_up_copy},
-    {"upcycle drop", test_up_drop},              {"upcycle shards", test_up_shards},
-    {"upcycle pieces", test_up_pieces},
-    {"upcycle sources", test_up_sources},        {"upcycle twins", test_up_twins},
-    {"upcycle operators", test_up_operators},    {"upcycle routers", test_up_routers},
-    {"upcycle utility", test_up_utility},        {"upcycle optimizer", test_up_optimizer},
-    {"upcycle pruning", test_up_pruning},        {"upcycle cluster", test_up_cluster},
-    {"upcycle files", test_up_files},            {"upcycle safety", test_up_safety},
-    {"upcycle LPR pruning", test_up_pruning_lpr}, {"upcycle records", test_up_records},
-    {"engines", test_engines},                   {"upcycle refusals", test_up_refusals},      {"upcycle receipt", test_up_receipt}};
+    {"matmul", test_matmul}, {"gradients", test_gradients}, {"golden", test_golden}, {"routers", test_golden_routers},
+    {"families", test_families}, {"load figures", test_load_figures}, {"experts", test_experts},
+    {"cache", test_cache}, {"schedule", test_schedule}, {"json", test_json}, {"checkpoints", test_checkpoints},
+    {"luggage", test_luggage}, {"data", test_data}, {"sampling", test_sampling}, {"command line", test_command_line},
+    {"terminal", test_terminal}, {"determinism", test_determinism}, {"disk full", test_disk_full},
+    {"upcycle formats", test_up_formats}, {"upcycle allocation", test_up_allocation},
+    {"upcycle algebra", test_up_algebra}, {"upcycle copy", test_up_copy}, {"upcycle drop", test_up_drop},
+    {"upcycle shards", test_up_shards}, {"upcycle pieces", test_up_pieces}, {"upcycle sources", test_up_sources},
+    {"upcycle twins", test_up_twins}, {"upcycle operators", test_up_operators}, {"upcycle routers", test_up_routers},
+    {"upcycle utility", test_up_utility}, {"upcycle optimizer", test_up_optimizer},
+    {"upcycle pruning", test_up_pruning}, {"upcycle cluster", test_up_cluster}, {"upcycle files", test_up_files},
+    {"upcycle safety", test_up_safety}, {"upcycle LPR pruning", test_up_pruning_lpr},
+    {"upcycle records", test_up_records}, {"engines", test_engines}, {"upcycle refusals", test_up_refusals},
+    {"upcycle receipt", test_up_receipt}};
 
 int main(int argc, char** argv) {
     if (argc > 1 && !strcmp(argv[1], "--as-train-moe")) {

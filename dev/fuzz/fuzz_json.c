@@ -1,4 +1,5 @@
-// libFuzzer target: any bytes as JSON, and what parses as a config.json and as a trainer.json. Built and run by dev/fuzz/run.sh.
+// libFuzzer target: any bytes as JSON, and what parses as a config.json and as a trainer.json.
+// Built and run by dev/fuzz/run.sh.
 #define TRAIN_MOE_NO_MAIN
 #include "../../train_moe.c"
 

@@ -1,8 +1,8 @@
 // backend.h: where a model is computed. Needs AdamW.
 //
 // train_moe.c's functions do it on the CPU. train_moe.cu's do it on a GPU, where parameters, moments, gradients and
-// results lie in memory of the GPU's own; the host's copies, which saving, loading and reporting work on, are brought up
-// to date by `send` and `read_back`. On the CPU these have nothing to do.
+// results lie in memory of the GPU's own; the host's copies, which saving, loading and reporting work on, are brought
+// up to date by `send` and `read_back`. On the CPU these have nothing to do.
 #pragma once
 
 typedef struct Model Model;

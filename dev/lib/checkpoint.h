@@ -596,10 +596,10 @@ static int optimizer_load(Model* m, const char* dir, Error* error) {
 // Files that belong to the tokenizer, to the licence or to the model's history travel from the source to every save.
 static const char templates_dir[] = "additional_chat_templates";   // the one directory among them
 static int travels(const char* name) {
-    static const char* patterns[] = {"tokenizer*", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken", "*piece*.model",
-                                     "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-                                     "*processor_config.json", "chat_template*", "*.jinja", "LICEN[CS]E*", "NOTICE*",
-                                     "COPYING*", "USE_POLICY*", "upcycle.json"};
+    static const char* patterns[] = {"tokenizer*", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken",
+                                     "*piece*.model", "special_tokens_map.json", "added_tokens.json",
+                                     "generation_config.json", "*processor_config.json", "chat_template*",
+                                     "*.jinja", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*", "upcycle.json"};
     int found = 0;
     for (size_t i = 0; i < sizeof patterns / sizeof patterns[0]; i++) found |= !fnmatch(patterns[i], name, 0);
     return found;
@@ -643,7 +643,8 @@ static int copy_travelling_files(const char* from, const char* to, Error* error)
     return !error->text[0];
 }
 
-// Moves every file of a directory, and of the directories that a checkpoint may have, into the directory `to`, or deletes it if `to` is NULL.
+// Moves every file of a directory, and of the directories that a checkpoint may have, into the directory `to`, or
+// deletes it if `to` is NULL.
 static void move_files(const char* from, const char* to, Error* error) {
     DIR* d = opendir(from);
     struct dirent* entry;

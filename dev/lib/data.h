@@ -1,4 +1,4 @@
-// data.h: texts and shards of tokens, read in windows. Needs util.h and random.h.
+// data.h: texts and shards of tokens, read in windows. Compiles alone.
 //
 // Raw text, in which every byte is a token, or shards of tokens as llm.c writes them: a header of 256 int32 (magic,
 // version, number of tokens), then the tokens. Windows of T + 1 tokens start every T tokens and never cross files.
@@ -54,17 +54,6 @@ static int data_error(Dataset* d, const char* format, ...) {       // always 0
 
 static int32_t read_i32(const unsigned char* p) {
     return (int32_t)((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
-}
-
-// reads exactly n bytes at an offset; 0 if the file ends before or cannot be read
-static int read_at(int fd, void* buffer, size_t n, long offset) {
-    for (size_t done = 0; done < n;) {
-        ssize_t got = pread(fd, (char*)buffer + done, n - done, offset + (long)done);
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) return 0;
-        done += (size_t)got;
-    }
-    return 1;
 }
 
 // Whether the model's tokens are the bytes of a text. PERHAPS: nothing says so, and nothing says otherwise.

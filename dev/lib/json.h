@@ -1,4 +1,4 @@
-// json.h: a strict parser, and a text that grows. Needs util.h.
+// json.h: a strict parser, and a text that grows. Compiles alone.
 //
 // Functions of this file and of safetensors.h are given files that may be broken or hostile. They return an error
 // instead of ending the program, so that tests and fuzzers can call them: the first problem is written to an Error.

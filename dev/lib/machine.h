@@ -1,4 +1,5 @@
 // machine.h: what these sources ask of compilers and processors. What can be seen while compiling is refused there.
+// Compiles alone.
 #pragma once
 #include <limits.h>
 #include <math.h>
@@ -21,7 +22,7 @@
 #endif
 
 // The same for flags that leave no trace in macros (clang's -fassociative-math, say). Returns 1 if arithmetic is exact:
-// nothing is reordered (which takes away the rounding, fast_exp's too), infinities are seen, small numbers are not zero.
+// nothing is reordered (which takes away the rounding, fast_exp's too), infinities are seen, small numbers are not 0.
 static int arithmetic_holds(void) {
     volatile float one = 1, third = 1.0f / 3, infinite = INFINITY, small = 1e-38f;
     float e = fast_exp(one), rounded = (third + 12582912.0f) - 12582912.0f;

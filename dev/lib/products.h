@@ -1,4 +1,4 @@
-// products.h: the sums of train_moe.c's section 2, fast and with the same bits. Needs util.h's threads and imin.
+// products.h: the sums of train_moe.c's section 2, fast and with the same bits. Compiles alone.
 #pragma once
 #include "threads.h"
 
@@ -529,8 +529,8 @@ static void forward_unit(float* y, long y_step, const float* x, const float* W, 
 
 enum { FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT };
 
-// The grouped products of train_moe.c's section 2, in one parallel region. (result, left, right) is (y, x, W) forward, (dx, dy, W)
-// or (dW, dy, x) backward.
+// The grouped products of train_moe.c's section 2, in one parallel region. (result, left, right) is (y, x, W)
+// forward, (dx, dy, W) or (dW, dy, x) backward.
 static void fast_product(int kind, float* result, const float* left, const float* right, long weight_stride, int C,
                          int OC, int E, const int* offsets, int add) {
     look_for_others();

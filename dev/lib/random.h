@@ -1,4 +1,4 @@
-// random.h: random numbers that are hashes of what they are for. Needs nothing.
+// random.h: random numbers that are hashes of what they are for. Compiles alone.
 //
 // There is no generator with a state: every draw is a hash of what it is for (the seed, the tensor, the element). So
 // the same seed gives the same numbers in any order, on any number of threads, and after a resume.

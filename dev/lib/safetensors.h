@@ -1,4 +1,4 @@
-// safetensors.h: tensors in files, with every check that a hostile file needs. Needs json.h.
+// safetensors.h: tensors in files, with every check that a hostile file needs. Compiles alone.
 //
 // A file is 8 bytes with the length of a JSON header, the header, and the tensors' bytes. A model is one file, or
 // several ("shards") with an index that names the file of each tensor.

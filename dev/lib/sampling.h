@@ -161,8 +161,8 @@ static void tokenizer_close(Tokenizer* t) {
     free(t);
 }
 
-// A model's bytes may be anything; what is printed of them is text. Bytes that are no UTF-8, and control characters (but
-// tab, newline and \r before a newline), of which a terminal would do who knows what, print as U+FFFD.
+// A model's bytes may be anything; what is printed of them is text. Bytes that are no UTF-8, and control characters
+// (but tab, newline and \r before a newline), of which a terminal would do who knows what, print as U+FFFD.
 typedef struct {
     FILE* out;
     char held[4];               // the start of a character, or \r, until it is known what follows

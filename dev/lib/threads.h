@@ -1,4 +1,4 @@
-// threads.h: threads that wait do not burn the cores that others want.
+// threads.h: threads that wait do not burn the cores that others want. Compiles alone.
 //
 // OpenMP's threads wait for each other by turning round for some milliseconds before they sleep: the fastest way on an
 // idle machine. But where another program has the core of one thread, all others burn theirs until its turn comes, at

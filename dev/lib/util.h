@@ -1,4 +1,5 @@
 // util.h: what every file needs: the system's headers, messages that end the program, paths, an arena, time, threads.
+// Compiles alone.
 #pragma once
 
 #ifndef _GNU_SOURCE
@@ -77,7 +78,8 @@ __attribute__((noreturn, format(printf, 2, 3))) static void die(int code, const 
 static void begin_program(const char* name) {
     program_name = name;
     if (!arithmetic_holds())
-        die(1, "compiled with flags that change values (-funsafe-math-optimizations or the like): build with -O3 alone");
+        die(1, "compiled with flags that change values (-funsafe-math-optimizations or the like): "
+               "build with -O3 alone");
 }
 
 static void* checked_malloc(size_t bytes) {
@@ -129,6 +131,17 @@ static int lock_directory(int fd, const char* path) {
     if (errno == EWOULDBLOCK) return 0;
     fprintf(stderr, "%s: warning: %s: no locks here (%s), so nothing keeps a second run out\n", program_name, path,
             strerror(errno));
+    return 1;
+}
+
+// Reads exactly n bytes at an offset; 0 if the file ends before or cannot be read.
+static int read_at(int fd, void* buffer, size_t n, long offset) {
+    for (size_t done = 0; done < n;) {
+        ssize_t got = pread(fd, (char*)buffer + done, n - done, offset + (long)done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return 0;
+        done += (size_t)got;
+    }
     return 1;
 }
 

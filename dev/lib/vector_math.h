@@ -1,4 +1,4 @@
-// vector_math.h: e^x and the largest of many numbers, in loops that become vector code. Needs nothing.
+// vector_math.h: e^x and the largest of many numbers, in loops that become vector code. Compiles alone.
 #pragma once
 #include <stdint.h>
 

@@ -153,8 +153,9 @@ static void test_bad_commands(void) {
 static void test_agreement(void) {
     static const char* lines[] = {
         "--dense --aux 0 --z-loss 0 --logit-norm 0 --bias-rate 0 --family-penalty 0 --family-steps 9 --topk 1 "
-        "--norm-topk 0 --router softmax --topk-range 1:1 --aux-form hf --lpr-weight 0 --lpr-diversity 0 --lpr-kl 0 --lpr-align 0 "
-        "--lpr-dim 16 --lpr-align-form sum --sparse-step 1 --ffn 48 --qk-norm head --vocab 256 --tie --kv-heads 2",
+        "--norm-topk 0 --router softmax --topk-range 1:1 --aux-form hf --lpr-weight 0 --lpr-diversity 0 "
+        "--lpr-kl 0 --lpr-align 0 --lpr-dim 16 --lpr-align-form sum --sparse-step 1 --ffn 48 --qk-norm head "
+        "--vocab 256 --tie --kv-heads 2",
         "--experts 5 --topk 2 --expert-ffn 24 --bias-rate 0.001 --family-penalty 0 --lpr-kl 0 --lpr-align-form sum "
         "--router softmax --logit-norm 0.5 --sparse-step 2 --ffn 32 --norm-topk 0 --head-dim 12 --arch qwen3",
         "--experts 4 --router lpr --lpr-dim 8 --lpr-weight 0.1 --lpr-diversity 0.7 --lpr-kl 0.3 --lpr-align 0.2 "

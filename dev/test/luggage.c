@@ -4,8 +4,9 @@ windows, every member that is somebody else's, and the files beside it. Nothing 
 */
 #define FOREIGN "\"router_jitter_noise\": 0.10, \"attention_dropout\": 1e-01, \"initializer_range\": 0.0416,\n" \
     "  \"use_cache\": false, \"eos_token_id\": [2, 7], \"bos_token_id\": 1, \"\\u00e9\\\"\": -0.0,\n" \
-    "  \"id2label\": {\"1\": \"\\u4f60\\ud83d\\ude00\", \"0\": [1.50, {\"deep\": [[ ]]}]}, \"dtype_note\": \"float32\",\n" \
-    "  \"large\": 123456789012345678901234567890, \"nothing\": null, \"output_router_logits\": true"
+    "  \"id2label\": {\"1\": \"\\u4f60\\ud83d\\ude00\", \"0\": [1.50, {\"deep\": [[ ]]}]},\n" \
+    "  \"dtype_note\": \"float32\", \"large\": 123456789012345678901234567890, \"nothing\": null,\n" \
+    "  \"output_router_logits\": true"
 static const char* foreign_keys[] = {"router_jitter_noise", "attention_dropout", "initializer_range", "use_cache",
                                      "eos_token_id", "bos_token_id", "\xC3\xA9\"", "id2label", "dtype_note", "large",
                                      "nothing", "output_router_logits"};
@@ -93,8 +94,8 @@ static void test_class_windows(void) {
                    {QWEN3, "\"sliding_window\": 16, \"use_sliding_window\": true", 0, 0},
                    {QWEN3, "\"sliding_window\": 16, \"use_sliding_window\": true, \"max_window_layers\": 1", 16, 2},
                    {QWEN3, "\"use_sliding_window\": true, \"max_window_layers\": 0", 4096, 3},
-                   {QWEN3, "\"use_sliding_window\": true, \"max_window_layers\": 0, \"layer_types\": [\"full_attention\"]",
-                    0, 0},
+                   {QWEN3, "\"use_sliding_window\": true, \"max_window_layers\": 0, "
+                           "\"layer_types\": [\"full_attention\"]", 0, 0},
                    {QWEN3, "\"sliding_window\": 16, \"use_sliding_window\": false, \"max_window_layers\": 0", 0, 0},
                    {QWEN3_MOE, "\"sliding_window\": 16, \"use_sliding_window\": true, \"max_window_layers\": 3", 16, 3},
                    {QWEN3_MOE, "\"sliding_window\": 16, \"max_window_layers\": 0", 0, 0},
@@ -113,7 +114,7 @@ static void test_class_windows(void) {
     }
 }
 
-// What config.json says of itself stays, as text, whatever the class; and a key that the program writes stands there once.
+// What config.json says of itself stays, as text, whatever the class; a key that the program writes is there once.
 static void test_foreign_members(void) {
     for (int arch = 0; arch < NUM_ARCHS; arch++) {
         const char* text = config_with(archs[arch].model_type, FOREIGN
@@ -123,7 +124,8 @@ static void test_foreign_members(void) {
         Error error;
         Text t = {NULL, 0, 0};
         Json *k = luggage_of(text), *now;
-        check(config_parse(&c, text, &error), "%s with members that are not ours %s", archs[arch].model_type, error.text);
+        check(config_parse(&c, text, &error), "%s with members that are not ours %s", archs[arch].model_type,
+              error.text);
         config_to_json(&t, &c, k, "float16");
         now = luggage_of(t.data);
         check(config_parse(&back, t.data, &error) && !memcmp(&c, &back, sizeof c), "%s: the model comes back %s",
@@ -283,13 +285,13 @@ static void test_window_keys(void) {
         Json *from = saved_luggage(up_path("source")), *k = sources[i].size ? saved_luggage(up_path("result")) : NULL;
         const char *size = json_raw(k, "sliding_window"), *use = json_raw(k, "use_sliding_window");
         if (!sources[i].size)
-            check(code == 2 && strstr(up_output, "sliding_window 16 in 1 of 2 layers"), "%s with %s is refused: %s", type,
-                  sources[i].members, up_output);
+            check(code == 2 && strstr(up_output, "sliding_window 16 in 1 of 2 layers"), "%s with %s is refused: %s",
+                  type, sources[i].members, up_output);
         else
             check(code == 0 && size && !strcmp(size, sources[i].size) &&
                       (use && sources[i].use ? !strcmp(use, sources[i].use) : !use && !sources[i].use),
-                  "%s with %s: sliding_window %s, use_sliding_window %s", type, sources[i].members, size ? size : "lost",
-                  use ? use : "not there");
+                  "%s with %s: sliding_window %s, use_sliding_window %s", type, sources[i].members,
+                  size ? size : "lost", use ? use : "not there");
         // training below the window keeps the keys; above it, nothing is computed
         int window = config_read(&c, up_path("source"), &error) ? active_window(from, &c, &layers) : -1;
         remove_tree(up_path("kept"));

@@ -513,7 +513,8 @@ static void test_last_sound_step(void) {
         mkdir(temp("sound"), 0777);
         int code = train_here(&failing, 2, 1, start, 8, temp("sound"));
         check(code == 1 && saved_step("sound") == (ruined ? 0 : 3),
-              "a gradient that is not finite, %s: step %ld is saved", ruined ? "of a ruined model" : "of a sound one", saved_step("sound"));
+              "a gradient that is not finite, %s: step %ld is saved", ruined ? "of a ruined model" : "of a sound one",
+              saved_step("sound"));
     }
     write_corpus(temp("shrinks.txt"), 20000);
     remove_tree(temp("b"));

@@ -52,8 +52,9 @@ static const char* screen_find(const Screen* s, const char* text) {
     return NULL;
 }
 
-// Runs this program as `as` (--as-train-moe, --as-upcycle) with stdout and stderr on a terminal of so many columns, which
-// says that it has `later` columns as soon as it shows `when` (NULL: never). seen, if not NULL, gets all that is printed.
+// Runs this program as `as` (--as-train-moe, --as-upcycle) with stdout and stderr on a terminal of so many columns,
+// which says that it has `later` columns as soon as it shows `when` (NULL: never). seen, if not NULL, gets all that is
+// printed.
 static Screen* run_in_terminal(int columns, const char* when, int later, Text* seen, const char* as,
                                const char* arguments) {
     Screen* screen = (Screen*)checked_malloc(sizeof(Screen));
@@ -235,8 +236,8 @@ static int is_valid_text(const char* s) {
 static void test_samples(void) {
     size_t n = 0;
     // bytes that are no newline, so that each of them is one character of the sample
-    int code = run_program("%s %s --steps 3 --sample-every 2 --tokens 37 --temperature 9 --data %s --val none", small_run,
-                           small_experts, temp("corpus.txt"));
+    int code = run_program("%s %s --steps 3 --sample-every 2 --tokens 37 --temperature 9 --data %s --val none",
+                           small_run, small_experts, temp("corpus.txt"));
     char* out = read_bytes(temp("stdout"), &n);
     const char* sample = out ? strstr(out, "\na sample:\n\n") : NULL;
     long shown = 0;

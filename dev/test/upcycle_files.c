@@ -326,8 +326,8 @@ static void test_up_safety(void) {
     check(system(command) == 0 && up_exists("piped/model.safetensors") && !up_exists("piped.saving"),
           "a pipe that is closed early loses nothing");
     snprintf(command, sizeof command,
-             "cd %s && find m3 -type f | xargs sha256sum > sums && %s --as-upcycle m3 m3x --experts 9 --method drop >/dev/null && "
-             "sha256sum -c --quiet sums",
+             "cd %s && find m3 -type f | xargs sha256sum > sums && %s --as-upcycle m3 m3x --experts 9 --method drop "
+             ">/dev/null && sha256sum -c --quiet sums",
              up_dir, self_path);
     check(system(command) == 0, "the source's files are untouched");
     UP("{}/m3 {}/dry --experts 6 --dry-run");
