@@ -299,14 +299,14 @@ static int widest_line(const char* s) {
 
 static void test_help_pages(void) {
     size_t n = 0;
-    char *readme = read_bytes("README.md", &n), *help = NULL;
+    char *page = read_bytes("dev/FLAGS.md", &n), *help = NULL;
     int code = run_program("--help"), examples = 0;
     help = read_bytes(temp("stdout"), &n);
     if (!help) die(1, "stdout cannot be read");
     for (const char* s = help; (s = strstr(s, "\n  ./train_moe ")) != NULL; s++) examples++;
     check(code == 0 && examples == 3 && widest_line(help) <= 80, "--help: three examples, %d columns",
           widest_line(help));
-    check(readme && (strstr(readme, help) || strcmp(PRECISIONS, "fp32")), "README.md has it word for word");
+    check(page && (strstr(page, help) || strcmp(PRECISIONS, "fp32")), "dev/FLAGS.md has it word for word");
     code = run_program("-h");
     check(code == 0 && !*ran.err && !strncmp(help, ran.out, strlen(ran.out)), "-h is --help");
     code = up_run("", "-h");
