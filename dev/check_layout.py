@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """What keeps the project readable and its README true. From the project's folder, after `make`:
 
-    python3 dev/check_layout.py [WORD]      only the checks whose name contains WORD
+    python3 dev/check_layout.py [sizes|headers|single|readme]
 
-Files keep to their ceilings, lines to their columns; headers of dev/lib that promise it ("Compiles alone.") compile alone; the files of
-`make single` need nothing else; README.md keeps to 2,500 words and its commands run. Every block there, fenced or indented, has a mark on
-the line before it:
+Files keep to their ceilings, lines to their columns; headers of dev/lib that say "Compiles alone." do; the files of
+`make single` need nothing else; README.md keeps to its words, and its commands run. Every block there, fenced or
+indented, has a mark before it:
 
     <!-- run -->                        its lines run, one after the other
     <!-- run: WHAT => BY; ... -->       the same, with these texts replaced: fewer steps, smaller inputs
-    <!-- parse -->                      programs, scripts and targets of make exist, and the options of train_moe and upcycle
+    <!-- parse -->                      scripts and targets of make exist, and the options of train_moe and upcycle
     <!-- show: NAME -->                 output, which dev/readme.py makes anew
 
-They run in a folder of their own, which has a text my.txt and small models DENSE, DENSE2 and DENSE3.
+They run in a folder of their own, which has texts my.txt and other.txt and small models DENSE, DENSE2 and DENSE3.
 """
 import os
 import pathlib
@@ -24,7 +24,6 @@ import tempfile
 
 CEILINGS = {"train_moe.c": 1300, "upcycle.c": 850, "train_moe.cu": 2500, "test_moe.c": 450}
 ALONE = {"products.h", "safetensors.h", "json.h"}       # whose promise may not be withdrawn
-WORDS = 2500
 PREPARED = """
 for i in 1 2 3 4 5 6 7 8 9; do cat LICENSE; done >my.txt
 cp my.txt other.txt
@@ -38,12 +37,12 @@ def check(ok, what, said=""):
     global failed, passed
     passed, failed = passed + bool(ok), failed + (not ok)
     print("ok    " if ok else "FAILED", what)
-    if not ok and said:
-        print("\n".join("       | " + line for line in said.strip().splitlines()[-12:]))
+    for line in said.strip().splitlines()[-12:] if said and not ok else ():
+        print("       |", line)
 
 
 def run(command, **where):
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **where)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace", **where)
     return done.returncode, done.stdout
 
 
@@ -51,14 +50,13 @@ def check_sizes():
     for name, most in CEILINGS.items():
         lines = len(pathlib.Path(name).read_text().splitlines())
         check(lines <= most, f"{name}: {lines} lines of at most {most}")
-    suffixes = (".c", ".h", ".cu", ".cuh", ".cpp")
-    for path in sorted(p for p in [*pathlib.Path().glob("*"), *pathlib.Path("dev").rglob("*")] if p.suffix in suffixes):
+    paths = [*pathlib.Path().glob("*"), *pathlib.Path("dev").rglob("*")]
+    for path in sorted(p for p in paths if p.suffix in (".c", ".h", ".cu", ".cuh", ".cpp")):
         most = 110 if path.name == "train_moe.c" else 120
         wide = [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > most]
         if wide or str(path) in CEILINGS:
             check(not wide, f"{path}: lines of at most {most} columns", f"not so: {', '.join(map(str, wide))}")
-    words = len(pathlib.Path("README.md").read_text().split())
-    check(words <= WORDS, f"README.md: {words} words of at most {WORDS}")
+    check((words := len(pathlib.Path("README.md").read_text().split())) <= 2500, f"README.md: {words} words of at most 2500")
 
 
 def check_headers():
@@ -78,76 +76,70 @@ def check_single():
     for name in ("train_moe", "upcycle"):
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(f"build/{name}_single.c", folder)
-            compile_it = f"cc -O1 -fopenmp {name}_single.c -lm"     # -O3 says the same, later
-            code, said = run(f"{compile_it} && ./a.out --version", shell=True, cwd=folder)
-            check(code == 0 and said.startswith(name), f"{compile_it} in an empty folder", said)
+            command = f"cc -O1 -fopenmp {name}_single.c -lm && ./a.out --version"   # -O3 says the same, later
+            code, said = run(command, shell=True, cwd=folder)
+            check(code == 0 and said.startswith(name), f"{command} in an empty folder", said)
 
 
 def blocks_of(text):
-    """(line, mark, lines) of each block of commands; the mark is None where there is none."""
+    """(line, mark, lines) of each block of commands; without a mark, None."""
     lines, mark, n = text.splitlines(), None, 0
     while n < len(lines):
-        first = n
+        first, found = n, re.fullmatch(r"<!-- (.*) -->", lines[n])
         if lines[n].startswith("```"):
-            end = next(i for i in range(n + 1, len(lines)) if lines[i].startswith("```"))
-            yield first + 1, mark, lines[n + 1:end]
-            n = end
-        elif lines[n].startswith("    ") and (n == 0 or not lines[n - 1].strip()):
+            n = lines.index("```", n + 1)
+            yield first + 1, mark, lines[first + 1:n]
+        elif lines[n].startswith("    ") and not lines[n - 1].strip():
             while n + 1 < len(lines) and lines[n + 1].startswith("    "):
                 n += 1
             yield first + 1, mark, [line[4:] for line in lines[first:n + 1]]
-        found = re.fullmatch(r"<!-- (.*) -->", lines[n])
-        mark = found.group(1) if found else mark if not lines[n].strip() and n > 0 and mark else None
+        mark = found.group(1) if found else mark if not lines[n].strip() else None
         n += 1
 
 
-def parse(lines, options):
+def parse(text, options):
     """What is wrong with these commands, without running them."""
-    for line in "\n".join(lines).replace("\\\n", " ").splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         words = line.split("#")[0].split()
-        for word in words:
-            if re.match(r"(\./)?(data|dev)/.*\.(py|sh)$", word) and not pathlib.Path(word).exists():
-                return f"{word} is not there"
+        for script in (w for w in words if re.fullmatch(r"(\./)?(data|dev)/.*\.(py|sh)", w)):
+            if not pathlib.Path(script).exists():
+                return f"{script} is not there"
         if words[:1] == ["make"] and run(["make", "-n", *words[1:]])[0]:
             return f"make does not know {' '.join(words[1:])}"
-        program = "upcycle" if "./upcycle" in words else "train_moe"
-        if "./upcycle" in words or any(w.startswith("./train_moe") for w in words) or line.startswith("--"):
-            for option in re.findall(r"(?<![\w-])--([a-z0-9-]+)", line.split("#")[0].split("  ")[0] if line.startswith("--") else line):
-                if option not in options[program]:
-                    return f"{program} has no --{option}"
+        for program in ("train_moe", "upcycle"):
+            if any(w in (f"./{program}", f"./{program}_cu") for w in words):
+                for option in re.findall(r"(?<!\S)--([a-z0-9-]+)", " ".join(words)):
+                    if option not in options[program]:
+                        return f"{program} has no --{option}"
     return ""
 
 
 def check_readme():
-    options = {p: set(re.findall(r"--([a-z0-9-]+)", run([f"./{p}", "--help"])[1])) | {"help", "version"} for p in ("train_moe", "upcycle")}
+    options = {p: set(re.findall(r"--([a-z0-9-]+)", run([f"./{p}", "--help"])[1])) for p in ("train_moe", "upcycle")}
     with tempfile.TemporaryDirectory() as folder:
-        for name in os.listdir():
-            if not name.startswith(".") and name != "out":
-                os.symlink(os.path.abspath(name), os.path.join(folder, name))
+        for name in (n for n in os.listdir() if n[0] != "." and n != "out"):
+            os.symlink(os.path.abspath(name), os.path.join(folder, name))
         code, said = run(["bash", "-ec", PREPARED], cwd=folder)
         check(code == 0, "README.md: small models for its commands", said)
         for line, mark, lines in blocks_of(pathlib.Path("README.md").read_text()):
-            kind, _, rest = (mark or "").partition(": ")
-            what, said, text = f"README.md:{line}: {kind}", "the block has no mark", "\n".join(lines)
+            (kind, _, rest), text, said = (mark or "").partition(": "), "\n".join(lines), "the block has no mark"
             if kind == "run":
-                for pair in filter(None, rest.split("; ")):
-                    old, new = pair.split(" => ")
-                    said = "" if old in text else f"the block has no {old!r}"
-                    text = text.replace(old, new)
+                for old, new in (pair.split(" => ") for pair in rest.split("; ") if pair):
+                    text = text.replace(old, new) if old in text else f"echo 'the block has no {old}' && false"
                 code, said = run(["bash", "-ec", text], cwd=folder)
-                said = f"{said}\nexit code {code}" if code else ""
+                said = code and f"{said}\nexit code {code}"
             elif kind == "parse":
-                said = parse(lines, options)
+                said = parse(text, options)
             elif kind == "show":
                 said = "" if rest else "what it shows has no name"
-            check(not said, what, said)
+            check(not said, f"README.md:{line}: {kind}", said)
 
 
 def main():
     os.environ.update(OMP_WAIT_POLICY="passive", MAKEFLAGS="")
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    for name, function in (("sizes", check_sizes), ("headers", check_headers), ("single", check_single), ("readme", check_readme)):
-        if word in name:
+    for function in (check_sizes, check_headers, check_single, check_readme):
+        if word in function.__name__:
             function()
     print(f"{passed} passed, {failed} failed")
     return failed > 0

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Makes what README.md and the pages of dev/ show anew, by running it. By hand, once an issue, from the project's folder after `make`:
+"""Makes what README.md and the pages of dev/ show anew, by running it. By hand, once an issue, after `make`:
 
     python3 dev/readme.py                all of it, half an hour; what cannot be made here is named and stays
     python3 dev/readme.py help counts    these alone: see MAKERS
 
-A page has `<!-- show: NAME -->` before the fenced block or the table that NAME makes. Sentences around them, and speeds that name
-their machine, are for a person to read again: the changes are listed at the end. `receipt` and `real_models` need what
-dev/reference/real_models.sh says, in data/text.
+A page has `<!-- show: NAME -->` before the fenced block or the table that NAME makes. Sentences around them, and speeds
+that name their machine, are for a person to read again: the changes are listed at the end. `receipt` and `real_models` need
+what dev/reference/real_models.sh says, in data/text.
 """
 import csv
 import importlib.util
@@ -75,20 +75,21 @@ def make_tinyshakespeare():
         with open(f"{out}/val.csv", newline="") as f:
             rows = list(csv.DictReader(f))
         losses = [f"{float(row['val_loss']):.3f}" for row in rows[:-1]] + [f"**{float(rows[-1]['val_loss']):.4f}**"]
-        table.append(f"| {windows} | {int(rows[-1]['tokens']) / 1e6:.1f}M | {' '.join(losses)} (every {int(rows[0]['step']):,} steps) | "
-                     f"{minutes} min {seconds:02d} s |")
+        table.append(f"| {windows} | {int(rows[-1]['tokens']) / 1e6:.1f}M | {' '.join(losses)} "
+                     f"(every {int(rows[0]['step']):,} steps) | {minutes} min {seconds:02d} s |")
     return "\n".join(table)
 
 
 def make_real_models():
     table = ["| model, on the first 60,000 bytes of wikitext2-valid | transformers | train_moe |", "|---|---|---|"]
     said = output("dev/reference/real_models.sh data/text")
-    for name, begin, end in (("stories260K", "== stories260K", "== smollm2"), ("SmolLM2-135M-Instruct", "== smollm2", "\0")):
-        part = said[said.index(begin):].split(end)[0]
+    first, second = said.split("== smollm2", 1)
+    for name, part in (("stories260K", first), ("SmolLM2-135M-Instruct", second)):
         loss = re.findall(r"\bloss ([\d.]+)", part)
         speed = [float(a or b) for a, b in re.findall(r"tokens/s ([\d.]+)|([\d.]+) tokens/s", part)]
         made = re.search(r"^tokens (\d+)", part, re.M).group(1)
-        table += [f"| {name}: loss | {loss[0]} | {loss[1]} |", f"| evaluation, tokens/s | {speed[0]:,.0f} | {speed[1]:,.0f} |",
+        table += [f"| {name}: loss | {loss[0]} | {loss[1]} |",
+                  f"| evaluation, tokens/s | {speed[0]:,.0f} | {speed[1]:,.0f} |",
                   f"| {made} tokens, greedy, tokens/s | {speed[2]:,.0f} | {speed[3]:,.0f} |"]
     return "\n".join(table)
 
@@ -116,8 +117,9 @@ def make_counts():
         path.write_text(text)
 
 
-MAKERS = {"help": make_help, "counts": make_counts, "demonstration": make_demonstration, "story": make_story, "routers": make_routers,
-          "tinyshakespeare": make_tinyshakespeare, "real_models": make_real_models, "receipt": make_receipt}
+MAKERS = {"help": make_help, "counts": make_counts, "demonstration": make_demonstration, "story": make_story,
+          "routers": make_routers, "tinyshakespeare": make_tinyshakespeare, "real_models": make_real_models,
+          "receipt": make_receipt}
 
 
 def main():
@@ -127,7 +129,7 @@ def main():
             sys.exit(f"{name} is none of {', '.join(MAKERS)}")
         try:
             made = MAKERS[name]()
-            block = re.compile(rf"(<!-- show: {name} -->\n)(```\n.*?\n```|(?:\|[^\n]*\n?)+?(?=\n|\Z))(?=\n(?!\|)|\Z)", re.S)
+            block = re.compile(rf"(<!-- show: {name} -->\n)(```\n.*?\n```(?=\n|\Z)|\|[^\n]*(?:\n\|[^\n]*)*)", re.S)
             times = 0
             for page in PAGES if made else ():
                 text, n = block.subn(lambda m: m.group(1) + made, page.read_text())
@@ -140,7 +142,7 @@ def main():
         except (RuntimeError, OSError, ValueError, IndexError, AttributeError) as e:
             print(f"FAILED {name}: {e}", flush=True)
             failed += 1
-    print(subprocess.run(["git", "diff", "--stat", "--", *map(str, PAGES)], capture_output=True, text=True).stdout, end="")
+    subprocess.run(["git", "--no-pager", "diff", "--stat", "--", *map(str, PAGES)])
     return failed > 0
 
 
