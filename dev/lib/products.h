@@ -74,8 +74,8 @@ typedef int places __attribute__((vector_size(4 * VECTOR_LENGTH)));
 #endif
 
 // gcc, tuning for some processors (seen for Zen 2 and Zen 3), splits the multiply-add into two roundings in a loop that
-// adds to a single sum, but not in loops with several. That would break the promise of train_moe.c's section 2, so where
-// there can be a single sum it is hidden from gcc: an empty piece of assembly "changes" it in its register.
+// adds to a single sum, but not in loops with several. That would break the promise of train_moe.c's section 2, so
+// where there can be a single sum it is hidden from gcc: an empty piece of assembly "changes" it in its register.
 #if defined(__x86_64__)
 #define HIDE(sum) __asm__("" : "+v"(sum))
 #elif defined(__aarch64__)
