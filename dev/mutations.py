@@ -47,14 +47,12 @@ MUTATIONS = [
     ("(norm_topk ? dgates_n[k] - mean : dgates_n[k]);", "dgates_n[k];"),
     ("(norm_topk ? dgates_n[k] - mean : dgates_n[k]);", "(dgates_n[k] - mean);"),
     ("(p[e] * (aux_weight * (f[e] - mean) + z_weight * lse[n]));", "(p[e] * (aux_weight * f[e] + z_weight * lse[n]));"),
-    ("*z_weight = 2.0 * scale * m->balance.z / N;", "*z_weight = scale * m->balance.z / N;"),
+    ("z_weight = 2.0 * scale * m->balance.z / N;", "z_weight = scale * m->balance.z / N;"),
     ("gates_n[k] /= gate_sum;\n    }\n}\n\n// dlogits", "gates_n[k] *= 1;\n    }\n}\n\n// dlogits"),
     ("row_of[a] = offsets[experts[a]]++;", "row_of[a] = offsets[experts[a]];"),
     # the model
     ("matmul_backward_weight(dw->attn_out, t->dx, s->attn,", "matmul_backward_weight(dw->attn_out, t->dx, s->x_mid,"),
-    ("matmul_backward_input(t->dnormed, t->drouter, w->router, N, H, E, 1);\n"
-     "            matmul_backward_weight(dw->router",
-     "matmul_backward_weight(dw->router"),
+    ("    matmul_backward_input(t->dnormed, t->drouter, m->weights.layers[l].router, N, H, E, 1);\n", ""),
     ("float correction1 = (float)(1 - pow(o->beta1, (double)step))",
      "float correction1 = (float)(1 - pow(o->beta2, (double)step))"),
     ("scale = o->clip / (norm + 1e-6);", "scale = 1;"),
@@ -75,7 +73,7 @@ MUTATIONS = [
     ("(float)(over < 0 ? rate : over > 0 ? -rate : 0);", "(float)(over > 0 ? rate : over < 0 ? -rate : 0);"),
     # files
     ("text_add(t, v->raw, strlen(v->raw));", "text_json_value(t, v);"),
-    ("if (key_is_owned(c, v->key)) continue;", "if (key_is_owned(c, v->key) || v->type < JSON_NUMBER) continue;"),
+    ("if (!v || key_is_owned(c, v->key)) continue;", "if (!v || key_is_owned(c, v->key) || v->type < JSON_NUMBER) continue;"),
     ("if (!strcmp(config_keys[k].names, part))", "if (0)"),
     ('luggage_number(j, c->arch, "use_sliding_window") == 0', '!json_absent(json_get(j, "use_sliding_window"))'),
     ("below == NO_KEY ? c->num_layers : imax(0, c->num_layers - (int)below)", "c->num_layers"),
