@@ -1,7 +1,7 @@
 /*
 test_moe.c: every check of train_moe.c and upcycle.c. `make test` builds and runs it; it prints a line for each check,
-ends with `N passed, N failed`, and its exit code says the same. `./test_moe WORD` runs only the groups whose name
-contains WORD.
+ends with `N passed, N failed`, and its exit code says the same. `./test_moe WORD ...` runs only the groups whose name
+contains a WORD.
 
 What the project promises is checked here, to be read: models and routers have the logits, gradients and training steps
 of the references, and the products' bits are those of plain loops. The rest stands in dev/test by subject.
@@ -446,7 +446,9 @@ int main(int argc, char** argv) {
     for (EACH(i, groups)) {
         group_name = groups[i].name;
         double start = seconds();
-        if (argc > 1 && !strstr(group_name, argv[1])) continue;
+        int wanted = argc == 1;
+        for (int k = 1; k < argc; k++) wanted |= strstr(group_name, argv[k]) != NULL;
+        if (!wanted) continue;
         groups[i].run();
         release_kept();
         printf("      %s: %.1f s\n", group_name, seconds() - start);

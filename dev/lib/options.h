@@ -889,6 +889,9 @@ static int run_train(Config* c) {
     return code ? code : stop_signal ? 128 + stop_signal : 0;
 }
 
+// (C++ refuses integers among braces where doubles belong)
+#define SHAPE(option, is) {&options.option, (double)(is)}
+
 // An option that describes a model must agree with the one in `dir`.
 static void check_shape(const Option* o, const Config* c, const char* dir) {
     int dense = c->num_experts == 0, step = (int)options.sparse_step, l = 0;
@@ -897,17 +900,17 @@ static void check_shape(const Option* o, const Config* c, const char* dir) {
         const void* option;
         double is;
     } shape[] = {
-        {&options.arch, c->qk_norm == QK_NORM_HEAD ? 0 : c->qk_norm == QK_NORM_NONE ? 1 : 2},
-        {&options.layers, c->num_layers}, {&options.hidden, c->hidden_size}, {&options.heads, c->num_heads},
-        {&options.kv_heads, c->num_kv_heads}, {&options.head_dim, c->head_dim}, {&options.ffn, c->intermediate_size},
-        {&options.experts, dense && options.dense ? (double)options.experts : c->num_experts}, {&options.dense, dense},
-        {&options.topk, c->num_experts_per_tok}, {&options.expert_ffn, c->moe_intermediate_size},
-        {&options.sparse_step, l == c->num_layers ? step : 0}, {&options.vocab, c->vocab_size},
-        {&options.tie, c->tie_word_embeddings}, {&options.qk_norm, c->qk_norm},
-        {&options.norm_topk, dense ? (double)options.norm_topk : c->norm_topk_prob}, {&options.router, c->router},
-        {&options.logit_norm, c->logit_norm}, {&options.lpr_dim, c->lpr_latent_dim},
-        {&options.lpr_weight, c->lpr_weight}, {&options.lpr_diversity, c->lpr_diversity},
-        {&options.lpr_kl, c->lpr_kl}, {&options.lpr_align, c->lpr_align}, {&options.lpr_align_form, c->lpr_align_mean}};
+        SHAPE(arch, c->qk_norm == QK_NORM_HEAD ? 0 : c->qk_norm == QK_NORM_NONE ? 1 : 2),
+        SHAPE(layers, c->num_layers), SHAPE(hidden, c->hidden_size), SHAPE(heads, c->num_heads),
+        SHAPE(kv_heads, c->num_kv_heads), SHAPE(head_dim, c->head_dim), SHAPE(ffn, c->intermediate_size),
+        SHAPE(experts, dense && options.dense ? (double)options.experts : c->num_experts), SHAPE(dense, dense),
+        SHAPE(topk, c->num_experts_per_tok), SHAPE(expert_ffn, c->moe_intermediate_size),
+        SHAPE(sparse_step, l == c->num_layers ? step : 0), SHAPE(vocab, c->vocab_size),
+        SHAPE(tie, c->tie_word_embeddings), SHAPE(qk_norm, c->qk_norm),
+        SHAPE(norm_topk, dense ? (double)options.norm_topk : c->norm_topk_prob), SHAPE(router, c->router),
+        SHAPE(logit_norm, c->logit_norm), SHAPE(lpr_dim, c->lpr_latent_dim),
+        SHAPE(lpr_weight, c->lpr_weight), SHAPE(lpr_diversity, c->lpr_diversity),
+        SHAPE(lpr_kl, c->lpr_kl), SHAPE(lpr_align, c->lpr_align), SHAPE(lpr_align_form, c->lpr_align_mean)};
     size_t k = 0;
     while (shape[k].option != o->value) k++;
     if (o->type == OPT_CHOICE || o->type == OPT_FLAG) {
