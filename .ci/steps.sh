@@ -39,6 +39,7 @@ install() {
     command -v clang-13 >/dev/null || packages="$packages clang-13"
     command -v musl-gcc >/dev/null || packages="$packages musl-tools"
     command -v qemu-aarch64 >/dev/null || packages="$packages qemu-user"
+    ctags --version 2>/dev/null | grep -q Universal || packages="$packages universal-ctags"
     local machine
     for machine in aarch64-linux-gnu riscv64-linux-gnu arm-linux-gnueabihf; do
         command -v $machine-gcc >/dev/null || packages="$packages gcc-$machine"

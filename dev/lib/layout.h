@@ -4,11 +4,11 @@
 // One tensor as a checkpoint knows it: its name there, and where its numbers lie in the block of all parameters.
 typedef struct {
     char name[96];
-    long offset, rows, cols;    // cols = VECTOR: a vector of `rows` numbers
+    long offset, rows, cols;    // cols = NO_COLUMNS: a vector of `rows` numbers
 } Tensor;
-enum { VECTOR = -1 };
+enum { NO_COLUMNS = -1 };
 
-static int tensor_is_matrix(const Tensor* t) { return t->cols != VECTOR; }
+static int tensor_is_matrix(const Tensor* t) { return t->cols != NO_COLUMNS; }
 static long tensor_size(const Tensor* t) { return tensor_is_matrix(t) ? t->rows * t->cols : t->rows; }
 
 // All parameters are one block of memory: first the matrices, then the vectors, so that weight decay, which is for
@@ -16,13 +16,14 @@ static long tensor_size(const Tensor* t) { return tensor_is_matrix(t) ? t->rows 
 typedef struct {
     Tensor* tensors;            // (count), in the order of layout_walk
     int count;
-    long matrices, total;       // floats in all matrices; in all parameters (while they are counted: in all vectors)
+    long matrices, vectors;     // floats in all matrices and in all vectors that were listed
+    long first_vector, total;   // where the vectors begin; floats in all parameters
     float* block;               // the parameters' memory, or NULL where only names and sizes are wanted
 } Layout;
 
 // The next tensor of the list; returns where it lies in the block.
 static float* layout_add(Layout* layout, long rows, long cols, const char* format, ...) {
-    long offset = cols != VECTOR ? layout->matrices : layout->total;
+    long offset = cols != NO_COLUMNS ? layout->matrices : layout->first_vector + layout->vectors;
     if (layout->tensors) {
         Tensor* t = &layout->tensors[layout->count];
         va_list args;
@@ -34,8 +35,8 @@ static float* layout_add(Layout* layout, long rows, long cols, const char* forma
         t->offset = offset;
     }
     layout->count++;
-    if (cols != VECTOR) layout->matrices += rows * cols;
-    else layout->total += rows;
+    if (cols != NO_COLUMNS) layout->matrices += rows * cols;
+    else layout->vectors += rows;
     return layout->block ? layout->block + offset : NULL;
 }
 
@@ -44,20 +45,20 @@ static void layout_router_variant(Layout* layout, const Config* c, LayerWeights*
                                   const char* moe) {
     int H = c->hidden_size, E = c->num_experts, D = c->lpr_latent_dim;
     if (c->router == ROUTER_SIGMOID) {
-        p->router_bias = layout_add(layout, E, VECTOR, "model.layers.%d.%s.gate.e_score_correction_bias", l, moe);
+        p->router_bias = layout_add(layout, E, NO_COLUMNS, "model.layers.%d.%s.gate.e_score_correction_bias", l, moe);
         // Dots1 has an expert for all tokens, too; of width 0 it does nothing, but its tensors are expected
         for (int i = 0; c->arch == DOTS1 && i < 2; i++)
             layout_add(layout, 0, H, "model.layers.%d.mlp.shared_experts.%s_proj.weight", l, i ? "up" : "gate");
         if (c->arch == DOTS1) layout_add(layout, H, 0, "model.layers.%d.mlp.shared_experts.down_proj.weight", l);
         return;
     }
-    p->lpr_norm_weight = layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.norm.weight", l, moe);
-    p->lpr_norm_bias = layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.norm.bias", l, moe);
+    p->lpr_norm_weight = layout_add(layout, H, NO_COLUMNS, "model.layers.%d.%s.gate.norm.weight", l, moe);
+    p->lpr_norm_bias = layout_add(layout, H, NO_COLUMNS, "model.layers.%d.%s.gate.norm.bias", l, moe);
     p->lpr_encoder = layout_add(layout, 2 * D, H, "model.layers.%d.%s.gate.encoder.weight", l, moe);
-    p->lpr_encoder_bias = layout_add(layout, 2 * D, VECTOR, "model.layers.%d.%s.gate.encoder.bias", l, moe);
+    p->lpr_encoder_bias = layout_add(layout, 2 * D, NO_COLUMNS, "model.layers.%d.%s.gate.encoder.bias", l, moe);
     p->lpr_prototypes = layout_add(layout, E, D, "model.layers.%d.%s.gate.prototypes", l, moe);
     p->lpr_readout = layout_add(layout, H, D, "model.layers.%d.%s.gate.readout.weight", l, moe);
-    p->lpr_readout_bias = layout_add(layout, H, VECTOR, "model.layers.%d.%s.gate.readout.bias", l, moe);
+    p->lpr_readout_bias = layout_add(layout, H, NO_COLUMNS, "model.layers.%d.%s.gate.readout.bias", l, moe);
 }
 
 // Lists every tensor of a model under its Hugging Face name and points `w` (if not NULL) at them.
@@ -68,17 +69,17 @@ static void layout_walk(Layout* layout, const Config* c, Weights* w) {
     for (int l = 0; l < c->num_layers; l++) {
         LayerWeights p;
         memset(&p, 0, sizeof p);
-        p.attn_norm = layout_add(layout, H, VECTOR, "model.layers.%d.input_layernorm.weight", l);
+        p.attn_norm = layout_add(layout, H, NO_COLUMNS, "model.layers.%d.input_layernorm.weight", l);
         p.qkv = layout_add(layout, (long)NH * HD, H, "model.layers.%d.self_attn.q_proj.weight", l);
         layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.k_proj.weight", l);
         layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.v_proj.weight", l);
         if (c->qk_norm != QK_NORM_NONE) {
             int row = c->qk_norm == QK_NORM_ROW;
-            p.q_norm = layout_add(layout, row ? NH * HD : HD, VECTOR, "model.layers.%d.self_attn.q_norm.weight", l);
-            p.k_norm = layout_add(layout, row ? NKV * HD : HD, VECTOR, "model.layers.%d.self_attn.k_norm.weight", l);
+            p.q_norm = layout_add(layout, row ? NH * HD : HD, NO_COLUMNS, "model.layers.%d.self_attn.q_norm.weight", l);
+            p.k_norm = layout_add(layout, row ? NKV * HD : HD, NO_COLUMNS, "model.layers.%d.self_attn.k_norm.weight", l);
         }
         p.attn_out = layout_add(layout, H, (long)NH * HD, "model.layers.%d.self_attn.o_proj.weight", l);
-        p.ffn_norm = layout_add(layout, H, VECTOR, "model.layers.%d.post_attention_layernorm.weight", l);
+        p.ffn_norm = layout_add(layout, H, NO_COLUMNS, "model.layers.%d.post_attention_layernorm.weight", l);
         int E = layer_experts(c, l), I = layer_width(c, l);
         if (c->sparse[l] && c->router != ROUTER_LPR)
             p.router = layout_add(layout, E, H, "model.layers.%d.%s.gate.weight", l, moe);
@@ -101,7 +102,7 @@ static void layout_walk(Layout* layout, const Config* c, Weights* w) {
         }
         if (w) w->layers[l] = p;
     }
-    float* norm = layout_add(layout, H, VECTOR, "model.norm.weight");
+    float* norm = layout_add(layout, H, NO_COLUMNS, "model.norm.weight");
     float* head = c->tie_word_embeddings ? embedding : layout_add(layout, c->vocab_size, H, "lm_head.weight");
     if (w) {
         w->embedding = embedding;
@@ -110,30 +111,36 @@ static void layout_walk(Layout* layout, const Config* c, Weights* w) {
     }
 }
 
+// The names and sizes are walked through twice: to count, and to fill the list.
 static Layout layout_create(const Config* c) {
-    Layout count = {NULL, 0, 0, 0, NULL}, layout;
-    layout_walk(&count, c, NULL);
-    layout.tensors = (Tensor*)checked_malloc(sizeof(Tensor) * count.count);
+    Layout layout;
+    memset(&layout, 0, sizeof layout);
+    layout_walk(&layout, c, NULL);
+    layout.tensors = (Tensor*)checked_malloc(sizeof(Tensor) * (size_t)layout.count);
+    layout.first_vector = layout.matrices;
+    layout.total = layout.matrices + layout.vectors;
     layout.count = 0;
-    layout.matrices = 0;
-    layout.block = NULL;
-    layout.total = count.matrices;      // vectors are placed behind the matrices
+    layout.matrices = layout.vectors = 0;
     layout_walk(&layout, c, NULL);
     return layout;
 }
 
 // `block`: memory for layout->total parameters
 static void weights_point(Weights* w, const Config* c, const Layout* layout, float* block) {
-    Layout again = {NULL, 0, 0, layout->matrices, block};
+    Layout again = *layout;
+    again.tensors = NULL;
+    again.block = block;
+    again.matrices = again.vectors = 0;
     w->layers = (LayerWeights*)checked_malloc(sizeof(LayerWeights) * c->num_layers);
     layout_walk(&again, c, w);
 }
 
 // Parameters in all, and parameters that one token uses (all but the experts it is not sent to).
 static void count_parameters(const Config* c, long* total, long* active) {
-    Layout layout = {NULL, 0, 0, 0, NULL};
+    Layout layout;
+    memset(&layout, 0, sizeof layout);
     layout_walk(&layout, c, NULL);
-    *total = *active = layout.matrices + layout.total;
+    *total = *active = layout.matrices + layout.vectors;
     for (int l = 0; l < c->num_layers; l++)
         *active -= (long)(layer_experts(c, l) - layer_topk(c, l)) * 3 * c->hidden_size * layer_width(c, l);
 }
