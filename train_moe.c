@@ -697,7 +697,7 @@ typedef struct {
     ARRAY(float, gate_up, R * 2 * I)                /* (R, 2, I) */                                         \
     ROUTER_LAYER_ARRAYS(ARRAY)
 
-// What is written and used up within one layer; all layers share it. For training, but for the first three.
+// What is written and used up within one layer. All share it: R and RI, rows times width, are the largest.
 #define SCRATCH_ARRAYS(ARRAY)                                                                               \
     ARRAY(float, x_rows, R * H)                     /* experts' inputs, gathered */                         \
     ARRAY(float, y_rows, R * H)                     /* experts' outputs */                                  \
