@@ -24,7 +24,7 @@ step() { # minutes, name, command: runs it, no longer than that, and shows the e
         echo "ok     $name ($((SECONDS - start)) s) $(grep -E '^[0-9]+ passed' "$log" | tail -n 1)"
     else
         echo "FAILED $name ($((SECONDS - start)) s of at most $minutes minutes): $*"
-        grep -E 'FAILED|[Ee]rror|warning' "$log" | head -n 20
+        grep -E '^FAILED|error:|Error|warning:' "$log" | head -n 20
         tail -n 25 "$log"
     fi
     rm -f "$log"

@@ -3,12 +3,12 @@
 // OpenMP's threads wait for each other by turning round for some milliseconds before they sleep: the fastest way on an
 // idle machine. But where another program has the core of one thread, all others burn theirs until its turn comes, at
 // each of the hundreds of waits in a training step. gcc's library turns round 300 times less if there are more threads
-// than cores, in whatever teams (its do_spin), and clang's then yields. So while Linux says that our threads want for a
-// core, a second team sleeps beside them to make it so. It computes nothing: results do not depend on it.
+// than cores, in whatever teams (its do_spin). So while Linux says that our threads want for a core, a second team sleeps
+// beside them to make it so. It computes nothing: results do not depend on it.
 #pragma once
 #include "util.h"
 
-#ifdef _OPENMP
+#if defined(_OPENMP) && !defined(__clang__)
 #include <pthread.h>
 
 static pthread_mutex_t second_team_sleeps = PTHREAD_MUTEX_INITIALIZER;
@@ -65,6 +65,7 @@ static void look_for_others(void) {
     if (since == 0 || missing > 0.33) share_cores(1);
     else if (missing < 0.1) share_cores(0);
 }
-#else
+#else       // clang's library sleeps sooner by itself, and fails if the program ends while a second team starts
+static void share_cores(int on) { (void)on; }
 static void look_for_others(void) {}
 #endif
