@@ -291,6 +291,7 @@ static void test_up_safety(void) {
     int clean = 1, killed = 0;
     for (int i = 0; i < 5; i++) {
         static const int signals[] = {SIGKILL, SIGTERM, SIGKILL, SIGINT, SIGKILL};
+        if (signals[i] != SIGKILL) remove_tree(up_path("killed.saving"));       // whose coming is waited for
         fflush(stdout);
         pid_t pid = fork();
         if (pid == 0) {
