@@ -76,7 +76,8 @@ static void layout_walk(Layout* layout, const Config* c, Weights* w) {
         if (c->qk_norm != QK_NORM_NONE) {
             int row = c->qk_norm == QK_NORM_ROW;
             p.q_norm = layout_add(layout, row ? NH * HD : HD, NO_COLUMNS, "model.layers.%d.self_attn.q_norm.weight", l);
-            p.k_norm = layout_add(layout, row ? NKV * HD : HD, NO_COLUMNS, "model.layers.%d.self_attn.k_norm.weight", l);
+            p.k_norm = layout_add(layout, row ? NKV * HD : HD, NO_COLUMNS,
+                                  "model.layers.%d.self_attn.k_norm.weight", l);
         }
         p.attn_out = layout_add(layout, H, (long)NH * HD, "model.layers.%d.self_attn.o_proj.weight", l);
         p.ffn_norm = layout_add(layout, H, NO_COLUMNS, "model.layers.%d.post_attention_layernorm.weight", l);

@@ -3,8 +3,8 @@
 // OpenMP's threads wait for each other by turning round for some milliseconds before they sleep: the fastest way on an
 // idle machine. But where another program has the core of one thread, all others burn theirs until its turn comes, at
 // each of the hundreds of waits in a training step. gcc's library turns round 300 times less if there are more threads
-// than cores, in whatever teams (its do_spin). So while Linux says that our threads want for a core, a second team sleeps
-// beside them to make it so. It computes nothing: results do not depend on it.
+// than cores, in whatever teams (its do_spin). So while Linux says that our threads want for a core, a second team
+// sleeps beside them to make it so. It computes nothing: results do not depend on it.
 #pragma once
 #include "util.h"
 
