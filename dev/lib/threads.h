@@ -66,6 +66,6 @@ static void look_for_others(void) {
     else if (missing < 0.1) share_cores(0);
 }
 #else       // clang's library sleeps sooner by itself, and fails if the program ends while a second team starts
-static void share_cores(int on) { (void)on; }
+static inline void share_cores(int on) { (void)on; }
 static void look_for_others(void) {}
 #endif
