@@ -68,11 +68,11 @@ static Reference reference_open(const char* folder, const char* name, Tolerances
     int *tokens = reference_ints(s, "tokens", shape), *targets = reference_ints(s, "targets", NULL);
     double penalty = metadata_number(s, "family_penalty");
     c.topk_limit = c.num_experts;
-    c.family_penalty = penalty;
+    c.router.family_penalty = penalty;
     Model* m = new_model(&c, FOR_TRAINING, (int)shape[0], (int)shape[1]);
-    m->config.family_penalty = 0; // the families are in the reference and not in an upcycle.json
+    m->config.router.family_penalty = 0; // the families are in the reference and not in an upcycle.json
     if (!checkpoint_load(m, dir, &error)) die(1, "%s", error.text);
-    m->config.family_penalty = penalty;
+    m->config.router.family_penalty = penalty;
     m->noise_seed = (uint64_t)metadata_number(s, "seed");
     m->balance.aux = (float)metadata_number(s, "aux");
     m->balance.z = (float)metadata_number(s, "z_loss");

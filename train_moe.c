@@ -51,6 +51,16 @@ typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // the last 
 
 #define MAX_LAYERS 512
 
+// What differs from a softmax over the experts; all zero without. routers.h explains each.
+typedef struct {
+    Router kind;
+    double logit_norm;              // lambda of the logits' normalisation, 0: none
+    double family_penalty;          // of the copies of an expert, INFINITY just after they were made, 0: none
+    int lpr_latent_dim;             // D of Latent Prototype Routing, and the weights of its losses
+    double lpr_weight, lpr_diversity, lpr_kl, lpr_align;
+    int lpr_align_mean;
+} RouterConfig;
+
 typedef struct {
     Arch arch;
     int num_layers;                 // L
@@ -72,13 +82,7 @@ typedef struct {
     double router_aux_loss_coef;
     int topk_limit;                 // the largest K that training may draw, 0: num_experts_per_tok
     char sparse[MAX_LAYERS];        // 1: layer l is a mixture of experts, 0: it is dense
-    // router variants, routers.h; all zero with a softmax router
-    Router router;
-    double logit_norm;              // lambda of the logits' normalisation, 0: none
-    double family_penalty;          // of the copies of an expert, INFINITY just after they were made, 0: none
-    int lpr_latent_dim;             // D of Latent Prototype Routing, and the weights of its losses
-    double lpr_weight, lpr_diversity, lpr_kl, lpr_align;
-    int lpr_align_mean;
+    RouterConfig router;
 } Config;
 
 static int layer_experts(const Config* c, int l) { return c->sparse[l] ? c->num_experts : 1; }

@@ -2024,7 +2024,7 @@ template <class Real> static void gpu_router_forward(Model* m, int l) {
     const Config* c = &m->config;
     LayerSizes d = layer_sizes(m, l);
     float *z = s->router_logits, *shift = NULL;
-    if (c->router == ROUTER_LPR) {
+    if (c->router.kind == ROUTER_LPR) {
         LprLayer r = lpr_layer<Real>(m, l);
         uint64_t key = random_key(m->noise_seed, 0x4C5052, (uint64_t)m->noise_step, (uint64_t)l);
         gpu_lpr_forward(s->experts_in, m->purpose == FOR_TRAINING ? &g->losses_sum[3] : NULL, s->ffn_in, key, &r);
@@ -2032,15 +2032,15 @@ template <class Real> static void gpu_router_forward(Model* m, int l) {
     }
     // not split: a logit depends on its token and its row of the router alone, so that twins tie
     gpu_matmul_fp32(s->router_raw, s->ffn_in, d.H, 1, w->router, 1, d.H, d.N, d.E, d.H, 0, NULL, 0);
-    if (c->logit_norm > 0) gpu_logit_norm(z, s->router_raw, d.N, d.E, (float)c->logit_norm);
-    if (c->family_penalty > 0) {
+    if (c->router.logit_norm > 0) gpu_logit_norm(z, s->router_raw, d.N, d.E, (float)c->router.logit_norm);
+    if (c->router.family_penalty > 0) {
         shift = g->shift;
-        if (c->router == ROUTER_SIGMOID) gpu_sigmoid_scores(s->probs, z, w->router_bias, d.N, d.E);
+        if (c->router.kind == ROUTER_SIGMOID) gpu_sigmoid_scores(s->probs, z, w->router_bias, d.N, d.E);
         else CHECK(cudaMemcpyAsync(s->probs, z, sizeof(float) * (size_t)d.N * (size_t)d.E, cudaMemcpyDeviceToDevice));
-        gpu_penalise_families(z, shift, s->probs, g->family + (long)l * d.E, (float)c->family_penalty, l, d.N, d.T,
-                              d.past, d.E);
+        gpu_penalise_families(z, shift, s->probs, g->family + (long)l * d.E, (float)c->router.family_penalty, l,
+                              d.N, d.T, d.past, d.E);
     }
-    if (c->router == ROUTER_SIGMOID)
+    if (c->router.kind == ROUTER_SIGMOID)
         gpu_sigmoid_router(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, d.N, d.E, d.K,
                            c->norm_topk_prob);
     else gpu_softmax_router(s->probs, s->router_lse, s->experts, s->gates, z, d.N, d.E, d.K, c->norm_topk_prob);
@@ -2060,18 +2060,18 @@ template <class Real> static void gpu_router_backward(Model* m, int l, float sca
     double aux_weight = scale * aux * d.E / (per_layer ? N : tokens_seen), z_weight = 2.0 * scale * m->balance.z / N;
     float* dz = g->drouter;
     gpu_balance_weights(g->balance, s->offsets, g->all_counts, per_layer, N, d.K, d.E, tokens_seen);
-    if (c->router == ROUTER_LPR) {
+    if (c->router.kind == ROUTER_LPR) {
         LprLayer r = lpr_layer<Real>(m, l);
         gpu_lpr_backward(g->extra, g->dnormed, s->ffn_in, g->dgates, g->balance, aux_weight, z_weight, scale, add, &r);
         return;
     }
-    if (c->router == ROUTER_SIGMOID)
+    if (c->router.kind == ROUTER_SIGMOID)
         gpu_sigmoid_router_backward(dz, g->dgates, s->router_logits, s->probs, s->router_lse, s->experts, s->gates,
                                     g->balance, aux_weight, z_weight, d.N, d.E, d.K, c->norm_topk_prob);
     else
         gpu_softmax_router_backward(dz, g->dgates, s->probs, s->experts, s->gates, s->router_lse, g->balance,
                                     aux_weight, z_weight, d.N, d.E, d.K, c->norm_topk_prob);
-    if (c->logit_norm > 0) gpu_logit_norm_backward(dz, s->router_raw, d.N, d.E, (float)c->logit_norm);
+    if (c->router.logit_norm > 0) gpu_logit_norm_backward(dz, s->router_raw, d.N, d.E, (float)c->router.logit_norm);
     gpu_matmul_fp32(g->extra, dz, d.E, 1, w->router, d.H, 1, d.N, d.H, d.E, 0, NULL, 0);
     gpu_matmul_fp32(dw->router, dz, 1, d.E, s->ffn_in, d.H, 1, d.E, d.H, d.N, add, g->product_parts, PRODUCT_PARTS);
 }
@@ -2138,7 +2138,7 @@ template <class Real> static void gpu_ffn_layer_backward(Model* m, int l, float 
     if (d.sparse) {
         gpu_gate_gradients(g->dgates, g->dgate_parts, s->assignment, R, gpu_dgate_parts<Real>(d.I));
         extra = g->extra;
-        if (m->config.router == ROUTER_LPR) {       // the read-out needs the sum of the rows itself
+        if (m->config.router.kind == ROUTER_LPR) {       // the read-out needs the sum of the rows itself
             gpu_combine_rmsnorm(g->dnormed, (Real*)NULL, (float*)NULL, (const Real*)NULL, g->rows, (const float*)NULL,
                                 s->row_of, d.K, (const float*)NULL, d.N, d.H, d.eps);
             K = 0;                                  // it comes back as a part of `extra`

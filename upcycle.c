@@ -379,7 +379,7 @@ static void new_router_row(const Plan* p, float* row, int l, int number, long co
     uint64_t key = stream_key(p, "router", l, number, ALL_MATRICES);
     const char* how = ask.router_init ? ask.router_init : is(p->method->name, "drop") ? "uniform" : "normal";
     // rows of LPR are prototypes, whose length counts in what is read out
-    double std = p->config.router == ROUTER_LPR && !asked("router-std") ? 1 : ask.router_std;
+    double std = p->config.router.kind == ROUTER_LPR && !asked("router-std") ? 1 : ask.router_std;
     for (long c = 0; c < cols; c++) {
         uint64_t element = mix64(key ^ (uint64_t)c);
         double uniform = sqrt(12.0) * (random_uniform(element) - 0.5);
@@ -593,7 +593,7 @@ static void refuse_router(const Plan* p, const char* src, int correction) {
     if (is(name, "bias") && !correction)
         die(2, "--router bias: the routers of %s have no bias to perturb; --router perturb-new changes the "
                "rows of copies", src);
-    if (family && p->config.router == ROUTER_LPR)
+    if (family && p->config.router.kind == ROUTER_LPR)
         die(2, "--method family: %s has an lpr router, which knows no families; --method copy fits", src);
     if (family && K > p->E)
         die(2, "--topk %d: a token gets one member of a family at most, and there are %d families", K, p->E);
@@ -622,7 +622,7 @@ static Plan* plan_create(const char* src) {
     p->method = &methods[choice_index(method_choices.text, ask.method)];
     p->seed = (uint64_t)ask.seed;
     p->dense = c.num_experts == 0;
-    if (c.family_penalty > 0)
+    if (c.router.family_penalty > 0)
         die(2, "%s: its families are still penalised; train it on to the end of --family-steps first", src);
     refuse_options(p, &c, src);
     open_sources(p, src);
@@ -645,7 +645,7 @@ static Plan* plan_create(const char* src) {
     const char* usual = correction && !family ? "bias" : "copy";
     p->router = &router_operators[choice_index(router_choices.text, ask.router ? ask.router : usual)];
     refuse_router(p, src, correction);
-    if (family) p->config.family_penalty = INFINITY; // train_moe lowers it
+    if (family) p->config.router.family_penalty = INFINITY; // train_moe lowers it
 
     p->carries = !is(ask.optimizer, "reset");
     if (p->carries) {

@@ -26,8 +26,9 @@ static int is_moe(Arch arch) { return arch == MIXTRAL || arch == OLMOE || arch =
 // 1 if transformers has a class for the model. Dots1 is the class with sigmoid scores and a balancing bias. All others
 // are saved with the model_type "train_moe", and only then does config.json have keys of ours.
 static int is_ordinary(const Config* c) {
-    return (c->router == ROUTER_SOFTMAX || (c->router == ROUTER_SIGMOID && c->arch == DOTS1)) && c->logit_norm == 0 &&
-           c->family_penalty == 0;
+    int known = c->router.kind == ROUTER_SOFTMAX || (c->router.kind == ROUTER_SIGMOID && c->arch == DOTS1);
+    return known && c->router.logit_norm == 0 &&
+           c->router.family_penalty == 0;
 }
 
 // A key of config.json. One with a member is the model's: it is read into a Config and written from it. One without is
@@ -70,15 +71,15 @@ static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, o
     {"norm_topk_prob", CONFIG(norm_topk_prob), a_switch, 0, 1, SPARSE(NO_KEY, 0, 0, 0)},
     {"router_aux_loss_coef", CONFIG(router_aux_loss_coef), a_number, 0, 1e30, SPARSE(1e-3, 1e-2, 1e-3, 0)},
     // only with the model_type train_moe, see key_applies
-    {"router_type", CONFIG(router), "softmax|sigmoid|lpr", 0, 2, {0, 0, 0, 0, 0, 0, ROUTER_SIGMOID}},
-    {"logit_norm", CONFIG(logit_norm), a_number, 0, 1e30, ALL(0)},
-    {"family_penalty", CONFIG(family_penalty), a_number, 0, INFINITY, ALL(0)},
-    {"lpr_latent_dim", CONFIG(lpr_latent_dim), a_whole, 1, 1 << 14, ALL(16)},
-    {"lpr_weight", CONFIG(lpr_weight), a_number, 0, 1e30, ALL(0.01)},
-    {"lpr_diversity", CONFIG(lpr_diversity), a_number, 0, 1e30, ALL(1)},
-    {"lpr_kl", CONFIG(lpr_kl), a_number, 0, 1e30, ALL(0.01)},
-    {"lpr_align", CONFIG(lpr_align), a_number, 0, 1e30, ALL(0.05)},
-    {"lpr_align_form", CONFIG(lpr_align_mean), "sum|mean", 0, 1, ALL(0)},
+    {"router_type", CONFIG(router.kind), "softmax|sigmoid|lpr", 0, 2, {0, 0, 0, 0, 0, 0, ROUTER_SIGMOID}},
+    {"logit_norm", CONFIG(router.logit_norm), a_number, 0, 1e30, ALL(0)},
+    {"family_penalty", CONFIG(router.family_penalty), a_number, 0, INFINITY, ALL(0)},
+    {"lpr_latent_dim", CONFIG(router.lpr_latent_dim), a_whole, 1, 1 << 14, ALL(16)},
+    {"lpr_weight", CONFIG(router.lpr_weight), a_number, 0, 1e30, ALL(0.01)},
+    {"lpr_diversity", CONFIG(router.lpr_diversity), a_number, 0, 1e30, ALL(1)},
+    {"lpr_kl", CONFIG(router.lpr_kl), a_number, 0, 1e30, ALL(0.01)},
+    {"lpr_align", CONFIG(router.lpr_align), a_number, 0, 1e30, ALL(0.05)},
+    {"lpr_align_form", CONFIG(router.lpr_align_mean), "sum|mean", 0, 1, ALL(0)},
     // these and mlp_only_layers make Config.sparse
     {"decoder_sparse_step", 0, a_whole, 1, 1 << 20, SPARSE(NO_KEY, NO_KEY, 1, NO_KEY)},
     {"first_k_dense_replace", 0, a_whole, 0, 1 << 20, SPARSE(NO_KEY, NO_KEY, NO_KEY, 0)},
@@ -98,7 +99,7 @@ enum { NUM_KEYS = sizeof config_keys / sizeof config_keys[0] };
 
 static int key_applies(const Key* k, const Config* c, int ours) {
     if (k->fallback[c->arch] == NO_KEY) return 0;
-    if (!strncmp(k->names, "lpr_", 4)) return c->router == ROUTER_LPR;
+    if (!strncmp(k->names, "lpr_", 4)) return c->router.kind == ROUTER_LPR;
     return ours || choice_index("router_type|logit_norm|family_penalty", k->names) < 0;
 }
 
@@ -256,7 +257,7 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
             type->string);
     c->arch = (Arch)arch;
     c->qk_norm = archs[arch].qk_norm;
-    if (arch == DOTS1) c->router = ROUTER_SIGMOID;
+    if (arch == DOTS1) c->router.kind = ROUTER_SIGMOID;
     for (int i = 0; i < NUM_KEYS; i++) {
         const Key* k = &config_keys[i];
         double x;
@@ -272,7 +273,7 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
         if (types->items[i]->type != JSON_STRING || strcmp(types->items[i]->string, "full_attention"))
             set_error(error, "layer_types has %.40s, only full_attention is supported",
                       types->items[i]->string ? types->items[i]->string : "no string");
-    if (c->router == ROUTER_LPR && (c->logit_norm > 0 || c->family_penalty > 0))
+    if (c->router.kind == ROUTER_LPR && (c->router.logit_norm > 0 || c->router.family_penalty > 0))
         set_error(error, "router_type lpr has neither logit_norm nor family_penalty");
     if (is_moe(c->arch)) {
         if (!c->intermediate_size) c->intermediate_size = c->moe_intermediate_size;
@@ -551,10 +552,10 @@ static int checkpoint_load(Model* m, const char* dir, Error* error) {
     safetensors_close(s);
     m->source = dir;
     if (m->purpose == FOR_TRAINING && !error->text[0]) m->luggage = luggage_read(dir, error);
-    if (!error->text[0] && families_load(m, dir, error) && m->config.family_penalty > 0) {
+    if (!error->text[0] && families_load(m, dir, error) && m->config.router.family_penalty > 0) {
         if (!m->has_families)
             set_error(error, "%s: families are penalised, but there is no upcycle.json that tells them", dir);
-        else if (isinf(m->config.family_penalty) && count_families(m) < most_topk(&m->config))
+        else if (isinf(m->config.router.family_penalty) && count_families(m) < most_topk(&m->config))
             set_error(error, "%s: %d experts a token, but only %d families, of which one member each may be chosen",
                       dir, most_topk(&m->config), count_families(m));
     }

@@ -43,8 +43,8 @@ static float* layout_add(Layout* layout, long rows, long cols, const char* forma
 // The tensors of sigmoid routers and of Latent Prototype Routing.
 static void layout_router_variant(Layout* layout, const Config* c, LayerWeights* p, int l,
                                   const char* moe) {
-    int H = c->hidden_size, E = c->num_experts, D = c->lpr_latent_dim;
-    if (c->router == ROUTER_SIGMOID) {
+    int H = c->hidden_size, E = c->num_experts, D = c->router.lpr_latent_dim;
+    if (c->router.kind == ROUTER_SIGMOID) {
         p->router_bias = layout_add(layout, E, NO_COLUMNS, "model.layers.%d.%s.gate.e_score_correction_bias", l, moe);
         // Dots1 has an expert for all tokens, too; of width 0 it does nothing, but its tensors are expected
         for (int i = 0; c->arch == DOTS1 && i < 2; i++)
@@ -82,9 +82,9 @@ static void layout_walk(Layout* layout, const Config* c, Weights* w) {
         p.attn_out = layout_add(layout, H, (long)NH * HD, "model.layers.%d.self_attn.o_proj.weight", l);
         p.ffn_norm = layout_add(layout, H, NO_COLUMNS, "model.layers.%d.post_attention_layernorm.weight", l);
         int E = layer_experts(c, l), I = layer_width(c, l);
-        if (c->sparse[l] && c->router != ROUTER_LPR)
+        if (c->sparse[l] && c->router.kind != ROUTER_LPR)
             p.router = layout_add(layout, E, H, "model.layers.%d.%s.gate.weight", l, moe);
-        if (c->sparse[l] && c->router != ROUTER_SOFTMAX) layout_router_variant(layout, c, &p, l, moe);
+        if (c->sparse[l] && c->router.kind != ROUTER_SOFTMAX) layout_router_variant(layout, c, &p, l, moe);
         for (int e = 0; e < E; e++) {           // all gates and ups first: the products want (E, 2, I, H)
             char expert[64] = "mlp";
             if (c->sparse[l]) snprintf(expert, sizeof expert, "%s.experts.%d", moe, e);

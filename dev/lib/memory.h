@@ -6,7 +6,7 @@
 static void layer_activations_take(Arena* a, LayerActivations* s, const Config* c, int l, long N, long B, long T) {
     long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads, sparse = c->sparse[l];
     long E = layer_experts(c, l), K = sparse ? most_topk(c) : 1, R = N * K, I = layer_width(c, l);
-    long D = c->lpr_latent_dim, lpr = sparse && c->router == ROUTER_LPR;
+    long D = c->router.lpr_latent_dim, lpr = sparse && c->router.kind == ROUTER_LPR;
     LAYER_ARRAYS(TAKE)
 }
 
@@ -40,9 +40,9 @@ static void take_state(Model* m, Arena* a) {
 // What the CPU's functions write and read besides.
 static void take_activations(Model* m, Arena* a) {
     const Config* c = &m->config;
-    long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads, D = c->lpr_latent_dim;
+    long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads, D = c->router.lpr_latent_dim;
     long N = (long)m->B * m->T, E = c->num_experts > 0 ? c->num_experts : 1, K = 1, RI = 0, R = 0;
-    int training = m->purpose == FOR_TRAINING, lpr = c->router == ROUTER_LPR;
+    int training = m->purpose == FOR_TRAINING, lpr = c->router.kind == ROUTER_LPR;
     size_t layers_start = a->used, layers_end = a->used;
     for (int l = 0; l < c->num_layers; l++) {
         if (!training) a->used = layers_start;      // layers write over each other

@@ -2,7 +2,7 @@
 #pragma once
 
 #define ROUTER_LAYER_ARRAYS(ARRAY)                                                                                  \
-    ARRAY(float, router_raw, sparse * (c->logit_norm > 0) * N * E)          /* logits before their normalisation */ \
+    ARRAY(float, router_raw, sparse * (c->router.logit_norm > 0) * N * E)   /* logits before their normalisation */ \
     ARRAY(float, lpr_a, lpr * N * H)                                                                                \
     ARRAY(float, lpr_input, lpr * N * H)                                    /* what the experts read */             \
     ARRAY(float, lpr_mean, lpr * N)                                                                                 \
@@ -12,7 +12,7 @@
     ARRAY(double, lpr_targets, lpr * E * D)
 
 #define ROUTER_SCRATCH_ARRAYS(ARRAY)                                                                                \
-    ARRAY(float, family_shift, (c->family_penalty > 0) * N * E)                                                     \
+    ARRAY(float, family_shift, (c->router.family_penalty > 0) * N * E)                                              \
     ARRAY(float, lpr_dread_out, training * lpr * N * D)                                                             \
     ARRAY(float, lpr_dprobs, training * lpr * N * E)                                                                \
     ARRAY(float, lpr_dencoded, training * lpr * N * 2 * D)                                                          \

@@ -482,7 +482,7 @@ static void config_from_options(Config* c) {
     if (c->head_dim % 2 || c->head_dim < 2) die(2, "--head-dim %d: rotary positions need an even one", c->head_dim);
     if (kind == 2 && c->head_dim * c->num_heads != c->hidden_size)
         die(2, "--head-dim %d: --arch olmoe has hidden / heads; --arch qwen3 is free in it", c->head_dim);
-    c->router = (Router)choice_index("softmax|sigmoid|lpr", options.router);
+    c->router.kind = (Router)choice_index("softmax|sigmoid|lpr", options.router);
     if (dense) return;
     c->num_experts = (int)options.experts;
     c->num_experts_per_tok = options.topk == UNSET ? imin(2, c->num_experts) : (int)options.topk;
@@ -496,20 +496,20 @@ static void config_from_options(Config* c) {
         die(2, "--sparse-step %ld: in --arch %s all layers are sparse; --arch qwen3 fits", options.sparse_step,
             options.arch);
     for (int l = 0; l < c->num_layers; l++) c->sparse[l] = (l + 1) % options.sparse_step == 0;
-    c->logit_norm = options.logit_norm;
-    if (c->router == ROUTER_LPR) {
+    c->router.logit_norm = options.logit_norm;
+    if (c->router.kind == ROUTER_LPR) {
         if (!c->norm_topk_prob) die(2, "--norm-topk 0: --router lpr always renormalises; softmax and sigmoid need not");
-        if (c->logit_norm > 0)
+        if (c->router.logit_norm > 0)
             die(2, "--logit-norm: LPR's scores are cosines already; use it with --router softmax or sigmoid");
-        c->lpr_latent_dim = (int)options.lpr_dim;
-        c->lpr_weight = options.lpr_weight;
-        c->lpr_diversity = options.lpr_diversity;
-        c->lpr_kl = options.lpr_kl;
-        c->lpr_align = options.lpr_align;
-        c->lpr_align_mean = !strcmp(options.lpr_align_form, "mean");
+        c->router.lpr_latent_dim = (int)options.lpr_dim;
+        c->router.lpr_weight = options.lpr_weight;
+        c->router.lpr_diversity = options.lpr_diversity;
+        c->router.lpr_kl = options.lpr_kl;
+        c->router.lpr_align = options.lpr_align;
+        c->router.lpr_align_mean = !strcmp(options.lpr_align_form, "mean");
     }
     // Qwen3-MoE with sigmoid scores is Dots1, which knows dense layers only below the sparse ones
-    if (kind == 0 && c->router == ROUTER_SIGMOID && c->logit_norm == 0 && options.sparse_step == 1 &&
+    if (kind == 0 && c->router.kind == ROUTER_SIGMOID && c->router.logit_norm == 0 && options.sparse_step == 1 &&
         c->num_experts > 1)
         c->arch = DOTS1;
     if (count_sparse(c) == 0)
@@ -797,7 +797,7 @@ static int run_train(Config* c) {
         die(2, "--min-lr %g: the decay ends there, so it must not be above --lr, %g", options.min_lr, options.lr);
     if (options.warmup == UNSET && options.steps > 0) options.warmup = lmin(100, options.steps / 20);
     if (options.aux == UNSET)
-        options.aux = options.model ? c->router_aux_loss_coef : c->router == ROUTER_SOFTMAX ? 0.01 : 0;
+        options.aux = options.model ? c->router_aux_loss_coef : c->router.kind == ROUTER_SOFTMAX ? 0.01 : 0;
     c->router_aux_loss_coef = options.aux;
     Run run;
     memset(&run, 0, sizeof run);
@@ -828,7 +828,7 @@ static int run_train(Config* c) {
     run.sample_tokens = option_given("tokens") ? (int)options.tokens : demonstration ? 600 : 200;
     run.routers.bias_rate = options.bias_rate;
     topk_range_from_options(c, &run);
-    if (c->family_penalty > 0 || (options.model && c->num_experts > 0 && c->router != ROUTER_LPR &&
+    if (c->router.family_penalty > 0 || (options.model && c->num_experts > 0 && c->router.kind != ROUTER_LPR &&
                                   options.family_penalty != 0 &&
                                   (options.family_penalty != UNSET || options.family_steps != UNSET))) {
         if (options.family_penalty == UNSET) options.family_penalty = 1;
@@ -840,8 +840,8 @@ static int run_train(Config* c) {
         run.routers.family_strength = options.family_penalty;
         run.routers.family_steps = options.family_steps;
         if (options.steps > 0)
-            c->family_penalty = family_penalty_at(run.routers.family_strength, first_step - run.routers.family_start,
-                                                  run.routers.family_steps);
+            c->router.family_penalty = family_penalty_at(
+                run.routers.family_strength, first_step - run.routers.family_start, run.routers.family_steps);
     }
 
     Model *m = model_plan(c, FOR_TRAINING, B, T, T, NULL), *generator = NULL;
@@ -907,10 +907,11 @@ static void check_shape(const Option* o, const Config* c, const char* dir) {
         SHAPE(topk, c->num_experts_per_tok), SHAPE(expert_ffn, c->moe_intermediate_size),
         SHAPE(sparse_step, l == c->num_layers ? step : 0), SHAPE(vocab, c->vocab_size),
         SHAPE(tie, c->tie_word_embeddings), SHAPE(qk_norm, c->qk_norm),
-        SHAPE(norm_topk, dense ? (double)options.norm_topk : c->norm_topk_prob), SHAPE(router, c->router),
-        SHAPE(logit_norm, c->logit_norm), SHAPE(lpr_dim, c->lpr_latent_dim),
-        SHAPE(lpr_weight, c->lpr_weight), SHAPE(lpr_diversity, c->lpr_diversity),
-        SHAPE(lpr_kl, c->lpr_kl), SHAPE(lpr_align, c->lpr_align), SHAPE(lpr_align_form, c->lpr_align_mean)};
+        SHAPE(norm_topk, dense ? (double)options.norm_topk : c->norm_topk_prob), SHAPE(router, c->router.kind),
+        SHAPE(logit_norm, c->router.logit_norm), SHAPE(lpr_dim, c->router.lpr_latent_dim),
+        SHAPE(lpr_weight, c->router.lpr_weight), SHAPE(lpr_diversity, c->router.lpr_diversity),
+        SHAPE(lpr_kl, c->router.lpr_kl), SHAPE(lpr_align, c->router.lpr_align),
+        SHAPE(lpr_align_form, c->router.lpr_align_mean)};
     size_t k = 0;
     while (shape[k].option != o->value) k++;
     if (o->type == OPT_CHOICE || o->type == OPT_FLAG) {
@@ -926,9 +927,10 @@ static void check_shape(const Option* o, const Config* c, const char* dir) {
 
 // Refuses what contradicts the model, and nothing else. dir: where it comes from, NULL if it is new.
 static void check_needs(const Config* c, const char* dir, int training) {
-    int families = dir && c->num_experts > 0 && c->router != ROUTER_LPR;
-    const int met[NUM_NEEDS] = {c->num_experts > 0, count_sparse(c) < c->num_layers, c->router == ROUTER_SIGMOID,
-                                c->router == ROUTER_LPR, families || options.family_penalty == 0, (int)options.eval};
+    int families = dir && c->num_experts > 0 && c->router.kind != ROUTER_LPR;
+    const int met[NUM_NEEDS] = {c->num_experts > 0, count_sparse(c) < c->num_layers, c->router.kind == ROUTER_SIGMOID,
+                                c->router.kind == ROUTER_LPR, families || options.family_penalty == 0,
+                                (int)options.eval};
     for (int i = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];
         int idle = !o->given || (!training && o->use == USE_RUN);

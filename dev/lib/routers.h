@@ -347,15 +347,16 @@ static void lpr_losses_forward(Model* m, int l) {
     const Config* c = &m->config;
     LayerActivations* s = &m->layers[l];
     const LayerWeights* w = &m->weights.layers[l];
-    int N = m->batch * m->length, E = c->num_experts, D = c->lpr_latent_dim;
+    int N = m->batch * m->length, E = c->num_experts, D = c->router.lpr_latent_dim;
     uint64_t layer_key = random_key(m->noise_seed, 0x4C5052, (uint64_t)m->noise_step, (uint64_t)l);
-    double kl = lpr_targets(s->lpr_targets, s->lpr_encoded, s->router_logits, s->experts, layer_key, c->lpr_align_mean,
-                            N, E, m->topk[l], D);
+    double kl = lpr_targets(s->lpr_targets, s->lpr_encoded, s->router_logits, s->experts, layer_key,
+                            c->router.lpr_align_mean, N, E, m->topk[l], D);
     double align = 0, *gram = m->scratch.lpr_gram;
     for (long i = 0; i < (long)E * D; i++) align += fabs(w->lpr_prototypes[i] - s->lpr_targets[i]) / ((double)E * D);
     double diversity = lpr_diversity(NULL, gram, s->lpr_encoded, 2 * D, N, D, 0) +
                        lpr_diversity(NULL, gram, w->lpr_prototypes, D, E, D, 0);
-    m->lpr_loss += c->lpr_weight * (c->lpr_diversity * diversity + c->lpr_kl * kl + c->lpr_align * align);
+    const RouterConfig* r = &c->router;
+    m->lpr_loss += r->lpr_weight * (r->lpr_diversity * diversity + r->lpr_kl * kl + r->lpr_align * align);
 }
 
 // Adds the gradient of scale * that objective to dencoded (N, 2 D) and to the prototypes' gradient.
@@ -363,31 +364,31 @@ static void lpr_losses_backward(Model* m, int l, float* dencoded, double scale) 
     const Config* c = &m->config;
     LayerActivations* s = &m->layers[l];
     float *prototypes = m->weights.layers[l].lpr_prototypes, *dprototypes = m->dweights.layers[l].lpr_prototypes;
-    int N = m->batch * m->length, E = c->num_experts, D = c->lpr_latent_dim;
-    double weight = scale * c->lpr_weight;
-    lpr_diversity(dencoded, m->scratch.lpr_gram, s->lpr_encoded, 2 * D, N, D, weight * c->lpr_diversity);
-    lpr_diversity(dprototypes, m->scratch.lpr_gram, prototypes, D, E, D, weight * c->lpr_diversity);
+    int N = m->batch * m->length, E = c->num_experts, D = c->router.lpr_latent_dim;
+    double weight = scale * c->router.lpr_weight;
+    lpr_diversity(dencoded, m->scratch.lpr_gram, s->lpr_encoded, 2 * D, N, D, weight * c->router.lpr_diversity);
+    lpr_diversity(dprototypes, m->scratch.lpr_gram, prototypes, D, E, D, weight * c->router.lpr_diversity);
     for (long i = 0; i < (long)E * D; i++) {
         double above = prototypes[i] - s->lpr_targets[i];
-        dprototypes[i] += (float)(weight * c->lpr_align / ((double)E * D) * ((above > 0) - (above < 0)));
+        dprototypes[i] += (float)(weight * c->router.lpr_align / ((double)E * D) * ((above > 0) - (above < 0)));
     }
     for (int n = 0; n < N; n++) {
         const float *mu = s->lpr_encoded + (long)n * 2 * D, *logvar = mu + D;
         float* dmu = dencoded + (long)n * 2 * D;
         for (int d = 0; d < D; d++) {
-            dmu[d] += (float)(weight * c->lpr_kl / N * mu[d]);
-            dmu[D + d] += (float)(weight * c->lpr_kl / N * -0.5 * (1 - exp((double)logvar[d])));
+            dmu[d] += (float)(weight * c->router.lpr_kl / N * mu[d]);
+            dmu[D + d] += (float)(weight * c->router.lpr_kl / N * -0.5 * (1 - exp((double)logvar[d])));
         }
     }
 }
 
 static int has_router_variant(const Config* c) {
-    return c->router != ROUTER_SOFTMAX || c->logit_norm > 0 || c->family_penalty > 0;
+    return c->router.kind != ROUTER_SOFTMAX || c->router.logit_norm > 0 || c->router.family_penalty > 0;
 }
 
 // What the experts of layer l read (N, H): the norm's output, but with LPR what it reads out of the probabilities.
 static const float* experts_input(const Model* m, int l) {
-    return m->config.router == ROUTER_LPR && m->config.sparse[l] ? m->layers[l].lpr_input : m->layers[l].ffn_in;
+    return m->config.router.kind == ROUTER_LPR && m->config.sparse[l] ? m->layers[l].lpr_input : m->layers[l].ffn_in;
 }
 
 // From ffn_in (N, H) to router_logits, probs, experts and gates of layer l.
@@ -395,10 +396,10 @@ static void variant_router_forward(Model* m, int l) {
     const Config* c = &m->config;
     const LayerWeights* w = &m->weights.layers[l];
     LayerActivations* s = &m->layers[l];
-    int N = m->batch * m->length, H = c->hidden_size, E = c->num_experts, K = m->topk[l], D = c->lpr_latent_dim;
+    int N = m->batch * m->length, H = c->hidden_size, E = c->num_experts, K = m->topk[l], D = c->router.lpr_latent_dim;
     int start = m->purpose == FOR_GENERATION ? m->cached : 0;
     float* z = s->router_logits;
-    if (c->router == ROUTER_LPR) {
+    if (c->router.kind == ROUTER_LPR) {
         lpr_normalise_forward(s->lpr_a, s->lpr_mean, s->lpr_rstd, s->ffn_in, w->lpr_norm_weight, w->lpr_norm_bias, N,
                               H);
         matmul_forward(s->lpr_encoded, s->lpr_a, w->lpr_encoder, N, H, 2 * D);
@@ -412,17 +413,17 @@ static void variant_router_forward(Model* m, int l) {
         if (m->purpose == FOR_TRAINING) lpr_losses_forward(m, l);
         return;
     }
-    matmul_forward(c->logit_norm > 0 ? s->router_raw : z, s->ffn_in, w->router, N, H, E);
-    if (c->logit_norm > 0) logit_norm_forward(z, s->router_raw, N, E, (float)c->logit_norm);
+    matmul_forward(c->router.logit_norm > 0 ? s->router_raw : z, s->ffn_in, w->router, N, H, E);
+    if (c->router.logit_norm > 0) logit_norm_forward(z, s->router_raw, N, E, (float)c->router.logit_norm);
     float* shift = NULL;
-    if (c->family_penalty > 0) {
+    if (c->router.family_penalty > 0) {
         shift = m->scratch.family_shift;
-        if (c->router == ROUTER_SIGMOID) sigmoid_scores(s->probs, z, w->router_bias, N, E);
+        if (c->router.kind == ROUTER_SIGMOID) sigmoid_scores(s->probs, z, w->router_bias, N, E);
         else memcpy(s->probs, z, sizeof(float) * (size_t)N * (size_t)E);
-        penalise_families(z, shift, s->probs, m->family + (long)l * E, (float)c->family_penalty, l, N, m->length, start,
-                          E);
+        penalise_families(z, shift, s->probs, m->family + (long)l * E, (float)c->router.family_penalty, l, N,
+                          m->length, start, E);
     }
-    if (c->router == ROUTER_SIGMOID)
+    if (c->router.kind == ROUTER_SIGMOID)
         sigmoid_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, N, E, K,
                                c->norm_topk_prob);
     else softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, N, E, K, c->norm_topk_prob);
@@ -435,18 +436,18 @@ static void variant_router_backward(Model* m, int l, const double* f, double aux
     const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
     LayerActivations* s = &m->layers[l];
     Scratch* t = &m->scratch;
-    int N = m->batch * m->length, H = c->hidden_size, E = c->num_experts, K = m->topk[l], D = c->lpr_latent_dim;
+    int N = m->batch * m->length, H = c->hidden_size, E = c->num_experts, K = m->topk[l], D = c->router.lpr_latent_dim;
     float* dz = t->drouter;
-    if (c->router == ROUTER_SIGMOID) {
+    if (c->router.kind == ROUTER_SIGMOID) {
         sigmoid_router_backward(dz, t->dgates, s->router_logits, s->probs, s->router_lse, s->experts, s->gates, f,
                                 aux_weight, z_weight, N, E, K, c->norm_topk_prob);
     } else {
         softmax_router_backward(dz, t->dgates, s->probs, s->experts, s->gates, N, E, K,
-                                c->router == ROUTER_LPR || c->norm_topk_prob);
+                                c->router.kind == ROUTER_LPR || c->norm_topk_prob);
         balance_backward(dz, s->router_lse, s->probs, f, aux_weight, z_weight, N, E);
     }
-    if (c->router != ROUTER_LPR) {
-        if (c->logit_norm > 0) logit_norm_backward(dz, s->router_raw, N, E, (float)c->logit_norm);
+    if (c->router.kind != ROUTER_LPR) {
+        if (c->router.logit_norm > 0) logit_norm_backward(dz, s->router_raw, N, E, (float)c->router.logit_norm);
         matmul_backward_input(t->dnormed, dz, w->router, N, H, E, 1);
         matmul_backward_weight(dw->router, dz, s->ffn_in, N, H, E);
         return;
@@ -501,14 +502,14 @@ static void router_after_step(Model* m, const RouterSchedule* run, long done) {
     Config* c = &m->config;
     for (int l = 0; l < c->num_layers; l++) {
         long* counts = m->step_load + (long)l * c->num_experts;
-        if (c->sparse[l] && c->router == ROUTER_SIGMOID)
+        if (c->sparse[l] && c->router.kind == ROUTER_SIGMOID)
             update_router_bias(m->weights.layers[l].router_bias, counts, c->num_experts, run->bias_rate);
         if (c->sparse[l] && m->balance.adaptive)
             m->aux_coefficients[l] = adapted_aux(m->aux_coefficients[l], counts, c->num_experts);
         m->topk[l] = layer_topk(c, l);
     }
-    if (c->router == ROUTER_SIGMOID) m->backend->send(m, ROUTER_BIASES);
+    if (c->router.kind == ROUTER_SIGMOID) m->backend->send(m, ROUTER_BIASES);
     memset(m->step_load, 0, sizeof(long) * (size_t)c->num_layers * (size_t)c->num_experts);
     if (run->family_steps > 0)
-        c->family_penalty = family_penalty_at(run->family_strength, done - run->family_start, run->family_steps);
+        c->router.family_penalty = family_penalty_at(run->family_strength, done - run->family_start, run->family_steps);
 }

@@ -333,7 +333,7 @@ static const char* sample_of(const Config* c, const Tokenizer* t) {
 // The generator shares the parameters of the model in training; what else decides its routing is copied.
 static void print_sample(Model* generator, const Model* trained, const Sampling* how, int tokens) {
     generator->has_families = trained->has_families;
-    generator->config.family_penalty = trained->config.family_penalty;
+    generator->config.router.family_penalty = trained->config.router.family_penalty;
     memcpy(generator->family, trained->family,
            sizeof(int) * (size_t)trained->config.num_layers * (size_t)trained->config.num_experts);
     generator->backend->send(generator, 0);

@@ -192,7 +192,7 @@ static void test_config_round_trip(void) {
         c.rope_theta = 123457;
         c.tie_word_embeddings = 1;
         c.router_aux_loss_coef = moe ? 0.02 : 0;
-        if (arch == DOTS1) c.router = ROUTER_SIGMOID;
+        if (arch == DOTS1) c.router.kind = ROUTER_SIGMOID;
         if (arch == DOTS1) c.qk_norm = QK_NORM_HEAD;
         if (arch == QWEN3_MOE || arch == OLMOE) c.norm_topk_prob = 0;
         if (arch == QWEN3_MOE) c.sparse[1] = 0;

@@ -41,7 +41,7 @@ static void gpu_against_cpu(const char* name, const Config* c, int B, int T, int
         model_init(m[way], 1);
         for (long i = 0; i < m[way]->layout.matrices; i++) m[way]->params[i] *= 4;
         m[way]->balance.aux = m[way]->balance.z = 0.01f;
-        m[way]->has_families = c->family_penalty > 0;
+        m[way]->has_families = c->router.family_penalty > 0;
         for (int l = 0; l < c->num_layers && m[way]->has_families; l++) {
             for (int e = 0; e < E; e++) m[way]->family[l * E + e] = e % (E / 2);
             memcpy(m[way]->weights.layers[l].router + (long)E / 2 * c->hidden_size, m[way]->weights.layers[l].router,
@@ -134,11 +134,11 @@ static void test_gpu_tiles(void) {
         char name[64];
         c.num_heads = 2;
         c.num_kv_heads = 1;
-        if (i == 1) c.router = ROUTER_SIGMOID, c.logit_norm = 2, c.family_penalty = 0.25;
+        if (i == 1) c.router.kind = ROUTER_SIGMOID, c.router.logit_norm = 2, c.router.family_penalty = 0.25;
         if (i == 2) {
-            c.router = ROUTER_LPR;
-            c.lpr_latent_dim = 5;
-            c.lpr_weight = c.lpr_diversity = c.lpr_kl = c.lpr_align = 0.3;
+            c.router.kind = ROUTER_LPR;
+            c.router.lpr_latent_dim = 5;
+            c.router.lpr_weight = c.router.lpr_diversity = c.router.lpr_kl = c.router.lpr_align = 0.3;
         }
         snprintf(name, sizeof name, "1056 tokens, %s", routers[i]);
         default_backend = &gpu_backend_float;

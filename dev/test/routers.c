@@ -9,7 +9,7 @@ static Model* multiply_experts(const Model* source, int copies) {
     Config c = source->config;
     int E = c.num_experts, H = c.hidden_size;
     c.num_experts = E * copies;
-    c.family_penalty = INFINITY;
+    c.router.family_penalty = INFINITY;
     Model* m = keep_model(model_create(&c, source->purpose, source->B, source->T, source->positions, NULL));
     m->has_families = 1;
     memcpy(m->weights.embedding, source->weights.embedding, floats_bytes((long)c.vocab_size * H));
@@ -80,7 +80,7 @@ static void test_families(void) {
                 }
             int used = places[0] > 0 && places[1] > 0 && (copies == 2 || places[2] > 0);
             // sigmoid: bit for bit. The softmax's sum meets the same numbers in another order, and rounds differently.
-            check(worst <= (c.router == ROUTER_SIGMOID ? 0 : 1e-6),
+            check(worst <= (c.router.kind == ROUTER_SIGMOID ? 0 : 1e-6),
                   "%s: %d copies of each expert, K = 1 to %d, renormalised or not: relative error %.1e%s",
                   models[i].name, copies, E, worst, same ? ", bit for bit" : "");
             check(together == 0 && used,

@@ -85,11 +85,11 @@ static void find_properties(const Plan* p, Findings* f) {
     int equal, m = imax(1, most_copies(p, &equal)), G = p->shards, twins = p->method->traits & EQUAL;
     int mixture = !p->dense, one_model = p->num_sources == 1, larger = M > E, one = K == 1 && K0 == 1;
     int family = is(name, "family"), granular = is(name, "granular"), sharded = granular || is(name, "partition");
-    int is_new = p->method->traits & NEW_ROWS, lpr = from->router == ROUTER_LPR;
-    int sigmoid = from->router == ROUTER_SIGMOID, raw = sigmoid && !norm, biased = is(p->router->name, "bias");
+    int is_new = p->method->traits & NEW_ROWS, lpr = from->router.kind == ROUTER_LPR;
+    int sigmoid = from->router.kind == ROUTER_SIGMOID, raw = sigmoid && !norm, biased = is(p->router->name, "bias");
     int plain_router = is(p->router->name, "copy") || biased;
     // the mean of all logits, and the mean of all prototypes, are those of SRC only if every expert has as many copies
-    int unequal_sums = (from->logit_norm > 0 || lpr) && !equal;
+    int unequal_sums = (from->router.logit_norm > 0 || lpr) && !equal;
     // down times a number that is no power of two has more digits than BF16 and F16 hold
     int l = 0, near = (K + m - 1) / m;
     while (!to->sparse[l]) l++;

@@ -62,7 +62,7 @@ static void observe_usage(Model* m, int l) {
         if (u->load) u->load[(long)l * E + e] += s->offsets[e + 1] - s->offsets[e];
         double* squares = u->squares ? u->squares + ((long)l * E + e) * (H + I) : NULL;
         for (int r = s->offsets[e]; squares && r < s->offsets[e + 1]; r++) {
-            const float* in = c->router == ROUTER_LPR ? s->lpr_input : s->ffn_in;
+            const float* in = c->router.kind == ROUTER_LPR ? s->lpr_input : s->ffn_in;
             const float *x = in + s->assignment[r] / K * H, *hidden = m->scratch.act + r * I;
             double g = s->gates[s->assignment[r]], g2 = g * g;
             for (long i = 0; i < H; i++) squares[i] += g2 * x[i] * x[i];
@@ -106,7 +106,7 @@ static void score_by_router_norm(Plan* p, const char* why) {
     Source* reference = open_or_die(ask.reference, "");
     const Config *a = &s->config, *b = &reference->config;
     if (a->num_layers != b->num_layers || a->num_experts != b->num_experts || a->hidden_size != b->hidden_size ||
-        a->lpr_latent_dim != b->lpr_latent_dim || memcmp(a->sparse, b->sparse, (size_t)L))
+        a->router.lpr_latent_dim != b->router.lpr_latent_dim || memcmp(a->sparse, b->sparse, (size_t)L))
         die(2, "--reference %s: has other layers, experts, hidden size or router than %s", ask.reference, s->dir);
     for (int l = 0; l < L; l++) {
         if (!s->config.sparse[l]) continue;

@@ -87,7 +87,7 @@ template <class Real> static void gpu_take_layer(Arena* a, GpuLayer<Real>* s, co
     s->experts_in = s->ffn_in;
     if (!c->sparse[l]) return;
     s->router_logits = take_floats(a, N * E);
-    s->router_raw = c->logit_norm > 0 ? take_floats(a, N * E) : s->router_logits;
+    s->router_raw = c->router.logit_norm > 0 ? take_floats(a, N * E) : s->router_logits;
     s->router_lse = take_floats(a, N);
     s->probs = take_floats(a, N * E);
     s->gates = take_floats(a, N * K);
@@ -95,8 +95,8 @@ template <class Real> static void gpu_take_layer(Arena* a, GpuLayer<Real>* s, co
     s->assignment = take_ints(a, N * K);
     s->token = take_ints(a, N * K);
     s->row_of = take_ints(a, N * K);
-    if (c->router == ROUTER_LPR) {
-        long D = c->lpr_latent_dim;
+    if (c->router.kind == ROUTER_LPR) {
+        long D = c->router.lpr_latent_dim;
         s->experts_in = take_reals<Real>(a, N * H);
         s->lpr.encoded = take_floats(a, N * 2 * D);
         s->lpr.read_out = take_floats(a, N * D);
@@ -175,8 +175,9 @@ template <class Real> static void gpu_take(Model* m, Arena* a) {
     g->step_load = g->load + L * E;
     g->observed = (double*)(g->step_load + L * E);
     g->family = take_ints(a, L * E);
-    if (c->family_penalty > 0) g->shift = take_floats(a, N * E);
-    if (c->router == ROUTER_LPR) g->lpr_scratch = take_floats(a, gpu_lpr_scratch(N, H, E, c->lpr_latent_dim));
+    if (c->router.family_penalty > 0) g->shift = take_floats(a, N * E);
+    if (c->router.kind == ROUTER_LPR)
+        g->lpr_scratch = take_floats(a, gpu_lpr_scratch(N, H, E, c->router.lpr_latent_dim));
     if (training) {
         g->dx = take_reals<Real>(a, N * H);
         g->dnormed = take_reals<Real>(a, N * H);
@@ -318,12 +319,12 @@ template <class Real> static LprLayer lpr_layer(const Model* m, int l) {
     r.H = c->hidden_size;
     r.E = c->num_experts;
     r.K = m->topk[l];
-    r.D = c->lpr_latent_dim;
-    r.weight = c->lpr_weight;
-    r.diversity = c->lpr_diversity;
-    r.kl = c->lpr_kl;
-    r.align = c->lpr_align;
-    r.align_mean = c->lpr_align_mean;
+    r.D = c->router.lpr_latent_dim;
+    r.weight = c->router.lpr_weight;
+    r.diversity = c->router.lpr_diversity;
+    r.kl = c->router.lpr_kl;
+    r.align = c->router.lpr_align;
+    r.align_mean = c->router.lpr_align_mean;
     r.z = s->router_logits;
     r.lse = s->router_lse;
     r.probs = s->probs;
