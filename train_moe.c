@@ -51,15 +51,7 @@ typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // the last 
 
 #define MAX_LAYERS 512
 
-// What differs from a softmax over the experts; all zero without. routers.h explains each.
-typedef struct {
-    Router kind;
-    double logit_norm;              // lambda of the logits' normalisation, 0: none
-    double family_penalty;          // of the copies of an expert, INFINITY just after they were made, 0: none
-    int lpr_latent_dim;             // D of Latent Prototype Routing, and the weights of its losses
-    double lpr_weight, lpr_diversity, lpr_kl, lpr_align;
-    int lpr_align_mean;
-} RouterConfig;
+#include "dev/lib/model_parts.h"  // what other routers and reports need of a model: nothing to read now
 
 typedef struct {
     Arch arch;
@@ -82,7 +74,7 @@ typedef struct {
     double router_aux_loss_coef;
     int topk_limit;                 // the largest K that training may draw, 0: num_experts_per_tok
     char sparse[MAX_LAYERS];        // 1: layer l is a mixture of experts, 0: it is dense
-    RouterConfig router;
+    RouterConfig router;            // all zero: softmax top-K; else routers.h
 } Config;
 
 static int layer_experts(const Config* c, int l) { return c->sparse[l] ? c->num_experts : 1; }
@@ -653,12 +645,7 @@ typedef struct {
     float* router;              // (E, H), or NULL in a dense layer
     float* gate_up;             // (E, 2, I, H)             each expert's gate_proj and up_proj
     float* down;                // (E, H, I)
-    // router variants, NULL elsewhere
-    float* router_bias;         // (E)                      sigmoid
-    float *lpr_norm_weight, *lpr_norm_bias;         // (H)  Latent Prototype Routing, of latent dimension D
-    float *lpr_encoder, *lpr_encoder_bias;          // (2 D, H), (2 D)
-    float* lpr_prototypes;                          // (E, D)
-    float *lpr_readout, *lpr_readout_bias;          // (H, D), (H)
+    ROUTER_LAYER_WEIGHTS        // those of other routers
 } LayerWeights;
 
 typedef struct {
@@ -669,7 +656,6 @@ typedef struct {
 } Weights;
 
 #include "dev/lib/layout.h"       // the tensors' names and places
-#include "dev/lib/model_parts.h"  // what other routers and reports need of a model
 
 // The arrays of the forward and backward pass are two tables of {type, name, number of elements}: they make
 // the structures below and, in dev/lib/memory.h, the memory. Dimension letters as above, R = N K rows of
@@ -787,20 +773,7 @@ struct Model {
     double *all_counts, *all_probs;     // (E)  assignments, sums of probs over all sparse layers, for AUX_HF
     // what a run adds
     Balance balance;
-    Losses sums;                // of the forward passes since take_losses
-    int counting_load;          // 1: load and step_load are counted
-    long *load, *step_load;     // (L, E)       assignments since the last report; in this optimizer step
-    double* aux_coefficients;   // (L)
-    int* family;                // (L, E)       the family of each expert: the copies of one expert share it
-    int has_families;           // 1: some experts do
-    long family_start;          // the step in which the copies were made, for trainer.json
-    uint64_t noise_seed;        // of LPR's noise,
-    long noise_step;            // which differs in each pass
-    void (*observe)(Model* m, int l);   // NULL, or what looks at each layer after its forward pass,
-    void* observer;             // with this at hand
-    struct Observed* observed;  // (L)          figures for reports, load.h
-    FILE* trace;                // NULL, or where each token's experts and gates are listed
-    long trace_window;          // the number of the batch's first window
+    RUN_MEMBERS                 // figures for reports, families of experts, noise, traces
     // its memory, in bytes
     size_t bytes_params, bytes_optimizer, bytes_activations, bytes;
     void* memory;
@@ -834,25 +807,7 @@ static void copy_rows(float* out, long ld_out, const float* x, long ld_x, long N
     for (long n = 0; n < N; n++) memcpy(out + n * ld_out, x + n * ld_x, sizeof(float) * (size_t)width);
 }
 
-// Where layer l's keys and values are: in its own activations, or in the cache, which also holds the past.
-typedef struct {
-    const float *k, *v;
-    long ld_k, ld_v;
-} KeysValues;
-
-static KeysValues layer_keys_values(const Model* m, int l) {
-    const Config* c = &m->config;
-    const LayerActivations* s = &m->layers[l];
-    long HD = c->head_dim, Q = c->num_heads * HD, K = c->num_kv_heads * HD, N = (long)m->batch * m->length;
-    KeysValues kv = {s->rotated + Q, s->qkv + Q + K, Q + K, Q + 2 * K};
-    if (m->purpose != FOR_GENERATION) return kv;
-    float *cache_k = m->cache_k + (long)l * m->positions * K,
-          *cache_v = m->cache_v + (long)l * m->positions * K;
-    copy_rows(cache_k + m->cached * K, K, kv.k, kv.ld_k, N, K);         // what is new joins the past
-    copy_rows(cache_v + m->cached * K, K, kv.v, kv.ld_v, N, K);
-    KeysValues cache = {cache_k, cache_v, K, K};
-    return cache;
-}
+#include "dev/lib/cache.h"        // layer_keys_values
 
 // out += x, both (N, H)
 static void add_rows(float* out, const float* x, int N, int H) {

@@ -1,5 +1,24 @@
-// model_parts.h: parts of a model for routers other than softmax top-K (see LAYER_ARRAYS of train_moe.c) and reports.
+// model_parts.h: parts of a model for routers other than softmax top-K and for reports. Needs train_moe.c's Router;
+// its macros are filled in there, see LAYER_ARRAYS.
 #pragma once
+
+// What differs from a softmax over the experts; all zero without. routers.h explains each.
+typedef struct {
+    Router kind;
+    double logit_norm;              // lambda of the logits' normalisation, 0: none
+    double family_penalty;          // of the copies of an expert, INFINITY just after they were made, 0: none
+    int lpr_latent_dim;             // D of Latent Prototype Routing, and the weights of its losses
+    double lpr_weight, lpr_diversity, lpr_kl, lpr_align;
+    int lpr_align_mean;
+} RouterConfig;
+
+// Of LayerWeights; NULL without such a router.
+#define ROUTER_LAYER_WEIGHTS                                                                                            \
+    float* router_bias;                         /* (E)              sigmoid */                                          \
+    float *lpr_norm_weight, *lpr_norm_bias;     /* (H)              Latent Prototype Routing, of latent dimension D */  \
+    float *lpr_encoder, *lpr_encoder_bias;      /* (2 D, H), (2 D) */                                                   \
+    float* lpr_prototypes;                      /* (E, D) */                                                            \
+    float *lpr_readout, *lpr_readout_bias;      /* (H, D), (H) */
 
 #define ROUTER_LAYER_ARRAYS(ARRAY)                                                                                  \
     ARRAY(float, router_raw, sparse * (c->router.logit_norm > 0) * N * E)   /* logits before their normalisation */ \
@@ -32,6 +51,23 @@ typedef struct {
     double loss, aux, z, lpr;
     long passes;
 } Losses;
+
+// Of Model: what a run adds.
+#define RUN_MEMBERS                                                                                                 \
+    Losses sums;                /* of the forward passes since take_losses */                                       \
+    int counting_load;          /* 1: load and step_load are counted */                                             \
+    long *load, *step_load;     /* (L, E)       assignments since the last report; in this optimizer step */        \
+    double* aux_coefficients;   /* (L) */                                                                           \
+    int* family;                /* (L, E)       the family of each expert: the copies of one expert share it */     \
+    int has_families;           /* 1: some experts do */                                                            \
+    long family_start;          /* the step in which the copies were made, for trainer.json */                      \
+    uint64_t noise_seed;        /* of LPR's noise, */                                                               \
+    long noise_step;            /* which differs in each pass */                                                    \
+    void (*observe)(Model* m, int l);   /* NULL, or what looks at each layer after its forward pass, */             \
+    void* observer;             /* with this at hand */                                                             \
+    struct Observed* observed;  /* (L)          figures for reports, load.h */                                      \
+    FILE* trace;                /* NULL, or where each token's experts and gates are listed */                      \
+    long trace_window;          /* the number of the batch's first window */
 
 #define NORM_BLOCK 65536        // floats in a partial sum of the gradient's norm,
 #define NORM_LANES 64           // which is itself made of this many sums side by side
