@@ -13,11 +13,11 @@ typedef struct {
 } RouterConfig;
 
 // Of LayerWeights; NULL without such a router.
-#define ROUTER_LAYER_WEIGHTS                                                                                            \
-    float* router_bias;                         /* (E)              sigmoid */                                          \
-    float *lpr_norm_weight, *lpr_norm_bias;     /* (H)              Latent Prototype Routing, of latent dimension D */  \
-    float *lpr_encoder, *lpr_encoder_bias;      /* (2 D, H), (2 D) */                                                   \
-    float* lpr_prototypes;                      /* (E, D) */                                                            \
+#define ROUTER_LAYER_WEIGHTS \
+    float* router_bias;                         /* (E)              sigmoid */ \
+    float *lpr_norm_weight, *lpr_norm_bias;     /* (H)              Latent Prototype Routing, of latent dimension D */ \
+    float *lpr_encoder, *lpr_encoder_bias;      /* (2 D, H), (2 D) */ \
+    float* lpr_prototypes;                      /* (E, D) */ \
     float *lpr_readout, *lpr_readout_bias;      /* (H, D), (H) */
 
 #define ROUTER_LAYER_ARRAYS(ARRAY)                                                                                  \
