@@ -22,12 +22,24 @@ step() { # minutes, name, command: runs it, no longer than that, and shows the e
     count "$log" "$status"
     if [ "$status" -eq 0 ]; then
         echo "ok     $name ($((SECONDS - start)) s) $(grep -E '^[0-9]+ passed' "$log" | tail -n 1)"
-    else
-        echo "FAILED $name ($((SECONDS - start)) s of at most $minutes minutes): $*"
-        grep -E '^FAILED|error:|Error|warning:' "$log" | head -n 20
-        tail -n 25 "$log"
+    else # as one piece, whatever runs beside it
+        echo "FAILED $name ($((SECONDS - start)) s of at most $minutes minutes): $*
+$(grep -E '^FAILED|error:|Error|warning:' "$log" | head -n 20)
+$(tail -n 25 "$log")"
     fi
     rm -f "$log"
+}
+
+side_by_side() { # two functions: the first one's steps run here, the second one's at the same time in a copy
+    local copy
+    copy=$(mktemp -d)
+    cp -R . "$copy/copy"
+    (passed=0 failed=0; cd "$copy/copy" && "$2"; echo "$passed $failed" >"$copy/counts") &
+    "$1"
+    wait
+    set -- $(cat "$copy/counts" || echo 0 1)
+    passed=$((passed + $1)) failed=$((failed + $2))
+    rm -rf "$copy"
 }
 
 install() {
