@@ -5,8 +5,7 @@
 // Work for all threads, in units that take unequal time: OpenMP's dynamic schedule, but with regard to where rows lie
 // (to be skipped on first reading). Loops over tokens give the threads contiguous shares of the rows (OpenMP's static
 // schedule), and units are dealt out likewise: a thread first does those of its own share, whose rows are in its own
-// cache, and then helps the others. (With units for whoever was free, a step of a small model took 4 % longer where the
-// cores did not share a cache.)
+// cache, and then helps the others. (dev/bench/README.md: what this and the other choices below bought.)
 enum { MOST_SHARES = 256 };     // beyond that, threads share shares
 typedef struct {
     struct { int next, end, unused[14]; } share[MOST_SHARES];           // no two in one line of the cache
@@ -180,9 +179,8 @@ ALWAYS_INLINE int part_begin(int i, int parts, int n) { return i * (n / parts) +
 
 // Packs all tiles of `left` for a chunk of k. Where the rows of a tile are contiguous (dy in backward weight, if it is
 // packed at all, see multiply_unit), the source is read a whole row at a time, which is how processors foresee what
-// comes: 3 times as fast as tile by tile. The writes then go to all tiles in turn. If tiles began a multiple of 4 KB
-// apart, each write would land in the same set of the first-level cache; the empty line between tiles makes packing 4
-// times as fast.
+// comes. The writes then go to all tiles in turn. If tiles began a multiple of 4 KB apart, each write would land in the
+// same set of the first-level cache; hence the empty line between tiles.
 static void pack_left(float* packed, long tile_floats, const float* left, long left_i, long left_k, int rows, int tiles,
                       int depth) {
     int whole = 0; // tiles that can be read in full width, where rows are contiguous
@@ -191,7 +189,7 @@ static void pack_left(float* packed, long tile_floats, const float* left, long l
         for (int k = 0; k < depth; k++) {
             for (int t = 0; t < whole; t++) {
                 const float* s = left + k * left_k + part_begin(t, tiles, rows);
-                PREFETCH(s + 4 * left_k); // brings up to 6 % in dW
+                PREFETCH(s + 4 * left_k);
                 UNROLL
                 for (int v = 0; v < LEFT_WIDTH; v += VECTOR_LENGTH) {
                     *(vector*)(packed + t * tile_floats + k * LEFT_WIDTH + v) = *(const vector*)(s + v);
@@ -206,12 +204,12 @@ static void pack_left(float* packed, long tile_floats, const float* left, long l
 }
 
 // What a tile does, between its multiplications, for what comes after it. Its loop leaves room for that, and nothing is
-// waited for: without that, 5 to 15 % of a product's time would be spent waiting for numbers to come from memory.
+// waited for: a tile would otherwise begin with numbers that are still on their way from memory.
 typedef struct {
     // The tile of the result that comes next. Each look fetches `fetch_rows` of its rows to the cache; later looks copy
     // its first `copy_rows` rows to `buffer`, from where the next tile starts. If it started from its own place, and
     // rows were a multiple of 4 KB apart, it would have to wait for the stores of the tile above, since processors
-    // cannot tell in time whether an address that is read has just been written (6 % at 1024 columns, 2 % at 512).
+    // cannot tell in time whether an address that is read has just been written.
     const float* result;
     long result_step;
     int fetch_rows, copy_rows;
@@ -398,13 +396,12 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
     if (depth == 0) return; // dW of an expert without tokens: there is nothing to add
     float *packed_right = scratch + LEFT_FLOATS, *buffer = packed_right + RIGHT_FLOATS;
     int tiles = blocks_of(rows, TILE_ROWS), first_rows = part_begin(1, tiles, rows);
-    // Where the numbers of a tile lie together as they are (dW), packing them costs more than it saves, 1 to 12 % of a
-    // product, unless rows are a multiple of 4 KB apart: then they push each other out of the cache (AVX2: - 28 %).
+    // Where the numbers of a tile lie together as they are (dW), packing them costs more than it saves,
+    // unless rows are a multiple of 4 KB apart: then they push each other out of the cache.
     int left_direct = left_i == 1 && left_k % 1024 != 0;
     // For a tile or two, the time is that of reading `right`, which goes faster in longer runs: 4 panels of 64 values
-    // of k instead of one of 256 (dx for 16 rows an expert: + 40 %). For a single tile packed numbers would
-    // be used only once, so it reads them where they are, in rows of all columns, unless they must be transposed or cut
-    // off.
+    // of k instead of one of 256. A single tile would use packed numbers only once, so it reads them where they are, in
+    // rows of all columns, unless they must be transposed or cut off.
     int right_direct = tiles == 1 && right_j == 1 && columns % TILE_COLUMNS == 0;
     int most = tiles <= 2 && right_j == 1 ? CHUNK / 4 : CHUNK;
     // chunks of about equal depth, all but the last of whole squares to transpose; tiles of `left`: see pack_left
@@ -461,7 +458,7 @@ static void fast_block(float* result, long result_step, const float* left, long 
 
 // y = x W^T for a few rows of x, as in generation: the time is that of reading W, and packed numbers would be used only
 // once. So squares of W are transposed in registers and used for all rows. The order of summation is the same.
-// These are too many streams for the hardware to foresee: fetching ahead brings 25 % at 1 row, 90 % at 8 (AVX-512).
+// These are too many streams for the hardware to foresee, so each is fetched ahead.
 ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_row, long y_column, const float* x, const float* W,
                                     int C, int columns) {
     for (int o = 0; o < columns; o += VECTOR_LENGTH) {
