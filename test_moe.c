@@ -410,7 +410,7 @@ static const struct {
     {"upcycle twins", test_up_twins}, {"upcycle operators", test_up_operators}, {"upcycle routers", test_up_routers},
     {"upcycle utility", test_up_utility}, {"upcycle optimizer", test_up_optimizer},
     {"upcycle pruning", test_up_pruning}, {"upcycle cluster", test_up_cluster}, {"upcycle files", test_up_files},
-    {"upcycle safety", test_up_safety}, {"upcycle LPR pruning", test_up_pruning_lpr},
+    {"upcycle merge", test_up_merge}, {"upcycle safety", test_up_safety}, {"upcycle LPR pruning", test_up_pruning_lpr},
     {"upcycle records", test_up_records}, {"engines", test_engines}, {"upcycle refusals", test_up_refusals},
     {"upcycle receipt", test_up_receipt}};
 

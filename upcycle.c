@@ -61,7 +61,8 @@ enum {
     EQUAL = 1,    // its experts compute what their sources compute
     UNLIKE = 2,   // no two of its experts are twins
     NEW_ROWS = 4, // experts without a source, and new rows of the router for them
-    SHARE = 8     // --strength is a share, 0 to 1
+    SHARE = 8,    // --strength is a share, 0 to 1
+    MERGES = 16   // makes fewer experts, each from several
 };
 typedef struct {
     const char* name;
@@ -112,6 +113,7 @@ struct Plan {
     int *source, *copy;           // (L, M): the expert it comes from or -1; its copy number, 0 = original
     int* family;                  // (L, M): experts that are copies of one thing share it
     int* copies;                  // (L, E): experts made from each
+    int* group;                   // (L, E): of merge, the expert of the result that it becomes part of; or NULL
     double* score;                // (L, E), or NULL
     double* input_norms;          // (L, E, H + I) for --prune-weights, or NULL
     struct Clusters* clusters;    // of cluster, or NULL
@@ -248,7 +250,8 @@ static void plan_experts(Plan* p) {
         const double* score = p->score ? p->score + (long)l * E : NULL;
         if (!p->config.sparse[l]) continue;
         if (M < E) {
-            keep_best(source, score, E, M);
+            if (p->group) keep_cores(source, p->group + l * E, score, E, M);
+            else keep_best(source, score, E, M);
         } else if (p->dense) { // models in turn; all experts of one model come from its FFN
             for (int j = 0; j < M; j++) {
                 source[j] = j % E;
@@ -369,6 +372,7 @@ static void shard_rows(const Plan* p, Target* t, long row, long rows, float* out
 #include "dev/upcycle/algebra.h"   // singular values, orthonormal vectors, Cholesky
 #include "dev/upcycle/operators.h" // ten further methods and operators for the router's rows
 #include "dev/upcycle/cluster.h"   // cluster-aware upcycling
+#include "dev/upcycle/merge.h"     // several experts become one
 #include "dev/upcycle/moments.h"   // AdamW's moments
 
 // -----------------------------------------------------------------------------------------------------------
@@ -475,7 +479,9 @@ static const Method methods[] = {
     {"sparse-code-mix", FROM_MOE, sparse_code_mix_rows, source_rows, "strength", 0.5, SHARE, "", "", "no",
      "2604.19835"},
     {"random", FROM_DENSE | FROM_MOE, random_rows, NULL, "noise-std", 0, NEW_ROWS,
-     "{M} new experts", "not kept: the experts are new", "no", "2604.19835"}};
+     "{M} new experts", "not kept: the experts are new", "no", "2604.19835"},
+    {"merge", FROM_MOE, merge_rows, NULL, "group", 0, MERGES, "", "",
+     "only equal experts merged, K = 1, gates sum to 1", "2409.01483, 2310.01334"}};
 
 static const RouterOperator router_operators[] = {
     {"copy", NULL, 0, 0},
@@ -497,7 +503,10 @@ static const Selection selections[] = {
     {"grad2", SMALLER | LARGER, OF_GRADIENTS, utility_grad2, score_by_utility},
     {"fisher", LARGER, OF_GRADIENTS | OF_SECOND_MOMENTS, utility_fisher, score_by_utility},
     {"load", SMALLER, 0, NULL, score_by_load},
-    {"router-norm", SMALLER, 0, NULL, score_by_router_norm}};
+    {"router-norm", SMALLER, 0, NULL, score_by_router_norm},
+    {"reap", SMALLER, 0, NULL, score_by_reap},
+    {"man", SMALLER, 0, NULL, score_by_man},
+    {"msan", SMALLER, 0, NULL, score_by_msan}};
 
 enum {
     NUM_METHODS = sizeof methods / sizeof methods[0],
@@ -559,14 +568,18 @@ static void refuse_options(const Plan* p, const Config* c, const char* src) {
     if (m->traits & SHARE && asked("strength") && ask.strength > 1)
         die(2, "--strength %g: for --method %s it is the share that is exchanged, 0 to 1", ask.strength,
             m->name);
-    if (m->traits & NEW_ROWS && insists("prune-weights"))
-        die(2, "--prune-weights goes by the inputs of experts, and the new ones of --method random have seen "
-               "none");
+    if (m->traits & (NEW_ROWS | MERGES) && insists("prune-weights"))
+        die(2, "--prune-weights goes by the inputs of experts, and the new ones of --method %s have seen none",
+            m->name);
 }
 
 static void refuse_selection(const Plan* p, const char* src) {
     const Selection* by = p->selection;
-    int shrinks = p->M < p->E;
+    int shrinks = p->M < p->E, merges = p->method->traits & MERGES;
+    if (merges && !shrinks)
+        die(2, "--experts %d: --method merge makes fewer experts of the %d of %s", p->M, p->E, src);
+    if (merges && !is(by->name, "load"))
+        die(2, "--select %s: --method merge weighs experts by their load; leave it out", by->name);
     if (shrinks && !(by->fits & SMALLER))
         die(2, "--experts %d: %s has %d; to keep some of them, choose --select %s%s", p->M, src, p->E,
             selections_for(SMALLER, 0).text,
@@ -574,7 +587,7 @@ static void refuse_selection(const Plan* p, const char* src) {
     if (!p->dense && !shrinks && !(by->fits & LARGER))
         die(2, "--select %s chooses experts to keep, but DST is not smaller; %s fit", by->name,
             selections_for(LARGER, 0).text);
-    if (!p->dense && p->M <= p->E && !is(p->method->name, "copy"))
+    if (!p->dense && p->M <= p->E && !merges && !is(p->method->name, "copy"))
         die(2, shrinks ? "--method %s makes copies, but DST has fewer experts than SRC; leave it out"
                        : "--method %s makes copies, but DST has as many experts as SRC, %d",
             p->method->name, p->E);
@@ -635,7 +648,9 @@ static Plan* plan_create(const char* src) {
         die(2, "--experts %d: there are %d sources, and each needs an expert", p->M, p->E);
     plan_config(p);
     plan_luggage(p);
-    p->selection = &selections[ask.select ? choice_index(selection_choices.text, ask.select) : 0];
+    int merges = p->method->traits & MERGES;
+    const char* select = ask.select ? ask.select : merges ? "load" : "uniform";
+    p->selection = &selections[choice_index(selection_choices.text, select)];
     refuse_selection(p, src);
     if (p->M < p->E && p->config.num_experts_per_tok == p->M && p->M < c.num_experts_per_tok)
         p->config.num_experts_per_tok = p->M;
@@ -659,7 +674,8 @@ static Plan* plan_create(const char* src) {
     snprintf(why, sizeof why, "--select %s", p->selection->name);
     if (is(p->method->name, "cluster")) find_clusters(p);
     if (p->selection->score) p->score = NEW(double, (long)c.num_layers * p->E);
-    if (p->selection->score) p->selection->score(p, why);
+    if (merges) find_groups(p);
+    else if (p->selection->score) p->selection->score(p, why);
     plan_experts(p);
     if (insists("prune-weights")) measure_inputs(p);
     plan_outputs(p, parse_size(ask.shard_size));

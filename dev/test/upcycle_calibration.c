@@ -216,7 +216,9 @@ static void test_up_cluster(void) {
     // k-means does
     int found = 0;
     for (uint64_t key = 0; key < 20 && !found; key++) {
-        spherical_k_means(centroids, cluster, x, TOKENS, DIMENSION, 3, key);
+        long start[3];
+        for (int i = 0; i < 3; i++) start[i] = random_permutation(i, TOKENS, key);
+        spherical_k_means(centroids, cluster, x, TOKENS, DIMENSION, 3, start);
         same = cluster[0] != cluster[1] && cluster[1] != cluster[2] && cluster[0] != cluster[2];
         for (int t = 0; t < TOKENS; t++) same &= cluster[t] == cluster[t % 3];
         found = same;
@@ -289,3 +291,5 @@ static void test_up_pruning_lpr(void) {
     check(kept > 0.9 * c.moe_intermediate_size, "LPR: %d of %d weights of that number are kept", kept,
           c.moe_intermediate_size);
 }
+
+#include "merge.c" // smaller mixtures

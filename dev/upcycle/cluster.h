@@ -27,15 +27,16 @@ static void observe_inputs(Model* m, int l) {
 
 // Spherical k-means (Dhillon and Modha 2001): a token goes to the centroid with the largest cosine, a centroid is the
 // direction of the sum of its unit vectors. A cluster that ran empty starts again from the token that fits its centroid
-// least. centroids (k, H) at length 1, cluster (n)
-static void spherical_k_means(float* centroids, int* cluster, const float* x, long n, int H, int k, uint64_t key) {
+// least. centroids (k, H) at length 1, cluster (n), start (k): the tokens that it starts from
+static void spherical_k_means(float* centroids, int* cluster, const float* x, long n, int H, int k,
+                              const long* start) {
     double* sums = NEW(double, (long)k * H);
     float *cosines = floats(k), *fit = floats(n);
     long* count = NEW(long, k);
     for (int i = 0; i < k; i++) {
-        const float* start = x + random_permutation(i, n, key) * H;
-        double length = sqrt(sum_of_squares(start, H));
-        for (int c = 0; c < H; c++) centroids[(long)i * H + c] = (float)(length > 0 ? start[c] / length : 0);
+        const float* token = x + start[i] * H;
+        double length = sqrt(sum_of_squares(token, H));
+        for (int c = 0; c < H; c++) centroids[(long)i * H + c] = (float)(length > 0 ? token[c] / length : 0);
     }
     for (long t = 0; t < n; t++) cluster[t] = -1;
     for (int iteration = 0, moved = 1; iteration < 50 && moved; iteration++) {
@@ -103,10 +104,13 @@ static void find_clusters(Plan* p) {
         model_forward(m, f.batch.tokens, f.batch.targets, rows, f.T);
     model_free(m);
     feed_close(&f);
-    for (int l = 0; l < L; l++)
-        if (k->inputs[l])
-            spherical_k_means(k->centroids + (long)l * M * H, k->cluster[l], k->inputs[l], k->tokens, H, M,
-                              stream_key(p, "clusters", l, 0, 0));
+    long* start = NEW(long, M);
+    for (int l = 0; l < L; l++) {
+        if (!k->inputs[l]) continue;
+        for (int i = 0; i < M; i++) start[i] = random_permutation(i, k->tokens, stream_key(p, "clusters", l, 0, 0));
+        spherical_k_means(k->centroids + (long)l * M * H, k->cluster[l], k->inputs[l], k->tokens, H, M, start);
+    }
+    free(start);
 }
 
 static void cluster_router_row(const Plan* p, float* row, int l, int j) {

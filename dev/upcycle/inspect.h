@@ -145,7 +145,7 @@ static int run_inspect(void) {
     if (ask.data) {
         Feed f = feed_open("load: window", ask.data, WHOLE, s, ask.calibrate_batches);
         Model* m = feed_model(&f, s->dir, FOR_SCORING, 2);
-        Usage usage = {load = NEW(double, L * E), NULL};
+        Usage usage = {load = NEW(double, L * E), NULL, NULL, NULL, 0, 0};
         double loss = 0;
         m->observe = observe_usage;
         m->observer = &usage;

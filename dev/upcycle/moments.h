@@ -6,7 +6,7 @@
 #pragma once
 
 static void refuse_moments(const Plan* p) {
-    if (p->dense && (p->num_sources > 1 || !p->method->carry))
+    if (p->method->traits & MERGES || (p->dense && (p->num_sources > 1 || !p->method->carry)))
         die(2,
             "--optimizer %s: the experts of this method have no weights that moments could go with; --optimizer reset "
             "fits",

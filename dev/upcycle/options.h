@@ -3,7 +3,7 @@
 
 static struct {
     const char *method, *layers, *sources, *arch, *drop_indices, *scale, *router_init;
-    const char *select, *score_on, *allocate, *router, *optimizer;
+    const char *select, *score_on, *allocate, *group, *router, *optimizer;
     const char *calibrate, *reference, *dtype, *shard_size, *check, *inspect, *data;
     long experts, topk, norm_topk, granularity, cap, seed, calibrate_batches, check_batches, batch, seq, threads,
         dry_run, force, methods;
@@ -47,6 +47,7 @@ static Option ask_table[] = {
      "matrices that count", 0},
     {"allocate", OPT_CHOICE, USE_MOE, &ask.allocate, 0, 0, "greedy", "greedy|sample", "", 0},
     {"cap", OPT_WHOLE, USE_MOE, &ask.cap, 1, 1 << 16, "3", "N", "extra copies of an expert before others' turn", 0},
+    {"group", OPT_CHOICE, USE_MOE, &ask.group, 0, 0, "spectral", "spectral|cores", "how merge groups experts", 0},
     {"router", OPT_CHOICE, USE_MOE, &ask.router, 0, 0, NULL, NULL,
      "rows of copies (bias if SRC has one, else copy)", 0},
     {"router-delta", OPT_REAL, USE_MOE, &ask.router_delta, 0, 1e6, NULL, "D", "strength of --router (bias: 0.001)",

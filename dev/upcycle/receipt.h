@@ -143,6 +143,9 @@ static void find_properties(const Plan* p, Findings* f) {
         {1, p->method->changed}};
     const Finding of_mixture[] = {
         {insists("prune-weights"), NOT_KEPT "{prune} % of the weights of every expert are zero"},
+        {p->group != NULL,
+         NOT_KEPT "the {E} experts of each sparse layer became {M}, each the mean of a group, weighted by load; only "
+                  "groups of equal experts lose nothing"},
         {M < E, NOT_KEPT "{E-M} of {E} experts are gone from each sparse layer"},
         {M == E && K != K0, NOT_KEPT "{K} experts per token instead of {K0}"},
         {M == E && !is(p->router->name, "noise"), "kept exactly{up to}: nothing was added"},
@@ -330,6 +333,7 @@ static double plan_memory(const Plan* p) {
         matrix = L * tokens * (4 * H + 4) + 4 * L * p->M * H + 4 * tokens * (H + 3 * I) + 24 * H * I + 16 * n * n +
                  8 * fmax(H, I) * fmax(H, I);
     }
+    if (p->group) matrix = 4 * (10 * H * I + I * I);
     if (p->num_sources > 1) matrix += 8.0 * CHUNK_FLOATS; // their sum
     return 3.0 * 4 * CHUNK_FLOATS + router + matrix;
 }
@@ -394,6 +398,8 @@ static void write_receipt(const Plan* p, const char* dir, const Findings* f, con
         for (int j = 0; j < p->M; j++) text_print(&t, "%s%d", j ? ", " : "", plan_source(p, l, j));
         text_print(&t, "], \"family\": [");
         for (int j = 0; j < p->M; j++) text_print(&t, "%s%d", j ? ", " : "", p->family[(long)l * p->M + j]);
+        for (int e = 0; p->group && e < p->E; e++)
+            text_print(&t, "%s%d", e ? ", " : "], \"group\": [", p->group[(long)l * p->E + e]);
         text_print(&t, "]");
         int scored = p->score && !is(p->selection->name, "random");
         for (int e = 0; scored && e < p->E; e++) {

@@ -44,10 +44,22 @@ static void score_by_chance(Plan* p, const char* why) {
         p->score[i] = random_uniform(stream_key(p, "select", (int)(i / p->E), (int)(i % p->E), 0));
 }
 
+// For merge: of each of the M groups of experts, group (E), the most used member.
+static void keep_cores(int* source, const int* group, const double* load, int E, int M) {
+    for (int j = 0; j < M; j++) source[j] = -1;
+    for (int e = 0; e < E; e++) {
+        int* core = &source[group[e]];
+        if (*core < 0 || load[e] > load[*core]) *core = e;
+    }
+}
+
 // Load, and for MoE-Pruner (arXiv 2410.12013) the norms of the experts' inputs, each row multiplied by its gate:
 //     norm_j = || x_j gate ||_2 over the tokens of the expert      x: the input of gate and up; the hidden row for down
+// outputs: for each expert the sum over its tokens of  gate^gate_power || f(x) ||^norm_power
+// products: for each pair of experts the sum over all tokens of the product of their router logits
 typedef struct {
-    double *load, *squares; // (L, E), (L, E, H + I); either may be NULL
+    double *load, *squares, *outputs, *products; // (L, E), (L, E, H + I), (L, E), (L, E, E); each may be NULL
+    double gate_power, norm_power;
 } Usage;
 
 static void observe_usage(Model* m, int l) {
@@ -55,7 +67,7 @@ static void observe_usage(Model* m, int l) {
     const Config* c = &m->config;
     const LayerActivations* s = &m->layers[l];
     int E = c->num_experts, K = m->topk[l];
-    long H = c->hidden_size, I = c->moe_intermediate_size;
+    long H = c->hidden_size, I = c->moe_intermediate_size, N = (long)m->batch * m->length;
     if (!c->sparse[l]) return;
     #pragma omp parallel for schedule(dynamic)
     for (int e = 0; e < E; e++) {
@@ -67,6 +79,13 @@ static void observe_usage(Model* m, int l) {
             double g = s->gates[s->assignment[r]], g2 = g * g;
             for (long i = 0; i < H; i++) squares[i] += g2 * x[i] * x[i];
             for (long i = 0; i < I; i++) squares[H + i] += g2 * hidden[i] * hidden[i];
+        }
+        for (int r = s->offsets[e]; u->outputs && r < s->offsets[e + 1]; r++)
+            u->outputs[(long)l * E + e] += pow(s->gates[s->assignment[r]], u->gate_power) *
+                                           pow(sqrt(sum_of_squares(m->scratch.y_rows + r * H, H)), u->norm_power);
+        for (long n = 0; u->products && n < N; n++) {
+            const float* z = s->router_logits + n * E;
+            for (int i = 0; i < E; i++) u->products[((long)l * E + e) * E + i] += (double)z[e] * z[i];
         }
     }
 }
@@ -82,15 +101,27 @@ static void measure_usage(const Source* s, Usage* usage, const char* why) {
 }
 
 static void score_by_load(Plan* p, const char* why) {
-    Usage usage = {p->score, NULL};
+    Usage usage = {p->score, NULL, NULL, NULL, 0, 0};
     measure_usage(p->sources[0], &usage, why);
 }
+
+// Means over the tokens of an expert, 0 for one that has none:
+//     REAP (arXiv 2510.13999, eq. 9): gate || f(x) ||     MAN (2606.15716): || f(x) ||     MSAN: || f(x) ||^2
+static void score_by_outputs(Plan* p, const char* why, double gate_power, double norm_power) {
+    Usage usage = {NEW(double, p->config.num_layers * p->E), NULL, p->score, NULL, gate_power, norm_power};
+    measure_usage(p->sources[0], &usage, why);
+    for (long i = 0; i < (long)p->config.num_layers * p->E; i++) p->score[i] /= fmax(1, usage.load[i]);
+    free(usage.load);
+}
+static void score_by_reap(Plan* p, const char* why) { score_by_outputs(p, why, 1, 1); }
+static void score_by_man(Plan* p, const char* why) { score_by_outputs(p, why, 0, 1); }
+static void score_by_msan(Plan* p, const char* why) { score_by_outputs(p, why, 0, 2); }
 
 // p->input_norms for --prune-weights; an expert that got no token is pruned by |w| alone.
 static void measure_inputs(Plan* p) {
     const Config* c = &p->sources[0]->config;
     long width = c->hidden_size + c->moe_intermediate_size, n = (long)c->num_layers * p->E;
-    Usage usage = {NEW(double, n), NEW(double, n * width)};
+    Usage usage = {NEW(double, n), NEW(double, n * width), NULL, NULL, 0, 0};
     measure_usage(p->sources[0], &usage, "--prune-weights");
     for (long i = 0; i < n * width; i++) usage.squares[i] = usage.load[i / width] > 0 ? sqrt(usage.squares[i]) : 1;
     free(usage.load);

@@ -137,7 +137,8 @@ static Target target_open(const Plan* p, const Output* o) {
     if (r->kind == FFN_MATRIX && p->config.sparse[l]) {
         int e = plan_source(p, l, t.expert), copy = plan_copy(p, l, t.expert);
         t.key = stream_key(p, "weights", l, t.expert, t.matrix);
-        t.make = !p->dense && copy == 0 ? source_rows : moments && e >= 0 ? p->method->carry : p->method->make;
+        int original = !p->dense && copy == 0 && !p->group;
+        t.make = original ? source_rows : moments && e >= 0 ? p->method->carry : p->method->make;
         if (e < 0) return t; // new
         if (p->dense && !moments) from = p->sources[e];
         t.from = *source_ffn(from, l, p->dense ? 0 : e, t.matrix);
