@@ -312,12 +312,18 @@ static void draw_rows(const Target* t, long row, long rows, float* out, int add,
 
 // Drop-Upcycling: a random share of the units is drawn anew from N(mean, std) of what it replaces, in each
 // matrix by itself. `shared`: the same units in all three, as in the paper; `per-matrix`: as in its code.
+static void mark_dropped(const Plan* p, Target* t) {
+    int matrix = is(ask.drop_indices, "shared") ? ALL_MATRICES : t->matrix;
+    t->marked = draw_units(t->units, ask.drop_ratio, stream_key(p, "drop", t->layer, t->expert, matrix));
+    if (t->holds != WEIGHTS) return; // moments of new numbers are 0, as mean and std are then
+    unsigned char* replaced = NEW(unsigned char, t->by_column ? t->from.cols : t->from.rows); // of the source
+    for (long u = 0; u < t->units; u++) replaced[t->order ? t->order[u] : u] = t->marked[u];
+    slice_statistics(&t->from, replaced, t->by_column, &t->mean, &t->std);
+    free(replaced);
+}
+
 static void drop_rows(const Plan* p, Target* t, long row, long rows, float* out) {
-    if (row == 0) {
-        int matrix = is(ask.drop_indices, "shared") ? ALL_MATRICES : t->matrix;
-        t->marked = draw_units(t->units, ask.drop_ratio, stream_key(p, "drop", t->layer, t->expert, matrix));
-        if (t->holds == WEIGHTS) slice_statistics(&t->from, t->marked, t->by_column, &t->mean, &t->std);
-    } // moments of new numbers are 0, as mean and std are then
+    if (row == 0) mark_dropped(p, t);
     source_rows(p, t, row, rows, out);
     draw_rows(t, row, rows, out, 0, 1);
 }
@@ -346,29 +352,7 @@ static void noise_replace_rows(const Plan* p, Target* t, long row, long rows, fl
     draw_rows(t, row, rows, out, 0, ask.noise_fraction);
 }
 
-// s of granular and partition. Each of the G shards of a group gets 1 / G of the group's gate when gates sum
-// to 1, so s = G makes the group whole again: exactly, whatever the router. Without renormalisation every
-// gate is about 1 / M and K are used, so s = M G / K restores the size, exactly only while the router is
-// zero.
-static double shard_scale(const Plan* p, int matrix) {
-    double G = p->shards, s = p->config.norm_topk_prob ? G : p->M * G / p->config.num_experts_per_tok;
-    return is(ask.scale, "none") ? 1 : is(ask.scale, "cuberoot") ? cbrt(s) : matrix == DOWN ? s : 1;
-}
-
-// Granular upcycling (virtual groups) and partition: expert j is shard j mod G of the FFN's units, in their
-// order (granular) or shuffled once for all (partition). w = s w' makes dL/dw = dL/dw' / s.
-static void shard_rows(const Plan* p, Target* t, long row, long rows, float* out) {
-    uint64_t key = stream_key(p, "shards", t->layer, 0, 0);
-    long I = t->units, first = t->expert % p->shards * I;
-    double s = shard_scale(p, t->matrix);
-    t->factor = t->holds == WEIGHTS ? s : t->holds == EXP_AVG ? 1 / s : 1 / (s * s);
-    int in_order = is(p->method->name, "granular");
-    if (row == 0) t->order = NEW(int, I);
-    for (long u = first; u < first + I && row == 0; u++)
-        t->order[u - first] = (int)(in_order ? u : random_permutation(u, I * p->shards, key));
-    ordered_rows(t, row, rows, out);
-}
-
+#include "dev/upcycle/shards.h"    // granular and partition: parts of an FFN
 #include "dev/upcycle/algebra.h"   // singular values, orthonormal vectors, Cholesky
 #include "dev/upcycle/operators.h" // ten further methods and operators for the router's rows
 #include "dev/upcycle/cluster.h"   // cluster-aware upcycling
@@ -455,14 +439,14 @@ static const Method methods[] = {
     {"noise-replace", FROM_DENSE, noise_replace_rows, noise_replace_rows, "noise-std,noise-fraction,sources",
      0, 0, "{M} experts from the FFN, each with other weights drawn anew",
      "not kept: noise was added to the experts", "no", "2409.02060"},
-    {"granular", FROM_DENSE, shard_rows, shard_rows, "granularity,scale", 0, 0,
+    {"granular", FROM_DENSE, shard_rows, shard_rows, "granularity,scale,drop-ratio,drop-indices", 0, 0,
      "{M} experts: the shards of the FFN, group after group",
      "nearly kept: without renormalisation the scale is exact only while the router is zero",
-     "gates sum to 1", "2410.07524"},
-    {"partition", FROM_DENSE, shard_rows, shard_rows, "scale", 0, UNLIKE,
+     "gates sum to 1, and no --drop-ratio", "2410.07524, 2604.25578"},
+    {"partition", FROM_DENSE, shard_rows, shard_rows, "scale,drop-ratio,drop-indices", 0, UNLIKE,
      "{M} experts: the shards of the FFN",
      "not kept: a token sees {K} of {M} shards of the FFN, scaled to its size",
-     "K = M and a zero router", "2406.16554"},
+     "K = M, a zero router, and no --drop-ratio", "2406.16554, 2604.25578"},
     {"cluster", FROM_DENSE, cluster_rows, NULL, "energy", 0, UNLIKE,
      "{M} experts, one for each cluster of the FFN's inputs",
      "not kept: experts are approximations of the FFN for their clusters, at mean rank {rank}", "no",
@@ -563,6 +547,8 @@ static void refuse_options(const Plan* p, const Config* c, const char* src) {
     if (!p->dense && new_rows && !(m->traits & NEW_ROWS))
         die(2, "--router-%s draws new rows, which --method %s does not have; --method random does",
             insists("router-init") ? "init" : "std", m->name);
+    if (lists(m->options, "scale") && insists("drop-indices") && !asked("drop-ratio"))
+        die(2, "--drop-indices: --method %s draws units anew only with --drop-ratio", m->name);
     if (is(m->name, "cluster") && new_rows)
         die(2, "--router-init: the router of --method cluster is made of the centroids");
     if (m->traits & SHARE && asked("strength") && ask.strength > 1)

@@ -459,6 +459,7 @@ static void test_up_refusals(void) {
                  {GOLDEN "qwen3 {}/x --experts 4 --method granular --granularity 3", "no multiple"},
                  {GOLDEN "qwen3 {}/x --experts 6 --method granular --granularity 3 --topk 4", "torn"},
                  {GOLDEN "qwen3 {}/x --experts 4 --method partition", "no multiple"},
+                 {GOLDEN "qwen3 {}/x --experts 4 --method partition --drop-indices per-matrix", "only with --drop-ratio"},
                  {GOLDEN "qwen3 {}/x --experts 4 --method family", "is dense"},
                  {GOLDEN "qwen3 {}/x --experts 4 --select grad2", "is dense"},
                  {"{}/m3 {}/x --experts 6 --method granular", "fitting are"},

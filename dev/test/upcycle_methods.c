@@ -292,6 +292,26 @@ static void test_up_shards(void) {
     int once = 1;
     for (int s = 0; s < I; s++) once &= seen[s] == 1;
     check(once && moved > 48, "partition: every unit once, %d of %d elsewhere", moved, I);
+    // shards with units drawn anew, from what they replace, in both copies of a shard others; the same in all matrices
+    UP("{}/dense {}/both --experts 8 --method granular --granularity 4 --drop-ratio 0.25");
+    check(strstr(up_output, "25 % of the units of every shard") != NULL, "the receipt says so");
+    UP("{}/dense {}/whole --experts 8 --method granular --granularity 4");
+    char changed[3][8][24];
+    double worst_mean = 0, worst_std = 0, mean[2], std[2];
+    int count = 0;
+    for (int m = 0; m < 3; m++)
+        for (int j = 0; j < 8; j++) {
+            static const char* projections[] = {"gate_proj", "up_proj", "down_proj"};
+            float *x = up_expert("whole", j, projections[m]), *y = up_expert("both", j, projections[m]);
+            count += up_changed_units(x, y, H, width, m == 2, changed[m][j]);
+            up_statistics(x, H, width, m == 2, changed[m][j], &mean[0], &std[0]);
+            up_statistics(y, H, width, m == 2, changed[m][j], &mean[1], &std[1]);
+            worst_mean = larger(worst_mean, fabs(mean[1] - mean[0]) / std[0]);
+            worst_std = larger(worst_std, fabs(std[1] / std[0] - 1));
+        }
+    check(count == 3 * 8 * 6 && !memcmp(changed[0], changed[1], 192) && !memcmp(changed[0], changed[2], 192) &&
+              memcmp(changed[0][1], changed[0][5], 24) && worst_mean < 0.26 && worst_std < 0.18,
+          "granular and drop: a quarter of each shard's units, mean %.2f std away, std %.2f", worst_mean, worst_std);
 }
 
 // Branch-Train-MiX: expert i from source i, everything else the mean.

@@ -11,7 +11,7 @@
 // eigenvalues of D^-1/2 A D^-1/2, with A = (1 + s) / 2 >= 0 and D its row sums, give each expert a row; the rows'
 // directions are clustered, starting with those that are furthest from each other. group (n), s (n, n)
 static void spectral_groups(int* group, const double* s, int n, int k) {
-    float *A = floats((long)n * n), *rows = NEW(float, n * k), *centroids = floats((long)k * k), *cosine = floats(n);
+    float *rows = NEW(float, n * (n + k + 1) + k * k), *A = rows + n * k, *cosine = A + n * n, *centroids = cosine + n;
     double* degree = NEW(double, n);
     long* start = NEW(long, k);
     for (int i = 0; i < n; i++)
@@ -37,10 +37,7 @@ static void spectral_groups(int* group, const double* s, int n, int k) {
     }
     spherical_k_means(centroids, group, rows, n, k, k, start);
     svd_free(&d);
-    free(A);
     free(rows);
-    free(centroids);
-    free(cosine);
     free(degree);
     free(start);
 }
@@ -87,8 +84,8 @@ static void find_groups(Plan* p) {
 // The linear assignment of n rows to n columns with the largest sum of fit (n, n); order (n) is each row's column.
 // Shortest augmenting paths (Jonker and Volgenant 1987), O(n^3): row after row is taken in; v are the columns' prices.
 static void assign_units(int* order, const float* fit, long n) {
-    double *u = NEW(double, n), *v = NEW(double, n), *least = NEW(double, n);
-    long *row_of = NEW(long, n), *before = NEW(long, n);
+    double *u = NEW(double, 3 * n), *v = u + n, *least = v + n;
+    long *row_of = NEW(long, 2 * n), *before = row_of + n;
     char* settled = NEW(char, n);
     for (long j = 0; j < n; j++) row_of[j] = -1;
     for (long i = 0; i < n; i++) {
@@ -120,10 +117,7 @@ static void assign_units(int* order, const float* fit, long n) {
     }
     for (long j = 0; j < n; j++) order[row_of[j]] = (int)j;
     free(u);
-    free(v);
-    free(least);
     free(row_of);
-    free(before);
     free(settled);
 }
 

@@ -127,6 +127,8 @@ static void find_properties(const Plan* p, Findings* f) {
 
     // the first that holds
     const Finding of_dense[] = {
+        {sharded && asked("drop-ratio") && ask.drop_ratio > 0,
+         NOT_KEPT "{drop} % of the units of every shard are drawn anew"},
         {norm && one_model && granular && is(ask.scale, "exact"),
          "kept exactly{up to}: gates sum to 1, and down is scaled by {G} for the {G} shards of a group"},
         {norm && one_model && (is(name, "copy") || (is(name, "drop") && ask.drop_ratio == 0)),
@@ -304,7 +306,8 @@ static void print_plan(const Plan* p, const char* dst) {
     printf("method  %s, seed %ld", ask.method, ask.seed);
     if (is(p->method->name, "granular"))
         printf(", %d groups of %d shards, --scale %s", p->M / p->shards, p->shards, ask.scale);
-    if (is(p->method->name, "drop")) printf(", ratio %g, indices %s", ask.drop_ratio, ask.drop_indices);
+    if (is(p->method->name, "drop") || (p->shards > 1 && asked("drop-ratio")))
+        printf(", ratio %g, indices %s", ask.drop_ratio, ask.drop_indices);
     if (!p->dense) printf(", router %s", p->router->name);
     if (!p->dense && p->score) printf(", selected by %s", p->selection->name);
     printf("\n");
