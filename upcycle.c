@@ -113,6 +113,7 @@ struct Plan {
     int *source, *copy;           // (L, M): the expert it comes from or -1; its copy number, 0 = original
     int* family;                  // (L, M): experts that are copies of one thing share it
     int* copies;                  // (L, E): experts made from each
+    int* units;                   // (L, M, I): of domains, the source's units in each expert; or NULL
     int* group;                   // (L, E): of merge, the expert of the result that it becomes part of; or NULL
     double* score;                // (L, E), or NULL
     double* input_norms;          // (L, E, H + I) for --prune-weights, or NULL
@@ -352,7 +353,7 @@ static void noise_replace_rows(const Plan* p, Target* t, long row, long rows, fl
     draw_rows(t, row, rows, out, 0, ask.noise_fraction);
 }
 
-#include "dev/upcycle/shards.h"    // granular and partition: parts of an FFN
+#include "dev/upcycle/shards.h"    // granular, partition, domains: parts of an FFN
 #include "dev/upcycle/algebra.h"   // singular values, orthonormal vectors, Cholesky
 #include "dev/upcycle/operators.h" // ten further methods and operators for the router's rows
 #include "dev/upcycle/cluster.h"   // cluster-aware upcycling
@@ -447,6 +448,10 @@ static const Method methods[] = {
      "{M} experts: the shards of the FFN",
      "not kept: a token sees {K} of {M} shards of the FFN, scaled to its size",
      "K = M, a zero router, and no --drop-ratio", "2406.16554, 2604.25578"},
+    {"domains", FROM_DENSE, domain_rows, domain_rows, "unit-share", 0, UNLIKE,
+     "{M} experts, each the FFN's units that are most active on one text",
+     "not kept: every expert holds {share} % of the FFN's units, those most active on its text", "no",
+     "2410.19123"},
     {"cluster", FROM_DENSE, cluster_rows, NULL, "energy", 0, UNLIKE,
      "{M} experts, one for each cluster of the FFN's inputs",
      "not kept: experts are approximations of the FFN for their clusters, at mean rank {rank}", "no",
@@ -659,6 +664,7 @@ static Plan* plan_create(const char* src) {
     char why[64];
     snprintf(why, sizeof why, "--select %s", p->selection->name);
     if (is(p->method->name, "cluster")) find_clusters(p);
+    if (is(p->method->name, "domains")) find_domains(p);
     if (p->selection->score) p->score = NEW(double, (long)c.num_layers * p->E);
     if (merges) find_groups(p);
     else if (p->selection->score) p->selection->score(p, why);

@@ -16,6 +16,9 @@ Merging (UNCURL 2409.01483, M-SMoE 2310.01334), with s_ij the cosine of the logi
     member i   its units in the order P that maximises the sum over units of <w_0u, w_iP(u)>, over gate, up and down
     merged     W_0 + sum_i w_i (P W_i - W_0), w_i the share of i in the load of its group, 0 its most used member
 
+Domain masks (Read-ME, 2410.19123) of the dense model qwen3, each row of the tokens being a text: the half of the units with
+the largest mean of |input of down_proj| on it. Tensors qwen3.L.units (B, floor(I / 2)), in their order.
+
 Tensors NAME.L.what for sparse layer L: reap, man, msan (E); spectral, cores (E) the group of each expert, groups in the
 order of their first members; gate, up (M,I,H) and down (M,H,I) of the spectral groups.
 """
@@ -117,10 +120,29 @@ def references(name, M):
     return out
 
 
+def domains(name):
+    directory = HERE / "golden" / name
+    tokens = hf.read(directory / "reference.safetensors")[0]["tokens"].long()
+    model = hf.load(directory)
+    units = {}
+    for l, layer in enumerate(model.model.layers):
+        def keep(module, args, l=l):
+            activity = args[0].flatten(0, 1).abs().mean(0)
+            value, order = activity.sort(descending=True)
+            half = len(order) // 2
+            assert value[half - 1] - value[half] > MARGIN * value[half]
+            units.setdefault(f"{name}.{l}.units", []).append(order[:half].sort()[0].int())
+        layer.mlp.down_proj.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        for text in tokens:
+            model(text[None])
+    return {key: torch.stack(rows) for key, rows in units.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
-    path, new = HERE / "shrinking.safetensors", {}
+    path, new = HERE / "shrinking.safetensors", domains("qwen3")
     check = parser.parse_args().check
     for name, M in MODELS.items():
         new |= references(name, M)

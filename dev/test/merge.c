@@ -156,7 +156,52 @@ static void test_up_merge_trained(void) {
     }
 }
 
+// Domain masks: each row of the reference's tokens is a text, whose most active units make an expert.
+static void test_up_domains(void) {
+    up_begin();
+    char path[PATH_SIZE], name[96];
+    long shape[2], n;
+    Error error = {""};
+    SafeTensors* s = keep_file(safetensors_open("dev/reference/shrinking.safetensors", &error));
+    SafeTensors* r = keep_file(safetensors_open(join_path(path, GOLDEN "qwen3", "reference.safetensors"), &error));
+    int *tokens = reference_ints(r, "tokens", shape), B = (int)shape[0], T = (int)shape[1];
+    Text texts = {NULL, 0, 0};
+    for (int b = 0; b < B; b++) {
+        snprintf(name, sizeof name, "text%d.bin", b);
+        int* text = kept_ints(T + 1);
+        memcpy(text, tokens + b * T, sizeof(int) * (size_t)T);
+        text[T] = 0; // a target
+        up_make_shard(name, text, T + 1);
+        text_print(&texts, "%s{}/%s", b ? "," : "", name);
+    }
+    UP(GOLDEN "qwen3 {}/domains --experts %d --method domains --calibrate %s --calibrate-batches 1 --batch 1 --seq %d",
+       B, texts.data, T);
+    free(texts.data);
+    check(strstr(up_output, "every expert holds 50 % of the FFN's units") != NULL, "the receipt of domains");
+    int right = 1;
+    for (int l = 0; l < 3; l++) {
+        snprintf(name, sizeof name, "qwen3.%d.units", l);
+        int *units = reference_ints(s, name, shape), width = (int)shape[1];
+        for (int m = 0; m < 3; m++)
+            for (int j = 0; j < B; j++) {
+                static const char* projections[] = {"gate_proj", "up_proj", "down_proj"};
+                snprintf(name, sizeof name, "model.layers.%d.mlp.%s.weight", l, projections[m]);
+                float* all = up_tensor(GOLDEN "qwen3", name, &n);
+                snprintf(name, sizeof name, "model.layers.%d.mlp.experts.%d.%s.weight", l, j, projections[m]);
+                long count, I = 0, H;
+                float* part = up_tensor(up_path("domains"), name, &count);
+                H = count / width, I = n / H;
+                for (long u = 0; u < width; u++)
+                    for (long h = 0, from = units[j * width + u]; h < H; h++)
+                        right &= m == 2 ? part[h * width + u] == all[h * I + from]
+                                        : part[u * H + h] == all[from * H + h];
+            }
+    }
+    check(right, "domains: the most active half of the units of each text, in gate, up and down");
+}
+
 static void test_up_merge(void) {
+    test_up_domains();
     test_up_merge_values();
     test_up_merge_back();
     test_up_merge_trained();

@@ -47,6 +47,10 @@ static void plan_config_of_dense(Plan* p, const Config* from, Config* c) {
         die(2, "--topk %d: no multiple of --granularity %d, so that groups would be torn apart",
             c->num_experts_per_tok, G);
     c->moe_intermediate_size = from->intermediate_size / G;
+    if (is(p->method->name, "domains"))
+        c->moe_intermediate_size = (int)floor(ask.unit_share * from->intermediate_size + 1e-9);
+    if (c->moe_intermediate_size < 1)
+        die(2, "--unit-share %g: no unit of %d is left", ask.unit_share, from->intermediate_size);
     c->norm_topk_prob = asked("norm-topk") ? (int)ask.norm_topk : 1;
     c->router_aux_loss_coef = 0.01;
     parse_layers(ask.layers, c->sparse, c->num_layers);

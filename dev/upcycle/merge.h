@@ -11,7 +11,8 @@
 // eigenvalues of D^-1/2 A D^-1/2, with A = (1 + s) / 2 >= 0 and D its row sums, give each expert a row; the rows'
 // directions are clustered, starting with those that are furthest from each other. group (n), s (n, n)
 static void spectral_groups(int* group, const double* s, int n, int k) {
-    float *rows = NEW(float, n * (n + k + 1) + k * k), *A = rows + n * k, *cosine = A + n * n, *centroids = cosine + n;
+    float *rows = NEW(float, (long)n * (n + k + 1) + k * k), *A = rows + n * k, *cosine = A + n * n;
+    float* centroids = cosine + n;
     double* degree = NEW(double, n);
     long* start = NEW(long, k);
     for (int i = 0; i < n; i++)

@@ -7,7 +7,8 @@ static struct {
     const char *calibrate, *reference, *dtype, *shard_size, *check, *inspect, *data;
     long experts, topk, norm_topk, granularity, cap, seed, calibrate_batches, check_batches, batch, seq, threads,
         dry_run, force, methods;
-    double drop_ratio, noise_std, noise_fraction, router_std, router_delta, strength, energy, prune_weights;
+    double drop_ratio, noise_std, noise_fraction, router_std, router_delta, strength, energy, unit_share,
+        prune_weights;
 } ask;
 
 static Option ask_table[] = {
@@ -34,6 +35,7 @@ static Option ask_table[] = {
      "new rows (normal; drop: uniform)", 0},
     {"router-std", OPT_REAL, USE_OTHER, &ask.router_std, 0, 1e6, "0.02", "S", "of new router rows", 0},
     {"energy", OPT_REAL, USE_DENSE, &ask.energy, 0, 1, "0.95", "X", "spectral energy kept by cluster", 0},
+    {"unit-share", OPT_REAL, USE_DENSE, &ask.unit_share, 0, 1, "0.5", "P", "of the units in an expert of domains", 0},
 
     {"drop-ratio", OPT_REAL, USE_OTHER, &ask.drop_ratio, 0, 1, "0.5", "R", "share of units that drop draws anew", 0},
     {"drop-indices", OPT_CHOICE, USE_OTHER, &ask.drop_indices, 0, 0, "shared", "shared|per-matrix", "", 0},

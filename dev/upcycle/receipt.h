@@ -112,6 +112,7 @@ static void find_properties(const Plan* p, Findings* f) {
     add_word(&words, "near sources", "%d distinct source%s", near, near > 1 ? "s" : "");
     add_word(&words, "M/K", "%.3g", (double)M / K);
     add_word(&words, "drop", "%.0f", 100 * ask.drop_ratio);
+    add_word(&words, "share", "%.0f", 100 * ask.unit_share);
     add_word(&words, "prune", "%.0f", 100 * ask.prune_weights);
     add_word(&words, "rank", "%.1f", clusters && clusters->matrices ? (double)clusters->ranks / clusters->matrices : 0);
     add_word(&words, "coefficient", "%g", to->router_aux_loss_coef);

@@ -90,14 +90,19 @@ static void observe_usage(Model* m, int l) {
     }
 }
 
-static void measure_usage(const Source* s, Usage* usage, const char* why) {
+// Runs SRC over the calibration texts; observe sees each layer.
+static void calibrate(const Source* s, void (*observe)(Model*, int), void* observer, const char* why) {
     Feed f = feed_calibration(s, why);
     Model* m = feed_model(&f, s->dir, FOR_SCORING, 2);
-    m->observe = observe_usage;
-    m->observer = usage;
+    m->observe = observe;
+    m->observer = observer;
     for (int rows; (rows = feed_next(&f)) > 0;) model_forward(m, f.batch.tokens, f.batch.targets, rows, f.T);
     model_free(m);
     feed_close(&f);
+}
+
+static void measure_usage(const Source* s, Usage* usage, const char* why) {
+    calibrate(s, observe_usage, usage, why);
 }
 
 static void score_by_load(Plan* p, const char* why) {

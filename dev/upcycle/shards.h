@@ -26,3 +26,41 @@ static void shard_rows(const Plan* p, Target* t, long row, long rows, float* out
     ordered_rows(t, row, rows, out);
     if (t->marked) draw_rows(t, row, rows, out, 0, 1);
 }
+
+// Read-ME's domain masks (arXiv 2410.19123): expert j holds the units that are most active on text j of --calibrate,
+//     the floor(share I) units u with the largest mean over its tokens of |act_u|,  act = silu(W_gate x) * (W_up x),
+// in their order. A unit may be in several experts. Read-ME makes one expert that every token visits of those in all;
+// here each expert keeps its own. Its router, one for all layers, is no class's: rows are new.
+static void observe_activity(Model* m, int l) {
+    long I = m->config.intermediate_size, N = (long)m->batch * m->length;
+    double* sums = (double*)m->observer + l * I; // (L, I)
+    for (long i = 0; i < N * I; i++) sums[i % I] += fabs(m->scratch.act[i]);
+}
+
+static void find_domains(Plan* p) {
+    int L = p->config.num_layers, I = p->sources[0]->config.intermediate_size, width = p->config.moe_intermediate_size;
+    const char* texts = ask.calibrate;
+    char *names = copy_string(texts ? texts : ""), *rest = names;
+    int count = 1;
+    if (!texts) die(2, "--method domains wants --calibrate F,F,.., a text for each expert");
+    for (const char* s = texts; *s; s++) count += *s == ',';
+    if (count != p->M)
+        die(2, "--experts %d: --method domains makes one of each text of --calibrate, and there are %d", p->M, count);
+    p->units = NEW(int, (long)L * p->M * width);
+    for (int j = 0; j < p->M; j++) {
+        double* sums = NEW(double, (long)L * I);
+        ask.calibrate = strsep(&rest, ",");
+        calibrate(p->sources[0], observe_activity, sums, "--method domains");
+        for (int l = 0; l < L; l++) keep_best(p->units + ((long)l * p->M + j) * width, sums + (long)l * I, I, width);
+        free(sums);
+    }
+    ask.calibrate = texts;
+    free(names);
+}
+
+static void domain_rows(const Plan* p, Target* t, long row, long rows, float* out) {
+    const int* units = p->units + ((long)t->layer * p->M + t->expert) * t->units;
+    if (row == 0) t->order = NEW(int, t->units);
+    for (long u = 0; u < t->units; u++) t->order[u] = units[u];
+    ordered_rows(t, row, rows, out);
+}
