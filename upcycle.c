@@ -115,6 +115,7 @@ struct Plan {
     int* copies;                  // (L, E): experts made from each
     int* units;                   // (L, M, I): of domains, the source's units in each expert; or NULL
     int* group;                   // (L, E): of merge, the expert of the result that it becomes part of; or NULL
+    struct Merged* merged;        // the expert that merge made last
     double* score;                // (L, E), or NULL
     double* input_norms;          // (L, E, H + I) for --prune-weights, or NULL
     struct Clusters* clusters;    // of cluster, or NULL

@@ -717,20 +717,22 @@ static void test_up_pieces(void) {
     static const char* carried[] = {"reset", "copy", "scale", "interpolate"};
     for (int i = 0; i < 2 * 4 * NUM_METHODS; i++) {
         const Method* method = &methods[i / 8];
-        int dense = i % 2, cluster = is(method->name, "cluster"), granular = is(method->name, "granular");
+        int dense = i % 2, granular = is(method->name, "granular"), domains = is(method->name, "domains");
+        int merges = is(method->name, "merge"), calibrates = merges || domains || is(method->name, "cluster");
         const char* carry = carried[i / 2 % 4];
         int refused = is(carry, "interpolate") && (dense || is(method->name, "shuffle"));
         if (!(method->from & (dense ? FROM_DENSE : FROM_MOE)) || refused) continue;
-        if (!is(carry, "reset") && dense && !method->carry) continue;
-        char src[PATH_SIZE], data[PATH_SIZE];
+        if (!is(carry, "reset") && (dense || merges) && !method->carry) continue;
+        char src[PATH_SIZE], data[2 * PATH_SIZE];
         strcpy(src, up_path(dense ? "pieces_dense" : "pieces_mixture"));
-        strcpy(data, up_path("pieces.bin"));
+        snprintf(data, sizeof data, domains ? "%s,%s" : "%s", up_path("pieces.bin"), up_path("pieces.bin"));
         const char* arguments[16] = {"upcycle",  src,          "x",           "--experts", "8",
                                      "--method", method->name, "--optimizer", carry};
         int count = 9;
+        if (merges || domains) arguments[4] = "2";
         if (granular) arguments[count++] = "--granularity", arguments[count++] = "4";
         const char* with_data[] = {"--calibrate", data, "--calibrate-batches", "2", "--seq", "16"};
-        for (int k = 0; k < 6 && cluster; k++) arguments[count++] = with_data[k];
+        for (int k = 0; k < 6 && calibrates; k++) arguments[count++] = with_data[k];
         memset(&the_plan, 0, sizeof the_plan);
         read_options(count, (char**)arguments);
         plans[i] = *plan_create(src); // what a plan owns lives as long as the program

@@ -58,12 +58,18 @@ static void core_groups(int* group, const double* s, const double* load, int n, 
     free(core);
 }
 
+typedef struct Merged {
+    float* units; // (I, 3, H), or NULL
+    int layer, expert;
+} Merged;
+
 // p->group, numbered by their first members, and the load as p->score
 static void find_groups(Plan* p) {
     int L = p->config.num_layers, E = p->E, M = p->M;
     Usage usage = {p->score, NULL, NULL, NEW(double, (long)L * E * E), 0, 0};
     measure_usage(p->sources[0], &usage, "--method merge");
     p->group = NEW(int, L * E);
+    p->merged = NEW(Merged, 1);
     for (int l = 0; l < L; l++) {
         double *s = usage.products + (long)l * E * E, *length = NEW(double, E);
         int *group = p->group + l * E, *number = NEW(int, M), next = 0;
@@ -165,15 +171,14 @@ static float* merge_group(const Plan* p, int l, int j) {
 }
 
 static void merge_rows(const Plan* p, Target* t, long row, long rows, float* out) {
-    static float* merged; // of this expert, whose three matrices come one after the other
-    static int layer, expert;
+    Merged* last = p->merged; // an expert's three matrices come one after the other
     long H = p->config.hidden_size;
-    if (!merged || layer != t->layer || expert != t->expert) {
-        free(merged);
-        merged = merge_group(p, layer = t->layer, expert = t->expert);
+    if (!last->units || last->layer != t->layer || last->expert != t->expert) {
+        free(last->units);
+        last->units = merge_group(p, last->layer = t->layer, last->expert = t->expert);
     }
     for (long i = 0; i < rows * t->cols; i++) {
         long r = row + i / t->cols, c = i % t->cols;
-        out[i] = t->by_column ? merged[(c * 3 + DOWN) * H + r] : merged[(r * 3 + t->matrix) * H + c];
+        out[i] = last->units[t->by_column ? (c * 3 + DOWN) * H + r : (r * 3 + t->matrix) * H + c];
     }
 }
