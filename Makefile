@@ -172,6 +172,14 @@ build/products: dev/bench/products.c $(LIB) build/embedded.h
 products: build/products
 	build/products $(BLAS)
 
+# dev/lessons/run.sh builds, runs and compares them
+build/lessons/%: dev/lessons/%.c dev/lessons/lesson.h $(LIB) build/embedded.h
+	@mkdir -p build/lessons
+	$(CC) $(FLAGS) $< -o $@ -lm
+
+lessons:
+	dev/lessons/run.sh
+
 references:
 	python3 dev/reference/make_references.py --check
 	python3 dev/reference/make_router_references.py --check
@@ -180,4 +188,4 @@ references:
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu
 
-.PHONY: all single run test test_gpu test_standin bench products references clean
+.PHONY: all single run test test_gpu test_standin bench products lessons references clean
