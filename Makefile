@@ -3,6 +3,7 @@
 # make test    runs every check
 # make single  each program as one file in build/;  make PLAIN=1  products by the plain loops of train_moe.c
 # make bench   how fast training is;  make products BLAS="LIBRARY.so ..."   matrix products beside those of libraries
+# make lessons six small programs about mixtures of experts;  make picture   a page that shows runs
 # make references   makes what the tests compare with anew, with PyTorch and transformers, and compares
 # make train_moe_cu   builds the GPU program with nvcc;  make test_gpu   runs every check of it on this machine's GPU
 # make test_standin   runs the checks of the GPU program without a GPU, on a stand-in; STANDIN=WORD: only some groups
@@ -180,6 +181,10 @@ build/lessons/%: dev/lessons/%.c dev/lessons/lesson.h $(LIB) build/embedded.h
 lessons:
 	dev/lessons/run.sh
 
+# a page that shows a small story: out/picture/report.html
+picture: train_moe upcycle
+	dev/report/picture.sh
+
 references:
 	python3 dev/reference/make_references.py --check
 	python3 dev/reference/make_router_references.py --check
@@ -188,4 +193,4 @@ references:
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu
 
-.PHONY: all single run test test_gpu test_standin bench products lessons references clean
+.PHONY: all single run test test_gpu test_standin bench products lessons picture references clean

@@ -22,23 +22,27 @@ typedef struct {
     int E, K, of[8];            // of: the expert of the source that each is a copy of
     int family;
     double router_noise, bias_noise;
+    int raw;                    // 1: gates as they are
 } Growth;
 #define DOUBLED {0, 1, 2, 3, 0, 1, 2, 3}
 static const Growth growths[] = {
-    {"the source: 4 experts, K = 2", ROUTER_SOFTMAX, 4, 2, {0, 1, 2, 3}, 0, 0, 0},
-    {"copies, K = 2", ROUTER_SOFTMAX, 8, 2, DOUBLED, 0, 0, 0},
-    {"copies, K = 4", ROUTER_SOFTMAX, 8, 4, DOUBLED, 0, 0, 0},
-    {"3, 2, 2 and 1 copies, K = 2", ROUTER_SOFTMAX, 8, 2, {0, 1, 2, 3, 0, 0, 1, 2}, 0, 0, 0},
-    {"copies, router rows + noise, K = 2", ROUTER_SOFTMAX, 8, 2, DOUBLED, 0, 0.01, 0},
-    {"families, K = 2", ROUTER_SOFTMAX, 8, 2, DOUBLED, 1, 0, 0},
-    {"sigmoid: the source", ROUTER_SIGMOID, 4, 2, {0, 1, 2, 3}, 0, 0, 0},
-    {"sigmoid: copies, bias + noise, K = 2", ROUTER_SIGMOID, 8, 2, DOUBLED, 0, 0, 0.001},
+    {"the source: 4 experts, K = 2", ROUTER_SOFTMAX, 4, 2, {0, 1, 2, 3}, 0, 0, 0, 0},
+    {"copies, K = 2", ROUTER_SOFTMAX, 8, 2, DOUBLED, 0, 0, 0, 0},
+    {"copies, K = 4", ROUTER_SOFTMAX, 8, 4, DOUBLED, 0, 0, 0, 0},
+    {"3, 2, 2 and 1 copies, K = 2", ROUTER_SOFTMAX, 8, 2, {0, 1, 2, 3, 0, 0, 1, 2}, 0, 0, 0, 0},
+    {"copies, router rows + noise, K = 2", ROUTER_SOFTMAX, 8, 2, DOUBLED, 0, 0.01, 0, 0},
+    {"families, K = 2", ROUTER_SOFTMAX, 8, 2, DOUBLED, 1, 0, 0, 0},
+    {"gates as they are: the source, K = 1", ROUTER_SOFTMAX, 4, 1, {0, 1, 2, 3}, 0, 0, 0, 1},
+    {"gates as they are: copies, K = 1", ROUTER_SOFTMAX, 8, 1, DOUBLED, 0, 0, 0, 1},
+    {"sigmoid: the source", ROUTER_SIGMOID, 4, 2, {0, 1, 2, 3}, 0, 0, 0, 0},
+    {"sigmoid: copies, bias + noise, K = 2", ROUTER_SIGMOID, 8, 2, DOUBLED, 0, 0, 0.001, 0},
 };
 enum { GROWTHS = sizeof growths / sizeof *growths };
 
 static Model* grow(const Growth* g, const Model* source) {
     Config c = layer_config(g->E, g->K, H, I, N);
     c.router.kind = g->kind;
+    c.norm_topk_prob = !g->raw;
     c.router.family_penalty = g->family ? INFINITY : 0;
     Model* m = layer_create(&c, 0, 0);
     const LayerWeights *from = &source->weights.layers[0], *to = &m->weights.layers[0];

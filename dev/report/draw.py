@@ -11,6 +11,7 @@ are as large as a page's on a phone. It has a title for screen readers; `describ
 import html
 import math
 import pathlib
+import re
 from typing import NamedTuple, Sequence
 
 COLOURS = 8
@@ -32,17 +33,17 @@ body { margin: 0 auto; max-width: 1360px; padding: 1rem; font: 15px/1.5 system-u
   background: var(--paper); }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
 h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
-a { color: var(--c0); } nav a { margin-right: 1rem; white-space: nowrap; }
+a { color: var(--c0); } nav a { margin-right: .8rem; }
 .skip { position: absolute; left: -99rem; } .skip:focus { left: 1rem; background: var(--paper); }
 :focus-visible { outline: 3px solid var(--c1); outline-offset: 2px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); gap: 1rem 1.5rem; }
 .grid > * { min-width: 0; } figure { margin: 0; }
 svg.figure { display: block; width: 100%; max-width: 520px; height: auto; }
-.wide svg.figure { max-width: none; } figcaption, .note { color: var(--muted); font-size: .9rem; max-width: 46rem; }
+figcaption, .note { color: var(--muted); font-size: .9rem; max-width: 46rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--muted); padding: .3rem 0; }
 th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
+.words { text-align: left; } td:first-child { white-space: nowrap; }
 pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--line); font-size: .8rem; }
 code { overflow-wrap: anywhere; } summary { cursor: pointer; margin: .6rem 0; }
 """
@@ -95,7 +96,7 @@ def legend(names, width, y, mark):
     """Marks and names in rows from y on; returns the text and the rows' height. mark(i, x, y): a mark 22 wide."""
     out, x = [], 8.0
     for i, name in enumerate(names):
-        needed = 30 + 6.4 * len(name)
+        needed = 38 + 6.4 * len(name)
         if x > 8 and x + needed > width:
             x, y = 8.0, y + 16
         out += [mark(i, x, y), text(x + 26, y + 4, name, kind="small")]
@@ -145,7 +146,7 @@ def lines(title, series, x_label, y_label, width=360, height=250, log_x=False, l
     def scale(values, low_pixel, high_pixel, log):
         low, high = min(values), max(values)
         if low == high:
-            low, high = (low / 2, high * 2) if log else (low - .5 * (abs(low) or 1), high + .5 * (abs(high) or 1))
+            low, high = (low / 2, high * 2) if log else (low - abs(low) / 2, high + (abs(high) / 2 or 1))
         margin = (math.log(high / low) if log else high - low) * (.04 if high_pixel < low_pixel else .02)
         low, high = (low / math.exp(margin), high * math.exp(margin)) if log else (low - margin, high + margin)
         place = (lambda v: math.log(v / low) / math.log(high / low)) if log else (lambda v: (v - low) / (high - low))
@@ -181,14 +182,14 @@ def lines(title, series, x_label, y_label, width=360, height=250, log_x=False, l
 
 
 def heat(title, rows, row_names, column_names, width=360, cell=14, share=None, key=("", ""), describe="", groups=(),
-         row_label="", column_label=""):
+         row_label="", column_label="", widest=60):
     """A heat map. rows: numbers, None is left empty. share(v) in -1 .. 1: how strong its colour is, below 0 the other
     colour; without it v itself. key: what the strongest colour of each kind says. groups: a line above these rows."""
     share = share or (lambda v: v)
     left = 16 + 6.2 * max([len(str(n)) for n in row_names] + [len(row_label)])
     top = 54 if any(key) else 38
     columns = max(len(r) for r in rows)
-    wide = min((width - left - 10) / columns, 60)
+    wide = min((width - left - 10) / columns, widest)
     body = [text(8, 16, title, kind="title"), text(left - 6, top - 5, row_label, "end", "small")]
     if any(key):
         for i, (sign, words) in enumerate(zip(("less", "more"), key)):
@@ -255,9 +256,9 @@ def tree(title, levels, edges, gaps, width=360, row=22, describe="", slots=None)
     return svg(title, width, max(heights.values()) + row, body, describe)
 
 
-def figure(drawing, caption="", wide=False):
+def figure(drawing, caption=""):
     below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure{" class=wide" if wide else ""}>{drawing}{below}</figure>'
+    return f"<figure>{drawing}{below}</figure>"
 
 
 def grid(parts):
@@ -265,13 +266,15 @@ def grid(parts):
 
 
 def table(heads, rows, caption="", name=""):
-    """Cells are written as they are given; text is escaped. name: the table's id, for tests."""
-    head = "".join(f'<th scope="col">{html.escape(str(h))}</th>' for h in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+    """Cells are written as they are given; columns of numbers are set to the right. name: the table's id, for tests."""
+    rows = [[str(c) for c in row] for row in rows]
+    sides = ["" if all(re.fullmatch(r"[-+0-9.e]*", row[i]) for row in rows) else ' class="words"' for i in range(len(list(heads)))]
+    head = "".join(f'<th scope="col"{side}>{html.escape(str(h))}</th>' for h, side in zip(heads, sides))
+    body = "".join("<tr>" + "".join(f"<td{side}>{html.escape(c)}</td>" for c, side in zip(row, sides)) + "</tr>" for row in rows)
     mark = f' id="{html.escape(name)}"' if name else ""
     above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption or "table")}"><table{mark}>{above}'
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption or "table")}"><table{mark}>'
+            f"{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
 
 
 def details(summary, inside, opened=False):
@@ -284,7 +287,7 @@ def section(name, title, inside):
 
 def page(title, sections, style="", script=""):
     """One HTML file that needs nothing else; sections: of section()."""
-    links = "".join(f'<a href="#{name}">{html.escape(words)}</a>' for name, words, _ in sections)
+    links = " ".join(f'<a href="#{name}">{html.escape(words)}</a>' for name, words, _ in sections)
     parts = "".join(f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{html.escape(words)}</h2>'
                     f"{inside}</section>" for name, words, inside in sections)
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
