@@ -50,6 +50,7 @@ install() {
     command -v gcc-11 >/dev/null || packages="$packages gcc-11"
     command -v clang-13 >/dev/null || packages="$packages clang-13"
     command -v musl-gcc >/dev/null || packages="$packages musl-tools"
+    command -v chromium >/dev/null || packages="$packages chromium"
     command -v qemu-aarch64 >/dev/null || packages="$packages qemu-user"
     ctags --version 2>/dev/null | grep -q Universal || packages="$packages universal-ctags"
     local machine

@@ -104,7 +104,7 @@ int main(void) {
         }
         print_row(shared ? "\nr, shared indices                 " : "\nr, indices per matrix             ", ratios, 2);
         print_row(shared ? "whole units, expected 1 - r" : "whole units, expected (1 - r)^3", whole, 2);
-        print_row("loss before any step", start[shared], 3);
+        print_row("loss before any step", start[shared], 2);
         print_row("loss after 100 steps", after, 2);
     }
     printf("\nThe dense FFN's output is changed, relatively, by\n\n");

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The numbers of log.csv and val.csv for TensorBoard or Weights & Biases.
 
-    python3 dev/report/export.py tensorboard OUT [OUT2 ...]     writes OUT/events.out.tfevents.0.train_moe; needs nothing
+    python3 dev/report/export.py tensorboard OUT [OUT2 ...]     writes OUT/events.out.tfevents.0.train_moe, needs nothing
     python3 dev/report/export.py wandb OUT [OUT2 ...]           one run for each OUT; WANDB_MODE=offline keeps it here
 """
 import csv
@@ -33,26 +33,28 @@ def record(event):
     return length + masked_crc(length) + event + masked_crc(event)
 
 
-def rows(out):
-    """(step, {name: number}) of each row."""
+def rows(out):                  # (step, {name: number}) of each row
     for name in ("log.csv", "val.csv"):
-        if (out / name).exists():
-            for row in csv.DictReader(open(out / name, newline="")):
-                yield int(row.pop("step")), {k: float(v) for k, v in row.items() if v}
+        for row in csv.DictReader(open(out / name, newline="")) if (out / name).exists() else ():
+            yield int(row.pop("step")), {k: float(v) for k, v in row.items() if v}
 
 
-if len(sys.argv) < 3 or sys.argv[1] not in ("tensorboard", "wandb"):
-    sys.exit(__doc__.strip())
-for out in map(pathlib.Path, sys.argv[2:]):
-    if sys.argv[1] == "wandb":
-        import wandb
-        run = wandb.init(project="train_moe", name=out.name)
-        for step, numbers in sorted(rows(out), key=lambda r: r[0]):
-            run.log(numbers, step=step)
-        run.finish()
-        continue
-    records = [record(b"\x09" + struct.pack("<d", 0) + field(3, b"brain.Event:2"))]
-    for step, numbers in rows(out):
-        values = b"".join(field(1, field(1, k.encode()) + b"\x15" + struct.pack("<f", v)) for k, v in numbers.items())
-        records.append(record(b"\x09" + struct.pack("<d", step) + b"\x10" + varint(step) + field(5, values)))
-    (out / "events.out.tfevents.0.train_moe").write_bytes(b"".join(records))
+def main(how, outs):
+    for out in map(pathlib.Path, outs):
+        if how == "wandb":
+            import wandb
+            run = wandb.init(project="train_moe", name=out.name)
+            for step, numbers in sorted(rows(out), key=lambda r: r[0]):
+                run.log(numbers, step=step)
+            run.finish()
+            continue
+        records = [record(b"\x09" + struct.pack("<d", 0) + field(3, b"brain.Event:2"))]
+        for step, numbers in rows(out):
+            values = [field(1, k.encode()) + b"\x15" + struct.pack("<f", v) for k, v in numbers.items()]
+            summary = b"".join(field(1, v) for v in values)
+            records.append(record(b"\x09" + struct.pack("<d", step) + b"\x10" + varint(step) + field(5, summary)))
+        (out / "events.out.tfevents.0.train_moe").write_bytes(b"".join(records))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:]) if sys.argv[1:2] in (["tensorboard"], ["wandb"]) else sys.exit(__doc__.strip())

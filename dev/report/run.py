@@ -424,7 +424,7 @@ def facts(runs):
                      last.get("tokens", ""), last.get("train_loss", ""), val.get("val_loss", "")])
     return table(["run", "class", "layers", "hidden", "experts", "per token", "parameters", "active", "steps", "tokens",
                   "last train_loss", "last val_loss"], rows, "Losses are nats a token, as in the last rows of log.csv and val.csv",
-                 "facts")
+                 "models")
 
 
 def commands(runs):
