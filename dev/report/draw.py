@@ -1,9 +1,10 @@
-"""Figures as SVG and a page around them, by the standard library alone: curves, heat maps, trees. What run.py draws runs
-with, and what the lab's report uses.
+"""Figures as SVG and a page around them, by the standard library alone: curves, heat maps, trees. What run.py draws
+runs with, for other reports, too.
 
-Every function returns text. Colours are variables of STYLE, which has a light and a dark set, so that a figure follows the
-reader's choice; curves differ by dashes as well. A figure is `width` units wide, by default 360: at that size its letters
-are as large as a page's on a phone. It has a title for screen readers; `describe` says what it shows in a sentence.
+Every function returns text. Colours are variables of FIGURE_STYLE, which has a light and a dark set, so that a figure
+follows the reader's choice; curves differ by dashes as well. A figure is `width` units wide, by default 360: at that
+size its letters are as large as a page's on a phone. It has a title for screen readers; `describe` says what it shows
+in a sentence.
 
     page("Runs", [section("loss", "Loss", grid([figure(lines("Loss", [Series("a", points)], "steps", "nats"))]))])
     save("loss.svg", lines("Loss", [Series("a", points)], "steps", "nats", width=720, height=300))
@@ -18,7 +19,8 @@ COLOURS = 8
 DASHES = ["", "6 3", "2 2", "8 2 2 2", "4 4", "10 3", "1 3", "6 2 1 2"]
 FIGURE_STYLE = """
 :root { --ink: #1c2128; --muted: #57606a; --paper: #ffffff; --line: #d0d7de; --more: #c2410c; --less: #1d6fb8;
-  --c0: #1d6fb8; --c1: #c2410c; --c2: #15803d; --c3: #9333ea; --c4: #a16207; --c5: #be185d; --c6: #0f766e; --c7: #52525b; }
+  --c0: #1d6fb8; --c1: #c2410c; --c2: #15803d; --c3: #9333ea; --c4: #a16207; --c5: #be185d; --c6: #0f766e;
+  --c7: #52525b; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --muted: #9ba7b4; --paper: #0f141a; --line: #353d47;
   --more: #fb923c; --less: #60a5fa; --c0: #60a5fa; --c1: #fb923c; --c2: #4ade80; --c3: #c084fc; --c4: #facc15;
   --c5: #f472b6; --c6: #2dd4bf; --c7: #a1a1aa; } }
@@ -40,7 +42,8 @@ a { color: var(--c0); } nav a { margin-right: .8rem; }
 .grid > * { min-width: 0; } figure { margin: 0; }
 svg.figure { display: block; width: 100%; max-width: 520px; height: auto; }
 figcaption, .note { color: var(--muted); font-size: .9rem; max-width: 46rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--muted); padding: .3rem 0; }
 th, td { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 .words { text-align: left; } td:first-child { white-space: nowrap; }
@@ -50,9 +53,9 @@ code { overflow-wrap: anywhere; } summary { cursor: pointer; margin: .6rem 0; }
 
 
 class Series(NamedTuple):
-    """One curve. points: (x, y); band: (x, low, high), an interval around it; slot: which colour, the same thing has the
-    same one in every figure (None: its place in the list); dots: points instead of a line, intervals as bars; faint: a
-    pale line that the legend leaves out, for the raw numbers behind a mean."""
+    """One curve. points: (x, y); band: (x, low, high), an interval around it; slot: which colour, the same thing has
+    the same one in every figure (None: its place in the list); dots: points instead of a line, intervals as bars;
+    faint: a pale line that the legend leaves out, for the raw numbers behind a mean."""
     name: str
     points: Sequence
     band: Sequence = ()
@@ -74,7 +77,7 @@ def number(value):
 
 
 def ticks(low, high, log=False, wanted=5):
-    """Round numbers from low to high: steps of 1, 2 or 5 times a power of ten, on a log axis these numbers themselves."""
+    """Round numbers from low to high: steps of 1, 2 or 5 times a power of ten; on a log axis these themselves."""
     if log:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         marks = [m * 10.0 ** p for p in range(first, last + 1) for m in ((1, 2, 5) if last - first < 4 else (1,))]
@@ -88,8 +91,9 @@ def ticks(low, high, log=False, wanted=5):
 
 def svg(title, width, height, body, describe=""):
     name = html.escape(f"{title}. {describe}" if describe else title)
-    return (f'<svg class="figure" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" width="{width}" '
-            f'height="{height:.0f}" role="img" aria-label="{name}"><title>{name}</title>{"".join(body)}</svg>')
+    return (f'<svg class="figure" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" '
+            f'width="{width}" height="{height:.0f}" role="img" aria-label="{name}"><title>{name}</title>'
+            f'{"".join(body)}</svg>')
 
 
 def legend(names, width, y, mark):
@@ -117,7 +121,7 @@ def thin(points, most):
 
 
 def lines(title, series, x_label, y_label, width=360, height=250, log_x=False, log_y=False, describe=""):
-    """Curves over one another, with a legend; numbers that are not finite (or not positive on a log axis) are left out."""
+    """Curves over one another, with a legend; numbers that are not finite (on a log axis: positive) are left out."""
     def sound(*values):
         return all(v is not None and math.isfinite(v) for v in values)
 
@@ -135,8 +139,9 @@ def lines(title, series, x_label, y_label, width=360, height=250, log_x=False, l
 
     def mark(i, x, y):
         s = named[i]
-        style = f'stroke="var(--c{s.slot % COLOURS})" stroke-width="2" stroke-dasharray="{DASHES[s.slot % len(DASHES)]}"'
-        dot = f'<circle cx="{x + 11:.1f}" cy="{y:.1f}" r="3.5" fill="var(--c{s.slot % COLOURS})"/>'
+        colour, dashes = f"var(--c{s.slot % COLOURS})", DASHES[s.slot % len(DASHES)]
+        style = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"'
+        dot = f'<circle cx="{x + 11:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
         return dot if s.dots else f'<line x1="{x:.1f}" x2="{x + 22:.1f}" y1="{y:.1f}" y2="{y:.1f}" {style}/>'
 
     names, top = legend([s.name for s in named], width, 32, mark)
@@ -161,7 +166,8 @@ def lines(title, series, x_label, y_label, width=360, height=250, log_x=False, l
         body.append(f'<line class="grid" x1="{px(v):.1f}" x2="{px(v):.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
         body.append(text(px(v), bottom + 16, number(v), "middle", "small"))
     body += [f'<path class="grid" d="M{left} {top}V{bottom}H{right}"/>',
-             text((left + right) / 2, height - 6, x_label, "middle", "small"), text(8, top - 7, y_label, kind="small"), *names]
+             text((left + right) / 2, height - 6, x_label, "middle", "small"),
+             text(8, top - 7, y_label, kind="small"), *names]
     for s in series:
         colour = f"var(--c{s.slot % COLOURS})"
         if s.band and s.dots:
@@ -220,8 +226,8 @@ def heat(title, rows, row_names, column_names, width=360, cell=14, share=None, k
 
 
 def tree(title, levels, edges, gaps, width=360, row=22, describe="", slots=None):
-    """Generations from left to right. levels: the nodes' names of each; edges: for each level but the first, the place of
-    each node's parent in the level before it, or -1; gaps: what is written over the edges to each of these levels.
+    """Generations from left to right. levels: the nodes' names of each; edges: for each level but the first, the place
+    of each node's parent in the level before it, or -1; gaps: what is written over the edges to each of these levels.
     Nodes are drawn below their parents, so that no edges cross. slots[level][node]: its colour."""
     order = [list(range(len(levels[0])))]
     for parents in edges:                               # a level's nodes in the order of their parents
@@ -246,12 +252,14 @@ def tree(title, levels, edges, gaps, width=360, row=22, describe="", slots=None)
         for node in order[level]:
             y, parent = heights[level, node], edges[level - 1][node] if level else -1
             if parent >= 0:
-                start, y0, slot = x - step + boxes[level - 1], heights[level - 1, parent], slots[level][node] if slots else 0
-                words, middle = html.escape(f"{levels[level - 1][parent]} to {names[node]}: {gaps[level - 1]}"), (start + x) / 2
-                body.append(f'<path d="M{start:.1f} {y0:.1f}C{middle:.1f} {y0:.1f} {middle:.1f} {y:.1f} {x:.1f} {y:.1f}" '
-                            f'fill="none" stroke="var(--c{slot % COLOURS})" stroke-width="1.6"><title>{words}</title></path>')
-            body.append(f'<rect class="node" x="{x:.1f}" y="{y - row * .4:.1f}" width="{box:.1f}" height="{row * .8:.1f}" '
-                        'rx="4"/>')
+                start, y0 = x - step + boxes[level - 1], heights[level - 1, parent]
+                middle, slot = (start + x) / 2, slots[level][node] if slots else 0
+                words = html.escape(f"{levels[level - 1][parent]} to {names[node]}: {gaps[level - 1]}")
+                way = f"M{start:.1f} {y0:.1f}C{middle:.1f} {y0:.1f} {middle:.1f} {y:.1f} {x:.1f} {y:.1f}"
+                body.append(f'<path d="{way}" fill="none" stroke="var(--c{slot % COLOURS})" stroke-width="1.6"><title>'
+                            f"{words}</title></path>")
+            body.append(f'<rect class="node" x="{x:.1f}" y="{y - row * .4:.1f}" width="{box:.1f}" rx="4" '
+                        f'height="{row * .8:.1f}"/>')
             body.append(text(x + box / 2, y + 4, names[node], "middle", "small"))
     return svg(title, width, max(heights.values()) + row, body, describe)
 
@@ -268,12 +276,15 @@ def grid(parts):
 def table(heads, rows, caption="", name=""):
     """Cells are written as they are given; columns of numbers are set to the right. name: the table's id, for tests."""
     rows = [[str(c) for c in row] for row in rows]
-    sides = ["" if all(re.fullmatch(r"[-+0-9.e]*", row[i]) for row in rows) else ' class="words"' for i in range(len(list(heads)))]
+    sides = ["" if all(re.fullmatch(r"[-+0-9.e]*", row[i]) for row in rows) else ' class="words"'
+             for i in range(len(list(heads)))]
     head = "".join(f'<th scope="col"{side}>{html.escape(str(h))}</th>' for h, side in zip(heads, sides))
-    body = "".join("<tr>" + "".join(f"<td{side}>{html.escape(c)}</td>" for c, side in zip(row, sides)) + "</tr>" for row in rows)
+    cells = ("".join(f"<td{side}>{html.escape(c)}</td>" for c, side in zip(row, sides)) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     mark = f' id="{html.escape(name)}"' if name else ""
     above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption or "table")}"><table{mark}>'
+    label = html.escape(caption or "table")
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table{mark}>'
             f"{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
 
 
@@ -288,12 +299,13 @@ def section(name, title, inside):
 def page(title, sections, style="", script=""):
     """One HTML file that needs nothing else; sections: of section()."""
     links = " ".join(f'<a href="#{name}">{html.escape(words)}</a>' for name, words, _ in sections)
-    parts = "".join(f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{html.escape(words)}</h2>'
-                    f"{inside}</section>" for name, words, inside in sections)
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-            f'initial-scale=1"><meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>'
-            f"{html.escape(title)}</title><style>{FIGURE_STYLE}{PAGE_STYLE}{style}</style></head><body><a class=skip href=#main>"
-            f"To the figures</a><h1>{html.escape(title)}</h1><nav aria-label=Sections>{links}</nav><main id=main>{parts}</main>"
+    parts = "".join(f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{html.escape(words)}'
+                    f"</h2>{inside}</section>" for name, words, inside in sections)
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width='
+            'device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+            f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{FIGURE_STYLE}{PAGE_STYLE}'
+            f'{style}</style></head><body><a class="skip" href="#main">To the figures</a><h1>{html.escape(title)}</h1>'
+            f'<nav aria-label="Sections">{links}</nav><main id="main">{parts}</main>'
             f"{f'<script>{script}</script>' if script else ''}</body></html>\n")
 
 
@@ -302,4 +314,5 @@ def save(path, drawing):
     head, rest = drawing.split("><title>", 1)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}><style>{FIGURE_STYLE.replace(':root', 'svg.figure')}</style><title>{rest}\n", encoding="utf-8")
+    style = FIGURE_STYLE.replace(":root", "svg.figure")
+    path.write_text(f"{head}><style>{style}</style><title>{rest}\n", encoding="utf-8")

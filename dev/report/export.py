@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""The numbers of log.csv and val.csv for TensorBoard or Weights & Biases.
-
-    python3 dev/report/export.py tensorboard OUT [OUT2 ...]     writes OUT/events.out.tfevents.0.train_moe, needs nothing
-    python3 dev/report/export.py wandb OUT [OUT2 ...]           one run for each OUT; WANDB_MODE=offline keeps it here
+"""The numbers of log.csv and val.csv for TensorBoard or Weights & Biases:
+    python3 dev/report/export.py tensorboard OUT [OUT2 ...]     writes OUT/events.out.tfevents.0.train_moe
+    python3 dev/report/export.py wandb OUT [OUT2 ...]           one run for each OUT; WANDB_MODE=offline: here
 """
 import csv
 import pathlib
@@ -29,8 +28,8 @@ def field(number, data):        # protobuf: bytes with their length
 
 
 def record(event):
-    length = struct.pack("<Q", len(event))
-    return length + masked_crc(length) + event + masked_crc(event)
+    size = struct.pack("<Q", len(event))
+    return size + masked_crc(size) + event + masked_crc(event)
 
 
 def rows(out):                  # (step, {name: number}) of each row
@@ -50,9 +49,9 @@ def main(how, outs):
             continue
         records = [record(b"\x09" + struct.pack("<d", 0) + field(3, b"brain.Event:2"))]
         for step, numbers in rows(out):
-            values = [field(1, k.encode()) + b"\x15" + struct.pack("<f", v) for k, v in numbers.items()]
-            summary = b"".join(field(1, v) for v in values)
-            records.append(record(b"\x09" + struct.pack("<d", step) + b"\x10" + varint(step) + field(5, summary)))
+            values = [field(1, field(1, k.encode()) + b"\x15" + struct.pack("<f", v)) for k, v in numbers.items()]
+            time = b"\x09" + struct.pack("<d", step) + b"\x10" + varint(step)
+            records.append(record(time + field(5, b"".join(values))))
         (out / "events.out.tfevents.0.train_moe").write_bytes(b"".join(records))
 
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The page and the README's pictures of a small story, a minute or two: a dense model, 4 experts from it (copy), 8 from these
-# (copy, and family), each trained on, on this project's own source.
+# The page and the README's pictures of a small story, a few minutes: a dense model, 4 experts from it (copy), 8 from
+# these (copy, and family), each trained on, on this project's own source.
 #
 #     dev/report/picture.sh [FACTOR of all steps, 1]       writes out/picture/report.html and out/picture/*.svg
 set -e
@@ -12,7 +12,8 @@ mkdir -p $dir
 train() { # steps, options
     steps=$(echo "$1" | awk -v f="$factor" '{n = int($1 * f); print (n > 4 ? n : 4)}')
     shift
-    ./train_moe --data build/embedded.txt --steps "$steps" --val-every $((steps > 10 ? steps / 10 : 1)) --save-every 0 "$@" \
+    every=$((steps > 10 ? steps / 10 : 1))
+    ./train_moe --data build/embedded.txt --steps "$steps" --val-every $every --save-every 0 "$@" \
         >$dir/log 2>&1 || { cat $dir/log >&2; exit 1; }
 }
 grow() { ./upcycle "$@" >$dir/log 2>&1 || { cat $dir/log >&2; exit 1; }; }

@@ -3,10 +3,11 @@
 
     python3 dev/report/run.py OUT [OUT2 ...] [--to FILE.html] [--trace T.csv ...] [--svg DIR]
 
-It reads log.csv, val.csv, load.csv, upcycle.json, config.json, trainer.json, the commands in README.md, experts' weights in
-model.safetensors, and what `./train_moe --model OUT --data F --eval --trace OUT/trace.csv` wrote (or --trace, one for each
-OUT, in their order). What is missing is left out. The page is OUT/report.html unless --to says otherwise. --svg writes
-three figures as files of their own: loss.svg (all runs), lineage.svg and tokens.svg (the last run that has them).
+It reads log.csv, val.csv, load.csv, upcycle.json, config.json, trainer.json, the commands in README.md, experts'
+weights in model.safetensors, and what `./train_moe --model OUT --data F --eval --trace OUT/trace.csv` wrote (or
+--trace, one for each OUT, in their order). What is missing is left out. The page is OUT/report.html unless --to says
+otherwise. --svg writes three figures as files of their own: loss.svg (all runs), lineage.svg and tokens.svg (the last
+run that has them).
 """
 import argparse
 import array
@@ -51,14 +52,14 @@ class Run:
         if not path.exists():
             return []
         with open(path, newline="", encoding="utf-8") as f:
-            return list(csv.DictReader(f))
+            return [r for r in csv.DictReader(f) if None not in r.values()]     # a killed run's last row may be cut
 
     def json(self, name):
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def points(self, rows, x, y):
-        return [(float(r[x]), float(r[y])) for r in rows if r[y]]
+        return [(float(r[x]), float(r[y])) for r in rows if r[y] and math.isfinite(float(r[y]))]
 
 
 def smooth(points):
@@ -94,7 +95,7 @@ def loss_figure(runs, x, **size):
         if val or train:
             series.append(Series(r.name, val or smooth(train), slot=slot))
     what = "validation loss" if any(r.val for r in runs) else "training loss"
-    return lines(f"{what.capitalize()} against {x}", series, x, "nats a token", describe=f"{what} of {len(runs)} runs", **size)
+    return lines(f"{what.capitalize()} against {x}", series, x, "nats a token", describe=f"{len(runs)} runs", **size)
 
 
 def curves(runs):
@@ -112,12 +113,16 @@ def curves(runs):
                     series.append(Series(r.name, points, slot=slot))
             drawn.append(figure(lines(f"{title} against {x}", series, x, unit, log_y=log)))
         parts.append(f'<div class="by-{x}">{grid(drawn)}</div>')
-    tables = "".join(draw.details(f"{r.name}: numbers of log.csv and val.csv", (csv_table(
-        spaced(r.log), f"log-{i}", f"{r.name}/log.csv: {len(spaced(r.log))} of {len(r.log)} rows") if r.log else "") + (csv_table(
-            r.val, f"val-{i}", f"{r.name}/val.csv") if r.val else "")) for i, r in enumerate(runs) if r.log or r.val)
+    tables = []
+    for i, r in enumerate(runs):
+        kept = spaced(r.log)
+        inside = csv_table(kept, f"log-{i}", f"{r.name}/log.csv: {len(kept)} of {len(r.log)} rows") if kept else ""
+        inside += csv_table(r.val, f"val-{i}", f"{r.name}/val.csv") if r.val else ""
+        tables += [draw.details(f"{r.name}: numbers of log.csv and val.csv", inside)] if inside else []
     switch = ('<input type="radio" name="x" id="x-step" checked><label for="x-step">against steps</label> '
               '<input type="radio" name="x" id="x-tokens"><label for="x-tokens">against tokens</label>')
-    return (f'<p class=note>Pale lines are single steps, strong ones means over 4 % of the run.</p>{switch}{"".join(parts)}{tables}')
+    note = "<p class=note>Pale lines are single steps, strong ones means over 4 % of the run.</p>"
+    return note + switch + "".join(parts + tables)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +152,8 @@ def load_heat(run):
     cell = max(3, min(14, 700 // len(rows)))
     return heat(f"{run.name}: load", rows, names, steps, cell=cell, groups=groups,
                 share=lambda v: math.log2(max(v, .5)), key=("half of the mean or less", "twice the mean or more"),
-                row_label="layer.expert", column_label="step", describe="blank is the mean; experts without a token are the strongest blue")
+                row_label="layer.expert", column_label="step",
+                describe="blank is the mean; experts without a token are the strongest blue")
 
 
 def load_section(runs):
@@ -193,7 +199,8 @@ def expert_weights(run):
                 step = max(1, -(-3 * (end - start) // width // MOST_WEIGHTS))
                 if tensor["dtype"] == "BF16":       # the upper half of a float
                     data = b"\0\0".join([b""] + [data[i:i + 2] for i in range(0, len(data), 2 * step)])
-                numbers = struct.unpack(f"<{len(data) // 2}e", data) if tensor["dtype"] == "F16" else array.array("f", data)
+                halves = tensor["dtype"] == "F16"
+                numbers = struct.unpack(f"<{len(data) // 2}e", data) if halves else array.array("f", data)
                 found[int(at[1])][int(at[2])].extend(numbers[::1 if tensor["dtype"] == "BF16" else step])
     return found, step
 
@@ -212,7 +219,7 @@ def similarity_section(runs):
             drawn.append(figure(heat(f"{r.name}, layer {layer}", rows, range(len(rows)), range(len(rows)),
                                      share=lambda v, low=low: (v - low) / (1 - low) if low < 1 else 1,
                                      key=("", f"cosine 1; blank: {low:.4f}"), row_label="expert", cell=18, widest=26)))
-    note = "Cosine of all weights of two experts." + (" Of large experts a part of the weights was taken." if some else "")
+    note = "Cosine of all weights of two experts." + (" Of large experts only a part was taken." if some else "")
     return f"<p class=note>{note}</p>{grid(drawn)}" if drawn else ""
 
 
@@ -269,7 +276,7 @@ def model_tree(runs):
 
 def lineage_section(runs):
     models = model_tree(runs)
-    drawn = [figure(models, "Each model and what it was upcycled from; methods stand above the edges.")] if models else []
+    drawn = [figure(models, "Each model and what it was upcycled from, by which method.")] if models else []
     sentences = []
     for r in runs:
         if not r.receipt:
@@ -291,7 +298,8 @@ def lineage_section(runs):
 def vocabulary(run):
     """What turns a token into text: bytes as themselves, others by tokenizer.json."""
     path = run.path / "tokenizer.json"
-    pieces = {i: p for p, i in json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"].items()} if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"] if path.exists() else {}
+    pieces = {i: piece for piece, i in known.items()}
     if run.trainer.get("reads_bytes") or run.config.get("vocab_size") == 256 or not pieces:
         return lambda token: bytes([token]).decode("latin-1") if token < 128 else f"\\x{token:02x}"
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]   # GPT-2's letters for bytes
@@ -332,8 +340,9 @@ def tokens_of(run):
     E = run.config.get("num_experts") or run.config.get("num_local_experts")
     for layer, tokens in sorted(layers.items()):
         spans = "".join(
-            f'<span style="--h:{e[0] * 360 // E}" title="expert {", ".join(map(str, e))}; gates {", ".join(g)}" data-e="{e[0]}">'
-            f'{html.escape(t).replace(chr(10), "↵" + chr(10))}</span>' for t, e, g in tokens[:MOST_TOKENS])
+            f'<span style="--h:{e[0] * 360 // E}" title="expert {", ".join(map(str, e))}; gates {", ".join(g)}" '
+            f'data-e="{e[0]}">{html.escape(t).replace(chr(10), "↵" + chr(10))}</span>'
+            for t, e, g in tokens[:MOST_TOKENS])
         everywhere = collections.Counter(t for t, e, _ in tokens for _ in e)
         total, rows, shares = sum(everywhere.values()), [], []
         for expert in range(E):
@@ -348,21 +357,22 @@ def tokens_of(run):
             shares.append([kinds[k] / count if count else 0 for k in KINDS])
         used = [i for i in range(len(KINDS)) if any(s[i] for s in shares)]
         drawn = heat(f"Layer {layer}: kinds of input of each expert", [[s[i] for s in shares] for i in used],
-                     [KINDS[i] for i in used], range(E), cell=18, widest=32, key=("", "share of its assignments, from 0 to 1"),
-                     column_label="expert")
+                     [KINDS[i] for i in used], range(E), cell=18, widest=32, column_label="expert",
+                     key=("", "share of its assignments, from 0 to 1"))
         favourites = table(["expert", "assignments", "favourite tokens"], rows,
                            f"Layer {layer}: tokens that an expert reads more often than others do")
         legend = " ".join(f'<span class=key style="--h:{e * 360 // E}">{e}</span>' for e in range(E))
         parts.append(
-            f'<div class="layer" data-layer="{layer}"><h3>Layer {layer}</h3><p>Experts {legend}</p><p class="tokens" lang="">{spans}'
-            f"</p>{grid([favourites, figure(drawn)])}</div>")
+            f'<div class="layer" data-layer="{layer}"><h3>Layer {layer}</h3><p>Experts {legend}</p>'
+            f'<p class="tokens" lang="">{spans}</p>{grid([favourites, figure(drawn)])}</div>')
     options = "".join(f'<option value="{layer}">{layer}</option>' for layer in sorted(layers))
-    return (f'<div class="trace"><h3>{html.escape(run.name)}</h3><p><label>Layer <select>{options}</select></label> <label><input '
-            f'type="checkbox" class="numbers"> show the experts\' numbers</label></p>{"".join(parts)}</div>')
+    return (f'<div class="trace"><h3>{html.escape(run.name)}</h3><p><label>Layer <select>{options}</select></label> '
+            f'<label><input type="checkbox" class="numbers"> show the experts\' numbers</label></p>'
+            f'{"".join(parts)}</div>')
 
 
 def tokens_svg(run, width=720, columns=88, rows=6):
-    """The first lines of the text, once for each of up to three layers, each character in the colour of its first expert."""
+    """The first lines of the text, for up to three layers, each character in the colour of its first expert."""
     E = run.config.get("num_experts") or run.config.get("num_local_experts")
     title = f"{run.name}: which expert reads which token"
     layers, body, y = traced(run), [draw.text(8, 16, title, kind="title")], 40
@@ -383,11 +393,13 @@ def tokens_svg(run, width=720, columns=88, rows=6):
             if len(text) > rows:
                 break
             if c != "\n":
-                cells[expert].append(f"M{10 + len(text[-1]) * size:.1f} {y + (len(text) - 1) * 17 - 12}h{size:.1f}v16h-{size:.1f}z")
+                corner = f"M{10 + len(text[-1]) * size:.1f} {y + (len(text) - 1) * 17 - 12}"
+                cells[expert].append(f"{corner}h{size:.1f}v16h-{size:.1f}z")
                 text[-1] += c
         body += [f'<path d="{"".join(boxes)}" {colour(e)}/>' for e, boxes in sorted(cells.items())]
-        body += [draw.text(10, y + i * 17, words, more=f' textLength="{len(words) * size:.1f}" lengthAdjust="spacingAndGlyphs" '
-                           'font-family="monospace" style="white-space:pre"') for i, words in enumerate(text[:rows]) if words]
+        how = ' lengthAdjust="spacingAndGlyphs" font-family="monospace" style="white-space:pre"'
+        body += [draw.text(10, y + i * 17, words, more=f'{how} textLength="{len(words) * size:.1f}"')
+                 for i, words in enumerate(text[:rows]) if words]
         y += rows * 17 + 14
     return draw.svg(title, width, y - 8, body, "characters coloured by their first expert")
 
@@ -395,16 +407,18 @@ def tokens_svg(run, width=720, columns=88, rows=6):
 STYLE = """
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.9 ui-monospace, monospace; max-width: 70rem; }
 .tokens span, .key { background: hsl(var(--h) 75% 50% / .38); } .key { padding: 0 .5em; }
-.show-numbers .tokens span::after { content: attr(data-e); font-size: .65em; vertical-align: super; color: var(--muted); }
+.show-numbers .tokens span::after { content: attr(data-e); font-size: .65em; vertical-align: super; }
 [hidden] { display: none; } #x-step:checked ~ .by-tokens, #x-tokens:checked ~ .by-step { display: none; }
-label, select, input { font: inherit; color: inherit; } select { background: var(--paper); border: 1px solid var(--muted); }
+label, select, input { font: inherit; color: inherit; }
+select { background: var(--paper); border: 1px solid var(--muted); }
 """
 SCRIPT = """
 for (const trace of document.querySelectorAll('.trace')) {
   const select = trace.querySelector('select'), layers = trace.querySelectorAll('.layer');
   const show = () => layers.forEach(l => l.hidden = l.dataset.layer !== select.value);
   select.addEventListener('change', show);
-  trace.querySelector('.numbers').addEventListener('change', e => trace.classList.toggle('show-numbers', e.target.checked));
+  const numbers = trace.querySelector('.numbers');
+  numbers.addEventListener('change', () => trace.classList.toggle('show-numbers', numbers.checked));
   show();
 }
 """
@@ -420,16 +434,19 @@ def facts(runs):
         last, val = r.log[-1] if r.log else {}, r.val[-1] if r.val else {}
         rows.append([r.name, r.config.get("architectures", ["?"])[0], r.config.get("num_hidden_layers", ""),
                      r.config.get("hidden_size", ""), experts, r.config.get("num_experts_per_tok", ""),
-                     size.group(1) if size else "", (size.group(2) or size.group(1)) if size else "", last.get("step", ""),
+                     size[1] if size else "", (size[2] or size[1]) if size else "", last.get("step", ""),
                      last.get("tokens", ""), last.get("train_loss", ""), val.get("val_loss", "")])
     return table(["run", "class", "layers", "hidden", "experts", "per token", "parameters", "active", "steps", "tokens",
-                  "last train_loss", "last val_loss"], rows, "Losses are nats a token, as in the last rows of log.csv and val.csv",
+                  "last train_loss", "last val_loss"], rows, "Losses: nats a token, the last of log.csv and val.csv",
                  "models")
 
 
 def commands(runs):
-    return "".join(f"<h3>{html.escape(r.name)}</h3><pre tabindex=0>{html.escape(r.commands or 'no model card tells')}</pre>" +
-                   draw.details("config.json", f"<pre tabindex=0>{html.escape(json.dumps(r.config, indent=2))}</pre>") for r in runs)
+    def listing(words):
+        return f"<pre tabindex=0>{html.escape(words)}</pre>"
+
+    return "".join(f"<h3>{html.escape(r.name)}</h3>" + listing(r.commands or "no model card tells") +
+                   draw.details("config.json", listing(json.dumps(r.config, indent=2))) for r in runs)
 
 
 def main():

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Tests of the page: makes small runs, draws them, and opens the page in headless Chromium, light and dark, 400 and 1,400
-pixels wide. Numbers on the page must be those of the CSV files, the console silent, nothing wider than the window.
+"""Tests of the page: makes small runs, draws them, and opens the page in headless Chromium, light and dark, 400 and
+1,400 pixels wide. Numbers on the page must be those of the CSV files, the console silent, nothing wider than the
+window.
 
     python3 dev/report/test_page.py [DIR for the page and four screenshots]      after `make`; wants chromium
 """
@@ -22,10 +23,11 @@ import export       # noqa: E402
 
 passed = failed = 0
 PROBE = """<script>
-const seen = () => [...document.querySelectorAll('.layer')].filter(l => l.checkVisibility()).map(l => l.dataset.layer);
-const drawn = () => [...document.querySelectorAll('.by-step, .by-tokens')].filter(l => l.checkVisibility()).map(l => l.className);
-const found = {page: document.documentElement.scrollWidth, view: innerWidth, back: getComputedStyle(document.body).backgroundColor,
-               layers: seen(), axes: drawn()};
+const visible = which => [...document.querySelectorAll(which)].filter(e => e.checkVisibility());
+const seen = () => visible('.layer').map(l => l.dataset.layer);
+const drawn = () => visible('.by-step, .by-tokens').map(l => l.className);
+const found = {page: document.documentElement.scrollWidth, view: innerWidth, layers: seen(), axes: drawn(),
+               back: getComputedStyle(document.body).backgroundColor};
 const select = document.querySelector('select');
 select.value = '1'; select.dispatchEvent(new Event('change')); document.querySelector('#x-tokens').click();
 found.layers_then = seen(); found.axes_then = drawn();
@@ -54,8 +56,8 @@ def make_runs(folder):
     run(*train, "--model", folder / "start4", "--out", folder / "moe4")
     run("./upcycle", folder / "moe4", folder / "start8", "--experts", 8, "--method", "family")
     run(*train, "--model", folder / "start8", "--out", folder / "moe<8>")       # names are text, not markup
-    run("./train_moe", "--model", folder / "moe<8>", "--data", folder / "my.txt", "--eval", "--seq", 128, "--val-batches", 1,
-        "--trace", folder / "moe<8>/trace.csv")
+    run("./train_moe", "--model", folder / "moe<8>", "--data", folder / "my.txt", "--eval", "--seq", 128,
+        "--val-batches", 1, "--trace", folder / "moe<8>/trace.csv")
     return [folder / n for n in ("dense", "moe4", "moe<8>")]
 
 
@@ -106,7 +108,7 @@ def check_numbers(page, runs):
         check(page.tables[f"log-{i}"] == log, f"{out.name}: the table is log.csv")
         check(page.tables[f"val-{i}"] == val, f"{out.name}: the table is val.csv")
         fact = page.tables["models"][i + 1]
-        check(fact[0] == out.name and fact[-4:] == [log[-1][0], log[-1][1], log[-1][2], val[-1][2]], f"{out.name}: last losses", fact)
+        check([fact[0], *fact[-4:]] == [out.name, *log[-1][:3], val[-1][2]], f"{out.name}: last losses", fact)
         parameters = re.search(r"(\d+) parameters", (out / "README.md").read_text()).group(1)
         check(parameters in fact, f"{out.name}: parameters")
         load = [dict(zip(rows_of(out / "load.csv")[0], r)) for r in rows_of(out / "load.csv")[1:]] if i else []
@@ -144,14 +146,15 @@ def check_markup(page, source):
     svgs = [a for t, a in page.elements if t == "svg"]
     check(svgs and all(a.get("role") == "img" and a.get("aria-label") for a in svgs), f"{len(svgs)} figures have names")
     labelled = {a["for"] for t, a in page.elements if t == "label" and "for" in a}
-    check(all(a.get("id") in labelled for t, a in page.elements if t == "input" and a.get("type") == "radio"), "switches have labels")
+    switches = [a for t, a in page.elements if t == "input" and a.get("type") == "radio"]
+    check(all(a.get("id") in labelled for a in switches), "switches have labels")
     check(not re.search(r"\b(nan|inf|None)\b", re.sub(r"<script.*?</script>", "", source)), "no numbers that are none")
 
 
 def chromium(page, *flags, width, dark):
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-               f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},3000", *flags,
-               page.resolve().as_uri()]
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+               "--enable-logging=stderr", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+               f"--window-size={width},3000", *flags, page.resolve().as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -161,14 +164,15 @@ def check_browser(page, probed, to):
         for dark in (False, True):
             name = f"{width} pixels, {'dark' if dark else 'light'}"
             dom, console = chromium(probed, "--dump-dom", width=width, dark=dark)
-            found = next((json.loads(a["data-found"]) for t, a in Page(dom).elements if t == "html" and "data-found" in a), None)
+            said = [a["data-found"] for _, a in Page(dom).elements if "data-found" in a]
+            found = json.loads(said[0]) if said else None
             check(found and not console, f"{name}: the console is silent", console)
             if not found:
                 continue
             check(found["page"] <= found["view"] <= width + 100, f"{name}: nothing is wider than the window", found)
             check(found["back"] == ("rgb(15, 20, 26)" if dark else "rgb(255, 255, 255)"), f"{name}: the colours", found)
             check((found["layers"], found["layers_then"]) == (["0"], ["1"]), f"{name}: one layer at a time", found)
-            check((found["axes"], found["axes_then"]) == (["by-step"], ["by-tokens"]), f"{name}: steps or tokens", found)
+            check((found["axes"], found["axes_then"]) == (["by-step"], ["by-tokens"]), f"{name}: one x axis", found)
             picture = to / f"page-{width}-{'dark' if dark else 'light'}.png"
             chromium(page, f"--screenshot={picture}", width=width, dark=dark)
             check(picture.exists() and picture.stat().st_size > 50000, f"{name}: a screenshot that is not empty")
@@ -179,13 +183,15 @@ def check_export(out):
     data, sizes = (out / "events.out.tfevents.0.train_moe").read_bytes(), []
     while data:
         size = struct.unpack("<Q", data[:8])[0]
-        sound = export.masked_crc(data[:8]) == data[8:12] and export.masked_crc(data[12:12 + size]) == data[12 + size:16 + size]
+        parts = data[:8], data[8:12], data[12:12 + size], data[12 + size:16 + size]
+        sound = [export.masked_crc(parts[0]), export.masked_crc(parts[2])] == [parts[1], parts[3]]
         sizes.append(size if sound else -1)
         data = data[16 + size:]
     check(len(sizes) == len(rows_of(out / "log.csv")) + len(rows_of(out / "val.csv")) - 1 and min(sizes) > 0,
           "TensorBoard's file has a sound record for each row", sizes[:5])
-    check(export.masked_crc(b"123456789") == struct.pack("<I", (((0xE3069283 >> 15) | (0xE3069283 << 17)) + 0xA282EAD8) & 0xFFFFFFFF),
-          "CRC-32C of 123456789 is e3069283")
+    crc = 0xE3069283
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    check(export.masked_crc(b"123456789") == struct.pack("<I", masked), "CRC-32C of 123456789 is e3069283")
 
 
 def main():
@@ -201,7 +207,7 @@ def main():
         check_markup(parsed, source)
         for name in ("loss", "lineage", "tokens"):
             figure = xml.dom.minidom.parse(str(to / f"{name}.svg")).documentElement
-            check(figure.tagName == "svg" and figure.getElementsByTagName("style"), f"{name}.svg is a figure of its own")
+            check(figure.tagName == "svg" and figure.getElementsByTagName("style"), f"{name}.svg stands alone")
         check_export(runs[1])
         if shutil.which("chromium"):
             probed = folder / "probed.html"
