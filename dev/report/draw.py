@@ -195,7 +195,7 @@ def heat(title, rows, row_names, column_names, width=360, cell=14, share=None, k
     left = 16 + 6.2 * max([len(str(n)) for n in row_names] + [len(row_label)])
     top = 54 if any(key) else 38
     columns = max(len(r) for r in rows)
-    wide = min((width - left - 10) / columns, widest)
+    wide, few = min((width - left - 10) / columns, widest), len(rows) * columns <= 4000    # cells that say their number
     body = [text(8, 16, title, kind="title"), text(left - 6, top - 5, row_label, "end", "small")]
     if any(key):
         for i, (sign, words) in enumerate(zip(("less", "more"), key)):
@@ -211,10 +211,10 @@ def heat(title, rows, row_names, column_names, width=360, cell=14, share=None, k
             if value is None:
                 continue
             strength = max(-1.0, min(1.0, share(value)))
-            words = html.escape(f"{row_names[i]}, {column_names[j]}: {value:.4g}")
+            words = f"<title>{html.escape(f'{row_names[i]}, {column_names[j]}: {value:.4g}')}</title>" * few
             body.append(f'<rect x="{left + j * wide:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{cell}" '
                         f'stroke="var(--paper)" stroke-width=".6" fill="var(--{"more" if strength >= 0 else "less"})" '
-                        f'fill-opacity="{abs(strength):.3f}"><title>{words}</title></rect>')
+                        f'fill-opacity="{abs(strength):.3f}">{words}</rect>')
     bottom = top + len(rows) * cell
     body += [f'<path class="grid" d="M{left:.1f} {top}H{left + columns * wide:.1f}V{bottom}H{left:.1f}Z"/>']
     body += [f'<path stroke="var(--ink)" d="M6 {top + g * cell}H{left + columns * wide:.1f}"/>' for g in groups if g]
@@ -227,7 +227,8 @@ def heat(title, rows, row_names, column_names, width=360, cell=14, share=None, k
 
 def tree(title, levels, edges, gaps, width=360, row=22, describe="", slots=None):
     """Generations from left to right. levels: the nodes' names of each; edges: for each level but the first, the place
-    of each node's parent in the level before it, or -1; gaps: what is written over the edges to each of these levels.
+    of each node's parent in the level before it, or -1; gaps: for each of these levels the methods of its edges, one
+    for all or a list of each node's, which are written over them.
     Nodes are drawn below their parents, so that no edges cross. slots[level][node]: its colour."""
     order = [list(range(len(levels[0])))]
     for parents in edges:                               # a level's nodes in the order of their parents
@@ -248,13 +249,15 @@ def tree(title, levels, edges, gaps, width=360, row=22, describe="", slots=None)
     for level, names in enumerate(levels):
         x, box = 8 + level * step, boxes[level]
         if level:
-            body.append(text(x - (step - boxes[level - 1]) / 2, 36, gaps[level - 1], "middle", "small"))
+            methods = gaps[level - 1] if isinstance(gaps[level - 1], list) else [gaps[level - 1]] * len(names)
+            said = " / ".join(dict.fromkeys(methods))
+            body.append(text(x - (step - boxes[level - 1]) / 2, 36, said, "middle", "small"))
         for node in order[level]:
             y, parent = heights[level, node], edges[level - 1][node] if level else -1
             if parent >= 0:
                 start, y0 = x - step + boxes[level - 1], heights[level - 1, parent]
                 middle, slot = (start + x) / 2, slots[level][node] if slots else 0
-                words = html.escape(f"{levels[level - 1][parent]} to {names[node]}: {gaps[level - 1]}")
+                words = html.escape(f"{levels[level - 1][parent]} to {names[node]}: {methods[node]}")
                 way = f"M{start:.1f} {y0:.1f}C{middle:.1f} {y0:.1f} {middle:.1f} {y:.1f} {x:.1f} {y:.1f}"
                 body.append(f'<path d="{way}" fill="none" stroke="var(--c{slot % COLOURS})" stroke-width="1.6"><title>'
                             f"{words}</title></path>")

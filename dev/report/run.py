@@ -27,7 +27,8 @@ from draw import Series, figure, grid, heat, lines, table
 
 MOST_TOKENS = 480               # of a text that is shown
 MOST_ROWS = 60                  # of log.csv in its table
-MOST_WEIGHTS = 1 << 17          # of an expert, for similarities; of larger ones every n-th is taken
+MOST_PRODUCTS = 1 << 23         # for the similarities of a layer: of large experts every n-th weight is taken
+MOST_LAYERS = 4                 # whose similarities are shown
 KINDS = ["space", "line end", "lower case", "capital", "digit", "bracket", "other sign", "not ASCII"]
 
 
@@ -183,7 +184,10 @@ def load_section(runs):
 
 
 def expert_weights(run):
-    """{layer: {expert: floats}}, of at most MOST_WEIGHTS numbers an expert, and how many of all that is."""
+    """{layer: {expert: floats}} of some layers, and every how manieth weight that is."""
+    E = run.config.get("num_experts") or run.config.get("num_local_experts") or 1
+    L = run.config.get("num_hidden_layers", 1)
+    wanted = {round(i * (L - 1) / (MOST_LAYERS - 1)) for i in range(MOST_LAYERS)}
     found, step = collections.defaultdict(lambda: collections.defaultdict(lambda: array.array("f"))), 1
     for path in sorted(run.path.glob("model*.safetensors")):
         with open(path, "rb") as f:
@@ -191,12 +195,12 @@ def expert_weights(run):
             header = json.loads(f.read(size))
             for name, tensor in sorted(header.items()):
                 at = re.search(r"layers\.(\d+)\..*experts\.(\d+)\..*weight$", name)
-                if not at or tensor["dtype"] not in ("F32", "BF16", "F16"):
+                if not at or int(at[1]) not in wanted or tensor["dtype"] not in ("F32", "BF16", "F16"):
                     continue
                 start, end = tensor["data_offsets"]
                 f.seek(8 + size + start)
                 data, width = f.read(end - start), 4 if tensor["dtype"] == "F32" else 2
-                step = max(1, -(-3 * (end - start) // width // MOST_WEIGHTS))
+                step = max(1, 3 * (end - start) // width * E * E // 2 // MOST_PRODUCTS)
                 if tensor["dtype"] == "BF16":       # the upper half of a float
                     data = b"\0\0".join([b""] + [data[i:i + 2] for i in range(0, len(data), 2 * step)])
                 halves = tensor["dtype"] == "F16"
@@ -213,13 +217,16 @@ def similarity_section(runs):
         for layer, experts in sorted(layers.items()):
             numbers = [experts[e] for e in sorted(experts)]
             norms = [math.sqrt(sum(map(operator.mul, w, w))) for w in numbers]
-            rows = [[sum(map(operator.mul, a, b)) / (norms[i] * norms[j]) for j, b in enumerate(numbers)]
-                    for i, a in enumerate(numbers)]
-            low = min(min(row) for row in rows)
+            rows = [[0.0] * len(numbers) for _ in numbers]
+            for i, a in enumerate(numbers):
+                for j, b in enumerate(numbers[:i + 1]):
+                    rows[i][j] = rows[j][i] = sum(map(operator.mul, a, b)) / (norms[i] * norms[j])
+            low = min(map(min, rows))
             drawn.append(figure(heat(f"{r.name}, layer {layer}", rows, range(len(rows)), range(len(rows)),
                                      share=lambda v, low=low: (v - low) / (1 - low) if low < 1 else 1,
                                      key=("", f"cosine 1; blank: {low:.4f}"), row_label="expert", cell=18, widest=26)))
-    note = "Cosine of all weights of two experts." + (" Of large experts only a part was taken." if some else "")
+    note = f"Cosine of the weights of two experts, in at most {MOST_LAYERS} layers." + (
+        " Of large experts some of the weights were taken." if some else "")
     return f"<p class=note>{note}</p>{grid(drawn)}" if drawn else ""
 
 
@@ -270,7 +277,7 @@ def model_tree(runs):
         return ""
     edges = [[levels[i - 1].index(parent[n]) if parent[n] in levels[i - 1] else -1 for n in levels[i]]
              for i in range(1, len(levels))]
-    gaps = [" / ".join(dict.fromkeys(method[n] for n in level)) for level in levels[1:]]
+    gaps = [[method[n] for n in level] for level in levels[1:]]
     return draw.tree("Models", levels, edges, gaps, slots=[list(range(len(level))) for level in levels])
 
 

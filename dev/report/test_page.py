@@ -133,6 +133,7 @@ def check_numbers(page, runs):
     check([a["title"] for a in spans] == wanted[:len(spans)] if len(wanted) == len(spans) else
           set(a["title"] for a in spans) <= set(wanted), f"{len(spans)} tokens have the experts and gates of trace.csv")
     receipt = json.loads((runs[-1] / "upcycle.json").read_text())
+    check("dense to moe4: copy" in titles and "moe4 to moe<8>: family" in titles, "the tree of models has its methods")
     for layer in receipt["layers"][:1]:
         edges = [f"{s} to {e}: family" for e, s in enumerate(layer["source"])]
         check(all(e in titles for e in edges), "each edge of the tree has its experts and method", edges)
