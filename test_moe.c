@@ -75,6 +75,7 @@ static Reference reference_open(const char* folder, const char* name, Tolerances
     m->config.router.family_penalty = penalty;
     m->noise_seed = (uint64_t)metadata_number(s, "seed");
     m->balance.aux = (float)metadata_number(s, "aux");
+    m->config.router.fixed = (int)metadata_number(s, "fixed");
     m->balance.z = (float)metadata_number(s, "z_loss");
     m->balance.aux_form = metadata_is(s, "aux_form", "hf") ? AUX_HF : AUX_SWITCH;
     const Json* ks = json_get(s->metadata, "topk_layers");
@@ -379,6 +380,7 @@ static void test_matmul(void) {
 #include "dev/test/data.c"
 #include "dev/test/runs.c"
 #include "dev/test/commands.c"
+#include "dev/test/balance.c"
 #include "dev/test/upcycle.h"
 #include "dev/test/upcycle_methods.c"
 #include "dev/test/upcycle_calibration.c"
@@ -403,7 +405,8 @@ static const struct {
     {"families", test_families}, {"load figures", test_load_figures}, {"experts", test_experts},
     {"cache", test_cache}, {"schedule", test_schedule}, {"json", test_json}, {"checkpoints", test_checkpoints},
     {"luggage", test_luggage}, {"data", test_data}, {"sampling", test_sampling}, {"command line", test_command_line},
-    {"terminal", test_terminal}, {"determinism", test_determinism}, {"disk full", test_disk_full},
+    {"terminal", test_terminal}, {"determinism", test_determinism}, {"balance", test_balance},
+    {"disk full", test_disk_full},
     {"upcycle formats", test_up_formats}, {"upcycle allocation", test_up_allocation},
     {"upcycle algebra", test_up_algebra}, {"upcycle copy", test_up_copy}, {"upcycle drop", test_up_drop},
     {"upcycle shards", test_up_shards}, {"upcycle pieces", test_up_pieces}, {"upcycle sources", test_up_sources},
