@@ -327,6 +327,9 @@ static void test_gpu_commands(void) {
     write_corpus(temp("corpus.txt"), 20000);
     write_corpus(temp("few.txt"), 300);
     int ok = gpu_run("a", "--steps 10") == 0, same = 1;
+    default_backend = &gpu_backend_float;
+    check_refused(2, "--fixed-router start --precision fp32", "--fixed-router: on the CPU alone");
+    default_backend = &cpu_backend;
     static char said[2][2][8192];
     for (int way = 0; way < 2; way++) {
         default_backend = way ? &gpu_backend_float : &cpu_backend;
