@@ -72,7 +72,7 @@ static Reference reference_open(const char* folder, const char* name, Tolerances
     Model* m = new_model(&c, FOR_TRAINING, (int)shape[0], (int)shape[1]);
     m->config.router.family_penalty = 0; // the families are in the reference and not in an upcycle.json
     if (!checkpoint_load(m, dir, &error)) die(1, "%s", error.text);
-    m->config.router.family_penalty = penalty;
+    m->config.router.family_penalty = penalty, m->config.router.fixed = (int)metadata_number(s, "fixed");
     m->noise_seed = (uint64_t)metadata_number(s, "seed");
     m->balance.aux = (float)metadata_number(s, "aux");
     m->balance.z = (float)metadata_number(s, "z_loss");
@@ -180,7 +180,6 @@ static void check_balancing(const Reference* r) {
 static void check_steps(const Reference* r) {
     Model* m = r->m;
     SafeTensors* s = r->file;
-    const Backend* on = m->backend;
     if (!safetensors_find(s, "adamw.losses")) return;
     long n;
     float *losses = reference_floats(s, "adamw.losses", &n), *norms = reference_floats(s, "adamw.grad_norms", NULL);
@@ -190,7 +189,7 @@ static void check_steps(const Reference* r) {
     model_update(m, &o, 0, 1); // clears the gradients, and changes nothing but the moments,
     memset(m->exp_avg, 0, floats_bytes(m->layout.total));
     memset(m->exp_avg_sq, 0, floats_bytes(m->layout.total));
-    on->send(m, PARAMETERS | MOMENTS); // which are cleared, too
+    m->backend->send(m, PARAMETERS | MOMENTS); // which are cleared, too
     for (int step = 0; step < n; step++) {
         model_forward(m, r->tokens, r->targets, r->B, r->T);
         model_backward(m, 1);
@@ -379,6 +378,7 @@ static void test_matmul(void) {
 #include "dev/test/data.c"
 #include "dev/test/runs.c"
 #include "dev/test/commands.c"
+#include "dev/test/balance.c"
 #include "dev/test/upcycle.h"
 #include "dev/test/upcycle_methods.c"
 #include "dev/test/upcycle_calibration.c"
@@ -403,8 +403,8 @@ static const struct {
     {"families", test_families}, {"load figures", test_load_figures}, {"experts", test_experts},
     {"cache", test_cache}, {"schedule", test_schedule}, {"json", test_json}, {"checkpoints", test_checkpoints},
     {"luggage", test_luggage}, {"data", test_data}, {"sampling", test_sampling}, {"command line", test_command_line},
-    {"terminal", test_terminal}, {"determinism", test_determinism}, {"disk full", test_disk_full},
-    {"upcycle formats", test_up_formats}, {"upcycle allocation", test_up_allocation},
+    {"terminal", test_terminal}, {"determinism", test_determinism}, {"balance", test_balance},
+    {"disk full", test_disk_full}, {"upcycle formats", test_up_formats}, {"upcycle allocation", test_up_allocation},
     {"upcycle algebra", test_up_algebra}, {"upcycle copy", test_up_copy}, {"upcycle drop", test_up_drop},
     {"upcycle shards", test_up_shards}, {"upcycle pieces", test_up_pieces}, {"upcycle sources", test_up_sources},
     {"upcycle twins", test_up_twins}, {"upcycle operators", test_up_operators}, {"upcycle routers", test_up_routers},

@@ -553,17 +553,17 @@ static void balance_backward(float* dlogits, const float* lse, const float* prob
 }
 
 // Sorts the N K assignments by expert, so that each expert runs once over rows that lie together. Nothing is
-// padded and no assignment is dropped, however uneven the experts' shares.
+// padded and no assignment is dropped, however uneven the experts' shares. Expert -1 is none: it has no row.
 // offsets (E + 1): expert e's rows are offsets[e] .. offsets[e+1]-1
 // assignment (N K): row r serves assignment n K + k, the k-th expert of token n;  row_of (N, K): the inverse
 static void group_by_expert(int* offsets, int* assignment, int* row_of, const int* experts, int N, int K,
                             int E) {
     memset(offsets, 0, sizeof(int) * (E + 1));
-    for (int a = 0; a < N * K; a++) offsets[experts[a] + 1]++;
+    for (int a = 0; a < N * K; a++) offsets[experts[a] + 1] += experts[a] >= 0;
     for (int e = 0; e < E; e++) offsets[e + 1] += offsets[e];
     for (int a = 0; a < N * K; a++) {           // offsets[e] serves as expert e's next free row ...
-        row_of[a] = offsets[experts[a]]++;
-        assignment[row_of[a]] = a;
+        row_of[a] = experts[a] < 0 ? -1 : offsets[experts[a]]++;
+        if (row_of[a] >= 0) assignment[row_of[a]] = a;
     }
     for (int e = E; e > 0; e--) offsets[e] = offsets[e - 1];            // ... and is moved back
     offsets[0] = 0;
@@ -576,16 +576,16 @@ static void gather_rows(float* out, const float* x, const int* assignment, int r
         memcpy(out + (long)r * H, x + (long)(assignment[r] / K) * H, sizeof(float) * H);
 }
 
-// out_n = residual_n + sum over k of gates_nk y[row_of_nk], in the order of k;  gates = NULL: all are 1,
-// residual = NULL: zero. out, residual (N, H), y (rows, H). This and gather_rows are each other's transpose:
-// each is the other's backward.
+// out_n = residual_n + sum over k of gates_nk y[row_of_nk], in the order of k, until row -1;  gates = NULL:
+// all are 1, residual = NULL: zero. out, residual (N, H), y (rows, H). This and gather_rows are each other's
+// transpose: each is the other's backward.
 static void combine_rows(float* out, const float* residual, const float* y, const float* gates,
                          const int* row_of, int N, int K, int H) {
 #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         float* out_n = out + (long)n * H;
         for (int i = 0; i < H; i++) out_n[i] = residual ? residual[(long)n * H + i] : 0;
-        for (int k = 0; k < K; k++) {
+        for (int k = 0; k < K && row_of[(long)n * K + k] >= 0; k++) {
             const float* y_r = y + (long)row_of[(long)n * K + k] * H;
             float gate = gates ? gates[(long)n * K + k] : 1;
             for (int i = 0; i < H; i++) out_n[i] += gate * y_r[i];
@@ -680,7 +680,7 @@ typedef struct {
     ARRAY(float, router_lse, sparse * N)            /* logsumexp(z) */                                      \
     ARRAY(float, probs, sparse * N * E)             /* softmax(z) */                                        \
     ARRAY(float, gates, sparse * N * K)             /* of a dense layer: Model.ones */                      \
-    ARRAY(int, experts, sparse * N * K)             /* (N, K) chosen, best first */                         \
+    ARRAY(int, experts, sparse * N * K)             /* (N, K) chosen, best first; behind them may be -1 */  \
     ARRAY(int, offsets, E + 1)                      /* these three: see group_by_expert */                  \
     ARRAY(int, assignment, sparse * R)              /* of a dense layer: Model.identity */                  \
     ARRAY(int, row_of, sparse * R)                  /* (N, K); of a dense layer: Model.identity */          \
@@ -936,8 +936,8 @@ static void router_backward(Model* m, int l, float scale) {
     double aux = m->balance.adaptive ? m->aux_coefficients[l] : m->balance.aux,
            aux_weight = scale * aux * E / tokens;
     for (int e = 0; e < E; e++)
-        t->balance[e] =
-            per_layer ? (s->offsets[e + 1] - s->offsets[e]) / ((double)N * K) : m->all_counts[e] / tokens;
+        t->balance[e] = per_layer ? (s->offsets[e + 1] - s->offsets[e]) / (double)s->offsets[E]
+                                  : m->all_counts[e] / tokens;
     if (has_router_variant(c)) {
         variant_router_backward(m, l, t->balance, aux_weight, z_weight, scale);
         return;
@@ -957,17 +957,17 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     LayerActivations* s = &m->layers[l];
     Scratch* t = &m->scratch;
     int N = m->batch * m->length, H = c->hidden_size, I = layer_width(c, l);
-    int E = layer_experts(c, l), K = m->topk[l], R = N * K;
+    int E = layer_experts(c, l), K = m->topk[l];
     // 1. ffn_in = n2(x_mid)
     rmsnorm_forward(s->ffn_in, H, s->ffn_rstd, s->x_mid, H, w->ffn_norm, N, 1, H, (float)c->rms_norm_eps);
     // 2. z = W_router ffn_in,  p = softmax z,  gates = p of the K best
     if (c->sparse[l]) router_forward(m, l);
     else s->offsets[0] = 0, s->offsets[1] = N;
     // 3. x_row = ffn_in of the row's token;  each expert's rows lie together
-    gather_rows(t->x_rows, experts_input(m, l), s->assignment, R, K, H);
+    gather_rows(t->x_rows, experts_input(m, l), s->assignment, s->offsets[E], K, H);
     // 4. (g, u) = W_gate_up x,  act = silu(g) u,  y = W_down act:  each expert on its own rows
     grouped_matmul_forward(s->gate_up, t->x_rows, w->gate_up, 2L * I * H, H, 2 * I, E, s->offsets);
-    swiglu_forward(t->act, s->gate_up, R, I);
+    swiglu_forward(t->act, s->gate_up, s->offsets[E], I);
     grouped_matmul_forward(t->y_rows, t->act, w->down, (long)H * I, I, H, E, s->offsets);
     // 5. out_n = x_mid_n + sum over k of gate_nk y_row(n,k)
     combine_rows(out, s->x_mid, t->y_rows, s->gates, s->row_of, N, K, H);
@@ -981,7 +981,7 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
     LayerActivations* s = &m->layers[l];
     Scratch* t = &m->scratch;
     int N = m->batch * m->length, H = c->hidden_size, I = layer_width(c, l);
-    int E = layer_experts(c, l), K = m->topk[l], R = N * K;
+    int E = layer_experts(c, l), K = m->topk[l], R = s->offsets[E];
     // 5 was  out_n = x_mid_n + sum over k of gate_nk y_row(n,k).  A row's dy: its token's dx (gates: in 4)
     gather_rows(t->dy_rows, t->dx, s->assignment, R, K, H);
     // 4 was  (g, u) = W_gate_up x,  act = silu(g) u,  y = W_down act.  x_rows had not been kept.

@@ -2044,6 +2044,8 @@ template <class Real> static void gpu_router_forward(Model* m, int l) {
         gpu_sigmoid_router(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, d.N, d.E, d.K,
                            c->norm_topk_prob);
     else gpu_softmax_router(s->probs, s->router_lse, s->experts, s->gates, z, d.N, d.E, d.K, c->norm_topk_prob);
+    if (c->router.bias_rule == BIAS_QUANTILE && m->counting_load)
+        gpu_add_cutoffs(g->cutoffs + (long)l * d.E, g->drouter, z, w->router_bias, d.N, d.E, d.K);
 }
 
 // In: dgates, and with LPR in dnormed the gradient of the experts' input. Out: extra (N, H), the part of ffn_in's

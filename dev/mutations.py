@@ -49,7 +49,7 @@ MUTATIONS = [
     ("(p[e] * (aux_weight * (f[e] - mean) + z_weight * lse[n]));", "(p[e] * (aux_weight * f[e] + z_weight * lse[n]));"),
     ("z_weight = 2.0 * scale * m->balance.z / N;", "z_weight = scale * m->balance.z / N;"),
     ("gates_n[k] /= gate_sum;\n    }\n}\n\n// dlogits", "gates_n[k] *= 1;\n    }\n}\n\n// dlogits"),
-    ("row_of[a] = offsets[experts[a]]++;", "row_of[a] = offsets[experts[a]];"),
+    ("-1 : offsets[experts[a]]++;", "-1 : offsets[experts[a]];"),
     # the model
     ("matmul_backward_weight(dw->attn_out, t->dx, s->attn,", "matmul_backward_weight(dw->attn_out, t->dx, s->x_mid,"),
     ("    matmul_backward_input(t->dnormed, t->drouter, m->weights.layers[l].router, N, H, E, 1);\n", ""),

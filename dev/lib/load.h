@@ -16,7 +16,7 @@ static void sum_columns(double* sums, const float* x, int N, int E) {
 // balance_backward.)
 static void count_balance(Model* m, int l) {
     LayerActivations* s = &m->layers[l];
-    int N = m->batch * m->length, E = m->config.num_experts, K = m->topk[l];
+    int N = m->batch * m->length, E = m->config.num_experts;
     double* prob_sums = m->scratch.prob_sums;
     sum_columns(prob_sums, s->probs, N, E);
     for (int e = 0; e < E; e++) {
@@ -28,7 +28,7 @@ static void count_balance(Model* m, int l) {
         m->all_counts[e] += count;
         m->all_probs[e] += prob_sums[e];
         if (m->balance.aux_form == AUX_SWITCH)
-            m->aux_loss += E * (count / ((double)N * K)) * (prob_sums[e] / N);
+            m->aux_loss += E * (count / (double)s->offsets[E]) * (prob_sums[e] / N);
     }
     for (int n = 0; n < N; n++) m->z_loss += (double)s->router_lse[n] * s->router_lse[n] / N;
 }
@@ -71,7 +71,7 @@ static LoadFigures load_figures(const long* load, int E) {
     return f;
 }
 
-// Lists each token's experts and gates in Model.trace.
+// Lists each token's experts (-1: none) and gates in Model.trace.
 static void trace_layer(const Model* m, int l) {
     const LayerActivations* s = &m->layers[l];
     int K = m->topk[l];
@@ -92,10 +92,10 @@ static void observe_layer(Model* m, int l) {
     for (int n = 0; n < N; n++) {
         const float *p = s->probs + (long)n * E, *gates = s->gates + (long)n * K;
         const int* experts = s->experts + (long)n * K;
-        int distinct = 0;
+        int distinct = 0, chosen = 0;
         double entropy = 0, top = 0;
         for (int e = 0; e < E; e++) entropy -= p[e] > 1e-30f ? p[e] * logf(p[e]) : 0;
-        for (int k = 0; k < K; k++) {
+        for (int k = 0; k < K && experts[k] >= 0; k++, chosen++) {
             int known = 0;
             for (int j = 0; j < k && m->has_families; j++) known |= family[experts[j]] == family[experts[k]];
             distinct += !known;
@@ -104,7 +104,7 @@ static void observe_layer(Model* m, int l) {
         o->entropy += entropy;
         o->top_gate += top;
         o->sources += distinct;
-        o->twins += distinct < K;
+        o->twins += distinct < chosen;
     }
     o->tokens += N;
     if (m->trace) trace_layer(m, l);

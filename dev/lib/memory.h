@@ -31,6 +31,8 @@ static void take_state(Model* m, Arena* a) {
     m->targets = (int*)take(a, sizeof(int) * N);
     m->load = (long*)take(a, sizeof(long) * c->num_layers * E);
     m->step_load = (long*)take(a, sizeof(long) * c->num_layers * E);
+    m->last_load = (long*)take(a, sizeof(long) * c->num_layers * E);
+    m->cutoffs = (double*)take(a, sizeof(double) * c->num_layers * E);
     m->observed = (Observed*)take(a, sizeof(Observed) * c->num_layers);
     m->topk = (int*)take(a, sizeof(int) * c->num_layers);
     m->aux_coefficients = (double*)take(a, sizeof(double) * c->num_layers);

@@ -10,6 +10,10 @@ typedef struct {
     int lpr_latent_dim;             // D of Latent Prototype Routing, and the weights of its losses
     double lpr_weight, lpr_diversity, lpr_kl, lpr_align;
     int lpr_align_mean;
+    // of a run and not of a model
+    int bias_rule;                  // a BiasRule: what moves the bias of a sigmoid router
+    int fixed;                      // 1: the router is not trained
+    double skip_below;              // the share of a token's largest gate below which an expert is left out
 } RouterConfig;
 
 // Of LayerWeights; NULL without such a router.
@@ -57,6 +61,8 @@ typedef struct {
     Losses sums;                /* of the forward passes since take_losses */                                       \
     int counting_load;          /* 1: load and step_load are counted */                                             \
     long *load, *step_load;     /* (L, E)       assignments since the last report; in this optimizer step */        \
+    long* last_load;            /* (L, E)       in the step before, for BIAS_ID */                                  \
+    double* cutoffs;            /* (L, E)       this step's sums for BIAS_QUANTILE, see add_cutoffs */              \
     double* aux_coefficients;   /* (L) */                                                                           \
     int* family;                /* (L, E)       the family of each expert: the copies of one expert share it */     \
     int has_families;           /* 1: some experts do */                                                            \

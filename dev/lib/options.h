@@ -15,8 +15,8 @@ static struct {
         sparse_step;
     const char *qk_norm, *arch;
     // router
-    double aux, z_loss, bias_rate, logit_norm, family_penalty;
-    const char *aux_form, *router, *topk_range, *lpr_align_form;
+    double aux, z_loss, bias_rate, logit_norm, family_penalty, skip_below;
+    const char *aux_form, *router, *topk_range, *lpr_align_form, *bias_rule, *fixed_router;
     long aux_adaptive, family_steps, lpr_dim;
     double lpr_weight, lpr_diversity, lpr_kl, lpr_align;
     // optimiser
@@ -103,7 +103,10 @@ static Option option_table[] = {
     {"router", OPT_CHOICE, USE_SHAPE, &options.router, 0, 0, "softmax", "softmax|sigmoid|lpr",
      "how experts are chosen", 0},
     {"bias-rate", OPT_REAL, USE_RUN, &options.bias_rate, 0, 1, "0.001", "G",
-     "step of the bias that balances sigmoid's", 0},
+     "step of sigmoid's bias; with id 0.006", 0},
+    {"bias-rule", OPT_CHOICE, USE_RUN, &options.bias_rule, 0, 0, "sign", "sign|quantile|id", "how it moves", 0},
+    {"fixed-router", OPT_CHOICE, USE_RUN, &options.fixed_router, 0, 0, "none", "none|start|blocks",
+     "router not trained", 0},
     {"logit-norm", OPT_REAL, USE_SHAPE, &options.logit_norm, 0, 1e6, "0", "LAMBDA", "normalises logits; 0: off", 0},
     {"topk-range", OPT_TEXT, USE_RUN, &options.topk_range, 0, 0, NULL, "LO:HI",
      "K is drawn for each layer and step", 0},
@@ -133,6 +136,8 @@ static Option option_table[] = {
     {"clip", OPT_REAL, USE_RUN, &options.clip, 0, 1e6, "1", "X", "largest gradient norm; 0: any", 0},
 
     {"eval", OPT_FLAG, USE_OTHER, &options.eval, 0, 0, "0", "", "loss of --model on --data", 0},
+    {"skip-below", OPT_REAL, USE_OTHER, &options.skip_below, 0, 1, "0", "MU",
+     "no expert whose gate is below MU of the largest", 0},
     {"load", OPT_FLAG, USE_OTHER, &options.load, 0, 0, "0", "", "and each layer's load", 0},
     {"trace", OPT_TEXT, USE_OTHER, &options.trace, 0, 0, NULL, "F.csv", "and each token's experts", 0},
     {"dump", OPT_TEXT, USE_OTHER, &options.dump, 0, 0, NULL, "F", "logits, gradients of a batch", 0},
@@ -149,12 +154,13 @@ enum { NUM_OPTIONS = sizeof option_table / sizeof option_table[0] };
 
 // What an option must find in the model or on the command line to mean something. With its default, or with the value
 // named here, it asks for nothing, and that the model lacks it is no contradiction: one line serves every arm.
-typedef enum { EXPERTS, DENSE_LAYERS, SIGMOID, LPR, FAMILIES, SCORING, NUM_NEEDS } Need;
+typedef enum { EXPERTS, DENSE_LAYERS, SIGMOID, LPR, FAMILIES, SCORING, NO_GRADIENT, NUM_NEEDS } Need;
 static const char* need_missing[NUM_NEEDS] = {
     "a dense model has no experts and no router",
     "every layer is sparse, so there is no dense one; --expert-ffn is the width of an expert",
     "only the router sigmoid has a bias", "belongs to --router lpr",
-    "a new, a dense or an lpr model has no families; they come with a --model from upcycle", "goes with --eval"};
+    "a new, a dense or an lpr model has no families; they come with a --model from upcycle", "goes with --eval",
+    "goes with --eval, --prompt or a sample of --model"};
 static const struct {
     const char* name;
     Need need;
@@ -163,9 +169,11 @@ static const struct {
     {"topk", EXPERTS, "1"}, {"expert-ffn", EXPERTS, NULL}, {"sparse-step", EXPERTS, NULL}, {"router", EXPERTS, NULL},
     {"logit-norm", EXPERTS, NULL}, {"aux", EXPERTS, "0"}, {"z-loss", EXPERTS, NULL}, {"aux-adaptive", EXPERTS, NULL},
     {"topk-range", EXPERTS, "1:1"}, {"load", EXPERTS, NULL}, {"trace", EXPERTS, NULL}, {"ffn", DENSE_LAYERS, NULL},
-    {"bias-rate", SIGMOID, "0"}, {"lpr-dim", LPR, NULL}, {"lpr-weight", LPR, "0"}, {"lpr-diversity", LPR, "0"},
-    {"lpr-kl", LPR, "0"}, {"lpr-align", LPR, "0"}, {"lpr-align-form", LPR, NULL}, {"family-penalty", FAMILIES, "0"},
-    {"family-steps", FAMILIES, NULL}, {"load", SCORING, NULL}, {"trace", SCORING, NULL}};
+    {"bias-rate", SIGMOID, "0"}, {"bias-rule", SIGMOID, NULL}, {"lpr-dim", LPR, NULL},
+    {"lpr-weight", LPR, "0"}, {"lpr-diversity", LPR, "0"}, {"lpr-kl", LPR, "0"}, {"lpr-align", LPR, "0"},
+    {"lpr-align-form", LPR, NULL}, {"family-penalty", FAMILIES, "0"}, {"family-steps", FAMILIES, NULL},
+    {"load", SCORING, NULL}, {"trace", SCORING, NULL}, {"fixed-router", EXPERTS, NULL}, {"skip-below", EXPERTS, NULL},
+    {"skip-below", NO_GRADIENT, NULL}};
 
 // Whether an option has its default or the value `off` (NULL: there is none).
 static int asks_nothing(const Option* o, const char* off) {
@@ -347,6 +355,9 @@ static void trainer_to_json(Text* t, const Model* m, long step) {
         text_print(t, i ? "," : "");
         text_json_double(t, ((const double*)m->observed)[i]);
     }
+    text_print(t, "],\n  \"last_load\": [");
+    for (long i = 0; i < (long)c->num_layers * c->num_experts && c->router.bias_rule == BIAS_ID; i++)
+        text_print(t, "%s%ld", i ? "," : "", m->last_load[i]);
     text_print(t, "],\n  \"aux_coefficients\": [");
     for (int l = 0; l < c->num_layers && m->balance.adaptive; l++) {
         text_print(t, l ? "," : "");
@@ -359,9 +370,11 @@ static void trainer_to_json(Text* t, const Model* m, long step) {
 static void trainer_restore(Model* m, const Json* state) {
     const Config* c = &m->config;
     const Json *load = json_get(state, "load"), *observed = json_get(state, "observed"),
-               *aux = json_get(state, "aux_coefficients");
+               *aux = json_get(state, "aux_coefficients"), *last = json_get(state, "last_load");
     for (int i = 0; load && i < load->count && i < c->num_layers * c->num_experts; i++)
         m->load[i] = (long)load->items[i]->number;
+    for (int i = 0; last && i < last->count && i < c->num_layers * c->num_experts; i++)
+        m->last_load[i] = (long)last->items[i]->number;
     for (int i = 0; observed && i < observed->count && i < OBSERVED_NUMBERS * c->num_layers; i++)
         ((double*)m->observed)[i] = observed->items[i]->number;
     for (int l = 0; aux && l < aux->count && l < c->num_layers; l++) m->aux_coefficients[l] = aux->items[l]->number;
@@ -584,6 +597,11 @@ static Balance balance_from_options(const Config* c) {
     return b;
 }
 
+// Model.observe: counts the experts' rows of a layer in *(long*)observer.
+static void count_rows(Model* m, int l) {
+    if (m->config.sparse[l]) *(long*)m->observer += m->layers[l].offsets[m->config.num_experts];
+}
+
 static int run_eval(Config* c) {
     if (!options.model) die(2, "--eval wants --model DIR");
     if (!options.data) die(2, "--eval wants --data FILE");
@@ -605,13 +623,17 @@ static int run_eval(Config* c) {
         for (int k = 0; k < c->num_experts_per_tok; k++) fprintf(m->trace, ",gate_%d", k + 1);
         fprintf(m->trace, "\n");
     }
+    long rows = 0;
+    if (c->router.skip_below > 0) m->observe = count_rows, m->observer = &rows;
     double start = seconds(), loss = evaluate(m, d, batches, batch), elapsed = seconds() - start;
     long tokens = (batches > 0 ? lmin(batches * B, d->windows) : d->windows) * T;
     if (d->error[0]) die(2, "%s", d->error);
     if (m->trace && fclose(m->trace)) die(1, "--trace %s: %s", options.trace, strerror(errno));
     printf("loss %.6f | perplexity %.4f", loss, exp(loss));
     if (d->raw) printf(" | bits per byte %.4f", loss / M_LN2);
-    printf(" | %ld tokens, %.0f tokens/s\n", tokens, tokens / elapsed);
+    printf(" | %ld tokens, %.0f tokens/s", tokens, tokens / elapsed);
+    if (rows) printf(" | %.3f experts a token and layer", (double)rows / ((double)tokens * count_sparse(c)));
+    printf("\n");
     if (options.load) report_load(m, 1, NULL, 0);
     free(batch.tokens);
     dataset_close(d);
@@ -826,6 +848,11 @@ static int run_train(Config* c) {
     run.sampling.top_k = (int)options.top_k;
     run.sampling.seed = run.seed;
     run.sample_tokens = option_given("tokens") ? (int)options.tokens : demonstration ? 600 : 200;
+    run.routers.micro_batches = run.accum;
+    c->router.bias_rule = choice_index("sign|quantile|id", options.bias_rule);
+    if (c->router.bias_rule == BIAS_ID && !options.resume && !option_given("bias-rate")) options.bias_rate = 0.006;
+    if (c->router.bias_rule == BIAS_QUANTILE && option_given("bias-rate"))
+        die(2, "--bias-rate: --bias-rule quantile has no step; sign and id have one");
     run.routers.bias_rate = options.bias_rate;
     topk_range_from_options(c, &run);
     if (c->router.family_penalty > 0 || (options.model && c->num_experts > 0 && c->router.kind != ROUTER_LPR &&
@@ -843,6 +870,14 @@ static int run_train(Config* c) {
             c->router.family_penalty = family_penalty_at(
                 run.routers.family_strength, first_step - run.routers.family_start, run.routers.family_steps);
     }
+    c->router.fixed = strcmp(options.fixed_router, "none") != 0;
+    int blocks = !strcmp(options.fixed_router, "blocks");
+    if (c->router.fixed && c->router.kind == ROUTER_LPR)
+        die(2, "--fixed-router: LPR has more to train than rows; use it with --router softmax or sigmoid");
+    if (blocks && c->num_experts > c->hidden_size)
+        die(2, "--fixed-router blocks: %d experts do not share a hidden size of %d", c->num_experts, c->hidden_size);
+    if (c->router.bias_rule == BIAS_QUANTILE && c->router.family_penalty > 0)
+        die(2, "--bias-rule quantile: copies that are kept apart leave a token fewer choices; --family-penalty 0 fits");
 
     Model *m = model_plan(c, FOR_TRAINING, B, T, T, NULL), *generator = NULL;
     print_model(m);
@@ -858,6 +893,7 @@ static int run_train(Config* c) {
     if (!options.model) model_init(m, run.seed);
     else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);
     if (options.resume && !optimizer_load(m, options.out, &error)) die(2, "%s", error.text);
+    if (c->router.fixed) run.routers.fixed = fix_routers(m, blocks);
     m->backend->send(m, PARAMETERS | (options.resume ? MOMENTS : 0));
     if (generator) generator->source = m->source;
     if (options.out && !options.resume) open_out(options.out);      // not before everything else is known to be right
@@ -885,6 +921,7 @@ static int run_train(Config* c) {
     if (val) dataset_close(val);
     if (generator) model_free(generator);
     model_free(m);
+    free(run.routers.fixed);
     json_free(trainer_state);
     return code ? code : stop_signal ? 128 + stop_signal : 0;
 }
@@ -930,7 +967,7 @@ static void check_needs(const Config* c, const char* dir, int training) {
     int families = dir && c->num_experts > 0 && c->router.kind != ROUTER_LPR;
     const int met[NUM_NEEDS] = {c->num_experts > 0, count_sparse(c) < c->num_layers, c->router.kind == ROUTER_SIGMOID,
                                 c->router.kind == ROUTER_LPR, families || options.family_penalty == 0,
-                                (int)options.eval};
+                                (int)options.eval, !training && !options.dump};
     for (int i = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];
         int idle = !o->given || (!training && o->use == USE_RUN);
@@ -995,6 +1032,7 @@ static int run_command(void) {
             die(2, "--topk %ld: the model has %d experts", options.topk, config.num_experts);
         config.num_experts_per_tok = (int)options.topk;
     }
+    config.router.skip_below = options.skip_below;
     // rows of tokens, and of the experts that they are sent to, are numbered with ints
     int per_token = config.num_experts > 0 ? config.num_experts : 1;
     if ((double)options.batch * (double)options.seq * per_token > INT_MAX)

@@ -143,7 +143,69 @@ static void sigmoid_router_backward(float* dz, const float* dgates, const float*
     }
 }
 
-// Once a step, from the load of the whole batch: bias_e += rate sign(mean load - load_e). counts, bias (E)
+// Three rules move the bias, once a step, each from the whole batch. The last two centre it: only differences count.
+//     sign        b_e += rate sign(mean load - load_e)                                  (Wang et al. 2024, algorithm 1)
+//     quantile    b_e = -beta_e, which s_e - alpha exceeds for N K / E of the N tokens; alpha = a token's (K + 1)-th
+//                 largest s + b. A step towards the optimal balanced assignment      (Su 2026, kexue.fm/archives/11619)
+//     id          b_e += rate (err_e + [err'_e d_e > 0] d_e),  err_e = 1 - load_e / mean load, err' = that of the step
+//                 before, d = err - err': its change counts while it grows                                 (2609.39137)
+typedef enum { BIAS_SIGN, BIAS_QUANTILE, BIAS_ID } BiasRule;
+
+static void centre_bias(float* bias, int E) {
+    double mean = 0;
+    for (int e = 0; e < E; e++) mean += (double)bias[e] / E;
+    for (int e = 0; e < E; e++) bias[e] = (float)(bias[e] - mean);
+}
+
+// rule id. counts, bias (E); last (E): the counts of the step before, all 0 in the first, and then those of this one
+static void update_bias_by_error(float* bias, const long* counts, long* last, int E, double rate) {
+    double total = 0, before = 0;
+    for (int e = 0; e < E; e++) total += (double)counts[e], before += (double)last[e];
+    for (int e = 0; e < E; e++) {
+        double error = 1 - (double)counts[e] * E / total, old = before > 0 ? 1 - (double)last[e] * E / before : 0;
+        double change = error - old;
+        bias[e] += (float)(rate * (error + (old * change > 0 ? change : 0)));
+        last[e] = counts[e];
+    }
+    centre_bias(bias, E);
+}
+
+// Whole numbers as floats, in the same order.
+ALSO_ON_GPU static float float_in_order(uint32_t key) {
+    uint32_t bits = key >> 31 ? key ^ 0x80000000u : ~key;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// Of N finite numbers, `stride` floats apart, the one that `rank` others exceed. Its bits are found from the highest
+// on, by counting: exactly, and whatever the order of the numbers.
+static float number_of_rank(const float* x, long stride, int N, long rank) {
+    uint32_t found = 0;
+    for (int bit = 31; bit >= 0; bit--) {
+        float tried = float_in_order(found | 1u << bit);
+        long reached = 0;
+        for (int n = 0; n < N; n++) reached += x[n * stride] >= tried;
+        if (reached > rank) found |= 1u << bit;
+    }
+    return float_in_order(found);
+}
+
+// Rule quantile: cutoffs (E) += beta of one micro-batch; a step takes the mean of its micro-batches'. z (N, E),
+// bias (E); work: N E floats
+static void add_cutoffs(double* cutoffs, float* work, const float* z, const float* bias, int N, int E, int K) {
+    if (K == E) return;                                 // all are chosen, whatever the bias
+    sigmoid_scores(work, z, bias, N, E);
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        float *work_n = work + (long)n * E, alpha = number_of_rank(work_n, 1, E, K);
+        for (int e = 0; e < E; e++) work_n[e] -= bias[e] + alpha;
+    }
+    #pragma omp parallel for
+    for (int e = 0; e < E; e++) cutoffs[e] += number_of_rank(work + e, E, N, (long)N * K / E);
+}
+
+// rule sign. counts, bias (E)
 static void update_router_bias(float* bias, const long* counts, int E, double rate) {
     long total = 0;
     for (int e = 0; e < E; e++) total += counts[e];
@@ -383,7 +445,8 @@ static void lpr_losses_backward(Model* m, int l, float* dencoded, double scale) 
 }
 
 static int has_router_variant(const Config* c) {
-    return c->router.kind != ROUTER_SOFTMAX || c->router.logit_norm > 0 || c->router.family_penalty > 0;
+    const RouterConfig* r = &c->router;
+    return r->kind != ROUTER_SOFTMAX || r->logit_norm > 0 || r->family_penalty > 0 || r->skip_below > 0 || r->fixed;
 }
 
 // What the experts of layer l read (N, H): the norm's output, but with LPR what it reads out of the probabilities.
@@ -391,8 +454,29 @@ static const float* experts_input(const Model* m, int l) {
     return m->config.router.kind == ROUTER_LPR && m->config.sparse[l] ? m->layers[l].lpr_input : m->layers[l].ffn_in;
 }
 
+// Dynamic pruning of a trained model (Lu et al. 2024, 2402.14800; online in Huang et al. 2024, 2410.06270, whose
+// protection of important tokens is left out): experts whose gate is below `share` of the token's largest are not run.
+//     S' = {e in S: gate_e >= share max of gate}         gate'_e = gate_e, or gate_e / sum over S' of gate  (norm_topk)
+// In place: experts, gates (N, K), those left first, then -1 and 0.
+static void skip_small_gates(int* experts, float* gates, float share, int N, int K, int norm_topk) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        int *experts_n = experts + (long)n * K, left = 0;
+        float *gates_n = gates + (long)n * K, largest = 0, sum = 0;
+        for (int k = 0; k < K; k++) largest = gates_n[k] > largest ? gates_n[k] : largest;
+        for (int k = 0; k < K; k++) {
+            if (gates_n[k] < share * largest) continue;
+            sum += gates_n[k];
+            experts_n[left] = experts_n[k];
+            gates_n[left++] = gates_n[k];
+        }
+        for (int k = 0; k < left && left < K && norm_topk; k++) gates_n[k] /= sum;
+        for (int k = left; k < K; k++) experts_n[k] = -1, gates_n[k] = 0;
+    }
+}
+
 // From ffn_in (N, H) to router_logits, probs, experts and gates of layer l.
-static void variant_router_forward(Model* m, int l) {
+static void score_experts(Model* m, int l) {
     const Config* c = &m->config;
     const LayerWeights* w = &m->weights.layers[l];
     LayerActivations* s = &m->layers[l];
@@ -427,6 +511,18 @@ static void variant_router_forward(Model* m, int l) {
         sigmoid_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, N, E, K,
                                c->norm_topk_prob);
     else softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, N, E, K, c->norm_topk_prob);
+    if (c->router.bias_rule == BIAS_QUANTILE && m->counting_load)
+        add_cutoffs(m->cutoffs + (long)l * E, m->scratch.drouter, z, w->router_bias, N, E, K);
+}
+
+// The same, and what follows from it.
+static void variant_router_forward(Model* m, int l) {
+    const Config* c = &m->config;
+    LayerActivations* s = &m->layers[l];
+    score_experts(m, l);
+    if (c->router.skip_below > 0)
+        skip_small_gates(s->experts, s->gates, (float)c->router.skip_below, m->batch * m->length, m->topk[l],
+                         c->norm_topk_prob || c->router.kind == ROUTER_LPR);
 }
 
 // In: scratch.dgates, and in scratch.dnormed the gradient of the experts' input. Out: scratch.dnormed, that of ffn_in.
@@ -449,7 +545,7 @@ static void variant_router_backward(Model* m, int l, const double* f, double aux
     if (c->router.kind != ROUTER_LPR) {
         if (c->router.logit_norm > 0) logit_norm_backward(dz, s->router_raw, N, E, (float)c->router.logit_norm);
         matmul_backward_input(t->dnormed, dz, w->router, N, H, E, 1);
-        matmul_backward_weight(dw->router, dz, s->ffn_in, N, H, E);
+        if (!c->router.fixed) matmul_backward_weight(dw->router, dz, s->ffn_in, N, H, E);
         return;
     }
     // the read-out: probs -> read_out -> experts' input
@@ -480,10 +576,32 @@ static void variant_router_backward(Model* m, int l, const double* f, double aux
 // What of a router changes from step to step.
 typedef struct {
     double bias_rate;                   // of the sigmoid router's bias
+    int micro_batches;                  // in a step
     int topk_low, topk_high;            // each layer draws its K in every step; 0: the model's K
     double family_strength;             // penalty of families, and over how many steps it goes
     long family_steps, family_start;    // from the step in which the copies were made
+    float* fixed;                       // (L, E, H) what every step leaves of the routers, or NULL: they are trained
 } RouterSchedule;
+
+// Routers that are not trained, as controls: as they are, or (blocks) grouped average pooling (LocMoE, Li et al. 2024,
+// 2401.13920): expert e scores a token by the mean over block e of its H numbers, those with floor(i E / H) = e.
+//     W_ei = [i in block e] / (size of block e),  so rows are orthogonal
+// Returns RouterSchedule.fixed, to be freed.
+static float* fix_routers(Model* m, int blocks) {
+    const Config* c = &m->config;
+    long E = c->num_experts, H = c->hidden_size;
+    float* fixed = (float*)checked_malloc(sizeof(float) * (size_t)(c->num_layers * E * H));
+    for (int l = 0; l < c->num_layers; l++) {
+        float* rows = m->weights.layers[l].router;
+        if (!c->sparse[l]) continue;
+        for (long e = 0; e < E && blocks; e++) {
+            long begin = (e * H + E - 1) / E, end = ((e + 1) * H + E - 1) / E;
+            for (long i = 0; i < H; i++) rows[e * H + i] = i >= begin && i < end ? 1.0f / (float)(end - begin) : 0;
+        }
+        memcpy(fixed + l * E * H, rows, sizeof(float) * (size_t)(E * H));
+    }
+    return fixed;
+}
 
 // Before each training step: draws each layer's K from topk_low .. topk_high (Matryoshka training, 2509.26520).
 static void router_before_step(Model* m, const RouterSchedule* run, uint64_t seed, long step) {
@@ -495,6 +613,20 @@ static void router_before_step(Model* m, const RouterSchedule* run, uint64_t see
     m->noise_seed = seed;
 }
 
+// Moves the bias of layer l by the run's rule.
+static void move_router_bias(Model* m, const RouterSchedule* run, int l) {
+    int E = m->config.num_experts, rule = m->config.router.bias_rule;
+    float* bias = m->weights.layers[l].router_bias;
+    double* cutoffs = m->cutoffs + (long)l * E;
+    if (rule == BIAS_SIGN) update_router_bias(bias, m->step_load + (long)l * E, E, run->bias_rate);
+    if (rule == BIAS_ID)
+        update_bias_by_error(bias, m->step_load + (long)l * E, m->last_load + (long)l * E, E, run->bias_rate);
+    if (rule != BIAS_QUANTILE || m->topk[l] == E) return;
+    for (int e = 0; e < E; e++) bias[e] = (float)(-cutoffs[e] / run->micro_batches);
+    centre_bias(bias, E);
+    memset(cutoffs, 0, sizeof(double) * (size_t)E);
+}
+
 // After it, from the load of its whole batch: moves the sigmoid router's bias and the layers' balance coefficients (if
 // they adapt), lowers the penalty of families, and goes back to the model's own K, with which it is validated and
 // saved.
@@ -502,8 +634,10 @@ static void router_after_step(Model* m, const RouterSchedule* run, long done) {
     Config* c = &m->config;
     for (int l = 0; l < c->num_layers; l++) {
         long* counts = m->step_load + (long)l * c->num_experts;
-        if (c->sparse[l] && c->router.kind == ROUTER_SIGMOID)
-            update_router_bias(m->weights.layers[l].router_bias, counts, c->num_experts, run->bias_rate);
+        if (c->sparse[l] && c->router.kind == ROUTER_SIGMOID) move_router_bias(m, run, l);
+        if (c->sparse[l] && run->fixed)                     // weight decay does not shrink it either
+            memcpy(m->weights.layers[l].router, run->fixed + (long)l * c->num_experts * c->hidden_size,
+                   sizeof(float) * (size_t)c->num_experts * (size_t)c->hidden_size);
         if (c->sparse[l] && m->balance.adaptive)
             m->aux_coefficients[l] = adapted_aux(m->aux_coefficients[l], counts, c->num_experts);
         m->topk[l] = layer_topk(c, l);

@@ -17,10 +17,15 @@ is also compared with central differences before anything is written. Each golde
         router.L [N,K], gate.L [N,K]   sparse layer L: chosen experts, best first, and gates; N = B T, n = b T + t
         grad.NAME                      of  loss + aux aux_loss + z z_loss + lpr_loss,  for every parameter
         bias_after.L [E]               sigmoid: the loss-free bias after one step with rate "bias_rate"
+        bias_quantile.L [E]            sigmoid without families: the same by quantile balancing,
+        bias_id.L [3,E]                and by ID balancing after three steps: this load, its squares, it reversed
+        skip.logits, skip.experts.L    some cases: logits with --skip-below "skip_below", how many experts are left
+        blocks.L [E,H]                 blocks: the router's rows
         family.L [E]                   family cases: the number of each expert's family
         aux_adaptive_after [layers]    aux_hf: each sparse layer's adaptive coefficient after one step from aux_alpha
     and, as strings in its metadata: aux, aux_form, z_loss, logit_norm, seed, step, and what the case needs
-    (bias_rate; family_penalty, "inf" or a number; topk_layers, the K of each sparse layer; aux_alpha).
+    (bias_rate; skip_below; fixed, 1 if the router is not trained; family_penalty, "inf" or a number; topk_layers, the
+    K of each sparse layer; aux_alpha).
 
 Needs numpy and PyTorch; transformers for --validate only.
 """
@@ -261,6 +266,13 @@ def under(W, prefix):
 def moe(x, P, c, l, frozen):
     """y = sum over the chosen experts of gate times expert. All experts see all tokens, unchosen ones with gate 0."""
     r = ROUTERS[c["router_type"]](x, P, c, l, topk_of(c, l), frozen)
+    if c.get("skip_below"):          # experts with a small gate are left out (arXiv 2410.06270)
+        ratio = r["gates"] / r["gates"].max(1, keepdim=True).values
+        assert (ratio - c["skip_below"]).abs().min() > MARGIN
+        r["left"] = (ratio >= c["skip_below"]).sum(1)
+        r["gates"] = torch.where(ratio >= c["skip_below"], r["gates"], torch.zeros_like(ratio))
+        if c["norm_topk_prob"]:
+            r["gates"] = r["gates"] / r["gates"].sum(1, keepdim=True)
     gates = torch.zeros_like(r["z"]).scatter(1, r["chosen"], r["gates"])
     y = sum(gates[:, e, None] * swiglu(r["x"], P, f"experts.{e}.") for e in range(c["num_experts"]))
     return y, r
@@ -316,6 +328,26 @@ def bias_after(b, r):                # b_e + rate sign(mean load - load_e) (arXi
     return b + BIAS_RATE * torch.sign(load.mean() - load)
 
 
+def bias_by_quantile(b, r):          # one round of Su 2026 (kexue.fm/archives/11619)
+    N, E, K = *r["z"].shape, r["chosen"].shape[1]
+    s = r["z"].detach().numpy().astype(np.float64)
+    s = 1 / (1 + np.exp(-s))
+    alpha = np.sort(s + b.numpy(), axis=1)[:, E - K - 1]   # a token's best expert among those that it does not get
+    beta = np.sort(s - alpha[:, None], axis=0)[::-1][N * K // E]
+    return torch.from_numpy(beta.mean() - beta)
+
+
+def bias_by_error(b, r):             # ID balancing (arXiv 2609.39137) with K_d = K_i
+    n, before, after = counts(r), 0, []                    # no error before the first: its change does not count
+    for load in (n, n * n, n.flip(0)):
+        error = 1 - load / load.mean()
+        change = error - before
+        b = b + BIAS_RATE * torch.where(before * change > 0, error + change, error)
+        before, b = error, b - b.mean()
+        after.append(b)
+    return torch.stack(after)
+
+
 def overload(r):                     # the share of the assignments above an equal load
     f = counts(r) / r["chosen"].numel()
     return 0.5 * (f - 1 / len(f)).abs().sum()
@@ -330,10 +362,11 @@ def adaptive_after(alpha, r):        # Skywork-MoE (arXiv 2406.06563, adaptive a
 
 COMMON = dict(d=20, I=9, dense_I=9, NH=2, NKV=1, HD=4, V=50, L=2, B=2, T=10, mlp_only=[], step=1, tied=True,
               norm_topk=True, router="softmax", logit_norm=0.0, aux=0.0, aux_form="switch", z=0.0, family=None,
-              penalty=0.0, topk_layers=None, twins=None, lpr=None)
+              penalty=0.0, topk_layers=None, twins=None, lpr=None, blocks=False)
 BALANCE = dict(aux=0.02, z=0.003)
 LPR = dict(lpr_latent_dim=16, lpr_diversity=1.0, lpr_kl=0.01, lpr_align=0.05, lpr_weight=0.01, lpr_align_form="sum")
 LPR_OTHER = dict(lpr_latent_dim=7, lpr_diversity=0.7, lpr_kl=0.3, lpr_align=0.1, lpr_weight=0.5, lpr_align_form="mean")
+SKIP = dict(sigmoid=0.9, lpr_mean=0.8, matryoshka=0.5)      # these cases also with experts left out
 ADAPTIVE = "aux_hf"                  # this case also carries the adaptive coefficient, which needs only its counts
 INF = math.inf
 
@@ -356,6 +389,7 @@ CASES = {
     # penalty the larger model computes what the smaller one does, whatever the gates.
     "family_twins": dict(E=6, K=2, mlp_only=[1], norm_topk=False, twins=[0, 1, 2, 0, 1, 2], penalty=INF),
     "family_twins_sigmoid": dict(router="sigmoid", E=7, K=2, T=11, step=2, twins=[0, 1, 2, 0, 1, 2, 0], penalty=INF),
+    "blocks": dict(E=5, K=2, d=22, mlp_only=[0], blocks=True, **BALANCE),
 }
 
 
@@ -376,7 +410,7 @@ def make_config(o):
             del c[k]
         c.update(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe")
     run = dict(B=o["B"], T=o["T"], aux=o["aux"], aux_form=o["aux_form"], z=o["z"], topk_layers=o["topk_layers"],
-               family_penalty=o["penalty"], family=o["family"])
+               family_penalty=o["penalty"], family=o["family"], blocks=o["blocks"])
     if o["twins"]:
         run["family"] = {l: o["twins"] for l in sparse_layers(c)}
     full = dict(dict(router_type="softmax", logit_norm=0.0), **c, **run)
@@ -425,6 +459,9 @@ def make_weights(c, seed, twins):
             add(p + "mlp.gate.readout.bias", d, std=0.1)
         else:
             add(p + "mlp.gate.weight", E, d)
+        if c["blocks"]:              # grouped average pooling (arXiv 2401.13920)
+            block = torch.tensor([[float(i * E // d == e) for i in range(d)] for e in range(E)])
+            W[p + "mlp.gate.weight"] = (block / block.sum(1, keepdim=True)).float().double()
         if c["router_type"] == "sigmoid":
             add(p + "mlp.gate.e_score_correction_bias", E, std=0.15)
         for e in range(E):
@@ -509,7 +546,7 @@ def build(name):
             original = forward(W, small, tokens, targets)
             W = copy_twins(W, c, o["twins"])
         for n, w in W.items():
-            w.requires_grad_(is_parameter(n))
+            w.requires_grad_(is_parameter(n) and not (c["blocks"] and ".gate." in n))
         frozen = {}
         out = forward(W, c, tokens, targets, frozen)
         if why_not(name, W, c, out, o["twins"]) is None:
@@ -525,7 +562,7 @@ def build(name):
 def check_gradients(name, W, c, tokens, targets, frozen):
     """Autograd against central differences along a random direction in some tensors: all routers', and a few more."""
     rng = np.random.RandomState(1)
-    names = [n for n in W if is_parameter(n)]
+    names = [n for n in W if W[n].requires_grad]
     picked = [n for n in names if ".gate." in n]
     picked += list(rng.choice([n for n in names if n not in picked], 6, replace=False))
     worst, h = 0.0, 1e-5
@@ -554,19 +591,35 @@ def make_case(name, folder):
                 logit_norm=str(c["logit_norm"]), seed=str(SEED), step=str(STEP))
     for l, r in out["routings"].items():
         ref[f"router.{l}"], ref[f"gate.{l}"] = r["chosen"].int(), r["gates"]
+        if c["blocks"]:
+            ref[f"blocks.{l}"] = W[f"model.layers.{l}.mlp.gate.weight"]
         if c["family_penalty"]:
             ref[f"family.{l}"] = torch.tensor(c["family"][l]).int()
             meta["family_penalty"] = str(c["family_penalty"])
         if c["router_type"] == "sigmoid":
-            ref[f"bias_after.{l}"] = bias_after(W[f"model.layers.{l}.mlp.gate.e_score_correction_bias"], r)
+            b = W[f"model.layers.{l}.mlp.gate.e_score_correction_bias"]
+            ref[f"bias_after.{l}"] = bias_after(b, r)
+            if not c["family_penalty"]:
+                ref[f"bias_quantile.{l}"], ref[f"bias_id.{l}"] = bias_by_quantile(b, r), bias_by_error(b, r)
             meta["bias_rate"] = str(BIAS_RATE)
+    if name in SKIP:
+        meta["skip_below"] = str(SKIP[name])
+        skipped = forward(W, dict(c, skip_below=SKIP[name]), tokens, targets)
+        ref["skip.logits"] = skipped["logits"]
+        for l, r in skipped["routings"].items():
+            assert r["left"].min() < r["left"].max() or topk_of(c, l) == 1
+            ref[f"skip.experts.{l}"] = r["left"].int()
     if c["topk_layers"]:
         meta["topk_layers"] = ",".join(map(str, c["topk_layers"]))
     if name == ADAPTIVE:
         ref["aux_adaptive_after"] = torch.tensor([adaptive_after(ALPHA, r) for r in out["routings"].values()])
         meta["aux_alpha"] = str(ALPHA)
+    if c["blocks"]:
+        meta["fixed"] = "1"
     for n, w in W.items():
-        if is_parameter(n):          # a gradient is exactly zero (an expert without tokens) or well above rounding
+        if is_parameter(n) and not w.requires_grad:
+            ref["grad." + n] = torch.zeros_like(w)
+        elif is_parameter(n):        # a gradient is exactly zero (an expert without tokens) or well above rounding
             assert w.grad.norm() == 0 or w.grad.norm() > 1e-5, (name, n, w.grad.norm())
             ref["grad." + n] = w.grad
 

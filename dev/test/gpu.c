@@ -19,7 +19,10 @@ static void gpu_golden(Tolerances most) {
 }
 static void gpu_golden_floats(void) { gpu_golden(of_floats); }
 static void gpu_golden_bf16(void) { gpu_golden(of_bf16); }
-static void test_gpu_fp32(void) { on_backend(&gpu_backend_float, gpu_golden_floats); }
+static void test_gpu_fp32(void) {
+    on_backend(&gpu_backend_float, gpu_golden_floats);
+    on_backend(&gpu_backend_float, test_bias_values);
+}
 static void test_gpu_bf16(void) { on_backend(&gpu_backend_bf16, gpu_golden_bf16); }
 
 // Models that are large enough for several tiles in every direction, with sizes that fill none of them: logits and
@@ -238,6 +241,8 @@ static void test_gpu_training(void) {
         {"random K", "--topk-range 1:3"},
         {"logit norm", "--logit-norm 3"},
         {"sigmoid", "--router sigmoid --bias-rate 0.01"},
+        {"sigmoid, quantile", "--router sigmoid --bias-rule quantile --accum 2"},
+        {"sigmoid, ID", "--router sigmoid --bias-rule id --bias-rate 0.01"},
         {"sigmoid with logit norm", "--router sigmoid --logit-norm 2 --aux 0.02"},
         {"LPR", "--router lpr"},
         {"LPR, mean targets", "--router lpr --lpr-align-form mean --lpr-weight 0.1 --lpr-dim 5"},
@@ -322,6 +327,9 @@ static void test_gpu_commands(void) {
     write_corpus(temp("corpus.txt"), 20000);
     write_corpus(temp("few.txt"), 300);
     int ok = gpu_run("a", "--steps 10") == 0, same = 1;
+    default_backend = &gpu_backend_float;
+    check_refused(2, "--fixed-router start --precision fp32", "--fixed-router: on the CPU alone");
+    default_backend = &cpu_backend;
     static char said[2][2][8192];
     for (int way = 0; way < 2; way++) {
         default_backend = way ? &gpu_backend_float : &cpu_backend;

@@ -37,10 +37,10 @@ template <class Real> struct GpuModel {
     double *balance, *balance_parts, *norm_sums, *all_counts, *all_probs;
     float* norm;                    // of the gradients
     // Sums since they were last read, one array: losses as in Losses (4 doubles), assignments (L, E) in all and in this
-    // step (long long), then (L) Observed
+    // step (long long), then (L) Observed, and quantile balancing's cutoffs (L, E)
     double* losses_sum;
     long long *load, *step_load;
-    double* observed;
+    double *observed, *cutoffs;
     void* sums_host;                // room for them on the host
     int* family;                    // (L, E)
     float* lpr_scratch;
@@ -169,11 +169,12 @@ template <class Real> static void gpu_take(Model* m, Arena* a) {
     g->all_probs = take_doubles(a, E);
     g->product_parts = take_floats(a, PRODUCT_PARTS);
     g->norm = take_floats(a, 1);
-    g->sums_bytes = sizeof(double) * (size_t)(4 + 2 * L * E + L * OBSERVED_NUMBERS);
+    g->sums_bytes = sizeof(double) * (size_t)(4 + 3 * L * E + L * OBSERVED_NUMBERS);
     g->losses_sum = (double*)take(a, g->sums_bytes);
     g->load = (long long*)(g->losses_sum + 4);
     g->step_load = g->load + L * E;
     g->observed = (double*)(g->step_load + L * E);
+    g->cutoffs = g->observed + L * OBSERVED_NUMBERS;
     g->family = take_ints(a, L * E);
     if (c->router.family_penalty > 0) g->shift = take_floats(a, N * E);
     if (c->router.kind == ROUTER_LPR)
@@ -224,6 +225,8 @@ template <class Real> static void gpu_plan(Model* m) {
             gpu_attention_max_head_dim());
     if (c->num_experts > MOST_GRID || m->B > MOST_GRID)
         die(2, "%s: on a GPU at most %d", c->num_experts > MOST_GRID ? "--experts" : "--batch", MOST_GRID);
+    if (c->router.skip_below > 0 || c->router.fixed)
+        die(2, "--%s: on the CPU alone, in train_moe", c->router.fixed ? "fixed-router" : "skip-below");
     Arena host = {NULL, 0}, gpu = {NULL, 0};
     GpuModel<Real>* g = (GpuModel<Real>*)checked_malloc(sizeof(GpuModel<Real>));
     memset(g, 0, sizeof *g);

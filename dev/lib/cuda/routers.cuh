@@ -148,6 +148,41 @@ static void gpu_sigmoid_router(float* probs, float* lse, int* experts, float* ga
     CHECK(cudaGetLastError());
 }
 
+// work (N, E) = s - alpha, alpha = the (K + 1)-th largest s + bias of a token
+__global__ static void cutoff_scores_kernel(float* work, const float* z, const float* bias, int N, int E, int K) {
+    long n = warp_row();
+    if (n >= N) return;
+    work += n * E, z += n * E;
+    for (int e = threadIdx.x % 32; e < E; e += 32) work[e] = sigmoid(z[e]) + bias[e];
+    __syncwarp();
+    float alpha = first_score(work);
+    for (int k = 0, e = -1; k <= K; k++) e = next_best(work, E, alpha, e), alpha = work[e];
+    __syncwarp();
+    for (int e = threadIdx.x % 32; e < E; e += 32) work[e] -= bias[e] + alpha;
+}
+
+// number_of_rank of dev/lib/routers.h in each column of work (N, E), added to cutoffs (E)
+__global__ static void __launch_bounds__(1024)
+    cutoffs_kernel(double* cutoffs, const float* work, int N, int E, long rank) {
+    __shared__ int shared[32];
+    uint32_t found = 0;
+    for (int bit = 31; bit >= 0; bit--) {
+        float tried = float_in_order(found | 1u << bit);
+        int reached = 0;
+        for (long n = threadIdx.x; n < N; n += blockDim.x) reached += work[n * E + blockIdx.x] >= tried;
+        if (block_sum(reached, shared) > rank) found |= 1u << bit;
+    }
+    if (threadIdx.x == 0) cutoffs[blockIdx.x] += float_in_order(found);
+}
+
+// add_cutoffs of dev/lib/routers.h: cutoffs (E) += beta of quantile balancing; work: N E floats; z (N, E), bias (E)
+static void gpu_add_cutoffs(double* cutoffs, float* work, const float* z, const float* bias, int N, int E, int K) {
+    if (K == E) return;
+    cutoff_scores_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(work, z, bias, N, E, K);
+    cutoffs_kernel<<<E, 1024>>>(cutoffs, work, N, E, (long)N * K / E);
+    CHECK(cudaGetLastError());
+}
+
 __global__ static void sigmoid_router_backward_kernel(float* dz, const float* dgates, const float* z,
                                                       const float* probs, const float* lse, const int* experts,
                                                       const float* gates, const double* f, double aux_weight,

@@ -41,6 +41,7 @@ template <class Real> static void gpu_read_sums(Model* m) {
     if (g->loss_pending) gpu_take_loss<Real>(m, 0);
     CHECK(cudaMemcpy(g->sums_host, g->losses_sum, g->sums_bytes, cudaMemcpyDeviceToHost));
     const double *losses = (const double*)g->sums_host, *observed = losses + (g->observed - g->losses_sum);
+    const double* cutoffs = observed + (g->cutoffs - g->observed);
     const long long *load = (const long long*)(losses + 4), *step_load = load + (g->step_load - g->load);
     m->sums.loss += losses[0];
     m->sums.aux += losses[1];
@@ -49,6 +50,7 @@ template <class Real> static void gpu_read_sums(Model* m) {
     for (long i = 0; i < (long)L * E; i++) {
         m->load[i] += (long)load[i];
         m->step_load[i] += (long)step_load[i];
+        m->cutoffs[i] += cutoffs[i];
     }
     for (int i = 0; i < L * OBSERVED_NUMBERS; i++) ((double*)m->observed)[i] += observed[i];
     gpu_clear_sums<Real>(m);

@@ -1,0 +1,148 @@
+/*
+balance.c: what balances the load or does without it. Rules of the sigmoid router's bias against the references, experts
+that are skipped, routers that are not trained.
+*/
+static int compare_floats(const void* a, const void* b) {
+    float x = *(const float*)a, y = *(const float*)b;
+    return x < y ? 1 : x > y ? -1 : 0;          // the largest first
+}
+
+// Ranks by counting against a sort, with ties and zeros of both signs.
+static void test_ranks(void) {
+    int right = 1;
+    for (int N = 1; N < 60; N++) {
+        float *x = random_floats(N, (uint64_t)N), *sorted;
+        for (int n = 0; n < N; n++) x[n] = n % 5 ? n % 7 ? x[n] : roundf(4 * x[n]) : n % 2 ? x[n / 2] : -x[n] * 1e30f;
+        if (N > 40) x[7] = -0.0f, x[9] = 0, x[11] = -3e38f;
+        sorted = copy_floats(x, N);
+        qsort(sorted, (size_t)N, sizeof(float), compare_floats);
+        for (int rank = 0; rank < N; rank++) right &= number_of_rank(x, 1, N, rank) == sorted[rank];
+        right &= number_of_rank(x, 2, (N + 1) / 2, 0) >= x[0];
+    }
+    check(right, "the number of each rank is that of a sort");
+}
+
+// The bias after a step by each rule, on the backend at hand.
+static void test_bias_values(void) {
+    static const char* names[] = {"sigmoid", "sigmoid_top1"};
+    for (EACH(i, names)) {
+        Reference r = reference_open("golden_routers", names[i], of_floats);
+        Model* m = r.m;
+        int E = m->config.num_experts, L = m->config.num_layers;
+        RouterSchedule run = {metadata_number(r.file, "bias_rate"), 2, 0, 0, 0, 0, 0, NULL};
+        float* start = copy_floats(m->params, m->layout.total);
+        long* load = (long*)kept_malloc(sizeof(long) * (size_t)(L * E));
+        double worst[2] = {0, 0};
+        m->backend->send(m, PARAMETERS);
+        m->counting_load = 1;
+        m->config.router.bias_rule = BIAS_QUANTILE;
+        for (int micro = 0; micro < 2; micro++) model_forward(m, r.tokens, r.targets, r.B, r.T);
+        take_losses(m);
+        for (int e = 0; e < L * E; e++) load[e] = m->step_load[e] / 2;
+        for (int step = -1; step < 3; step++) {             // one by quantile, three by error
+            for (int k = 0; k < L * E && step >= 0; k++) {
+                long n = load[step == 2 ? k / E * E + E - 1 - k % E : k];
+                m->step_load[k] = step == 1 ? n * n : n;
+            }
+            router_after_step(m, &run, 1);
+            for (int l = 0; l < L; l++) {
+                if (!m->config.sparse[l]) continue;
+                const char* name = of_layer(step < 0 ? "bias_quantile" : "bias_id", l);
+                float* expected = reference_floats(r.file, name, NULL) + (step > 0 ? step * E : 0);
+                worst[step >= 0] = larger(worst[step >= 0], max_error(m->weights.layers[l].router_bias, expected, E));
+            }
+            if (step < 0) memcpy(m->params, start, floats_bytes(m->layout.total));
+            m->config.router.bias_rule = BIAS_ID;
+        }
+        check(worst[0] <= 1e-6, "%s: quantile balancing, largest error of the bias %.1e", names[i], worst[0]);
+        check(worst[1] <= 1e-7, "%s: three steps of ID balancing, largest error of the bias %.1e", names[i], worst[1]);
+    }
+}
+
+// Experts with small gates left out: the references' logits, and at MU = 1 what K = 1 computes.
+static void test_skipping(void) {
+    static const char* names[] = {"sigmoid", "lpr_mean", "matryoshka", "logit_norm"};
+    for (EACH(i, names)) {
+        Reference r = reference_open("golden_routers", names[i], of_floats);
+        Model* m = r.m;
+        long n, same = 1, V = m->config.vocab_size;
+        int same_bits = !strcmp(names[i], "logit_norm");
+        m->config.router.skip_below = same_bits ? 1 : metadata_number(r.file, "skip_below");
+        model_forward(m, r.tokens, NULL, r.B, r.T);
+        for (int l = 0; l < m->config.num_layers && !same_bits; l++) {
+            if (!m->config.sparse[l]) continue;
+            int* left = reference_ints(r.file, of_layer("skip.experts", l), NULL);
+            for (int a = 0; a < r.B * r.T * m->topk[l]; a++)
+                same &= (m->layers[l].experts[a] >= 0) == (a % m->topk[l] < left[a / m->topk[l]]);
+        }
+        float* logits = copy_floats(m->logits, n = r.B * r.T * V);
+        if (same_bits) {
+            m->config.router.skip_below = 0;
+            for (int l = 0; l < m->config.num_layers; l++) m->topk[l] = 1;
+            model_forward(m, r.tokens, NULL, r.B, r.T);
+        }
+        float* expected = same_bits ? m->logits : reference_floats(r.file, "skip.logits", NULL);
+        double error = max_error(logits, expected, n);
+        check(same && error <= (same_bits ? 0 : 1e-5), "%s: small gates skipped: logits, largest error %.1e", names[i],
+              error);
+    }
+    static char text[2][sizeof ran.out];
+    int ok = train_run("a", "--steps 10") == 0;
+    for (int way = 0; way < 2; way++) {
+        ok &= run_program("--model %s --prompt abc --tokens 40 --temperature 0 %s", temp("a"),
+                          way ? "--topk 1" : "--skip-below 1") == 0;
+        memcpy(text[way], ran.out, sizeof ran.out);
+    }
+    check(ok && !strcmp(text[0], text[1]) && strlen(text[0]) > 30, "--prompt: the text of --skip-below 1 and --topk 1");
+    ok = run_program("--model %s --data %s --eval --load --seq 24 --skip-below 0.8 --trace %s", temp("a"),
+                     temp("corpus.txt"), temp("trace.csv")) == 0;
+    const char* said = strstr(ran.out, "tokens/s | ");
+    double experts = said ? atof(said + 11) : 0;
+    size_t bytes;
+    char* trace = read_bytes(temp("trace.csv"), &bytes);
+    check(ok && experts > 1 && experts < 2 && trace && strstr(trace, ",-1,1.000000,0.000000"),
+          "--eval: %.3f experts a token, and the trace says which", experts);
+}
+
+// Routers that are not trained: the reference's blocks, and what training leaves of them.
+static void test_fixed_routers(void) {
+    Reference r = reference_open("golden_routers", "blocks", of_floats);
+    long n = (long)r.m->config.num_experts * r.m->config.hidden_size;
+    float* rows = r.m->weights.layers[1].router;
+    fill_random(rows, n, 1);
+    float* fixed = (float*)keep(A_BLOCK, fix_routers(r.m, 1));
+    check(same_floats(rows, reference_floats(r.file, "blocks.1", NULL), n) && same_floats(rows, fixed + n, n),
+          "blocks: the reference's rows");
+    test_golden_model("golden_routers", "blocks", of_floats);
+    for (int blocks = 0; blocks < 2; blocks++) {
+        int ok = train_run("a", blocks ? "--steps 6 --fixed-router blocks" : "--steps 6 --fixed-router start") == 0;
+        Model *m = open_model(temp("a"), FOR_SCORING, 1, 1), *start = new_model(&m->config, FOR_SCORING, 1, 1);
+        model_init(start, 1);
+        if (blocks) keep(A_BLOCK, fix_routers(start, 1));
+        for (int l = 0; l < m->config.num_layers; l++)
+            ok &= same_floats(m->weights.layers[l].router, start->weights.layers[l].router, 5 * 40);
+        check(ok && !same_floats(m->weights.layers[1].down, start->weights.layers[1].down, 40),
+              "%s: six steps leave every bit of the routers", blocks ? "blocks" : "start");
+        show_failure(ok);
+    }
+    test_stop_and_resume("fixed router", "--fixed-router start");
+}
+
+static void test_balance(void) {
+    static const char* refused[][2] = {{"--skip-below 0.5", "--skip-below: goes with --eval, --prompt"},
+                                       {"--dense --skip-below 0.5", "a dense model has no experts"},
+                                       {"--fixed-router blocks --experts 41 --hidden 40", "do not share a hidden"},
+                                       {"--fixed-router start --router lpr", "use it with --router softmax or sig"},
+                                       {"--bias-rule id", "only the router sigmoid has a bias"},
+                                       {"--router sigmoid --bias-rule twice", "sign|quantile|id"},
+                                       {"--router sigmoid --bias-rule quantile --bias-rate 0.1", "has no step"}};
+    test_ranks();
+    test_bias_values();
+    write_corpus(temp("corpus.txt"), 20000);
+    test_threads("quantile", "--router sigmoid --bias-rule quantile --topk-range 1:5");
+    test_stop_and_resume("quantile", "--router sigmoid --bias-rule quantile");
+    test_stop_and_resume("ID", "--router sigmoid --bias-rule id --bias-rate 0.01");
+    test_skipping();
+    test_fixed_routers();
+    for (EACH(i, refused)) check_refused(2, refused[i][0], refused[i][1]);
+}
