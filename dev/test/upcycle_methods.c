@@ -705,7 +705,7 @@ static void test_up_pieces(void) {
         char src[PATH_SIZE], data[PATH_SIZE];
         strcpy(src, up_path(dense ? "pieces_dense" : "pieces_mixture"));
         strcpy(data, up_path("pieces.bin"));
-        const char* arguments[16] = {"upcycle",  src,          "x",           "--experts", "8",
+        const char* arguments[16] = {"upcycle",  src,          "x",           "--experts", dense ? "8" : "9",
                                      "--method", method->name, "--optimizer", carry};
         int count = 9;
         if (granular) arguments[count++] = "--granularity", arguments[count++] = "4";

@@ -65,6 +65,15 @@ static void plan_config_of_dense(Plan* p, const Config* from, Config* c) {
             type);
 }
 
+// Orthogonal Growth (arXiv 2510.08008): E and K become m E and m K, so that a token gets all m copies of its experts.
+static int multiplied_topk(const Plan* p, const Config* from) {
+    int E = from->num_experts, K = from->num_experts_per_tok * (p->M / E);
+    if (p->M % E || p->M < E) die(2, "--experts %d: --method multiply wants a multiple of SRC's %d", p->M, E);
+    if (asked("topk") && ask.topk != K)
+        die(2, "--topk %ld: --method multiply makes it %d, as many times SRC's as experts", ask.topk, K);
+    return K;
+}
+
 // The configuration of DST.
 static void plan_config(Plan* p) {
     static const Arch targets[] = {QWEN3_MOE, MIXTRAL, OLMOE}; // in the order of --arch's choices
@@ -76,6 +85,7 @@ static void plan_config(Plan* p) {
     *c = *from;
     p->shards = 1;
     if (p->dense) plan_config_of_dense(p, from, c);
+    else if (is(p->method->name, "multiply")) c->num_experts_per_tok = multiplied_topk(p, from);
     else if (asked("topk")) c->num_experts_per_tok = (int)ask.topk;
     if (!p->dense && count_sparse(c) == 0) die(2, "%s: has experts in name only: no layer is sparse", s->dir);
     c->num_experts = p->M;

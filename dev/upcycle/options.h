@@ -3,7 +3,7 @@
 
 static struct {
     const char *method, *layers, *sources, *arch, *drop_indices, *scale, *router_init;
-    const char *select, *score_on, *allocate, *router, *optimizer;
+    const char *select, *score_on, *allocate, *router, *router_bias, *optimizer;
     const char *calibrate, *reference, *dtype, *shard_size, *check, *inspect, *data;
     long experts, topk, norm_topk, granularity, cap, seed, calibrate_batches, check_batches, batch, seq, threads,
         dry_run, force, methods;
@@ -51,6 +51,7 @@ static Option ask_table[] = {
      "rows of copies (bias if SRC has one, else copy)", 0},
     {"router-delta", OPT_REAL, USE_MOE, &ask.router_delta, 0, 1e6, NULL, "D", "strength of --router (bias: 0.001)",
      0},
+    {"router-bias", OPT_CHOICE, USE_MOE, &ask.router_bias, 0, 0, "keep", "keep|reset", "that selects; reset: all 0", 0},
     {"optimizer", OPT_CHOICE, USE_OTHER, &ask.optimizer, 0, 0, "reset", "reset|copy|scale|interpolate",
      "AdamW's moments", 0},
     {"calibrate", OPT_TEXT, USE_OTHER, &ask.calibrate, 0, 0, NULL, "F,..", "text or token shards for scores", 0},

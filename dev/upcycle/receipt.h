@@ -28,7 +28,7 @@ typedef struct {
     int holds;
     const char* sentence;
 } Finding;
-enum { MAX_WORDS = 24 };
+enum { MAX_WORDS = 32 };
 typedef struct {
     const char* name[MAX_WORDS];
     char text[MAX_WORDS][256];
@@ -82,7 +82,8 @@ static void find_properties(const Plan* p, Findings* f) {
     const Config *from = &p->sources[0]->config, *to = &p->config;
     const char* name = p->method->name;
     int K = to->num_experts_per_tok, K0 = from->num_experts_per_tok, M = p->M, E = p->E, norm = to->norm_topk_prob;
-    int equal, m = imax(1, most_copies(p, &equal)), G = p->shards, twins = p->method->traits & EQUAL;
+    int equal, m = imax(1, most_copies(p, &equal)), G = p->shards, multiply = is(name, "multiply");
+    int twins = p->method->traits & EQUAL && !(multiply && strength(p) > 0), all_copies = equal && K == m * K0;
     int mixture = !p->dense, one_model = p->num_sources == 1, larger = M > E, one = K == 1 && K0 == 1;
     int family = is(name, "family"), granular = is(name, "granular"), sharded = granular || is(name, "partition");
     int is_new = p->method->traits & NEW_ROWS, lpr = from->router.kind == ROUTER_LPR;
@@ -105,6 +106,7 @@ static void find_properties(const Plan* p, Findings* f) {
     add_word(&words, "M", "%d", M);
     add_word(&words, "E", "%d", E);
     add_word(&words, "E-M", "%d", E - M);
+    add_word(&words, "M-E", "%d", M - E);
     add_word(&words, "G", "%d", G);
     add_word(&words, "m", "%d", m);
     add_word(&words, "K/m", "%d", K / m);
@@ -145,6 +147,8 @@ static void find_properties(const Plan* p, Findings* f) {
         {insists("prune-weights"), NOT_KEPT "{prune} % of the weights of every expert are zero"},
         {M < E, NOT_KEPT "{E-M} of {E} experts are gone from each sparse layer"},
         {M == E && K != K0, NOT_KEPT "{K} experts per token instead of {K0}"},
+        {is_new, NOT_KEPT "{M-E} experts of each sparse layer are new, with new rows of the router"},
+        {is(ask.router_bias, "reset"), NOT_KEPT "the bias that experts are selected by is 0 again"},
         {M == E && !is(p->router->name, "noise"), "kept exactly{up to}: nothing was added"},
         {unequal_sums, NOT_KEPT "unequal numbers of copies shift {sums}"},
         {family && K != K0, "that of SRC with {K} experts per token while train_moe's family penalty is infinite"},
@@ -162,7 +166,7 @@ static void find_properties(const Plan* p, Findings* f) {
         {biased, NOT_KEPT "with K = {K} a token gets copies of one expert instead of different experts"},
         {raw && equal && K % m == 0,
          NOT_KEPT "sigmoid gates are not renormalised, so {m} copies add up to {m} times an expert's output"},
-        {equal && K == m * K0, "kept exactly{up to}: the top {K} are {m} copies of each of SRC's {K0}"},
+        {all_copies, "kept exactly{up to}: the top {K} are {m} copies of each of SRC's {K0}"},
         {equal && K % m == 0,
          "that of SRC with {K/m experts} per token{up to}: the top {K} are {m} copies each of the best {K/m}"},
         {1, NOT_KEPT "with K = {K} a token gets copies of one expert instead of different experts"}};
@@ -199,13 +203,13 @@ static void find_properties(const Plan* p, Findings* f) {
         {p->dense && is(ask.router_init, "zero") && !sharded,
          "a zero router ties all experts: every token goes to experts 0 to {K-1} until it moves; --router-init normal "
          "avoids it"},
-        {collapse,
+        {collapse && !all_copies,
          "K = {K}: twins tie or nearly tie, so most tokens reach only about {near sources}; --method "
          "family avoids it"},
         {mixture && K == 1 && is(p->router->name, "copy") && !family,
          "K = 1: a tie goes to the lower index, so copies get no token until the router moves; --router perturb-new or "
          "--method family avoid it"},
-        {mixture && !norm && !sigmoid && !family,
+        {mixture && !norm && !sigmoid && !family && !all_copies,
          K == 1 ? "gates are not renormalised: each shrinks by about {m}, the number of copies, and with K = 1 the "
                   "output does too; --method family avoids it"
                 : "gates are not renormalised: each shrinks by about {m}, the number of copies; --method family avoids "
@@ -215,9 +219,10 @@ static void find_properties(const Plan* p, Findings* f) {
          "balancing moves it; --method family avoids it"},
         {mixture && norm && K == 1, "{never learns}; --topk 2 avoids it"},
         {collapse && tied && plain_router,
-         biased ? "twins that are chosen together with {never separate} (a bias for selection does not reach the "
-                  "gates); --method family or drop, or --router perturb-new avoid it"
-                : "twins that are chosen together with {never separate}; --method family or drop, or --router "
+         multiply ? "twins are always chosen together, and {never separate}; --strength 0.01 avoids it"
+         : biased ? "twins that are chosen together with {never separate} (a bias for selection does not reach the "
+                    "gates); --method family or drop, or --router perturb-new avoid it"
+                  : "twins that are chosen together with {never separate}; --method family or drop, or --router "
                   "perturb-new avoid it"}};
     for (size_t i = 0; i < sizeof warnings / sizeof warnings[0]; i++)
         if (warnings[i].holds) warn(f, warnings[i].sentence, &words);
@@ -302,7 +307,7 @@ static void print_plan(const Plan* p, const char* dst) {
     if (is(p->method->name, "granular"))
         printf(", %d groups of %d shards, --scale %s", p->M / p->shards, p->shards, ask.scale);
     if (is(p->method->name, "drop")) printf(", ratio %g, indices %s", ask.drop_ratio, ask.drop_indices);
-    if (!p->dense) printf(", router %s", p->router->name);
+    if (!p->dense) printf(", router %s%s", p->router->name, is(ask.router_bias, "reset") ? ", its bias reset" : "");
     if (!p->dense && p->score) printf(", selected by %s", p->selection->name);
     printf("\n");
     print_layers(p);
