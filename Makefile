@@ -175,6 +175,7 @@ products: build/products
 references:
 	python3 dev/reference/make_references.py --check
 	python3 dev/reference/make_router_references.py --check
+	python3 dev/reference/make_growth_references.py --check
 
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu

@@ -382,10 +382,10 @@ static void test_matmul(void) {
 #include "dev/test/upcycle_methods.c"
 #include "dev/test/upcycle_calibration.c"
 #include "dev/test/upcycle_files.c"
-#include "dev/test/growth.c"
 #include "dev/test/terminal.c"
 #include "dev/test/engines.c"
 #include "dev/test/luggage.c"
+#include "dev/test/growth.c"
 #ifdef TEST_GPU
 #include "dev/test/gpu.c"
 #endif

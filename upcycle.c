@@ -2,6 +2,7 @@
 upcycle.c: a dense model becomes a mixture of experts, a mixture of experts a larger or smaller one.
 
     ./upcycle SRC DST --experts M [--topk K] [--method NAME] ...   SRC and DST are Hugging Face directories
+    ./upcycle SRC DST --layers-to N        (also with --experts)       more layers, or wider FFNs: --ffn-to I
     ./upcycle --inspect DIR [--data F]                             how alike the experts of a checkpoint are
     ./upcycle --methods                                            the table of dev/upcycle/README.md
 
@@ -117,6 +118,7 @@ struct Plan {
     struct Clusters* clusters;    // of cluster, or NULL
     Output* outputs;
     int num_outputs, num_files, model_files;
+    struct Growth* growth;        // of SRC, before all else, or NULL
     Json *parent, *trainer;       // SRC's upcycle.json and trainer.json, or NULL
 };
 
@@ -140,6 +142,7 @@ struct Target {
 
 #include "dev/upcycle/rows.h"      // statistics, units drawn by lot, other orders of rows
 #include "dev/upcycle/feed.h"      // batches of calibration texts
+#include "dev/upcycle/growth.h"    // more layers, wider FFNs
 
 static int plan_source(const Plan* p, int l, int j) { return p->source[(long)l * p->M + j]; }
 static int plan_copy(const Plan* p, int l, int j) { return p->copy[(long)l * p->M + j]; }
@@ -428,7 +431,8 @@ static void correction_rows(const Plan* p, Target* t, long row, long rows, float
         int e = plan_source(p, t->layer, (int)j);
         out[j - row] = b && e >= 0 ? b[e] : 0;
         if (std > 0 && plan_copy(p, t->layer, (int)j) > 0)
-            out[j - row] += (float)(strength(p) * std * random_normal(stream_key(p, "bias", t->layer, (int)j, 0)));
+            out[j - row] += (float)(strength(p) * std *
+                                    random_normal(stream_key(p, "bias", t->layer, (int)j, 0)));
         if (!moved || e < 0 || plan_copy(p, t->layer, (int)j) == 0) continue;
         double u = random_uniform(stream_key(p, "bias", t->layer, (int)j, 0));
         out[j - row] += (float)(router_strength(p) * (2 * u - 1));
@@ -590,7 +594,7 @@ static void refuse_selection(const Plan* p, const char* src) {
         die(2, "--%s hands out copies by a score; --select %s has one", insists("cap") ? "cap" : "allocate",
             selections_for(LARGER, 1).text);
     if (by->score && is(p->method->name, "multiply"))
-        die(2, "--select %s hands out unequal numbers of copies; --method multiply wants equal ones", by->name);
+        die(2, "--select %s: copies in unequal numbers, and --method multiply wants equal ones", by->name);
     if (asked("allocate") && is(by->name, "random"))
         die(2, "--allocate: --select random draws lots; %s have scores", selections_for(LARGER, 1).text);
 }
@@ -636,10 +640,12 @@ static Plan* plan_create(const char* src) {
         die(2, "%s: its families are still penalised; train it on to the end of --family-steps first", src);
     refuse_options(p, &c, src);
     open_sources(p, src);
-    if (!asked("experts"))
+    plan_growth(p);
+    c = p->sources[0]->config;
+    if (!asked("experts") && !(p->growth && is(p->method->name, "copy")))
         die(2, "--experts M is missing: the number of experts of each sparse layer in DST");
-    p->M = (int)ask.experts;
     p->E = p->dense ? p->num_sources : c.num_experts;
+    p->M = asked("experts") ? (int)ask.experts : p->E;
     const Source* s = p->sources[0];
     if (p->M < p->E && p->dense)
         die(2, "--experts %d: there are %d sources, and each needs an expert", p->M, p->E);

@@ -61,7 +61,8 @@ static void test_up_multiply(void) {
           "noise of 0.005 and 0.01 std changes the logits by %.1e and %.1e", change[0], change[1]);
     // the noise itself: alpha std of the source's matrix, the whole router, the whole bias; originals stay
     UP(VARIANTS "sigmoid {}/noisy --experts 200 --method multiply --strength 0.1");
-    const char *src = VARIANTS "sigmoid", *dst = up_path("noisy"), *down = "model.layers.0.mlp.experts.%d.down_proj.weight";
+    const char *src = VARIANTS "sigmoid", *dst = up_path("noisy");
+    const char* down = "model.layers.0.mlp.experts.%d.down_proj.weight";
     static const char* routers[] = {"model.layers.0.mlp.gate.weight",
                                     "model.layers.0.mlp.gate.e_score_correction_bias"};
     for (int i = 0; i < 2; i++) {
@@ -184,7 +185,85 @@ static void test_up_identity(void) {
     }
 }
 
+// Depth and width: logits of transformers for models that were grown by dev/reference/make_growth_references.py.
+static void test_up_depth(void) {
+    static const struct { const char *reference, *arguments, *says; } cases[] = {
+        {"qwen3_interpose", "qwen3 {}/%s --layers-to 5 --new-layers copy", "not kept: copied layers add"},
+        {"llama_stack", "llama {}/%s --layers-to 5 --depth stack --new-layers copy --ffn-to 38", "not kept: copied"},
+        {"qwen3_moe_interpose", "qwen3_moe {}/%s --layers-to 6 --new-layers copy --ffn-to 18 --experts 10 --method "
+                                "multiply", "not kept: copied layers add"},
+        {"olmoe_stack", "olmoe {}/%s --layers-to 3 --depth stack --new-layers copy --ffn-to 28 --experts 18 --method "
+                        "multiply", "not kept: copied layers add"},
+        {"qwen3_zero", "qwen3 {}/%s --layers-to 6 --depth stack --ffn-to 30", "kept exactly; the new layers add 0"},
+        {"mixtral_zero", "mixtral {}/%s --layers-to 5 --ffn-to 22 --experts 15 --method multiply", "kept exactly: the"},
+        {"dots1_zero", "dots1 {}/%s --layers-to 3 --depth stack --ffn-to 28 --experts 12 --method multiply", "kept ex"},
+        {"qwen3_moe_zero", "qwen3_moe {}/%s --layers-to 7 --ffn-to 18 --experts 10 --method multiply", "kept exactly"},
+        // up, then out, in one call
+        {"qwen3_zero", "qwen3 {}/%s --layers-to 6 --ffn-to 30 --experts 4 --topk 3", "kept exactly: gates sum to 1"},
+        {"qwen3_zero", "qwen3 {}/%s --layers-to 4 --ffn-to 60 --experts 8 --layers every-2 --method granular "
+                       "--granularity 4", "kept exactly: gates sum to 1"},
+        {"qwen3_interpose", "qwen3 {}/%s --layers-to 5 --new-layers copy --experts 2 --topk 1", "not kept: copied"}};
+    up_begin();
+    for (EACH(i, cases)) {
+        char arguments[256], name[16], path[PATH_SIZE];
+        Error error = {""};
+        snprintf(name, sizeof name, "g%d", (int)i);
+        const char* at = strstr(cases[i].arguments, "%s");
+        int before = (int)(at - cases[i].arguments);
+        snprintf(arguments, sizeof arguments, "%.*s%s%s", before, cases[i].arguments, name, at + 2);
+        UP(GOLDEN "%s", arguments);
+        snprintf(path, sizeof path, "dev/reference/golden_growth/%s.safetensors", cases[i].reference);
+        double e = up_error(up_path(name), keep_file(safetensors_open(path, &error)));
+        check(e <= 1e-5 && !strncmp(up_said(up_path(name)), cases[i].says, strlen(cases[i].says)),
+              "%s: logits within %.1e of fp64; %s", cases[i].arguments, e, up_said(up_path(name)));
+    }
+    long n;
+    float *o = up_tensor(up_path("g4"), "model.layers.5.self_attn.o_proj.weight", &n), largest = 0;
+    for (long i = 0; i < n; i++) largest = fmaxf(largest, fabsf(o[i]));
+    check(largest == 0 && up_same(up_path("g4"), "model.layers.5.self_attn.q_proj.weight", GOLDEN "qwen3",
+                                  "model.layers.2.self_attn.q_proj.weight") &&
+              up_same(up_path("g4"), "model.layers.2.self_attn.o_proj.weight", GOLDEN "qwen3",
+                      "model.layers.2.self_attn.o_proj.weight"), "o_proj of a new layer is 0, all else a copy");
+    const Json* growth = json_get(up_receipt(up_path("g9")), "growth");
+    check(json_get(growth, "layers")->items[1]->number == 0 && json_get(growth, "new")->items[1]->number == 1 &&
+              json_get(growth, "width")->items[1]->number == 60, "the receipt tells layers and width");
+    // what config.json says of layers is said of all of them
+    up_make("w", QWEN3, 2, 24, 40, 0, 0, 0, 5);
+    add_members(up_path("w"), "\"sliding_window\": 8, \"use_sliding_window\": true, \"max_window_layers\": 2");
+    UP("{}/w {}/wide --layers-to 5");
+    Json* k = keep_json(saved_luggage(up_path("wide")));
+    check(!strcmp(json_raw(k, "max_window_layers"), "5"), "max_window_layers grows: no layer gets a window");
+    add_members(up_path("w"), "\"layer_types\": [\"full_attention\", \"full_attention\"]");
+    UP("{}/w {}/typed --layers-to 3 --experts 2");
+    const Json* types = json_get(keep_json(saved_luggage(up_path("typed"))), "layer_types");
+    check(types && types->count == 3, "layer_types grows");
+    up_make("w", QWEN3, 2, 24, 40, 0, 0, 0, 5);
+    add_members(up_path("w"), "\"sliding_window\": 8, \"use_sliding_window\": true, \"max_window_layers\": 1");
+    check(up_run("", "{}/w {}/x --layers-to 3") == 2 && strstr(up_output, "in 1 of 2 layers"), "refused: one window");
+    const char* arguments[] = {"upcycle", GOLDEN "qwen3", "x", "--layers-to", "5", "--ffn-to", "60", "--experts", "3",
+                               "--method", "drop"};
+    static Plan plan; // what a plan owns lives as long as the program
+    memset(&the_plan, 0, sizeof the_plan);
+    read_options(11, (char**)arguments);
+    plan = *plan_create(GOLDEN "qwen3");
+    check(plan.num_outputs > 90 && up_pieces_differ(&plan) == 0, "grown and dropped, in pieces of 3 rows: the same");
+    static const struct { const char *arguments, *says; } refused[] = {
+        {"qwen3 {}/x --layers-to 2", "none can be taken away"},
+        {"qwen3 {}/x --experts 2 --depth stack", "there are none; --layers-to"},
+        {"qwen3 {}/x --ffn-to 45", "15 times 2, 4, 8"},
+        {"qwen3 {}/x --ffn-to 5", "15 times 2, 4, 8"},
+        {"qwen3 {}/x --layers-to 5 --topk 2", "DST has none; --experts"},
+        {"qwen3 {}/x --layers-to 5 --layers every-2", "DST has none; --experts"},
+        {"qwen3 {}/x --layers-to 5 --method drop", "--experts M is missing"},
+        {"qwen3 {}/x --layers-to 5 --experts 4 --optimizer copy", "--optimizer reset fits"},
+        {"qwen3 {}/x --layers-to 5 --experts 4 --method cluster --calibrate x", "grow first"}};
+    for (EACH(i, refused))
+        check(up_run("", GOLDEN "%s", refused[i].arguments) == 2 && strstr(up_output, refused[i].says), "refused: %s",
+              refused[i].arguments);
+}
+
 static void test_up_growth(void) {
+    test_up_depth();
     test_up_multiply();
     test_up_stages();
     test_up_identity();
