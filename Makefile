@@ -189,6 +189,7 @@ references:
 	python3 dev/reference/make_references.py --check
 	python3 dev/reference/make_router_references.py --check
 	python3 dev/reference/make_shrinking_references.py --check
+	python3 dev/reference/make_growth_references.py --check
 
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu

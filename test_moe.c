@@ -348,8 +348,7 @@ static void test_matmul_values(void) {
                                    {20, 40, 1024}}; // the last: rows of dy are 4 KB apart, which dW packs
     for (EACH(s, large)) {
         Product p = product_create(1, large[s], large[s][1], large[s][2]);
-        check(product_check(&p, 0), "three products, %d rows, %d -> %d", large[s][0], large[s][1],
-              large[s][2]);
+        check(product_check(&p, 0), "three products, %d rows, %d -> %d", large[s][0], large[s][1], large[s][2]);
     }
     static const int shares[][5] = {
         {0, 0, 0, 0, 0}, {0, 7, 0, 1, 40}, {13, 0, 0, 0, 0}, {3, 3, 3, 3, 3}, {0, 0, 0, 0, 101}};
@@ -386,6 +385,7 @@ static void test_matmul(void) {
 #include "dev/test/terminal.c"
 #include "dev/test/engines.c"
 #include "dev/test/luggage.c"
+#include "dev/test/growth.c"
 #ifdef TEST_GPU
 #include "dev/test/gpu.c"
 #endif
@@ -412,7 +412,7 @@ static const struct {
     {"upcycle pruning", test_up_pruning}, {"upcycle cluster", test_up_cluster}, {"upcycle files", test_up_files},
     {"upcycle merge", test_up_merge}, {"upcycle safety", test_up_safety}, {"upcycle LPR pruning", test_up_pruning_lpr},
     {"upcycle records", test_up_records}, {"engines", test_engines}, {"upcycle refusals", test_up_refusals},
-    {"upcycle receipt", test_up_receipt}};
+    {"upcycle receipt", test_up_receipt}, {"upcycle growth", test_up_growth}};
 
 int main(int argc, char** argv) {
     if (argc > 1 && !strcmp(argv[1], "--as-train-moe")) {

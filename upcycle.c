@@ -2,6 +2,7 @@
 upcycle.c: a dense model becomes a mixture of experts, a mixture of experts a larger or smaller one.
 
     ./upcycle SRC DST --experts M [--topk K] [--method NAME] ...   SRC and DST are Hugging Face directories
+    ./upcycle SRC DST --layers-to N        (also with --experts)       more layers, or wider FFNs: --ffn-to I
     ./upcycle --inspect DIR [--data F]                             how alike the experts of a checkpoint are
     ./upcycle --methods                                            the table of dev/upcycle/README.md
 
@@ -121,6 +122,7 @@ struct Plan {
     struct Clusters* clusters;    // of cluster, or NULL
     Output* outputs;
     int num_outputs, num_files, model_files;
+    struct Growth* growth;        // of SRC, before all else, or NULL
     Json *parent, *trainer;       // SRC's upcycle.json and trainer.json, or NULL
 };
 
@@ -144,6 +146,7 @@ struct Target {
 
 #include "dev/upcycle/rows.h"      // statistics, units drawn by lot, other orders of rows
 #include "dev/upcycle/feed.h"      // batches of calibration texts
+#include "dev/upcycle/growth.h"    // more layers, wider FFNs
 
 static int plan_source(const Plan* p, int l, int j) { return p->source[(long)l * p->M + j]; }
 static int plan_copy(const Plan* p, int l, int j) { return p->copy[(long)l * p->M + j]; }
@@ -408,13 +411,18 @@ static void router_rows(const Plan* p, Target* t, long row, long rows, float* ou
 }
 
 // The bias that sigmoid routers select by (M, 1): the paper's operator adds U(-delta, delta), delta = 0.001,
-// to that of copies; the gates do not see it.
+// to that of copies; the gates do not see it. multiply adds alpha std(b) N(0, 1), as to everything of a copy.
 static void correction_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     int moved = t->holds == WEIGHTS && is(p->router->name, "bias");
-    float* b = t->from.stored ? view_whole(&t->from) : NULL;
+    float* b = t->from.stored && !is(ask.router_bias, "reset") ? view_whole(&t->from) : NULL;
+    double mean, std = 0;
+    if (b && is(p->method->name, "multiply")) slice_statistics(&t->from, NULL, 0, &mean, &std);
     for (long j = row; j < row + rows; j++) {
         int e = plan_source(p, t->layer, (int)j);
         out[j - row] = b && e >= 0 ? b[e] : 0;
+        if (std > 0 && plan_copy(p, t->layer, (int)j) > 0)
+            out[j - row] += (float)(strength(p) * std *
+                                    random_normal(stream_key(p, "bias", t->layer, (int)j, 0)));
         if (!moved || e < 0 || plan_copy(p, t->layer, (int)j) == 0) continue;
         double u = random_uniform(stream_key(p, "bias", t->layer, (int)j, 0));
         out[j - row] += (float)(router_strength(p) * (2 * u - 1));
@@ -457,6 +465,8 @@ static const Method methods[] = {
      "{M} experts, one for each cluster of the FFN's inputs",
      "not kept: experts are approximations of the FFN for their clusters, at mean rank {rank}", "no",
      "2604.13508"},
+    {"multiply", FROM_MOE, copy_noise_rows, source_rows, "strength", 0, EQUAL, "", "",
+     "without --strength: gates sum to 1 or are a softmax's", "2510.08008"},
     {"family", FROM_MOE, source_rows, source_rows, "", 0, EQUAL, "", "",
      "while train_moe's family penalty is infinite, for every K", "ours"},
     {"copy-noise", FROM_MOE, copy_noise_rows, source_rows, "strength", 0.01, 0, "", "", "no", "2604.19835"},
@@ -588,6 +598,8 @@ static void refuse_selection(const Plan* p, const char* src) {
     if ((insists("allocate") || insists("cap")) && (!by->score || shrinks))
         die(2, "--%s hands out copies by a score; --select %s has one", insists("cap") ? "cap" : "allocate",
             selections_for(LARGER, 1).text);
+    if (by->score && is(p->method->name, "multiply"))
+        die(2, "--select %s: copies in unequal numbers, and --method multiply wants equal ones", by->name);
     if (asked("allocate") && is(by->name, "random"))
         die(2, "--allocate: --select random draws lots; %s have scores", selections_for(LARGER, 1).text);
 }
@@ -598,6 +610,8 @@ static void refuse_router(const Plan* p, const char* src, int correction) {
     if (is(name, "bias") && !correction)
         die(2, "--router bias: the routers of %s have no bias to perturb; --router perturb-new changes the "
                "rows of copies", src);
+    if (insists("router-bias") && !correction)
+        die(2, "--router-bias reset: the routers of %s have no bias", src);
     if (family && p->config.router.kind == ROUTER_LPR)
         die(2, "--method family: %s has an lpr router, which knows no families; --method copy fits", src);
     if (family && K > p->E)
@@ -631,10 +645,12 @@ static Plan* plan_create(const char* src) {
         die(2, "%s: its families are still penalised; train it on to the end of --family-steps first", src);
     refuse_options(p, &c, src);
     open_sources(p, src);
-    if (!asked("experts"))
+    plan_growth(p);
+    c = p->sources[0]->config;
+    if (!asked("experts") && !(p->growth && is(p->method->name, "copy")))
         die(2, "--experts M is missing: the number of experts of each sparse layer in DST");
-    p->M = (int)ask.experts;
     p->E = p->dense ? p->num_sources : c.num_experts;
+    p->M = asked("experts") ? (int)ask.experts : p->E;
     const Source* s = p->sources[0];
     if (p->M < p->E && p->dense)
         die(2, "--experts %d: there are %d sources, and each needs an expert", p->M, p->E);
@@ -649,7 +665,8 @@ static Plan* plan_create(const char* src) {
 
     int correction = 0, family = is(p->method->name, "family");
     for (int l = 0; l < c.num_layers; l++) correction |= s->correction[l] >= 0;
-    const char* usual = correction && !family ? "bias" : "copy";
+    int noisy = is(p->method->name, "multiply") ? strength(p) > 0 : -1; // -1: another method
+    const char* usual = noisy > 0 ? "perturb-new" : correction && !family && noisy < 0 ? "bias" : "copy";
     p->router = &router_operators[choice_index(router_choices.text, ask.router ? ask.router : usual)];
     refuse_router(p, src, correction);
     if (family) p->config.router.family_penalty = INFINITY; // train_moe lowers it

@@ -202,7 +202,8 @@ static void card_receipts(Text* t, const Json* r) {
     card_receipts(t, json_get(r, "parent"));
     const char *before = json_item(r, "experts", 0), *after = json_item(r, "experts", 1), *item;
     text_print(t, "- `%s`", json_text(r, "method", "?"));
-    if (before && after) text_print(t, ": %s -> %s experts", strcmp(before, "0") ? before : "dense", after);
+    if (before && after && strcmp(after, "0"))
+        text_print(t, ": %s -> %s experts", strcmp(before, "0") ? before : "dense", after);
     for (int i = 0; (item = json_item(r, "sources", i)) != NULL; i++)
         text_print(t, "%s`%s`", i ? ", " : ", from ", item);
     before = json_item(r, "parameters", 0), after = json_item(r, "parameters", 1);

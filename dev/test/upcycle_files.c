@@ -557,6 +557,10 @@ static void test_up_receipt(void) {
         {GOLDEN "olmoe {}/r%d --experts 12", "not kept", "each shrinks by about 2", 1e-4, 2},
         {GOLDEN "mixtral {}/r%d --experts 10 --method family", "kept exactly", NULL, 0, 1e-6},
         {GOLDEN "mixtral_top1 {}/r%d --experts 10", "kept exactly", "copies get no token", 0, 1e-6},
+        {GOLDEN "olmoe {}/r%d --experts 12 --method multiply", "kept exactly", "--strength 0.01", 0, 1e-6},
+        {GOLDEN "olmoe {}/r%d --experts 12 --method multiply --strength 0.1", "not kept", NULL, 1e-3, 2},
+        {GOLDEN "qwen3 {}/r%d --layers-to 5 --ffn-to 30", "kept exactly; the new", "2 copies of a unit", 0, 1e-6},
+        {GOLDEN "olmoe {}/r%d --layers-to 3 --new-layers copy", "not kept: copied layers", NULL, 1e-2, 2},
         {GOLDEN "mixtral {}/r%d --experts 3 --select weight", "not kept: 2 of 5 experts are gone", NULL, 1e-4, 2},
         {GOLDEN "mixtral {}/r%d --experts 5", "kept exactly", NULL, 0, 1e-6},
         {GOLDEN "mixtral {}/r%d --experts 8 --method scaled", "not kept", "1 distinct source", 1e-4, 2}};

@@ -45,3 +45,5 @@ try Qwen3MoeForCausalLM $golden/qwen3 --experts 4 --layers every-2 --method drop
 try Qwen3MoeForCausalLM $golden/qwen3 --experts 6 --method granular --granularity 3
 try OlmoeForCausalLM $golden/olmoe --experts 13 --method drop --router perturb-new --shard-size 20K
 try Dots1ForCausalLM $golden/dots1 --experts 12 --method drop
+try Qwen3ForCausalLM $golden/qwen3 --layers-to 5 --new-layers copy --ffn-to 30
+try Qwen3MoeForCausalLM $golden/qwen3_moe --layers-to 6 --depth stack --ffn-to 18 --experts 10 --method multiply

@@ -213,6 +213,8 @@ static const float* cluster_matrix(const Plan* p, int l, int j, int matrix) {
     return k->made[matrix];
 }
 
+// The matrix that gives what W gives for the inputs X_i of cluster i, at a low rank:  S S^T = X_i^T X_i / n + ridge,
+// W S = U s V^T cut to the share `energy` of sum s^2,  W_i = (U s V^T)_r S^-1.
 static void cluster_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     const float* made = cluster_matrix(p, t->layer, t->expert, t->matrix);
     memcpy(out, made + row * t->cols, sizeof(float) * (size_t)(rows * t->cols));

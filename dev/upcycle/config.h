@@ -69,6 +69,15 @@ static void plan_config_of_dense(Plan* p, const Config* from, Config* c) {
             type);
 }
 
+// Orthogonal Growth (arXiv 2510.08008): E and K become m E and m K, so that a token gets all m copies of its experts.
+static int multiplied_topk(const Plan* p, const Config* from) {
+    int E = from->num_experts, K = from->num_experts_per_tok * (p->M / E);
+    if (p->M % E || p->M < E) die(2, "--experts %d: --method multiply wants a multiple of SRC's %d", p->M, E);
+    if (asked("topk") && ask.topk != K)
+        die(2, "--topk %ld: --method multiply makes it %d, as many times SRC's as experts", ask.topk, K);
+    return K;
+}
+
 // The configuration of DST.
 static void plan_config(Plan* p) {
     static const Arch targets[] = {QWEN3_MOE, MIXTRAL, OLMOE}; // in the order of --arch's choices
@@ -79,7 +88,9 @@ static void plan_config(Plan* p) {
     const char* fits = "; leave it out";
     *c = *from;
     p->shards = 1;
+    if (stays_dense(p)) return;
     if (p->dense) plan_config_of_dense(p, from, c);
+    else if (is(p->method->name, "multiply")) c->num_experts_per_tok = multiplied_topk(p, from);
     else if (asked("topk")) c->num_experts_per_tok = (int)ask.topk;
     if (!p->dense && count_sparse(c) == 0) die(2, "%s: has experts in name only: no layer is sparse", s->dir);
     c->num_experts = p->M;
@@ -107,6 +118,28 @@ static void json_set_raw(Json* j, const char* key, const char* raw) {
     free(v->raw);
     v->raw = copy_bytes(raw, strlen(raw));
 }
+
+// Members of config.json that tell layers apart, for a model with more of them.
+static void grow_luggage(Plan* p) {
+    const Growth* g = p->growth;
+    const Json* types = json_get(p->luggage, "layer_types");
+    char count[16];
+    int layers, L = source_config(p)->num_layers, N = p->config.num_layers;
+    if (N == L) return;
+    if (active_window(p->luggage, &g->from, &layers) && layers < L)
+        die(2, "--layers-to: %s has a sliding window in %d of %d layers, and new layers belong to neither kind",
+            p->sources[0]->dir, layers, L);
+    snprintf(count, sizeof count, "%d", N);
+    if (!layers && luggage_number(p->luggage, g->from.arch, "max_window_layers") >= L)
+        json_set_raw(p->luggage, "max_window_layers", count);
+    if (json_absent(types) || types->count != L) return;
+    Text t = {NULL, 0, 0};
+    for (int l = 0; l < N; l++) text_print(&t, "%s\"%s\"", l ? ", " : "[", types->items[g->source[l]]->string);
+    text_print(&t, "]");
+    json_set_raw(p->luggage, "layer_types", t.data);
+    free(t.data);
+}
+
 // What config.json says besides: all that SRC says. A dense model gets the balance loss that the receipt speaks of, and
 // its window under the keys of its new class, in which every layer has one or none.
 static void plan_luggage(Plan* p) {
@@ -116,7 +149,8 @@ static void plan_luggage(Plan* p) {
     int layers, window;
     p->luggage = luggage_read(s->dir, &error);
     if (!p->luggage) die(2, "%s", error.text);
-    if (!p->dense) return;
+    grow_luggage(p);
+    if (!p->dense || stays_dense(p)) return;
     window = active_window(p->luggage, &s->config, &layers);
     if (window && layers < s->config.num_layers)
         die(2, "%s: has sliding_window %d in %d of %d layers, and %s has one in all or none; if none is meant, set "

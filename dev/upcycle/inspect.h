@@ -107,7 +107,7 @@ static void print_lineage(const char* dir) {
                    *experts = json_get(r, "experts"), *f = json_get(r, "function");
         printf("  %s", method && method->type == JSON_STRING ? method->string : "?");
         if (experts && experts->type == JSON_ARRAY && experts->count == 2 && experts->items[0]->string &&
-            experts->items[1]->string)
+            experts->items[1]->string && strcmp(experts->items[1]->string, "0"))
             printf(", %s -> %s experts", strcmp(experts->items[0]->string, "0") ? experts->items[0]->string : "dense",
                    experts->items[1]->string);
         for (int i = 0; sources && i < sources->count; i++)

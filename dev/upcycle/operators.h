@@ -6,7 +6,7 @@
 
 static double strength(const Plan* p) { return asked("strength") ? ask.strength : p->method->strength; }
 
-// w + 0.01 std(W) N(0, 1)
+// w + alpha std(W) N(0, 1), std of the source's matrix; alpha (--strength): copy-noise 0.01, multiply 0, a copy
 static void copy_noise_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     if (row == 0) {
         slice_statistics(&t->from, NULL, 0, &t->mean, &t->std);
@@ -208,7 +208,10 @@ static void router_rows_close(RouterRows* r) {
     free(r->perturbed);
 }
 
-static double router_strength(const Plan* p) { return asked("router-delta") ? ask.router_delta : p->router->strength; }
+static double router_strength(const Plan* p) {
+    if (asked("router-delta")) return ask.router_delta;
+    return is(p->method->name, "multiply") && asked("strength") ? ask.strength : p->router->strength;
+}
 
 // w + 0.01 std(W) N(0, 1)
 static void row_noise(float* w, RouterRows* r, double a, uint64_t key) {

@@ -3,8 +3,10 @@
 
 static struct {
     const char *method, *layers, *sources, *arch, *drop_indices, *scale, *router_init;
-    const char *select, *score_on, *allocate, *group, *router, *optimizer;
+    const char *select, *score_on, *allocate, *group, *router, *router_bias, *optimizer;
     const char *calibrate, *reference, *dtype, *shard_size, *check, *inspect, *data;
+    const char *depth, *new_layers;
+    long layers_to, ffn_to;
     long experts, topk, norm_topk, granularity, cap, seed, calibrate_batches, check_batches, batch, seq, threads,
         dry_run, force, methods;
     double drop_ratio, noise_std, noise_fraction, router_std, router_delta, strength, energy, unit_share,
@@ -15,6 +17,10 @@ static Option ask_table[] = {
     {"experts", OPT_WHOLE, USE_OTHER, &ask.experts, 1, 1 << 16, NULL, "M", "experts of each sparse layer in DST", 0},
     {"topk", OPT_WHOLE, USE_OTHER, &ask.topk, 1, 1 << 16, NULL, "K",
      "experts per token (SRC's; dense SRC: 2, granular: G)", 0},
+    {"layers-to", OPT_WHOLE, USE_OTHER, &ask.layers_to, 1, MAX_LAYERS, NULL, "N", "layers in DST (SRC's)", 0},
+    {"depth", OPT_CHOICE, USE_OTHER, &ask.depth, 0, 0, "interpose", "interpose|stack", "order of new layers", 0},
+    {"new-layers", OPT_CHOICE, USE_OTHER, &ask.new_layers, 0, 0, "zero", "zero|copy", "their o_proj, down_proj", 0},
+    {"ffn-to", OPT_WHOLE, USE_OTHER, &ask.ffn_to, 1, 1 << 20, NULL, "I", "width of FFN, expert: times 2, 4, ..", 0},
     {"method", OPT_CHOICE, USE_OTHER, &ask.method, 0, 0, "copy", NULL, "", 0},
     {"seed", OPT_WHOLE, USE_OTHER, &ask.seed, 0, BIG, "1", "S", "of every random draw", 0},
     {"dtype", OPT_CHOICE, USE_OTHER, &ask.dtype, 0, 0, "keep", "keep|f32|bf16", "numbers in DST", 0},
@@ -54,6 +60,7 @@ static Option ask_table[] = {
      "rows of copies (bias if SRC has one, else copy)", 0},
     {"router-delta", OPT_REAL, USE_MOE, &ask.router_delta, 0, 1e6, NULL, "D", "strength of --router (bias: 0.001)",
      0},
+    {"router-bias", OPT_CHOICE, USE_MOE, &ask.router_bias, 0, 0, "keep", "keep|reset", "that selects; reset: all 0", 0},
     {"optimizer", OPT_CHOICE, USE_OTHER, &ask.optimizer, 0, 0, "reset", "reset|copy|scale|interpolate",
      "AdamW's moments", 0},
     {"calibrate", OPT_TEXT, USE_OTHER, &ask.calibrate, 0, 0, NULL, "F,..", "text or token shards for scores", 0},

@@ -28,7 +28,7 @@ typedef struct {
     int holds;
     const char* sentence;
 } Finding;
-enum { MAX_WORDS = 24 };
+enum { MAX_WORDS = 32 };
 typedef struct {
     const char* name[MAX_WORDS];
     char text[MAX_WORDS][256];
@@ -82,7 +82,8 @@ static void find_properties(const Plan* p, Findings* f) {
     const Config *from = &p->sources[0]->config, *to = &p->config;
     const char* name = p->method->name;
     int K = to->num_experts_per_tok, K0 = from->num_experts_per_tok, M = p->M, E = p->E, norm = to->norm_topk_prob;
-    int equal, m = imax(1, most_copies(p, &equal)), G = p->shards, twins = p->method->traits & EQUAL;
+    int equal, m = imax(1, most_copies(p, &equal)), G = p->shards, multiply = is(name, "multiply");
+    int twins = p->method->traits & EQUAL && !(multiply && strength(p) > 0), all_copies = equal && K == m * K0;
     int mixture = !p->dense, one_model = p->num_sources == 1, larger = M > E, one = K == 1 && K0 == 1;
     int family = is(name, "family"), granular = is(name, "granular"), sharded = granular || is(name, "partition");
     int is_new = p->method->traits & NEW_ROWS, lpr = from->router.kind == ROUTER_LPR;
@@ -92,10 +93,14 @@ static void find_properties(const Plan* p, Findings* f) {
     int unequal_sums = (from->router.logit_norm > 0 || lpr) && !equal;
     // down times a number that is no power of two has more digits than BF16 and F16 hold
     int l = 0, near = (K + m - 1) / m;
-    while (!to->sparse[l]) l++;
+    while (!to->sparse[l] && l + 1 < to->num_layers) l++;
     int half = is(ask.dtype, "keep") && source_ffn(p->sources[0], l, 0, DOWN)->stored->dtype != DTYPE_F32;
+    int copied = p->growth && p->growth->num_new && !p->growth->zero, dense = p->dense && !stays_dense(p);
+    int f16 = p->growth && p->growth->times > 1 && source_ffn(p->sources[0], l, 0, DOWN)->stored->dtype == DTYPE_F16;
+    char grown[256];
+    growth_words(p, grown, sizeof grown);
     const char* rounding = !is(ask.dtype, "keep") && !is(ask.dtype, "f32")              ? ", up to rounding to bf16"
-                           : p->dense && granular && (G & (G - 1)) && half ? ", up to rounding of down"
+                           : (dense && granular && (G & (G - 1)) && half) || f16 ? ", up to rounding of down"
                                                                           : "";
     const Clusters* clusters = p->clusters;
     Words words = {{NULL}, {""}, 0};
@@ -105,6 +110,7 @@ static void find_properties(const Plan* p, Findings* f) {
     add_word(&words, "M", "%d", M);
     add_word(&words, "E", "%d", E);
     add_word(&words, "E-M", "%d", E - M);
+    add_word(&words, "M-E", "%d", M - E);
     add_word(&words, "G", "%d", G);
     add_word(&words, "m", "%d", m);
     add_word(&words, "K/m", "%d", K / m);
@@ -118,6 +124,10 @@ static void find_properties(const Plan* p, Findings* f) {
     add_word(&words, "coefficient", "%g", to->router_aux_loss_coef);
     add_word(&words, "up to", "%s", rounding);
     add_word(&words, "router", "%s", p->router->name);
+    int new_layers = p->growth ? p->growth->num_new : 0;
+    add_word(&words, "new", "%d new layer%s", new_layers, new_layers > 1 ? "s" : "");
+    add_word(&words, "L", "%d", to->num_layers);
+    add_word(&words, "times", "%d", p->growth ? p->growth->times : 1);
     add_word(&words, "sums", "%s",
              lpr ? "the read-out of the prototypes" : "the mean and spread that logit_norm divides by");
     add_word(&words, "gate", "%s", raw ? "does not change" : "is 1");
@@ -127,7 +137,9 @@ static void find_properties(const Plan* p, Findings* f) {
              "equal gates get equal gradients and never separate in a deterministic trainer");
 
     // the first that holds
+    const Finding of_copied = {1, NOT_KEPT "copied layers add their part once more: {new} of {L}"};
     const Finding of_dense[] = {
+        {!dense, "kept exactly{up to}"},
         {sharded && asked("drop-ratio") && ask.drop_ratio > 0,
          NOT_KEPT "{drop} % of the units of every shard are drawn anew"},
         {norm && one_model && granular && is(ask.scale, "exact"),
@@ -151,7 +163,10 @@ static void find_properties(const Plan* p, Findings* f) {
                   "groups of equal experts lose nothing"},
         {M < E, NOT_KEPT "{E-M} of {E} experts are gone from each sparse layer"},
         {M == E && K != K0, NOT_KEPT "{K} experts per token instead of {K0}"},
-        {M == E && !is(p->router->name, "noise"), "kept exactly{up to}: nothing was added"},
+        {is_new, NOT_KEPT "{M-E} experts of each sparse layer are new, with new rows of the router"},
+        {is(ask.router_bias, "reset"), NOT_KEPT "the bias that experts are selected by is 0 again"},
+        {M == E && !is(p->router->name, "noise"),
+         p->growth ? "kept exactly{up to}" : "kept exactly{up to}: nothing was added"},
         {unequal_sums, NOT_KEPT "unequal numbers of copies shift {sums}"},
         {family && K != K0, "that of SRC with {K} experts per token while train_moe's family penalty is infinite"},
         {family,
@@ -168,50 +183,54 @@ static void find_properties(const Plan* p, Findings* f) {
         {biased, NOT_KEPT "with K = {K} a token gets copies of one expert instead of different experts"},
         {raw && equal && K % m == 0,
          NOT_KEPT "sigmoid gates are not renormalised, so {m} copies add up to {m} times an expert's output"},
-        {equal && K == m * K0, "kept exactly{up to}: the top {K} are {m} copies of each of SRC's {K0}"},
+        {all_copies, "kept exactly{up to}: the top {K} are {m} copies of each of SRC's {K0}"},
         {equal && K % m == 0,
          "that of SRC with {K/m experts} per token{up to}: the top {K} are {m} copies each of the best {K/m}"},
         {1, NOT_KEPT "with K = {K} a token gets copies of one expert instead of different experts"}};
     const Finding of_balance[] = {
+        {stays_dense(p), "none: DST is dense"},
         {!is_ordinary(to) || to->arch == DOTS1, "only in train_moe; transformers has none for this class"},
         {is(json_raw(p->luggage, "output_router_logits"), "true"),
          "in transformers, too: config.json has output_router_logits true and router_aux_loss_coef {coefficient}"},
         {1, "only in train_moe; transformers wants output_router_logits true, which SRC's config.json has not"}};
-    const Finding *first = p->dense ? of_dense : of_mixture, *balance = of_balance;
+    const Finding *first = copied ? &of_copied : p->dense ? of_dense : of_mixture, *balance = of_balance;
     while (!first->holds) first++;
     while (!balance->holds) balance++;
     memset(f, 0, sizeof *f);
     fill_in(f->function, sizeof f->function, first->sentence, &words);
     fill_in(f->balance, sizeof f->balance, balance->sentence, &words);
     size_t n = strlen(f->function);
-    if (is(name, "shuffle"))
-        snprintf(f->function + n, sizeof f->function - n,
-                 " (permuted units change the order of additions, nothing else)");
+    snprintf(f->function + n, sizeof f->function - n, "%s%s",
+             is(name, "shuffle") ? " (permuted units change the order of additions, nothing else)" : "",
+             copied ? "" : grown);
 
     // all that hold
     mixture = mixture && larger && !is_new;
     const int tied = twins && !family, collapse = mixture && K >= 2 && !family;
     const Finding warnings[] = {
-        {p->dense && is(name, "copy") && norm && one_model,
+        {p->growth && p->growth->times > 1 && twins,
+         "the {times} copies of a unit get equal gradients and never separate in a deterministic trainer; upcycling by "
+         "--method drop separates them"},
+        {dense && is(name, "copy") && norm && one_model,
          "equal experts give the router no language-model gradient at step 0; only the balance loss moves it. Experts "
          "separate because different tokens reach them; --method drop makes them differ from the start"},
-        {p->dense && norm && K == 1,
+        {dense && norm && K == 1,
          M == 1                ? "{never learns}; with one expert nothing avoids it"
          : to->arch == MIXTRAL ? "{never learns}; --topk 2 avoids it"
                                : "{never learns}; --norm-topk 0 or --topk 2 avoid it"},
-        {p->dense && !norm && !sharded,
+        {dense && !norm && !sharded,
          "gates are not renormalised: the FFN's output shrinks by about E / K = {M/K} at step 0; --norm-topk 1 avoids "
          "it"},
-        {p->dense && is(ask.router_init, "zero") && !sharded,
+        {dense && is(ask.router_init, "zero") && !sharded,
          "a zero router ties all experts: every token goes to experts 0 to {K-1} until it moves; --router-init normal "
          "avoids it"},
-        {collapse,
+        {collapse && !all_copies,
          "K = {K}: twins tie or nearly tie, so most tokens reach only about {near sources}; --method "
          "family avoids it"},
         {mixture && K == 1 && is(p->router->name, "copy") && !family,
          "K = 1: a tie goes to the lower index, so copies get no token until the router moves; --router perturb-new or "
          "--method family avoid it"},
-        {mixture && !norm && !sigmoid && !family,
+        {mixture && !norm && !sigmoid && !family && !all_copies,
          K == 1 ? "gates are not renormalised: each shrinks by about {m}, the number of copies, and with K = 1 the "
                   "output does too; --method family avoids it"
                 : "gates are not renormalised: each shrinks by about {m}, the number of copies; --method family avoids "
@@ -221,9 +240,10 @@ static void find_properties(const Plan* p, Findings* f) {
          "balancing moves it; --method family avoids it"},
         {mixture && norm && K == 1, "{never learns}; --topk 2 avoids it"},
         {collapse && tied && plain_router,
-         biased ? "twins that are chosen together with {never separate} (a bias for selection does not reach the "
-                  "gates); --method family or drop, or --router perturb-new avoid it"
-                : "twins that are chosen together with {never separate}; --method family or drop, or --router "
+         multiply ? "twins are always chosen together, and {never separate}; --strength 0.01 avoids it"
+         : biased ? "twins that are chosen together with {never separate} (a bias for selection does not reach the "
+                    "gates); --method family or drop, or --router perturb-new avoid it"
+                  : "twins that are chosen together with {never separate}; --method family or drop, or --router "
                   "perturb-new avoid it"}};
     for (size_t i = 0; i < sizeof warnings / sizeof warnings[0]; i++)
         if (warnings[i].holds) warn(f, warnings[i].sentence, &words);
@@ -301,15 +321,16 @@ static void print_layers(const Plan* p) {
 
 static void print_plan(const Plan* p, const char* dst) {
     const Source* s = p->sources[0];
-    print_config_line("source", s->dir, &s->config, stored_bytes(s));
+    print_config_line("source", s->dir, source_config(p), stored_bytes(s));
     for (int i = 1; i < p->num_sources; i++) printf("        and %s\n", p->sources[i]->dir);
     print_config_line("result", dst, &p->config, model_bytes(p));
+    print_growth(p->growth, p->config.num_layers);
     printf("method  %s, seed %ld", ask.method, ask.seed);
     if (is(p->method->name, "granular"))
         printf(", %d groups of %d shards, --scale %s", p->M / p->shards, p->shards, ask.scale);
     if (is(p->method->name, "drop") || (p->shards > 1 && asked("drop-ratio")))
         printf(", ratio %g, indices %s", ask.drop_ratio, ask.drop_indices);
-    if (!p->dense) printf(", router %s", p->router->name);
+    if (!p->dense) printf(", router %s%s", p->router->name, is(ask.router_bias, "reset") ? ", its bias reset" : "");
     if (!p->dense && p->score) printf(", selected by %s", p->selection->name);
     printf("\n");
     print_layers(p);
@@ -353,7 +374,7 @@ static void text_json_number(Text* t, double x, int digits) {
 static void write_receipt(const Plan* p, const char* dir, const Findings* f, const Proof* proof, char** arguments,
                           int num_arguments) {
     Text t = {NULL, 0, 0};
-    const Config *from = &p->sources[0]->config, *to = &p->config;
+    const Config *from = source_config(p), *to = &p->config;
     long total[2], active[2];
     count_parameters(from, &total[0], &active[0]);
     count_parameters(to, &total[1], &active[1]);
@@ -395,6 +416,7 @@ static void write_receipt(const Plan* p, const char* dir, const Findings* f, con
         if (proof->distinct > 0) text_print(&t, ", \"distinct_sources\": %.4f", proof->distinct);
         text_print(&t, "},\n");
     }
+    growth_to_json(&t, p->growth, to->num_layers);
     text_print(&t, "  \"layers\": [");
     for (int l = 0, listed = 0; l < to->num_layers; l++) {
         if (!to->sparse[l]) continue;

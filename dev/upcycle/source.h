@@ -101,6 +101,8 @@ typedef struct {
     const SafeTensors* files;
     const StoredTensor* stored; // NULL: nowhere
     long first, rows, cols;
+    long stored_rows, stored_cols; // grown: so many are stored, and stand again and again, times `scale`; 0: not grown
+    float scale;
 } View;
 
 typedef struct {
@@ -140,8 +142,13 @@ static const View* source_ffn(const Source* s, int l, int e, int matrix) {
 // The numbers of `rows` rows from row `row` on, as floats.
 static void view_read(const View* v, long row, long rows, float* out) {
     Error error = {""};
-    if (!safetensors_read(v->files, v->stored, v->first + row * v->cols, rows * v->cols, out, &error))
-        die(1, "%s", error.text);
+    long pieces = v->stored_rows ? rows : 1, cols = v->stored_rows ? v->stored_cols : rows * v->cols;
+    for (long r = 0; r < pieces; r++, out += v->cols) {
+        long from = v->stored_rows ? (row + r) % v->stored_rows * cols : row * v->cols;
+        if (!safetensors_read(v->files, v->stored, v->first + from, cols, out, &error)) die(1, "%s", error.text);
+        for (long c = v->stored_rows ? v->cols - 1 : -1; c >= 0; c--) // from the end: what is copied is not yet scaled
+            out[c] = v->scale == 0 ? 0 : v->scale * out[c % cols];
+    }
 }
 
 static int view_set(View* v, const SafeTensors* files, StoredTensor* t, long first, const Tensor* wanted, int packed) {
@@ -150,7 +157,7 @@ static int view_set(View* v, const SafeTensors* files, StoredTensor* t, long fir
     int same =
         packed || (t->ndim == (matrix ? 2 : 1) && t->shape[0] == wanted->rows && (!matrix || t->shape[1] == cols));
     if (same) {
-        View view = {files, t, first, wanted->rows, cols};
+        View view = {files, t, first, wanted->rows, cols, 0, 0, 0};
         *v = view;
         t->used = 1;
     }
@@ -201,15 +208,43 @@ static int views_equal(const View* a, const View* b) {
     return 1;
 }
 
-static void source_close(Source* s) {
-    if (!s) return;
-    safetensors_close(s->files);
+// The lists of tensors that the configuration asks for; views are still to be found.
+static void source_index(Source* s) {
+    int E = s->config.num_experts > 0 ? s->config.num_experts : 1, L = s->config.num_layers;
+    s->layout = layout_create(&s->config);
+    int count = s->layout.count;
+    s->views = (View*)checked_malloc(sizeof(View) * (size_t)count);
+    s->by_name = (int*)checked_malloc(sizeof(int) * (size_t)count);
+    s->ffn = (int*)checked_malloc(sizeof(int) * 3 * (size_t)E * (size_t)L);
+    s->router = (int*)checked_malloc(sizeof(int) * (size_t)L);
+    s->correction = (int*)checked_malloc(sizeof(int) * (size_t)L);
+    memset(s->views, 0, sizeof(View) * (size_t)count);
+    for (int i = 0; i < count; i++) s->by_name[i] = i;
+    for (long i = 0; i < 3L * E * L; i++) s->ffn[i] = -1;
+    for (int l = 0; l < L; l++) s->router[l] = s->correction[l] = -1;
+    sorting_layout = &s->layout;
+    qsort(s->by_name, (size_t)count, sizeof(int), compare_layout_names);
+    for (int i = 0; i < count; i++) {
+        Role r = role_of(s->layout.tensors[i].name);
+        if (r.kind == FFN_MATRIX) s->ffn[((long)r.layer * E + r.expert) * 3 + r.matrix] = i;
+        if (r.kind == ROUTER_ROWS) s->router[r.layer] = i;
+        if (r.kind == ROUTER_CORRECTION) s->correction[r.layer] = i;
+    }
+}
+
+static void source_free_index(Source* s) {
     free(s->layout.tensors);
     free(s->views);
     free(s->by_name);
     free(s->ffn);
     free(s->router);
     free(s->correction);
+}
+
+static void source_close(Source* s) {
+    if (!s) return;
+    safetensors_close(s->files);
+    source_free_index(s);
     free(s->dir);
     free(s);
 }
@@ -230,29 +265,13 @@ static Source* source_open(const char* dir, const char* suffix, Error* error) {
         return NULL;
     }
     const Config* c = &s->config;
-    int E = c->num_experts > 0 ? c->num_experts : 1, L = c->num_layers;
-    s->layout = layout_create(c);
-    int count = s->layout.count;
-    s->views = (View*)checked_malloc(sizeof(View) * (size_t)count);
-    s->by_name = (int*)checked_malloc(sizeof(int) * (size_t)count);
-    s->ffn = (int*)checked_malloc(sizeof(int) * 3 * (size_t)E * (size_t)L);
-    s->router = (int*)checked_malloc(sizeof(int) * (size_t)L);
-    s->correction = (int*)checked_malloc(sizeof(int) * (size_t)L);
-    memset(s->views, 0, sizeof(View) * (size_t)count);
-    for (int i = 0; i < count; i++) s->by_name[i] = i;
-    for (long i = 0; i < 3L * E * L; i++) s->ffn[i] = -1;
-    for (int l = 0; l < L; l++) s->router[l] = s->correction[l] = -1;
-    sorting_layout = &s->layout;
-    qsort(s->by_name, (size_t)count, sizeof(int), compare_layout_names);
+    source_index(s);
     source_find_packed(s, suffix, &inner);
     Text missing = {NULL, 0, 0}, unused = {NULL, 0, 0};
     int num_missing = 0, num_unused = 0;
-    for (int i = 0; i < count && !inner.text[0]; i++) {
+    for (int i = 0; i < s->layout.count && !inner.text[0]; i++) {
         const Tensor* t = &s->layout.tensors[i];
         Role r = role_of(t->name);
-        if (r.kind == FFN_MATRIX) s->ffn[((long)r.layer * E + r.expert) * 3 + r.matrix] = i;
-        if (r.kind == ROUTER_ROWS) s->router[r.layer] = i;
-        if (r.kind == ROUTER_CORRECTION) s->correction[r.layer] = i;
         if (s->views[i].stored) continue;
         char name[160], *moe;
         snprintf(name, sizeof name, "%s%s", t->name, suffix);
@@ -276,7 +295,7 @@ static Source* source_open(const char* dir, const char* suffix, Error* error) {
         StoredTensor* t = &s->files->tensors[i];
         if (t->used || ends_with(t->name, "rotary_emb.inv_freq") || (*suffix && ends_with(t->name, other))) continue;
         if (c->tie_word_embeddings && !*suffix && !strcmp(t->name, "lm_head.weight")) { // redundant: must be the same
-            View head = {s->files, t, 0, c->vocab_size, c->hidden_size};
+            View head = {s->files, t, 0, c->vocab_size, c->hidden_size, 0, 0, 0};
             if (t->ndim != 2 || t->dtype > DTYPE_F16 || t->shape[0] != c->vocab_size || t->shape[1] != c->hidden_size ||
                 !views_equal(&head, source_find(s, "model.embed_tokens.weight")))
                 set_error(&inner, "lm_head.weight differs from the embedding, but tie_word_embeddings is true");

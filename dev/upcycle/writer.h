@@ -186,7 +186,8 @@ static void write_output(const Plan* p, const Output* o, int fd, const char* pat
     Target t = target_open(p, o);
     const View* from = &t.from;
     int size = dtype_size(o->dtype);
-    if (t.make == source_rows && t.mix == 0 && t.divisor == 1 && !t.input_norm && from->stored->dtype == o->dtype) {
+    if (t.make == source_rows && t.mix == 0 && t.divisor == 1 && !t.input_norm && !from->stored_rows &&
+        from->stored->dtype == o->dtype) {
         long at = from->stored->offset + from->first * size; // bit for bit
         for (long done = 0, n; done < o->bytes; done += n) {
             n = lmin(b->capacity * 4, o->bytes - done);
