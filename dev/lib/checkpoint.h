@@ -41,7 +41,7 @@ typedef struct {
     double fallback[NUM_ARCHS];     // what transformers' class takes if the key is not there, or one of the next four
 } Key;
 static const char a_whole[] = "a whole number", a_number[] = "a positive number", a_switch[] = "true or false";
-enum { NO_KEY = -1, REQUIRED = -2, AS_HEADS = -3, HIDDEN_BY_HEADS = -4 };       // NO_KEY: the class does not have it
+enum { NO_KEY = -1, REQUIRED = -2, AS_HEADS = -3, HIDDEN_BY_HEADS = -4, AS_POSITIONS = -5 };    // NO_KEY: not in the class
 #define CONFIG(name) offsetof(Config, name)
 #define ALL(x) {x, x, x, x, x, x, x}
 #define DENSE(llama, mistral, qwen3) {llama, mistral, NO_KEY, NO_KEY, qwen3, NO_KEY, NO_KEY}
@@ -97,6 +97,22 @@ static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, o
     {"max_window_layers", 0, a_whole, 0, 1 << 20, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 28, NO_KEY, 62}}};
 enum { NUM_KEYS = sizeof config_keys / sizeof config_keys[0] };
 
+// The members of rope_scaling or rope_parameters that rope.h computes with, and the rope_types that have them.
+static const struct {
+    const char* types;
+    Key key;
+} rope_keys[] = {
+    {"dynamic|linear|llama3|yarn", {"factor", CONFIG(rope.factor), a_number, 1e-30, 1e30, ALL(REQUIRED)}},
+    {"llama3|yarn", {"original_max_position_embeddings", CONFIG(rope.original), a_number, 1, 1e30, ALL(AS_POSITIONS)}},
+    {"llama3", {"low_freq_factor", CONFIG(rope.low), a_number, 1e-30, 1e30, ALL(REQUIRED)}},
+    {"llama3", {"high_freq_factor", CONFIG(rope.high), a_number, 1e-30, 1e30, ALL(REQUIRED)}},
+    {"yarn", {"beta_slow", CONFIG(rope.low), a_number, 1e-30, 1e30, ALL(1)}},
+    {"yarn", {"beta_fast", CONFIG(rope.high), a_number, 1e-30, 1e30, ALL(32)}},
+    {"yarn", {"attention_factor", CONFIG(rope.attention), a_number, 1e-30, 1e30, ALL(0)}},
+    {"yarn", {"mscale", CONFIG(rope.mscale), a_number, 0, 1e30, ALL(0)}},
+    {"yarn", {"mscale_all_dim", CONFIG(rope.mscale_all), a_number, 0, 1e30, ALL(0)}},
+    {"yarn", {"truncate", CONFIG(rope.whole_pairs), a_switch, 0, 1, ALL(1)}}};
+
 static int key_applies(const Key* k, const Config* c, int ours) {
     if (k->fallback[c->arch] == NO_KEY) return 0;
     if (!strncmp(k->names, "lpr_", 4)) return c->router.kind == ROUTER_LPR;
@@ -117,7 +133,8 @@ static int key_value(const Key* k, const Config* c, const Json* j, double* value
     double x = k->fallback[c->arch];
     if (json_absent(v)) {
         if (x == REQUIRED) return set_error(error, "%s is missing", first);
-        *value = x == HIDDEN_BY_HEADS ? c->hidden_size / c->num_heads : x == AS_HEADS ? c->num_heads : x;
+        *value = x == HIDDEN_BY_HEADS ? c->hidden_size / c->num_heads : x == AS_HEADS ? c->num_heads :
+                 x == AS_POSITIONS ? c->max_position_embeddings : x;
         return 1;
     }
     if (k->type == a_whole) x = (double)json_whole(v, (long)k->most);
@@ -139,6 +156,16 @@ static int key_value(const Key* k, const Config* c, const Json* j, double* value
         set_error(error, "%s is %.40s, expected %s", name, found, k->type);
     else set_error(error, "%s is %.40s, only %s is supported", name, found, k->type);
     return 0;
+}
+
+// Reads the key into its member.
+static int key_read(const Key* k, Config* c, const Json* j, Error* error) {
+    double x;
+    if (!key_value(k, c, j, &x, error)) return 0;
+    int whole = (int)fmin(x, INT_MAX);
+    if (k->member && k->type == a_number) memcpy((char*)c + k->member, &x, sizeof x);
+    else if (k->member) memcpy((char*)c + k->member, &whole, sizeof whole);
+    return 1;
 }
 
 static void key_to_json(Text* t, const Key* k, double x) {
@@ -222,10 +249,21 @@ static void rope_from_json(Config* c, const Json* j, Error* error) {
     const Json *rope = rope_of(j, &name), *type = json_get(rope, "rope_type");
     if (json_absent(type)) type = json_get(rope, "type");
     if (!json_absent(rope) && rope->type != JSON_OBJECT) set_error(error, "%s is not an object", name);
-    else if (!json_absent(type) && (type->type != JSON_STRING || strcmp(type->string, "default")))
-        set_error(error, "%s has rope_type %.40s, only default is supported", name, type->string ? type->string : "?");
+    else if (!json_absent(type) && (type->type != JSON_STRING || choice_index(rope_types, type->string) < 0))
+        set_error(error, "%s has rope_type %.40s, only %s is supported", name, type->string ? type->string : "?",
+                  rope_types);
     else if (json_absent(type) && !json_absent(json_get(rope, "factor")))
-        set_error(error, "%s has a factor, which is not supported", name);
+        set_error(error, "%s has a factor, but no rope_type", name);
+    else if (!json_absent(type)) c->rope.type = (RopeType)choice_index(rope_types, type->string);
+    for (size_t i = 0; i < sizeof rope_keys / sizeof rope_keys[0] && !error->text[0]; i++) {
+        const Key* k = &rope_keys[i].key;       // one of them may also stand outside, and then counts
+        if (c->rope.type == ROPE_DEFAULT || choice_index(rope_keys[i].types, type->string) < 0) continue;
+        Error inner = {""};
+        int outside = k->member == CONFIG(rope.original) && !json_absent(json_get(j, k->names));
+        if (!key_read(k, c, outside ? j : rope, &inner)) set_error(error, "%s: %s", name, inner.text);
+    }
+    if (c->rope.type == ROPE_LLAMA3 && c->rope.high <= c->rope.low)
+        set_error(error, "%s: high_freq_factor is not above low_freq_factor", name);
     for (int i = 0; rope && rope->type == JSON_OBJECT && i < rope->count; i++) {
         const char* part = rope->items[i]->key;
         if (rope->items[i]->type == JSON_OBJECT)
@@ -260,12 +298,7 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
     if (arch == DOTS1) c->router.kind = ROUTER_SIGMOID;
     for (int i = 0; i < NUM_KEYS; i++) {
         const Key* k = &config_keys[i];
-        double x;
-        if (!key_applies(k, c, ours)) continue;
-        if (!key_value(k, c, j, &x, error)) return 0;
-        int whole = (int)fmin(x, INT_MAX);
-        if (k->member && k->type == a_number) memcpy((char*)c + k->member, &x, sizeof x);
-        else if (k->member) memcpy((char*)c + k->member, &whole, sizeof whole);
+        if (key_applies(k, c, ours) && !key_read(k, c, j, error)) return 0;
     }
     rope_from_json(c, j, error);
     const Json* types = json_get(j, "layer_types");
@@ -347,9 +380,10 @@ static void config_to_json(Text* t, const Config* c, const Json* luggage, const 
             s += n;
         }
     }
-    text_print(t, "  \"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": ");
+    const char *name, *type = rope_types;
+    for (int i = 0; i < (int)c->rope.type; i++) type = strchr(type, '|') + 1;
+    text_print(t, "  \"rope_parameters\": {\"rope_type\": \"%.*s\", \"rope_theta\": ", (int)strcspn(type, "|"), type);
     text_json_double(t, c->rope_theta);
-    const char* name;
     const Json* rope = rope_of(luggage, &name);
     for (int i = 0; rope && i < rope->count; i++) {
         if (choice_index("rope_type|type|rope_theta", rope->items[i]->key) >= 0) continue;
@@ -359,6 +393,7 @@ static void config_to_json(Text* t, const Config* c, const Json* luggage, const 
         text_json_value(t, rope->items[i]);
     }
     text_print(t, "},\n");
+    if (c->rope.type != ROPE_DEFAULT) text_print(t, "  \"rope_scaling\": %s,\n", json_raw(luggage, name));
     if (c->arch == QWEN3_MOE) {
         text_print(t, "  \"decoder_sparse_step\": 1,\n  \"mlp_only_layers\": [");
         for (int l = 0, listed = 0; l < c->num_layers; l++)

@@ -541,9 +541,12 @@ static void check_length(Config* c, const char* dir, int T) {
     if (window && window < T)
         die(2, "--seq %d: the model has sliding_window %d, which is not supported; use a shorter --seq", T, window);
     if (T <= c->max_position_embeddings) return;
+    if (c->rope.type == ROPE_DYNAMIC)
+        die(2, "--seq %d: with rope_type dynamic only max_position_embeddings, %d, can be computed; use a shorter --seq", T,
+            c->max_position_embeddings);
     fprintf(stderr, "%s: warning: --seq %d goes beyond the model's max_position_embeddings, %d\n", program_name, T,
             c->max_position_embeddings);
-    c->max_position_embeddings = T;
+    if (c->rope.type == ROPE_DEFAULT) c->max_position_embeddings = T;       // what others are stretched from stays
 }
 
 static void print_model(const Model* m) {
