@@ -764,6 +764,7 @@ static int upcycle_main(int argc, char** argv) {
     Error error = {""};
     Config c;
     begin_program("upcycle");
+    notes_were_said = 1;
     if (argc == 1) {
         print_usage(stderr);
         die(2, "SRC and DST are missing; --help lists every option");

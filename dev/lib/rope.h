@@ -1,7 +1,7 @@
 // rope.h: rotary positions of models that were stretched to longer texts. Compiles alone.
 //
-// Pair i of a head turns by w_i = theta^(-2 i / HD) a position: the first ones fast, the last ones slowly. Stretching by
-// a factor s leaves what turned often within the P positions of the first training, and slows down the rest:
+// Pair i of a head turns by w_i = theta^(-2 i / HD) a position: the first ones fast, the last ones slowly. Stretching
+// by a factor s leaves what turned often within the P positions of the first training, and slows down the rest:
 //     w_i' = w_i ((1 - a_i) / s + a_i)
 //     linear (Chen et al. 2023)    a_i = 0
 //     dynamic                      a_i = 1 up to max_position_embeddings; beyond it is refused

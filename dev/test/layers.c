@@ -120,7 +120,8 @@ static void test_rope(void) {
     double w[8], factor;
     RopeScaling r = {ROPE_YARN, 4, 64, 1, 32, 0.7, 0, 0, 1};
     factor = rope_frequencies(w, &r, 16, 500);
-    check(factor == 0.7 && w[0] == 1 && w[7] < pow(500, -7 / 8.0) / 3.99, "rope: a multiplier that is given; yarn's ends");
+    check(factor == 0.7 && w[0] == 1 && w[7] < pow(500, -7 / 8.0) / 3.99, 
+          "rope: a multiplier that is given; yarn's ends");
 }
 
 // SwiGLU and its gate. Inputs: gate_up (rows, 2, I), then one gate for each row; value: <gate act, dact>.

@@ -41,8 +41,8 @@ static int same_members(const Json* a, const Json* b, const char** keys, int cou
     return 1;
 }
 
-// transformers: `rope_parameters = rope_scaling or rope_parameters`, and the base beside it comes last. What is scaled is
-// written under both names, as it was.
+// transformers: `rope_parameters = rope_scaling or rope_parameters`, and the base beside it comes last. What is scaled
+// is written under both names, as it was.
 #define LLAMA3 "\"rope_type\": \"llama3\", \"factor\": 32.0, \"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0"
 static void test_rope_bases(void) {
     static const struct {
@@ -79,7 +79,8 @@ static void test_rope_bases(void) {
                                           !memcmp(&c, &back, sizeof c),
                   "%s: %s makes the base %g %s", archs[arch].model_type, ropes[i].members, ok ? c.rope_theta : 0.0,
                   error.text);
-            const char *name, *scaled = ok && c.rope.type != ROPE_DEFAULT ? json_raw(k, (rope_of(k, &name), name)) : NULL;
+            const char *name, *scaled = NULL;
+            if (ok && c.rope.type != ROPE_DEFAULT && rope_of(k, &name)) scaled = json_raw(k, name);
             if (scaled) check(strstr(t.data, scaled) != NULL, "%s: it is written as it was", archs[arch].model_type);
             json_free(k);
             free(t.data);

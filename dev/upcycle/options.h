@@ -24,6 +24,7 @@ static Option ask_table[] = {
     {"check-batches", OPT_WHOLE, USE_OTHER, &ask.check_batches, 0, INT_MAX, "10", "N", "batches of it; 0: all", 0},
     {"dry-run", OPT_FLAG, USE_OTHER, &ask.dry_run, 0, 0, "0", "", "print the plan, write nothing", 0},
     {"force", OPT_FLAG, USE_OTHER, &ask.force, 0, 0, "0", "", "replace the checkpoint in DST", 0},
+    {"strict", OPT_FLAG, USE_OTHER, &strict, 0, 0, "0", "", "refuse tensors that SRC's class does not have", 0},
     {"threads", OPT_WHOLE, USE_OTHER, &ask.threads, 1, 4096, NULL, "N", "all cores by default", 0},
 
     {"norm-topk", OPT_WHOLE, USE_DENSE, &ask.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1)", 0},

@@ -93,7 +93,7 @@ static void find_properties(const Plan* p, Findings* f) {
     // down times a number that is no power of two has more digits than BF16 and F16 hold
     int l = 0, near = (K + m - 1) / m;
     while (!to->sparse[l]) l++;
-    int half = is(ask.dtype, "keep") && source_ffn(p->sources[0], l, 0, DOWN)->stored->dtype != DTYPE_F32;
+    int half = is(ask.dtype, "keep") && dtype_size(source_ffn(p->sources[0], l, 0, DOWN)->stored->dtype) == 2;
     const char* rounding = !is(ask.dtype, "keep") && !is(ask.dtype, "f32")              ? ", up to rounding to bf16"
                            : p->dense && granular && (G & (G - 1)) && half ? ", up to rounding of down"
                                                                           : "";

@@ -96,6 +96,7 @@ static void plan_outputs(Plan* p, long most) {
             o->role = role_of(o->tensor->name);
             o->holds = holds;
             o->dtype = holds == WEIGHTS ? output_dtype(p, &o->role, o->tensor->name) : DTYPE_F32;
+            if (o->dtype == DTYPE_F64) o->dtype = DTYPE_F32;
             if (holds != WEIGHTS && o->role.kind == ROUTER_CORRECTION) {
                 const Source* s = p->states[holds];
                 if (s->correction[o->role.layer] < 0 || !s->views[s->correction[o->role.layer]].stored) continue;
