@@ -156,7 +156,7 @@ static Target target_open(const Plan* p, const Output* o) {
         const View* v = source_find(from, o->tensor->name);
         if (!v || v->rows != t.rows || v->cols != t.cols)
             die(1, "%s: SRC has no such tensor of this shape", o->tensor->name);
-        t.make = p->num_sources > 1 ? average_rows : source_rows;
+        t.make = p->rest_is_mean ? average_rows : source_rows;
         t.from = *v;
     }
     return t;
