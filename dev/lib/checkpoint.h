@@ -41,7 +41,7 @@ typedef struct {
     double fallback[NUM_ARCHS];     // what transformers' class takes if the key is not there, or one of the next four
 } Key;
 static const char a_whole[] = "a whole number", a_number[] = "a positive number", a_switch[] = "true or false";
-enum { NO_KEY = -1, REQUIRED = -2, AS_HEADS = -3, HIDDEN_BY_HEADS = -4, AS_POSITIONS = -5 }; // NO_KEY: the class has none
+enum { NO_KEY = -1, REQUIRED = -2, AS_HEADS = -3, HIDDEN_BY_HEADS = -4, AS_POSITIONS = -5 }; // NO_KEY: none
 #define CONFIG(name) offsetof(Config, name)
 #define ALL(x) {x, x, x, x, x, x, x}
 #define DENSE(llama, mistral, qwen3) {llama, mistral, NO_KEY, NO_KEY, qwen3, NO_KEY, NO_KEY}

@@ -493,6 +493,7 @@ static void test_up_refusals(void) {
                  {GOLDEN "llama {}/x --experts 2 --sources " GOLDEN "mistral", "has another hidden_size than"},
                  {GOLDEN "rope_llama3 {}/x --experts 2 --sources " GOLDEN "rope_linear --rest mean",
                   "another head_dim than"},
+                 {GOLDEN "llama {}/x --experts 2 --sources " GOLDEN "mixtral", "has another model_type than"},
                  {GOLDEN "llama {}/x --experts 2 --rest base", "--rest is about --sources"},
                  {"{}/m3 {}/x --experts 6 --cap 2", "score"},
                  {"{}/m3 {}/x --experts 6 --check-batches 2", "there is no --check"},

@@ -31,7 +31,7 @@ static Option ask_table[] = {
     {"layers", OPT_TEXT, USE_DENSE, &ask.layers, 0, 0, "all", "LIST", "become sparse: all, every-2, or 1,3,8-11", 0},
     {"sources", OPT_TEXT, USE_DENSE, &ask.sources, 0, 0, NULL, "DIR,..", "more dense models; SRC is source 0", 0},
     {"rest", OPT_CHOICE, USE_DENSE, &ask.rest, 0, 0, NULL, "mean|base",
-     "of sources, but for FFNs: their mean, or SRC's (mean where they are alike)", 0},
+     "of sources, but FFNs: mean or SRC's (mean, if alike)", 0},
     {"granularity", OPT_WHOLE, USE_DENSE, &ask.granularity, 1, 1 << 16, NULL, "G", "shards that an FFN is cut into", 0},
     {"scale", OPT_CHOICE, USE_DENSE, &ask.scale, 0, 0, "exact", "exact|cuberoot|none", "of the shards", 0},
     {"router-init", OPT_CHOICE, USE_OTHER, &ask.router_init, 0, 0, NULL, "normal|uniform|zero",
