@@ -28,7 +28,7 @@ typedef struct {
     int holds;
     const char* sentence;
 } Finding;
-enum { MAX_WORDS = 24 };
+enum { MAX_WORDS = 32 };
 typedef struct {
     const char* name[MAX_WORDS];
     char text[MAX_WORDS][256];
