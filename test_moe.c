@@ -26,7 +26,8 @@ train_moe.cu, and has groups named "gpu ..." which check that against the refere
 
 static const char* golden_models[] = {"llama", "llama_tied", "mistral", "mixtral", "mixtral_top1", "olmoe",
                                       "olmoe_norm", "qwen3", "qwen3_moe", "qwen3_moe_all", "qwen3_moe_mlp_only",
-                                      "qwen3_moe_top1", "dots1"};
+                                      "qwen3_moe_top1", "dots1",
+                                      "rope_llama3", "rope_linear", "rope_yarn", "rope_yarn_moe"};
 static const char* golden_routers[] = {"sigmoid", "sigmoid_top1", "lpr", "lpr_mean", "logit_norm", "aux_hf",
                                        "matryoshka", "family", "family_aux", "family_inf", "family_sigmoid",
                                        "family_sigmoid_inf", "family_twins", "family_twins_sigmoid"};
@@ -233,28 +234,6 @@ static void test_golden_routers(void) {
 
 #include "dev/test/products.c" // what a Product is, and that its bits do not depend on how it is called
 
-// Element i of the result that `start` becomes, in double, and the sum of the magnitudes that went into it.
-static double product_element(const Product* p, int kind, long i, float start, double* magnitude) {
-    int C = p->C, OC = p->OC, e = 0, columns = kind == FORWARD ? OC : C, column = (int)(i % columns);
-    int row = kind == BACKWARD_WEIGHT ? (int)(i / C % OC) : (int)(i / columns);
-    if (kind == BACKWARD_WEIGHT) e = (int)(i / ((long)OC * C));
-    else
-        while (e < p->E - 1 && row >= p->offsets[e + 1]) e++;
-    const float *W = p->W + (long)e * OC * C, *dy = p->dy + (long)p->offsets[e] * OC;
-    const float* x = p->x + (long)p->offsets[e] * C;
-    int depth = kind == FORWARD ? C : kind == BACKWARD_INPUT ? OC : p->offsets[e + 1] - p->offsets[e];
-    double sum = start;
-    *magnitude = fabs((double)start);
-    for (int k = 0; k < depth; k++) {
-        double term = kind == FORWARD          ? (double)p->x[(long)row * C + k] * W[(long)column * C + k]
-                      : kind == BACKWARD_INPUT ? (double)p->dy[(long)row * OC + k] * W[(long)k * C + column]
-                                               : (double)dy[(long)k * OC + row] * x[(long)k * C + column];
-        sum += term;
-        *magnitude += fabs(term);
-    }
-    return sum;
-}
-
 // All three products (the second with and without adding): fast, each element within the bound on rounding, (terms)
 // 2^-24 of the magnitudes, of the sum in double; and every bit that of the plain loops of train_moe.c.
 static int product_check(const Product* p, int grouped) {
@@ -386,6 +365,7 @@ static void test_matmul(void) {
 #include "dev/test/engines.c"
 #include "dev/test/luggage.c"
 #include "dev/test/growth.c"
+#include "dev/test/loader.c"
 #ifdef TEST_GPU
 #include "dev/test/gpu.c"
 #endif
@@ -402,12 +382,13 @@ static const struct {
     {"matmul", test_matmul}, {"gradients", test_gradients}, {"golden", test_golden}, {"routers", test_golden_routers},
     {"families", test_families}, {"load figures", test_load_figures}, {"experts", test_experts},
     {"cache", test_cache}, {"schedule", test_schedule}, {"json", test_json}, {"checkpoints", test_checkpoints},
-    {"luggage", test_luggage}, {"data", test_data}, {"sampling", test_sampling}, {"command line", test_command_line},
-    {"terminal", test_terminal}, {"determinism", test_determinism}, {"balance", test_balance},
-    {"disk full", test_disk_full}, {"upcycle formats", test_up_formats}, {"upcycle allocation", test_up_allocation},
-    {"upcycle algebra", test_up_algebra}, {"upcycle copy", test_up_copy}, {"upcycle drop", test_up_drop},
-    {"upcycle shards", test_up_shards}, {"upcycle pieces", test_up_pieces}, {"upcycle sources", test_up_sources},
-    {"upcycle twins", test_up_twins}, {"upcycle operators", test_up_operators}, {"upcycle routers", test_up_routers},
+    {"luggage", test_luggage}, {"loader", test_loader}, {"data", test_data}, {"sampling", test_sampling},
+    {"command line", test_command_line}, {"terminal", test_terminal}, {"determinism", test_determinism},
+    {"balance", test_balance}, {"disk full", test_disk_full}, {"upcycle formats", test_up_formats},
+    {"upcycle allocation", test_up_allocation}, {"upcycle algebra", test_up_algebra}, {"upcycle copy", test_up_copy},
+    {"upcycle drop", test_up_drop}, {"upcycle shards", test_up_shards}, {"upcycle pieces", test_up_pieces},
+    {"upcycle sources", test_up_sources}, {"upcycle twins", test_up_twins},
+    {"upcycle operators", test_up_operators}, {"upcycle routers", test_up_routers},
     {"upcycle utility", test_up_utility}, {"upcycle optimizer", test_up_optimizer},
     {"upcycle pruning", test_up_pruning}, {"upcycle cluster", test_up_cluster}, {"upcycle files", test_up_files},
     {"upcycle merge", test_up_merge}, {"upcycle safety", test_up_safety}, {"upcycle LPR pruning", test_up_pruning_lpr},

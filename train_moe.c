@@ -33,6 +33,7 @@ is written in the common subset of C11 (with gcc's vector types) and C++17: the 
 #ifndef TRAIN_MOE_C
 #define TRAIN_MOE_C
 #include "dev/lib/util.h"         // die, memory, paths, imin, seconds, threads
+#include "dev/lib/rope.h"         // rotary positions of models for long texts
 
 // -----------------------------------------------------------------------------------------------------------
 // 1. Configuration
@@ -70,6 +71,7 @@ typedef struct {
     QKNorm qk_norm;
     int tie_word_embeddings;        // 1: the LM head is the embedding
     double rope_theta;
+    RopeScaling rope;
     double rms_norm_eps;
     double router_aux_loss_coef;
     int topk_limit;                 // the largest K that training may draw, 0: num_experts_per_tok
@@ -328,15 +330,19 @@ static void rmsnorm_backward(float* dx, long ld_dx, int add, float* dweight, con
     }
 }
 
-// cos and sin of position * theta^(-2 i / HD), both (positions, HD / 2)
-static void rope_table(float* cosines, float* sines, int positions, int HD, double theta) {
+// cos and sin of position * w_i, w_i = theta^(-2 i / HD) and a factor 1 unless rope.h says otherwise; both
+// (positions, HD / 2)
+static void rope_table(float* cosines, float* sines, int positions, const Config* c) {
+    int half = c->head_dim / 2;
+    double* w = (double*)checked_malloc(sizeof(double) * half);
+    double factor = rope_frequencies(w, &c->rope, c->head_dim, c->rope_theta);
     #pragma omp parallel for
     for (int t = 0; t < positions; t++)
-        for (int i = 0; i < HD / 2; i++) {
-            double angle = t * pow(theta, -2.0 * i / HD);
-            cosines[(long)t * (HD / 2) + i] = (float)cos(angle);
-            sines[(long)t * (HD / 2) + i] = (float)sin(angle);
+        for (int i = 0; i < half; i++) {
+            cosines[(long)t * half + i] = (float)(factor * cos(t * w[i]));
+            sines[(long)t * half + i] = (float)(factor * sin(t * w[i]));
         }
+    free(w);
 }
 
 // Rotary positions (Su et al. 2021), in place, on `heads` heads of each of N = B T rows that are ld floats

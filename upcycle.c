@@ -100,7 +100,8 @@ typedef struct {
 
 struct Plan {
     Source* sources[MAX_SOURCES]; // SRC and further dense models
-    int num_sources;
+    int num_sources, rest_is_mean; // 1: what is no FFN is the mean of all sources, 0: it is SRC's
+    const char* unlike;           // a key of config.json that forbids the mean, or NULL
     Source* states[3];            // SRC's weights and moments; NULL where they are not carried over
     const Method* method;
     const RouterOperator* router;
@@ -781,6 +782,7 @@ static int upcycle_main(int argc, char** argv) {
     Error error = {""};
     Config c;
     begin_program("upcycle");
+    notes_were_said = 1;
     if (argc == 1) {
         print_usage(stderr);
         die(2, "SRC and DST are missing; --help lists every option");

@@ -6,7 +6,7 @@
 // as bytes (copy_travelling_files).
 #pragma once
 #include "safetensors.h"
-#include <fnmatch.h>
+#include "views.h"
 #include <stddef.h>
 
 // The classes, in the order of Arch.
@@ -41,7 +41,7 @@ typedef struct {
     double fallback[NUM_ARCHS];     // what transformers' class takes if the key is not there, or one of the next four
 } Key;
 static const char a_whole[] = "a whole number", a_number[] = "a positive number", a_switch[] = "true or false";
-enum { NO_KEY = -1, REQUIRED = -2, AS_HEADS = -3, HIDDEN_BY_HEADS = -4 };       // NO_KEY: the class does not have it
+enum { NO_KEY = -1, REQUIRED = -2, AS_HEADS = -3, HIDDEN_BY_HEADS = -4, AS_POSITIONS = -5 }; // NO_KEY: none
 #define CONFIG(name) offsetof(Config, name)
 #define ALL(x) {x, x, x, x, x, x, x}
 #define DENSE(llama, mistral, qwen3) {llama, mistral, NO_KEY, NO_KEY, qwen3, NO_KEY, NO_KEY}
@@ -97,6 +97,22 @@ static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, o
     {"max_window_layers", 0, a_whole, 0, 1 << 20, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 28, NO_KEY, 62}}};
 enum { NUM_KEYS = sizeof config_keys / sizeof config_keys[0] };
 
+// The members of rope_scaling or rope_parameters that rope.h computes with, and the rope_types that have them.
+static const struct {
+    const char* types;
+    Key key;
+} rope_keys[] = {
+    {"dynamic|linear|llama3|yarn", {"factor", CONFIG(rope.factor), a_number, 1e-30, 1e30, ALL(REQUIRED)}},
+    {"llama3|yarn", {"original_max_position_embeddings", CONFIG(rope.original), a_number, 1, 1e30, ALL(AS_POSITIONS)}},
+    {"llama3", {"low_freq_factor", CONFIG(rope.low), a_number, 1e-30, 1e30, ALL(REQUIRED)}},
+    {"llama3", {"high_freq_factor", CONFIG(rope.high), a_number, 1e-30, 1e30, ALL(REQUIRED)}},
+    {"yarn", {"beta_slow", CONFIG(rope.low), a_number, 1e-30, 1e30, ALL(1)}},
+    {"yarn", {"beta_fast", CONFIG(rope.high), a_number, 1e-30, 1e30, ALL(32)}},
+    {"yarn", {"attention_factor", CONFIG(rope.attention), a_number, 1e-30, 1e30, ALL(0)}},
+    {"yarn", {"mscale", CONFIG(rope.mscale), a_number, 0, 1e30, ALL(0)}},
+    {"yarn", {"mscale_all_dim", CONFIG(rope.mscale_all), a_number, 0, 1e30, ALL(0)}},
+    {"yarn", {"truncate", CONFIG(rope.whole_pairs), a_switch, 0, 1, ALL(1)}}};
+
 static int key_applies(const Key* k, const Config* c, int ours) {
     if (k->fallback[c->arch] == NO_KEY) return 0;
     if (!strncmp(k->names, "lpr_", 4)) return c->router.kind == ROUTER_LPR;
@@ -116,8 +132,10 @@ static int key_value(const Key* k, const Config* c, const Json* j, double* value
     }
     double x = k->fallback[c->arch];
     if (json_absent(v)) {
+        if (v && k->member == CONFIG(num_kv_heads)) x = AS_HEADS;       // null, which is not the same as nothing
         if (x == REQUIRED) return set_error(error, "%s is missing", first);
-        *value = x == HIDDEN_BY_HEADS ? c->hidden_size / c->num_heads : x == AS_HEADS ? c->num_heads : x;
+        *value = x == HIDDEN_BY_HEADS ? c->hidden_size / c->num_heads : x == AS_HEADS ? c->num_heads :
+                 x == AS_POSITIONS ? c->max_position_embeddings : x;
         return 1;
     }
     if (k->type == a_whole) x = (double)json_whole(v, (long)k->most);
@@ -139,6 +157,16 @@ static int key_value(const Key* k, const Config* c, const Json* j, double* value
         set_error(error, "%s is %.40s, expected %s", name, found, k->type);
     else set_error(error, "%s is %.40s, only %s is supported", name, found, k->type);
     return 0;
+}
+
+// Reads the key into its member.
+static int key_read(const Key* k, Config* c, const Json* j, Error* error) {
+    double x;
+    if (!key_value(k, c, j, &x, error)) return 0;
+    int whole = (int)fmin(x, INT_MAX);
+    if (k->member && k->type == a_number) memcpy((char*)c + k->member, &x, sizeof x);
+    else if (k->member) memcpy((char*)c + k->member, &whole, sizeof whole);
+    return 1;
 }
 
 static void key_to_json(Text* t, const Key* k, double x) {
@@ -222,10 +250,21 @@ static void rope_from_json(Config* c, const Json* j, Error* error) {
     const Json *rope = rope_of(j, &name), *type = json_get(rope, "rope_type");
     if (json_absent(type)) type = json_get(rope, "type");
     if (!json_absent(rope) && rope->type != JSON_OBJECT) set_error(error, "%s is not an object", name);
-    else if (!json_absent(type) && (type->type != JSON_STRING || strcmp(type->string, "default")))
-        set_error(error, "%s has rope_type %.40s, only default is supported", name, type->string ? type->string : "?");
+    else if (!json_absent(type) && (type->type != JSON_STRING || choice_index(rope_types, type->string) < 0))
+        set_error(error, "%s has rope_type %.40s, only %s is supported", name, type->string ? type->string : "?",
+                  rope_types);
     else if (json_absent(type) && !json_absent(json_get(rope, "factor")))
-        set_error(error, "%s has a factor, which is not supported", name);
+        set_error(error, "%s has a factor, but no rope_type", name);
+    else if (!json_absent(type)) c->rope.type = (RopeType)choice_index(rope_types, type->string);
+    for (size_t i = 0; i < sizeof rope_keys / sizeof rope_keys[0] && !error->text[0]; i++) {
+        const Key* k = &rope_keys[i].key;       // one of them may also stand outside, and then counts
+        if (c->rope.type == ROPE_DEFAULT || choice_index(rope_keys[i].types, type->string) < 0) continue;
+        Error inner = {""};
+        int outside = k->member == CONFIG(rope.original) && !json_absent(json_get(j, k->names));
+        if (!key_read(k, c, outside ? j : rope, &inner)) set_error(error, "%s: %s", name, inner.text);
+    }
+    if (c->rope.type == ROPE_LLAMA3 && c->rope.high <= c->rope.low)
+        set_error(error, "%s: high_freq_factor is not above low_freq_factor", name);
     for (int i = 0; rope && rope->type == JSON_OBJECT && i < rope->count; i++) {
         const char* part = rope->items[i]->key;
         if (rope->items[i]->type == JSON_OBJECT)
@@ -260,12 +299,7 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
     if (arch == DOTS1) c->router.kind = ROUTER_SIGMOID;
     for (int i = 0; i < NUM_KEYS; i++) {
         const Key* k = &config_keys[i];
-        double x;
-        if (!key_applies(k, c, ours)) continue;
-        if (!key_value(k, c, j, &x, error)) return 0;
-        int whole = (int)fmin(x, INT_MAX);
-        if (k->member && k->type == a_number) memcpy((char*)c + k->member, &x, sizeof x);
-        else if (k->member) memcpy((char*)c + k->member, &whole, sizeof whole);
+        if (key_applies(k, c, ours) && !key_read(k, c, j, error)) return 0;
     }
     rope_from_json(c, j, error);
     const Json* types = json_get(j, "layer_types");
@@ -347,9 +381,10 @@ static void config_to_json(Text* t, const Config* c, const Json* luggage, const 
             s += n;
         }
     }
-    text_print(t, "  \"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": ");
+    const char *name, *type = rope_types;
+    for (int i = 0; i < (int)c->rope.type; i++) type = strchr(type, '|') + 1;
+    text_print(t, "  \"rope_parameters\": {\"rope_type\": \"%.*s\", \"rope_theta\": ", (int)strcspn(type, "|"), type);
     text_json_double(t, c->rope_theta);
-    const char* name;
     const Json* rope = rope_of(luggage, &name);
     for (int i = 0; rope && i < rope->count; i++) {
         if (choice_index("rope_type|type|rope_theta", rope->items[i]->key) >= 0) continue;
@@ -359,6 +394,7 @@ static void config_to_json(Text* t, const Config* c, const Json* luggage, const 
         text_json_value(t, rope->items[i]);
     }
     text_print(t, "},\n");
+    if (c->rope.type != ROPE_DEFAULT) text_print(t, "  \"rope_scaling\": %s,\n", json_raw(luggage, name));
     if (c->arch == QWEN3_MOE) {
         text_print(t, "  \"decoder_sparse_step\": 1,\n  \"mlp_only_layers\": [");
         for (int l = 0, listed = 0; l < c->num_layers; l++)
@@ -401,95 +437,16 @@ static int config_read(Config* c, const char* dir, Error* error) {
     return !error->text[0];
 }
 
-// One tensor of the checkpoint into `out`, if it is there: 1. A wrong shape is an error.
-static int load_tensor(SafeTensors* s, const char* name, int ndim, const long* shape, float* out, Error* error) {
-    StoredTensor* t = safetensors_find(s, name);
-    if (!t) return 0;
-    int same = t->ndim == ndim;
-    for (int i = 0; same && i < ndim; i++) same = t->shape[i] == shape[i];
-    if (!same) {
-        Text found = {NULL, 0, 0}, expected = {NULL, 0, 0};
-        for (int i = 0; i < t->ndim; i++) text_print(&found, "%s%ld", i ? "," : "", t->shape[i]);
-        for (int i = 0; i < ndim; i++) text_print(&expected, "%s%ld", i ? "," : "", shape[i]);
-        set_error(error, "tensor %.100s has shape [%s], config.json makes it [%s]", name, found.data ? found.data : "",
-                  expected.data);
-        free(found.data);
-        free(expected.data);
-    }
-    t->used = 1;
-    return same && safetensors_read(s, t, 0, t->count, out, error);
-}
-
-// A list of names for an error message, cut off after a few.
-static void list_name(Text* list, int* count, const char* name) {
-    if (++*count <= 6) text_print(list, "%s%s", *count > 1 ? ", " : "", name);
-    else if (*count == 7) text_print(list, ", ...");
-}
-
-// Reads every tensor of the layout; block is model parameters or moments, `suffix` is put behind each name. Experts may
-// also be packed, as newer files have them: mlp.experts.gate_up_proj (E, 2 I, H) and down_proj (E, H, I), which is just
-// how they lie in memory. Every tensor expected must be found and every tensor found must be used.
+// Reads every tensor of the layout; block is model parameters or moments, `suffix` is put behind each name.
 static int load_tensors(const Model* m, SafeTensors* s, float* block, const char* suffix, Error* error) {
-    const Config* c = &m->config;
-    Weights w;
-    weights_point(&w, c, &m->layout, block);
-    char* loaded = (char*)checked_malloc((size_t)m->layout.count);
-    memset(loaded, 0, (size_t)m->layout.count);
-    for (int l = 0; l < c->num_layers; l++) {
-        long E = c->num_experts, I = c->moe_intermediate_size, H = c->hidden_size;
-        for (int form = 0; c->sparse[l] && form < 8; form++) {
-            int down = form & 1;
-            char name[160];
-            snprintf(name, sizeof name, "model.layers.%d.%s.experts.%s%s%s", l, form & 4 ? "block_sparse_moe" : "mlp",
-                     down ? "down_proj" : "gate_up_proj", form & 2 ? ".weight" : "", suffix);
-            long shape[3] = {E, down ? H : 2 * I, down ? I : H};
-            float* out = down ? w.layers[l].down : w.layers[l].gate_up;
-            if (!load_tensor(s, name, 3, shape, out, error)) continue;
-            for (int i = 0; i < m->layout.count; i++) {
-                const Tensor* t = &m->layout.tensors[i];
-                if (tensor_is_matrix(t) && tensor_size(t) > 0 && t->offset >= out - block &&
-                    t->offset < out - block + shape[0] * shape[1] * shape[2])
-                    loaded[i] = 1;
-            }
-        }
-    }
-    Text missing = {NULL, 0, 0}, unused = {NULL, 0, 0};
-    int num_missing = 0, num_unused = 0;
+    View* views = (View*)checked_malloc(sizeof(View) * (size_t)m->layout.count);
+    views_find(views, &m->config, &m->layout, s, suffix, error);
     for (int i = 0; i < m->layout.count && !error->text[0]; i++) {
-        const Tensor* t = &m->layout.tensors[i];
-        char name[160], newer[160];
-        int layer, used = 0;
-        long shape[2] = {t->rows, t->cols};
-        snprintf(name, sizeof name, "%s%s", t->name, suffix);
-        if (loaded[i] || load_tensor(s, name, tensor_is_matrix(t) ? 2 : 1, shape, block + t->offset, error)) continue;
-        // Mixtral's router stands beside packed experts under its new name
-        if (sscanf(name, "model.layers.%d.block_sparse_moe.gate.weight%n", &layer, &used) == 1 && used && !name[used]) {
-            snprintf(newer, sizeof newer, "model.layers.%d.mlp.gate.weight", layer);
-            if (load_tensor(s, newer, 2, shape, block + t->offset, error)) continue;
-        }
-        list_name(&missing, &num_missing, name);
+        const View* v = &views[i];
+        float* out = block + m->layout.tensors[i].offset;
+        if (v->stored) safetensors_read(s, v->stored, v->first, v->rows * v->cols, out, error);
     }
-    for (int i = 0; i < s->num_tensors && !error->text[0]; i++) {
-        StoredTensor* t = &s->tensors[i];
-        size_t length = strlen(t->name);
-        if (t->used || (length > 19 && !strcmp(t->name + length - 19, "rotary_emb.inv_freq"))) continue;
-        if (c->tie_word_embeddings && !*suffix && !strcmp(t->name, "lm_head.weight")) { // redundant: must be the same
-            long shape[2] = {c->vocab_size, c->hidden_size}, size = shape[0] * shape[1];
-            float* head = (float*)checked_malloc(sizeof(float) * (size_t)size);
-            if (load_tensor(s, t->name, 2, shape, head, error) &&
-                memcmp(head, w.embedding, sizeof(float) * (size_t)size))
-                set_error(error, "lm_head.weight differs from the embedding, but tie_word_embeddings is true");
-            free(head);
-        } else {
-            list_name(&unused, &num_unused, t->name);
-        }
-    }
-    if (num_missing) set_error(error, "missing tensors (%d): %s", num_missing, missing.data);
-    else if (num_unused) set_error(error, "tensors that do not belong to this model (%d): %s", num_unused, unused.data);
-    free(missing.data);
-    free(unused.data);
-    free(loaded);
-    free(w.layers);
+    free(views);
     return !error->text[0];
 }
 
@@ -543,12 +500,15 @@ static int count_families(const Model* m) {
     return least;
 }
 
+static int notes_were_said;         // by upcycle, when it opened its sources
+
 // Reads the parameters from DIR/model.safetensors (or shards).
 static int checkpoint_load(Model* m, const char* dir, Error* error) {
     Error inner = {""};
     SafeTensors* s = safetensors_open_model(dir, error);
     if (!s) return 0;
     if (!load_tensors(m, s, m->params, "", &inner)) set_error(error, "%s: %s", dir, inner.text);
+    else if (!notes_were_said) safetensors_say_notes(s, dir);
     safetensors_close(s);
     m->source = dir;
     if (m->purpose == FOR_TRAINING && !error->text[0]) m->luggage = luggage_read(dir, error);
@@ -577,18 +537,8 @@ static int optimizer_load(Model* m, const char* dir, Error* error) {
     optimizer_path(path, dir);
     SafeTensors* s = safetensors_open(path, error);
     if (!s) return 0;
-    // both halves are in one file: tensors of the other one are marked as used while one is read
-    for (int half = 0; half < 2 && !inner.text[0]; half++) {
-        const char* suffix = half ? ".exp_avg_sq" : ".exp_avg";
-        for (int i = 0; i < s->num_tensors; i++) {
-            size_t length = strlen(s->tensors[i].name), n = strlen(suffix);
-            const char* end = length > n ? s->tensors[i].name + length - n : "";
-            const char* other = half ? ".exp_avg" : ".exp_avg_sq";
-            size_t k = strlen(other);
-            s->tensors[i].used = strcmp(end, suffix) && length > k && !strcmp(s->tensors[i].name + length - k, other);
-        }
-        load_tensors(m, s, half ? m->exp_avg_sq : m->exp_avg, suffix, &inner);
-    }
+    for (int half = 0; half < 2 && !inner.text[0]; half++)      // both are in one file
+        load_tensors(m, s, half ? m->exp_avg_sq : m->exp_avg, half ? ".exp_avg_sq" : ".exp_avg", &inner);
     if (inner.text[0]) set_error(error, "%s: %s", path, inner.text);
     safetensors_close(s);
     return !error->text[0];

@@ -147,7 +147,7 @@ static void model_allocate(Model* m) {
     m->backend->allocate(m);
     weights_point(&m->weights, c, &m->layout, m->params);
     if (m->grads) weights_point(&m->dweights, c, &m->layout, m->grads);
-    rope_table(m->cosines, m->sines, m->positions, c->head_dim, c->rope_theta);
+    rope_table(m->cosines, m->sines, m->positions, c);
     for (int l = 0; l < c->num_layers; l++) m->topk[l] = layer_topk(c, l);
 }
 

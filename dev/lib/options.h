@@ -55,6 +55,7 @@ static Option option_table[] = {
     {"data", OPT_TEXT, USE_RUN, &options.data, 0, 0, NULL, "F,..", "text or shards; names, patterns", 0},
     {"val", OPT_TEXT, USE_RUN, &options.val, 0, 0, NULL, "F|none", "validation data (the last tenth of a text)", 0},
     {"model", OPT_TEXT, USE_OTHER, &options.model, 0, 0, NULL, "DIR", "a Hugging Face directory", 0},
+    {"strict", OPT_FLAG, USE_OTHER, &strict, 0, 0, "0", "", "refuse tensors in it that the model does not have", 0},
     {"out", OPT_TEXT, USE_OTHER, &options.out, 0, 0, NULL, "DIR", "for checkpoints and logs", 0},
     {"resume", OPT_FLAG, USE_OTHER, &options.resume, 0, 0, "0", "", "go on with the run in --out", 0},
     {"steps", OPT_WHOLE, USE_RUN, &options.steps, 0, BIG, "1000", "N", "training steps in all", 0},
@@ -554,9 +555,12 @@ static void check_length(Config* c, const char* dir, int T) {
     if (window && window < T)
         die(2, "--seq %d: the model has sliding_window %d, which is not supported; use a shorter --seq", T, window);
     if (T <= c->max_position_embeddings) return;
+    if (c->rope.type == ROPE_DYNAMIC)
+        die(2, "--seq %d: rope_type dynamic can be computed up to max_position_embeddings, %d; use a shorter --seq", T,
+            c->max_position_embeddings);
     fprintf(stderr, "%s: warning: --seq %d goes beyond the model's max_position_embeddings, %d\n", program_name, T,
             c->max_position_embeddings);
-    c->max_position_embeddings = T;
+    if (c->rope.type == ROPE_DEFAULT) c->max_position_embeddings = T;       // what others are stretched from stays
 }
 
 static void print_model(const Model* m) {

@@ -4,15 +4,21 @@
 // several ("shards") with an index that names the file of each tensor.
 #pragma once
 #include "json.h"
+#include <dirent.h>
+#include <fnmatch.h>
 
-typedef enum { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_I32, DTYPE_OTHER } Dtype; // OTHER is known but never converted
+typedef enum { DTYPE_F32, DTYPE_BF16, DTYPE_F16, DTYPE_F64, DTYPE_I32, DTYPE_OTHER } Dtype; // OTHER: never read
+#define READABLE "only F32, BF16, F16 and F64 can be read"
+enum { MOST_DIMS = 4 };             // of tensors that are read
+
+static long strict;                 // --strict: what transformers passes over is refused
 
 typedef struct {
     char* name;
     int file;                       // which of the opened files
     Dtype dtype;
     int ndim;
-    long shape[4];
+    long shape[MOST_DIMS];          // the first ones
     long count;                     // numbers in the tensor
     long offset, bytes;             // where its bytes are in the file
     int used;                       // for the caller
@@ -24,7 +30,38 @@ typedef struct {
     char** paths;
     StoredTensor* tensors;          // sorted by name
     Json* metadata;                 // of the first file, or NULL
+    Text notes;                     // what was passed over, for the caller to say
 } SafeTensors;
+
+// Names for a message, cut off after a few.
+typedef struct {
+    Text text;
+    int count;
+} NameList;
+
+static void list_name(NameList* list, const char* name) {
+    if (++list->count <= 6) text_print(&list->text, "%s%.100s", list->count > 1 ? ", " : "", name);
+    else if (list->count == 7) text_print(&list->text, ", ...");
+}
+
+// An error if there are any. Frees the list.
+static void names_refuse(NameList* list, const char* what, Error* error) {
+    if (list->count) set_error(error, "%s (%d): %s", what, list->count, list->text.data);
+    free(list->text.data);
+}
+
+// A note, or with --strict an error. Frees the list.
+static void names_note(SafeTensors* s, NameList* list, const char* what, Error* error) {
+    if (list->count && !strict)
+        text_print(&s->notes, "%s%s (%d): %s", s->notes.length ? "; " : "", what, list->count, list->text.data);
+    if (strict) names_refuse(list, what, error);
+    else free(list->text.data);
+}
+
+static void safetensors_say_notes(const SafeTensors* s, const char* dir) {
+    if (s->notes.length)
+        fprintf(stderr, "%s: warning: %s: ignored, as transformers does: %s\n", program_name, dir, s->notes.data);
+}
 
 static void safetensors_close(SafeTensors* s) {
     if (!s) return;
@@ -37,6 +74,7 @@ static void safetensors_close(SafeTensors* s) {
     free(s->paths);
     free(s->tensors);
     json_free(s->metadata);
+    free(s->notes.data);
     free(s);
 }
 
@@ -61,7 +99,7 @@ static long json_whole(const Json* j, long limit) {
 static int parse_tensor(StoredTensor* t, const Json* entry, long data, Error* error) {
     static const struct { const char* name; int bytes; Dtype dtype; } known[] = {
         {"F32", 4, DTYPE_F32}, {"BF16", 2, DTYPE_BF16}, {"F16", 2, DTYPE_F16}, {"I32", 4, DTYPE_I32},
-        {"F64", 8, DTYPE_OTHER}, {"I64", 8, DTYPE_OTHER}, {"U64", 8, DTYPE_OTHER}, {"U32", 4, DTYPE_OTHER},
+        {"F64", 8, DTYPE_F64}, {"I64", 8, DTYPE_OTHER}, {"U64", 8, DTYPE_OTHER}, {"U32", 4, DTYPE_OTHER},
         {"I16", 2, DTYPE_OTHER}, {"U16", 2, DTYPE_OTHER}, {"I8", 1, DTYPE_OTHER}, {"U8", 1, DTYPE_OTHER},
         {"BOOL", 1, DTYPE_OTHER}, {"F8_E4M3", 1, DTYPE_OTHER}, {"F8_E5M2", 1, DTYPE_OTHER}};
     const Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape"),
@@ -74,15 +112,16 @@ static int parse_tensor(StoredTensor* t, const Json* entry, long data, Error* er
             size = known[i].bytes;
             t->dtype = known[i].dtype;
         }
-    if (!size) return set_error(error, "tensor %.100s: unknown dtype %.20s", name, dtype->string);
-    if (!shape || shape->type != JSON_ARRAY || shape->count > 4)
-        return set_error(error, "tensor %.100s: shape is not a list of at most 4 numbers", name);
+    if (!size) t->dtype = DTYPE_OTHER;          // a newer one, which is nobody's business unless the tensor is wanted
+    if (!shape || shape->type != JSON_ARRAY)
+        return set_error(error, "tensor %.100s: shape is not a list of whole numbers", name);
     t->ndim = shape->count;
     t->count = 1;
     for (int i = 0; i < shape->count; i++) {
-        t->shape[i] = json_whole(shape->items[i], LONG_MAX);
-        if (t->shape[i] < 0) return set_error(error, "tensor %.100s: shape is not a list of whole numbers", name);
-        if (__builtin_mul_overflow(t->count, t->shape[i], &t->count))
+        long n = json_whole(shape->items[i], LONG_MAX);
+        if (n < 0) return set_error(error, "tensor %.100s: shape is not a list of whole numbers", name);
+        if (i < MOST_DIMS) t->shape[i] = n;
+        if (__builtin_mul_overflow(t->count, n, &t->count))
             return set_error(error, "tensor %.100s: the shape overflows", name);
     }
     if (__builtin_mul_overflow(t->count, (long)size, &t->bytes))
@@ -95,6 +134,7 @@ static int parse_tensor(StoredTensor* t, const Json* entry, long data, Error* er
         return set_error(error,
                          "tensor %.100s: its data end at byte %ld, but the file has %ld bytes of data (truncated?)",
                          name, end, data);
+    if (!size) t->bytes = end - begin;
     if (end - begin != t->bytes)
         return set_error(error, "tensor %.100s: its shape needs %ld bytes, data_offsets give %ld", name, t->bytes,
                          end - begin);
@@ -120,6 +160,8 @@ static int safetensors_add_file(SafeTensors* s, const char* path, Error* error) 
         return set_error(error, "%s: %ld bytes are too short for safetensors", path, size);
     for (int i = 7; i >= 0; i--)
         length = i == 7 && prefix[i] > 127 ? LONG_MAX : length == LONG_MAX ? length : length << 8 | prefix[i];
+    if (!memcmp(prefix, "version ", 8))
+        return set_error(error, "%s: a git-lfs pointer, not the file; git lfs pull in its folder fetches that", path);
     if (length > 100000000)
         return set_error(error, "%s: the header's length is over 100 MB; is this a safetensors file?", path);
     if (8 + length > size)
@@ -198,12 +240,47 @@ static SafeTensors* safetensors_open(const char* path, Error* error) {
     return NULL;
 }
 
-// Opens DIR/model.safetensors, or the shards that DIR/model.safetensors.index.json names.
+// What a folder without model.safetensors holds instead, and what makes one of it. In a remedy @ is the folder, # the
+// file; the first row that fits counts.
+static void explain_missing(const char* dir, Error* error) {
+#define WITH_TRANSFORMERS "python3 -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('@'"
+    static const struct { const char *pattern, *what, *remedy; } others[] = {
+        {"model-*-of-*.safetensors", "shards, but not their model.safetensors.index.json", "download that file too"},
+        {"adapter_model.*", "an adapter", "python3 -c \"from peft import AutoPeftModelForCausalLM as M; "
+         "M.from_pretrained('@').merge_and_unload().save_pretrained('OUT')\""},
+        {"pytorch_model*.bin", "PyTorch's format", WITH_TRANSFORMERS ").save_pretrained('OUT')\""},
+        {"*.gguf", "a GGUF file", WITH_TRANSFORMERS ", gguf_file='#').save_pretrained('OUT')\""},
+        {"consolidated*.pth", "Meta's format", "python3 -m transformers.models.llama.convert_llama_weights_to_hf "
+         "--input_dir @ --output_dir OUT"},
+        {"consolidated*.safetensors", "Mistral's format", "python3 -m transformers.models.mistral."
+         "convert_mistral_weights_to_hf --input_dir @ --output_dir OUT"}};
+    int best = (int)(sizeof others / sizeof others[0]);
+    char found[256] = "";
+    DIR* d = opendir(dir);
+    for (struct dirent* entry; d && (entry = readdir(d)) != NULL;)
+        for (int i = 0; i < best; i++)
+            if (!fnmatch(others[i].pattern, entry->d_name, 0)) {
+                snprintf(found, sizeof found, "%s", entry->d_name);
+                best = i;
+            }
+    if (d) closedir(d);
+    if (!*found) return;
+    Text t = {NULL, 0, 0};
+    for (const char* s = others[best].remedy; *s; s++)
+        if (*s == '@' || *s == '#') text_print(&t, "%s", *s == '@' ? dir : found);
+        else text_add(&t, s, 1);
+    set_error(error, "%s: no model.safetensors; %s is %s: %s", dir, found, others[best].what, t.data);
+    free(t.data);
+}
+
+// Opens DIR/model.safetensors, or the shards that DIR/model.safetensors.index.json names; of these every tensor counts,
+// as in transformers, whatever the index says of it.
 static SafeTensors* safetensors_open_model(const char* dir, Error* error) {
     char path[PATH_SIZE], index_path[PATH_SIZE];
     join_path(path, dir, "model.safetensors");
     join_path(index_path, dir, "model.safetensors.index.json");
-    if (access(index_path, F_OK) || !access(path, F_OK)) return safetensors_open(path, error);
+    if (access(index_path, F_OK) && access(path, F_OK)) explain_missing(dir, error);
+    if (access(index_path, F_OK) || !access(path, F_OK)) return error->text[0] ? NULL : safetensors_open(path, error);
     Json* index = json_read(index_path, error);
     if (!index) return NULL;
     const Json* map = json_get(index, "weight_map");
@@ -223,15 +300,21 @@ static SafeTensors* safetensors_open_model(const char* dir, Error* error) {
         if (!known) safetensors_add_file(s, path, error);
     }
     if (!error->text[0]) safetensors_finish(s, error);
+    NameList absent = {{NULL, 0, 0}, 0}, unlisted = {{NULL, 0, 0}, 0};
     for (int i = 0; map && i < map->count && !error->text[0]; i++) {
         StoredTensor* t = safetensors_find(s, map->items[i]->key);
         const char* file = t ? strrchr(s->paths[t->file], '/') + 1 : NULL;
-        if (!t || strcmp(file, map->items[i]->string))
-            set_error(error, "%s: tensor %.100s is not in %.80s", index_path, map->items[i]->key,
-                      map->items[i]->string);
+        if (!t || strcmp(file, map->items[i]->string)) list_name(&absent, map->items[i]->key);
     }
-    if (!error->text[0] && map->count != s->num_tensors)
-        set_error(error, "%s: the shards hold %d tensors, weight_map lists %d", index_path, s->num_tensors, map->count);
+    for (int i = 0; i < s->num_tensors && !error->text[0]; i++)
+        if (!json_get(map, s->tensors[i].name)) list_name(&unlisted, s->tensors[i].name);
+    names_note(s, &absent, "entries of the index whose shard does not hold the tensor", error);
+    names_note(s, &unlisted, "that the index does not list tensors", error);
+    if (error->text[0] && strict) {
+        Error inner = *error;
+        error->text[0] = 0;
+        set_error(error, "%s: %s", index_path, inner.text);
+    }
     json_free(index);
     if (!error->text[0]) return s;
     safetensors_close(s);
@@ -256,16 +339,20 @@ static float f16_to_float(uint16_t h) {
 // Reads `count` numbers from number `first` of a tensor on, as floats.
 static int safetensors_read(const SafeTensors* s, const StoredTensor* t, long first, long count, float* out,
                             Error* error) {
-    int size = t->dtype == DTYPE_F32 ? 4 : 2;
-    if (t->dtype != DTYPE_F32 && t->dtype != DTYPE_BF16 && t->dtype != DTYPE_F16)
-        return set_error(error, "tensor %.100s: only F32, BF16 and F16 can be read", t->name);
+    int size = t->dtype == DTYPE_F64 ? 8 : t->dtype == DTYPE_F32 ? 4 : 2;
+    if (t->dtype > DTYPE_F64) return set_error(error, "tensor %.100s: " READABLE, t->name);
     unsigned char buffer[65536];
     for (long done = 0; done < count;) {
         long n = lmin(count - done, (long)sizeof buffer / size);
         if (!read_at(s->fds[t->file], buffer, (size_t)(n * size), t->offset + (first + done) * size))
             return set_error(error, "%s: tensor %.100s cannot be read", s->paths[t->file], t->name);
         if (size == 4) memcpy(out + done, buffer, (size_t)n * 4);
-        else
+        for (long i = 0; size == 8 && i < n; i++) {
+            double x;
+            memcpy(&x, buffer + 8 * i, 8);
+            out[done + i] = (float)x;
+        }
+        if (size == 2)
             for (long i = 0; i < n; i++) {
                 uint16_t h = (uint16_t)(buffer[2 * i] | buffer[2 * i + 1] << 8);
                 out[done + i] = t->dtype == DTYPE_BF16 ? bf16_to_float(h) : f16_to_float(h);

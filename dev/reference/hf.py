@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -37,14 +38,26 @@ def exact_norm(self, x):
     return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
-def exact_rope(self, x, position_ids):
-    config = self.config
-    assert config.rope_parameters["rope_type"] == "default", config.rope_parameters
+def exact_frequencies(config):
+    """Inverse frequencies and what cosines and sines are multiplied by."""
+    kind = config.rope_parameters["rope_type"]
+    if kind not in ("default", "dynamic"):  # transformers' functions name fp32 in so many words
+        single = torch.float, torch.float32
+        torch.float = torch.float32 = torch.float64
+        try:
+            return ROPE_INIT_FUNCTIONS[kind](config)
+        finally:
+            torch.float, torch.float32 = single
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    exponent = torch.arange(0, head_dim, 2, dtype=x.dtype, device=x.device) / head_dim
-    angle = position_ids[..., None].to(x.dtype) * config.rope_parameters["rope_theta"] ** -exponent
+    return config.rope_parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2).double() / head_dim), 1.0
+
+
+def exact_rope(self, x, position_ids):
+    frequencies, factor = exact_frequencies(self.config)
+    assert (frequencies / self.inv_freq - 1).abs().max() < 1e-5, (frequencies, self.inv_freq)
+    angle = position_ids[..., None].to(x.dtype) * frequencies.to(x.dtype)
     angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
+    return angle.cos() * factor, angle.sin() * factor
 
 
 def exact_attention(module, query, key, value, attention_mask, scaling, **kwargs):

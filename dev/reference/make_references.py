@@ -94,6 +94,30 @@ MODELS = {
                     routed_scaling_factor=1.0, first_k_dense_replace=0, sliding_window=None, rms_norm_eps=1e-6,
                     tie_word_embeddings=False),
         rope=("new", 10000.0), T=10, seed=4, lr=1e-2),
+    "rope_llama3": dict(  # pairs that stay, that are slowed down in part and in full
+        config=dict(model_type="llama", vocab_size=31, hidden_size=21, intermediate_size=13, num_hidden_layers=2,
+                    num_attention_heads=3, num_key_value_heads=1, head_dim=10, rms_norm_eps=1e-5,
+                    tie_word_embeddings=True),
+        rope=("old", 10000.0, dict(factor=32.0, high_freq_factor=8.0, low_freq_factor=1.0,
+                                   original_max_position_embeddings=256, rope_type="llama3")), T=15, lr=1e-2),
+    "rope_linear": dict(
+        config=dict(model_type="llama", vocab_size=31, hidden_size=21, intermediate_size=13, num_hidden_layers=2,
+                    num_attention_heads=3, num_key_value_heads=1, head_dim=6, rms_norm_eps=1e-6,
+                    tie_word_embeddings=True),
+        rope=("old", 100000.0, dict(type="linear", factor=4.0)), T=13, lr=1e-2),
+    "rope_yarn": dict(  # P is max_position_embeddings
+        config=dict(model_type="qwen3", vocab_size=31, hidden_size=21, intermediate_size=13, num_hidden_layers=2,
+                    num_attention_heads=3, num_key_value_heads=1, head_dim=10, rms_norm_eps=1e-6,
+                    tie_word_embeddings=True),
+        rope=("new", 100.0, dict(rope_type="yarn", factor=4.0, beta_fast=2.0)), T=15, lr=1e-2),
+    "rope_yarn_moe": dict(
+        config=dict(model_type="mixtral", vocab_size=31, hidden_size=21, intermediate_size=9, num_hidden_layers=2,
+                    num_attention_heads=3, num_key_value_heads=1, head_dim=8, num_local_experts=3,
+                    num_experts_per_tok=2, rms_norm_eps=1e-5, sliding_window=None, tie_word_embeddings=True,
+                    original_max_position_embeddings=40),
+        rope=("old", 500.0, dict(rope_type="yarn", factor=8.0, beta_fast=4, beta_slow=0.5, mscale=1.2,
+                                 mscale_all_dim=0.7, truncate=False, original_max_position_embeddings=32)),
+        T=14, seed=5, aux=0.02, lr=1e-2),
 }
 DEFAULTS = dict(aux=0.0, aux_form="switch", z_loss=0.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0,
                 unused=[], seed=0)
@@ -107,11 +131,13 @@ def write_config(spec, directory):
     config |= dict(hidden_act="silu", max_position_embeddings=64, attention_dropout=0.0,
                    bos_token_id=None, eos_token_id=None,
                    pad_token_id=None)  # OLMoE's default pad_token_id is 1, and the gradient of that row would be zero
-    style, theta = spec["rope"]
+    style, theta, *scaling = spec["rope"]
     if style == "old":
         config |= dict(rope_theta=theta, torch_dtype="float32")
+        config |= dict(rope_scaling=scaling[0]) if scaling else {}
     else:
         config |= dict(rope_parameters=dict(rope_theta=theta, rope_type="default"), dtype="float32")
+        config["rope_parameters"] |= scaling[0] if scaling else {}
     if "num_experts_per_tok" in config and config["model_type"] != "dots1":
         config["router_aux_loss_coef"] = spec["aux"]
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

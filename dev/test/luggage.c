@@ -41,7 +41,9 @@ static int same_members(const Json* a, const Json* b, const char** keys, int cou
     return 1;
 }
 
-// transformers: `rope_parameters = rope_scaling or rope_parameters`, and the base beside it comes last
+// transformers: `rope_parameters = rope_scaling or rope_parameters`, and the base beside it comes last. What is scaled
+// is written under both names, as it was.
+#define LLAMA3 "\"rope_type\": \"llama3\", \"factor\": 32.0, \"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0"
 static void test_rope_bases(void) {
     static const struct {
         const char* members;
@@ -56,7 +58,13 @@ static void test_rope_bases(void) {
         {"\"rope_scaling\": {\"type\": \"default\"}, \"rope_parameters\": {\"rope_theta\": 77.0}", 1e4, ""},
         {"\"rope_scaling\": {\"full_attention\": {\"rope_theta\": 5e5}}", 0, "full_attention"},
         {"\"rope_parameters\": {\"rope_theta\": 5e5, \"factor\": 4.0}", 0, "factor"},
-        {"\"rope_scaling\": {\"rope_theta\": 0}", 0, "rope_theta is 0"}};
+        {"\"rope_scaling\": {\"rope_theta\": 0}", 0, "rope_theta is 0"},
+        {"\"rope_scaling\": {" LLAMA3 ", \"original_max_position_embeddings\": 8192}", 1e4, ""},
+        {"\"rope_scaling\": {" LLAMA3 "}, \"original_max_position_embeddings\": 32", 1e4, ""},
+        {"\"rope_scaling\": {\"type\": \"linear\", \"factor\": 4}", 1e4, ""},
+        {"\"rope_scaling\": {\"type\": \"dynamic\", \"factor\": 2.0}", 1e4, ""},
+        {"\"rope_parameters\": {\"rope_type\": \"yarn\", \"factor\": 4, \"attention_factor\": 0.5, "
+         "\"truncate\": false, \"rope_theta\": 5e5}", 5e5, ""}};
     for (int arch = 0; arch < NUM_ARCHS; arch++)
         for (EACH(i, ropes)) {
             Config c, back;
@@ -71,6 +79,9 @@ static void test_rope_bases(void) {
                                           !memcmp(&c, &back, sizeof c),
                   "%s: %s makes the base %g %s", archs[arch].model_type, ropes[i].members, ok ? c.rope_theta : 0.0,
                   error.text);
+            const char *name, *scaled = NULL;
+            if (ok && c.rope.type != ROPE_DEFAULT && rope_of(k, &name)) scaled = json_raw(k, name);
+            if (scaled) check(strstr(t.data, scaled) != NULL, "%s: it is written as it was", archs[arch].model_type);
             json_free(k);
             free(t.data);
         }

@@ -101,3 +101,25 @@ static void test_matmul_bits(void) {
         set_threads(default_threads);
     }
 }
+
+// Element i of the result that `start` becomes, in double, and the sum of the magnitudes that went into it.
+static double product_element(const Product* p, int kind, long i, float start, double* magnitude) {
+    int C = p->C, OC = p->OC, e = 0, columns = kind == FORWARD ? OC : C, column = (int)(i % columns);
+    int row = kind == BACKWARD_WEIGHT ? (int)(i / C % OC) : (int)(i / columns);
+    if (kind == BACKWARD_WEIGHT) e = (int)(i / ((long)OC * C));
+    else
+        while (e < p->E - 1 && row >= p->offsets[e + 1]) e++;
+    const float *W = p->W + (long)e * OC * C, *dy = p->dy + (long)p->offsets[e] * OC;
+    const float* x = p->x + (long)p->offsets[e] * C;
+    int depth = kind == FORWARD ? C : kind == BACKWARD_INPUT ? OC : p->offsets[e + 1] - p->offsets[e];
+    double sum = start;
+    *magnitude = fabs((double)start);
+    for (int k = 0; k < depth; k++) {
+        double term = kind == FORWARD          ? (double)p->x[(long)row * C + k] * W[(long)column * C + k]
+                      : kind == BACKWARD_INPUT ? (double)p->dy[(long)row * OC + k] * W[(long)k * C + column]
+                                               : (double)dy[(long)k * OC + row] * x[(long)k * C + column];
+        sum += term;
+        *magnitude += fabs(term);
+    }
+    return sum;
+}

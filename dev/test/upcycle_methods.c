@@ -336,6 +336,31 @@ static void test_up_sources(void) {
     for (long i = 0; i < n; i++) worst = larger(worst, fabs(mean[i] - (x[0][i] + x[1][i] + x[2][i]) / 3));
     check(worst < 1e-7, "attention is the mean of three, largest error %.1e", worst);
     check(up_list_is(up_path("btm"), "source", 0, "0 1 2 0 1"), "lineage names the sources");
+    // --rest base, and what forbids a mean: the FFNs are the same as before, all else is SRC's
+    up_make("mistral", MISTRAL, 2, 32, 48, 0, 0, 0, 2);
+    const char* tests[] = {"--sources {}/s1 --rest base", "--sources {}/more", "--sources {}/mistral --rest base"};
+    Config c;
+    Error error = {""};
+    if (!config_read(&c, up_path("s1"), &error)) die(1, "%s", error.text);
+    c.vocab_size = 258;
+    Model* m = new_model(&c, FOR_TRAINING, 1, 4);
+    model_init(m, 1);
+    mkdir(up_path("more"), 0777);
+    if (checkpoint_save(m, up_path("more"), 7)) die(1, "a model with two more tokens");
+    for (EACH(i, tests)) {
+        UP("{}/s0 {}/base --experts 2 --force %s", tests[i]);
+        check(strstr(up_output, "everything else is SRC's") != NULL, "%s: said", tests[i]);
+        check(up_same(up_path("s0"), "model.embed_tokens.weight", up_path("base"), "model.embed_tokens.weight") &&
+                  up_same(up_path("s0"), "model.layers.1.self_attn.q_proj.weight", up_path("base"),
+                          "model.layers.1.self_attn.q_proj.weight") &&
+                  up_same(up_path(i == 1 ? "more" : "s1"), "model.layers.1.mlp.down_proj.weight", up_path("base"),
+                          "model.layers.1.block_sparse_moe.experts.1.w2.weight"),
+              "%s: FFNs from each, all else from SRC", tests[i]);
+    }
+    check(strstr(up_output, "vocab_size") == NULL && up_run("", "{}/s0 {}/y --experts 2 --sources {}/more") == 0 &&
+              strstr(up_output, "as they differ in vocab_size"), "and why, where it was not asked for");
+    UP("{}/s0 {}/both --experts 2 --sources {}/mistral");
+    check(strstr(up_output, "everything else is their mean") != NULL, "Llama and Mistral are one block, with a mean");
 }
 
 // MoE to MoE, the paper's copy: where what is kept.

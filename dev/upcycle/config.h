@@ -9,22 +9,29 @@ static void open_sources(Plan* p, const char* src) {
         if (!*name) die(2, "--sources %s: a directory is missing between commas", ask.sources);
         Source* s = open_or_die(name, "");
         const Config *a = &p->sources[0]->config, *b = &s->config;
-        const char* differs = a->arch != b->arch                                 ? "model_type"
-                              : a->num_layers != b->num_layers                   ? "num_hidden_layers"
-                              : a->hidden_size != b->hidden_size                 ? "hidden_size"
-                              : a->num_heads != b->num_heads                     ? "num_attention_heads"
-                              : a->num_kv_heads != b->num_kv_heads               ? "num_key_value_heads"
-                              : a->head_dim != b->head_dim                       ? "head_dim"
-                              : a->intermediate_size != b->intermediate_size     ? "intermediate_size"
-                              : a->vocab_size != b->vocab_size                   ? "vocab_size"
-                              : a->tie_word_embeddings != b->tie_word_embeddings ? "tie_word_embeddings"
-                              : a->rope_theta != b->rope_theta                   ? "rope_theta"
-                              : a->rms_norm_eps != b->rms_norm_eps               ? "rms_norm_eps"
-                                                                                 : NULL;
-        if (differs) die(2, "--sources: %s has another %s than %s; sources must be alike", name, differs, src);
+        int other_block = archs[a->arch].qk_norm != archs[b->arch].qk_norm || is_moe(b->arch);
+        const char* differs = other_block                                    ? "model_type"
+                              : a->num_layers != b->num_layers               ? "num_hidden_layers"
+                              : a->hidden_size != b->hidden_size             ? "hidden_size"
+                              : a->intermediate_size != b->intermediate_size ? "intermediate_size"
+                                                                             : NULL;
+        if (differs) die(2, "--sources: %s has another %s than %s; FFNs must be alike", name, differs, src);
+        const char* unlike = a->num_heads != b->num_heads                       ? "num_attention_heads"
+                             : a->num_kv_heads != b->num_kv_heads               ? "num_key_value_heads"
+                             : a->head_dim != b->head_dim                       ? "head_dim"
+                             : a->vocab_size != b->vocab_size                   ? "vocab_size"
+                             : a->tie_word_embeddings != b->tie_word_embeddings ? "tie_word_embeddings"
+                             : a->rope_theta != b->rope_theta                   ? "rope_theta"
+                             : memcmp(&a->rope, &b->rope, sizeof a->rope)       ? "rope_scaling"
+                             : a->rms_norm_eps != b->rms_norm_eps               ? "rms_norm_eps"
+                                                                                : NULL;
+        if (unlike && is(ask.rest, "mean"))
+            die(2, "--rest mean: %s has another %s than %s; with --rest base all but FFNs is SRC's", name, unlike, src);
+        if (unlike) p->unlike = unlike;
         p->sources[p->num_sources++] = s;
     }
     free(names);
+    p->rest_is_mean = p->num_sources > 1 && !p->unlike && !is(ask.rest, "base");
 }
 
 // A dense SRC's part of the configuration of DST: Qwen3 becomes Qwen3-MoE, Llama and Mistral become Mixtral.

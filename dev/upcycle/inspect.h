@@ -125,12 +125,12 @@ static int run_inspect(void) {
     char path[PATH_SIZE];
     Error error = {""};
     print_config_line("model", s->dir, c, stored_bytes(s));
-    long by_type[3] = {0, 0, 0};
+    long by_type[DTYPE_F64 + 1] = {0, 0, 0, 0};
     for (int i = 0; i < s->files->num_tensors; i++)
-        if (s->files->tensors[i].dtype <= DTYPE_F16) by_type[s->files->tensors[i].dtype] += s->files->tensors[i].bytes;
+        if (s->files->tensors[i].dtype <= DTYPE_F64) by_type[s->files->tensors[i].dtype] += s->files->tensors[i].bytes;
     printf("        %d tensors in %d file%s:", s->files->num_tensors, s->files->num_files,
            s->files->num_files > 1 ? "s" : "");
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i <= DTYPE_F64; i++)
         if (by_type[i]) printf(" %s %.1f MB", dtype_names[i], by_type[i] * 1e-6);
     printf("\n");
     print_lineage(s->dir);

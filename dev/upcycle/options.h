@@ -2,7 +2,7 @@
 #pragma once
 
 static struct {
-    const char *method, *layers, *sources, *arch, *drop_indices, *scale, *router_init;
+    const char *method, *layers, *sources, *rest, *arch, *drop_indices, *scale, *router_init;
     const char *select, *score_on, *allocate, *group, *router, *router_bias, *optimizer;
     const char *calibrate, *reference, *dtype, *shard_size, *check, *inspect, *data;
     const char *depth, *new_layers;
@@ -30,11 +30,14 @@ static Option ask_table[] = {
     {"check-batches", OPT_WHOLE, USE_OTHER, &ask.check_batches, 0, INT_MAX, "10", "N", "batches of it; 0: all", 0},
     {"dry-run", OPT_FLAG, USE_OTHER, &ask.dry_run, 0, 0, "0", "", "print the plan, write nothing", 0},
     {"force", OPT_FLAG, USE_OTHER, &ask.force, 0, 0, "0", "", "replace the checkpoint in DST", 0},
+    {"strict", OPT_FLAG, USE_OTHER, &strict, 0, 0, "0", "", "refuse tensors that SRC's class does not have", 0},
     {"threads", OPT_WHOLE, USE_OTHER, &ask.threads, 1, 4096, NULL, "N", "all cores by default", 0},
 
     {"norm-topk", OPT_WHOLE, USE_DENSE, &ask.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1)", 0},
     {"layers", OPT_TEXT, USE_DENSE, &ask.layers, 0, 0, "all", "LIST", "become sparse: all, every-2, or 1,3,8-11", 0},
     {"sources", OPT_TEXT, USE_DENSE, &ask.sources, 0, 0, NULL, "DIR,..", "more dense models; SRC is source 0", 0},
+    {"rest", OPT_CHOICE, USE_DENSE, &ask.rest, 0, 0, NULL, "mean|base",
+     "of sources, but FFNs: mean or SRC's (mean, if alike)", 0},
     {"granularity", OPT_WHOLE, USE_DENSE, &ask.granularity, 1, 1 << 16, NULL, "G", "shards that an FFN is cut into", 0},
     {"scale", OPT_CHOICE, USE_DENSE, &ask.scale, 0, 0, "exact", "exact|cuberoot|none", "of the shards", 0},
     {"router-init", OPT_CHOICE, USE_OTHER, &ask.router_init, 0, 0, NULL, "normal|uniform|zero",
@@ -243,11 +246,11 @@ static void print_asked(const char* from_dense, const char* from_mixture) {
 
 // Options that --inspect, or a run without data, would ignore are refused.
 static void refuse_idle_options(void) {
-    static const char* of_inspect[] = {"inspect", "data", "calibrate-batches", "batch", "seq", "threads"};
+    static const char* of_inspect[] = {"inspect", "data", "calibrate-batches", "batch", "seq", "threads", "strict"};
     static const char* of_data[] = {"batch", "seq", "calibrate-batches", "check-batches"};
     for (int i = 0; i < NUM_ASKED; i++) {
         int fits = !ask.inspect;
-        for (int k = 0; k < 6; k++) fits |= is(ask_table[i].name, of_inspect[k]);
+        for (int k = 0; k < 7; k++) fits |= is(ask_table[i].name, of_inspect[k]);
         if (insists(ask_table[i].name) && !fits) die(2, "--inspect only looks; leave out --%s", ask_table[i].name);
     }
     for (int i = 0; i < 4; i++) {
@@ -255,5 +258,6 @@ static void refuse_idle_options(void) {
         int used = ask.data || (i != 3 && ask.calibrate) || (i != 2 && ask.check);
         if (insists(of_data[i]) && !used) die(2, "--%s is about data, and there is no --%s", of_data[i], wanted);
     }
+    if (ask.rest && !ask.sources) die(2, "--rest is about --sources, and there are none");
     if (ask.data && !ask.inspect) die(2, "--data goes with --inspect; --check and --calibrate are for an upcycle");
 }

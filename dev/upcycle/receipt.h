@@ -94,7 +94,7 @@ static void find_properties(const Plan* p, Findings* f) {
     // down times a number that is no power of two has more digits than BF16 and F16 hold
     int l = 0, near = (K + m - 1) / m;
     while (!to->sparse[l] && l + 1 < to->num_layers) l++;
-    int half = is(ask.dtype, "keep") && source_ffn(p->sources[0], l, 0, DOWN)->stored->dtype != DTYPE_F32;
+    int half = is(ask.dtype, "keep") && dtype_size(source_ffn(p->sources[0], l, 0, DOWN)->stored->dtype) == 2;
     int copied = p->growth && p->growth->num_new && !p->growth->zero, dense = p->dense && !stays_dense(p);
     int f16 = p->growth && p->growth->times > 1 && source_ffn(p->sources[0], l, 0, DOWN)->stored->dtype == DTYPE_F16;
     char grown[256];
@@ -112,6 +112,8 @@ static void find_properties(const Plan* p, Findings* f) {
     add_word(&words, "E-M", "%d", E - M);
     add_word(&words, "M-E", "%d", M - E);
     add_word(&words, "G", "%d", G);
+    add_word(&words, "rest", p->rest_is_mean ? "their mean" : p->unlike ? "SRC's, as they differ in " : "SRC's");
+    if (p->unlike) strcat(words.text[words.count - 1], p->unlike);
     add_word(&words, "m", "%d", m);
     add_word(&words, "K/m", "%d", K / m);
     add_word(&words, "K/m experts", "%d expert%s", K / m, K / m > 1 ? "s" : "");
@@ -146,7 +148,7 @@ static void find_properties(const Plan* p, Findings* f) {
          "kept exactly{up to}: gates sum to 1, and down is scaled by {G} for the {G} shards of a group"},
         {norm && one_model && (is(name, "copy") || (is(name, "drop") && ask.drop_ratio == 0)),
          "kept exactly{up to}: gates sum to 1, and every expert is the dense FFN"},
-        {!one_model, NOT_KEPT "experts come from {E} models and everything else is their mean"},
+        {!one_model, NOT_KEPT "experts come from {E} models and everything else is {rest}"},
         {granular && is(ask.scale, "cuberoot"),
          norm ? NOT_KEPT "the cube root of the scale on gate, up and down is not exact for SwiGLU; --scale exact is"
               : NOT_KEPT "the cube root of the scale on gate, up and down is not exact for SwiGLU; --scale exact with "
@@ -359,7 +361,7 @@ static double plan_memory(const Plan* p) {
                  8 * fmax(H, I) * fmax(H, I);
     }
     if (p->group) matrix = 4 * (10 * H * I + I * I);
-    if (p->num_sources > 1) matrix += 8.0 * CHUNK_FLOATS; // their sum
+    if (p->rest_is_mean) matrix += 8.0 * CHUNK_FLOATS; // their sum
     return 3.0 * 4 * CHUNK_FLOATS + router + matrix;
 }
 

@@ -1,9 +1,9 @@
 // source.h: sources: checkpoints of which each tensor's place is known and nothing is read before it is used.
 #pragma once
 
-static const char* const dtype_names[] = {"F32", "BF16", "F16"}; // in the order of Dtype
+static const char* const dtype_names[] = {"F32", "BF16", "F16", "F64"}; // in the order of Dtype; F64 is never written
 static const char* const torch_names[] = {"float32", "bfloat16", "float16"};
-static int dtype_size(Dtype d) { return d == DTYPE_F32 ? 4 : 2; }
+static int dtype_size(Dtype d) { return d == DTYPE_F64 ? 8 : d == DTYPE_F32 ? 4 : 2; }
 
 // Rounds to the nearest number of 8 significant bits, ties to even. A NaN stays one.
 static uint16_t float_to_bf16(float x) {
@@ -53,57 +53,7 @@ static long floats_to_bytes(unsigned char* out, const float* x, long n, Dtype dt
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. Sources
 //
-// A checkpoint may hold its experts one by one or packed, in one file or many, in three formats. All that is resolved
-// here: a view says where the numbers of one tensor lie. Every tensor that the configuration asks for must be found,
-// and every tensor found must be used.
-
-typedef enum { OTHER, FFN_MATRIX, ROUTER_ROWS, ROUTER_CORRECTION } RoleKind;
-enum { GATE, UP, DOWN };
-
-// What a tensor is, as its name says.
-typedef struct {
-    RoleKind kind;
-    int layer, expert, matrix; // -1: none; a dense layer's FFN is expert 0
-} Role;
-
-static int ends_with(const char* s, const char* end) {
-    size_t n = strlen(s), k = strlen(end);
-    return n >= k && !strcmp(s + n - k, end);
-}
-
-static Role role_of(const char* name) {
-    Role r = {OTHER, -1, -1, -1};
-    int at = 0;
-    if (sscanf(name, "model.layers.%d.%n", &r.layer, &at) != 1 || !at) return r;
-    const char *rest = name + at, *experts = strstr(rest, ".experts.");
-    if (experts || (!strncmp(rest, "mlp.", 4) && !strstr(rest, "shared_experts."))) { // (Dots1's have width 0)
-        static const struct {
-            const char* end;
-            int matrix;
-        } ends[] = {{"gate_proj.weight", GATE}, {"w1.weight", GATE},        {"up_proj.weight", UP},
-                    {"w3.weight", UP},          {"down_proj.weight", DOWN}, {"w2.weight", DOWN}};
-        r.expert = experts ? atoi(experts + 9) : 0;
-        for (int i = 0; i < 6; i++)
-            if (ends_with(rest, ends[i].end)) {
-                r.kind = FFN_MATRIX;
-                r.matrix = ends[i].matrix;
-                return r;
-            }
-        r.expert = -1;
-    }
-    if (ends_with(rest, ".gate.weight") || ends_with(rest, ".gate.prototypes")) r.kind = ROUTER_ROWS;
-    if (ends_with(rest, ".gate.e_score_correction_bias")) r.kind = ROUTER_CORRECTION;
-    return r;
-}
-
-// Where `rows` rows of `cols` numbers lie: from number `first` of a stored tensor on. A vector has one column.
-typedef struct {
-    const SafeTensors* files;
-    const StoredTensor* stored; // NULL: nowhere
-    long first, rows, cols;
-    long stored_rows, stored_cols; // grown: so many are stored, and stand again and again, times `scale`; 0: not grown
-    float scale;
-} View;
+// Of each tensor its view, see views.h.
 
 typedef struct {
     char* dir;
@@ -151,63 +101,6 @@ static void view_read(const View* v, long row, long rows, float* out) {
     }
 }
 
-static int view_set(View* v, const SafeTensors* files, StoredTensor* t, long first, const Tensor* wanted, int packed) {
-    int matrix = tensor_is_matrix(wanted);
-    long cols = matrix ? wanted->cols : 1;
-    int same =
-        packed || (t->ndim == (matrix ? 2 : 1) && t->shape[0] == wanted->rows && (!matrix || t->shape[1] == cols));
-    if (same) {
-        View view = {files, t, first, wanted->rows, cols, 0, 0, 0};
-        *v = view;
-        t->used = 1;
-    }
-    return same;
-}
-
-// Packed experts: mlp.experts.gate_up_proj (E, 2 I, H) and down_proj (E, H, I), with or without ".weight".
-static void source_find_packed(Source* s, const char* suffix, Error* error) {
-    const Config* c = &s->config;
-    long E = c->num_experts, I = c->moe_intermediate_size, H = c->hidden_size;
-    for (int l = 0; l < c->num_layers; l++)
-        for (int form = 0; c->sparse[l] && form < 8; form++) {
-            int down = form & 1;
-            char name[160];
-            snprintf(name, sizeof name, "model.layers.%d.%s.experts.%s%s%s", l, form & 4 ? "block_sparse_moe" : "mlp",
-                     down ? "down_proj" : "gate_up_proj", form & 2 ? ".weight" : "", suffix);
-            StoredTensor* t = safetensors_find(s->files, name);
-            if (!t) continue;
-            long rows = down ? H : 2 * I, cols = down ? I : H;
-            if (t->ndim != 3 || t->shape[0] != E || t->shape[1] != rows || t->shape[2] != cols) {
-                set_error(error, "tensor %.100s does not have the shape [%ld,%ld,%ld] that config.json makes it", name,
-                          E, rows, cols);
-                return;
-            }
-            for (int i = 0; i < s->layout.count; i++) {
-                Role r = role_of(s->layout.tensors[i].name);
-                if (r.kind != FFN_MATRIX || r.layer != l || (r.matrix == DOWN) != down) continue;
-                long first = r.expert * rows * cols + (r.matrix == UP ? I * H : 0);
-                view_set(&s->views[i], s->files, t, first, &s->layout.tensors[i], 1);
-            }
-        }
-}
-
-// Whether two views hold the same bytes.
-static int views_equal(const View* a, const View* b) {
-    enum { BLOCK = 16384 };
-    long n = a->rows * a->cols;
-    float x[BLOCK], y[BLOCK];
-    Error error = {""};
-    if (n != b->rows * b->cols) return 0;
-    for (long i = 0; i < n; i += BLOCK) {
-        long count = lmin(BLOCK, n - i);
-        if (!safetensors_read(a->files, a->stored, a->first + i, count, x, &error) ||
-            !safetensors_read(b->files, b->stored, b->first + i, count, y, &error))
-            die(1, "%s", error.text);
-        if (memcmp(x, y, sizeof(float) * (size_t)count)) return 0;
-    }
-    return 1;
-}
-
 // The lists of tensors that the configuration asks for; views are still to be found.
 static void source_index(Source* s) {
     int E = s->config.num_experts > 0 ? s->config.num_experts : 1, L = s->config.num_layers;
@@ -250,7 +143,7 @@ static void source_close(Source* s) {
 }
 
 // Opens the files of DIR; suffix "": the model, ".exp_avg" or ".exp_avg_sq": AdamW's moments. NULL and an error if
-// anything is missing, left over, or of another shape.
+// anything is missing or of another shape.
 static Source* source_open(const char* dir, const char* suffix, Error* error) {
     Source* s = (Source*)checked_malloc(sizeof(Source));
     char path[PATH_SIZE];
@@ -266,49 +159,7 @@ static Source* source_open(const char* dir, const char* suffix, Error* error) {
     }
     const Config* c = &s->config;
     source_index(s);
-    source_find_packed(s, suffix, &inner);
-    Text missing = {NULL, 0, 0}, unused = {NULL, 0, 0};
-    int num_missing = 0, num_unused = 0;
-    for (int i = 0; i < s->layout.count && !inner.text[0]; i++) {
-        const Tensor* t = &s->layout.tensors[i];
-        Role r = role_of(t->name);
-        if (s->views[i].stored) continue;
-        char name[160], *moe;
-        snprintf(name, sizeof name, "%s%s", t->name, suffix);
-        StoredTensor* stored = safetensors_find(s->files, name);
-        // Mixtral's router stands beside packed experts under its new name
-        if (!stored && (moe = strstr(name, "block_sparse_moe.gate.weight")) != NULL) {
-            memmove(moe, "mlp.gate.weight", sizeof "mlp.gate.weight");
-            strcat(name, suffix);
-            stored = safetensors_find(s->files, name);
-        }
-        if (!stored && *suffix && r.kind == ROUTER_CORRECTION) continue; // it is not trained by gradients
-        if (!stored)
-            list_name(&missing, &num_missing, name);
-        else if (stored->dtype > DTYPE_F16)
-            set_error(&inner, "tensor %.100s: only F32, BF16 and F16 can be read", name);
-        else if (!view_set(&s->views[i], s->files, stored, 0, t, 0))
-            set_error(&inner, "tensor %.100s has another shape than config.json makes it", name);
-    }
-    const char* other = strcmp(suffix, ".exp_avg") ? ".exp_avg" : ".exp_avg_sq";
-    for (int i = 0; i < s->files->num_tensors && !inner.text[0]; i++) {
-        StoredTensor* t = &s->files->tensors[i];
-        if (t->used || ends_with(t->name, "rotary_emb.inv_freq") || (*suffix && ends_with(t->name, other))) continue;
-        if (c->tie_word_embeddings && !*suffix && !strcmp(t->name, "lm_head.weight")) { // redundant: must be the same
-            View head = {s->files, t, 0, c->vocab_size, c->hidden_size, 0, 0, 0};
-            if (t->ndim != 2 || t->dtype > DTYPE_F16 || t->shape[0] != c->vocab_size || t->shape[1] != c->hidden_size ||
-                !views_equal(&head, source_find(s, "model.embed_tokens.weight")))
-                set_error(&inner, "lm_head.weight differs from the embedding, but tie_word_embeddings is true");
-        } else {
-            list_name(&unused, &num_unused, t->name);
-        }
-    }
-    if (num_missing)
-        set_error(&inner, "%d tensors are missing: %s", num_missing, missing.data);
-    else if (num_unused)
-        set_error(&inner, "%d tensors do not belong to this model: %s", num_unused, unused.data);
-    free(missing.data);
-    free(unused.data);
+    views_find(s->views, c, &s->layout, s->files, suffix, &inner);
     if (!inner.text[0]) return s;
     set_error(error, "%s: %s", dir, inner.text);
     source_close(s);
@@ -319,6 +170,7 @@ static Source* open_or_die(const char* dir, const char* suffix) {
     Error error = {""};
     Source* s = source_open(dir, suffix, &error);
     if (!s) die(2, "%s", error.text);
+    safetensors_say_notes(s->files, dir);
     return s;
 }
 

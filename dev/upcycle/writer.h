@@ -96,6 +96,7 @@ static void plan_outputs(Plan* p, long most) {
             o->role = role_of(o->tensor->name);
             o->holds = holds;
             o->dtype = holds == WEIGHTS ? output_dtype(p, &o->role, o->tensor->name) : DTYPE_F32;
+            if (o->dtype == DTYPE_F64) o->dtype = DTYPE_F32;
             if (holds != WEIGHTS && o->role.kind == ROUTER_CORRECTION) {
                 const Source* s = p->states[holds];
                 if (s->correction[o->role.layer] < 0 || !s->views[s->correction[o->role.layer]].stored) continue;
@@ -155,7 +156,7 @@ static Target target_open(const Plan* p, const Output* o) {
         const View* v = source_find(from, o->tensor->name);
         if (!v || v->rows != t.rows || v->cols != t.cols)
             die(1, "%s: SRC has no such tensor of this shape", o->tensor->name);
-        t.make = p->num_sources > 1 ? average_rows : source_rows;
+        t.make = p->rest_is_mean ? average_rows : source_rows;
         t.from = *v;
     }
     return t;

@@ -277,7 +277,7 @@ template <class Real> static void gpu_allocate(Model* m) {
     CHECK_CUBLAS(cublasSetWorkspace(g->cublas, g->cublas_workspace, CUBLAS_WORKSPACE));
     CHECK_CUBLAS(cublasSetMathMode(g->cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     // the rotary table, which model_allocate makes in the host's memory
-    rope_table(m->cosines, m->sines, m->positions, c->head_dim, c->rope_theta);
+    rope_table(m->cosines, m->sines, m->positions, c);
     size_t table = sizeof(float) * (size_t)m->positions * (size_t)(c->head_dim / 2);
     CHECK(cudaMemcpy(g->cosines, m->cosines, table, cudaMemcpyHostToDevice));
     CHECK(cudaMemcpy(g->sines, m->sines, table, cudaMemcpyHostToDevice));
