@@ -172,6 +172,10 @@ build/products: dev/bench/products.c $(LIB) build/embedded.h
 products: build/products
 	build/products $(BLAS)
 
+# the tokens of a text by dev/lib/tokenizer.h, for dev/tokenizer/check.py
+build/encode: dev/tokenizer/encode.c $(LIB) build/embedded.h
+	$(CC) $(FLAGS) dev/tokenizer/encode.c -o $@ -lm
+
 references:
 	python3 dev/reference/make_references.py --check
 	python3 dev/reference/make_router_references.py --check
