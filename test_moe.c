@@ -386,6 +386,7 @@ static void test_matmul(void) {
 #include "dev/test/terminal.c"
 #include "dev/test/engines.c"
 #include "dev/test/luggage.c"
+#include "dev/test/tokenizer.c"
 #ifdef TEST_GPU
 #include "dev/test/gpu.c"
 #endif
@@ -402,7 +403,8 @@ static const struct {
     {"matmul", test_matmul}, {"gradients", test_gradients}, {"golden", test_golden}, {"routers", test_golden_routers},
     {"families", test_families}, {"load figures", test_load_figures}, {"experts", test_experts},
     {"cache", test_cache}, {"schedule", test_schedule}, {"json", test_json}, {"checkpoints", test_checkpoints},
-    {"luggage", test_luggage}, {"data", test_data}, {"sampling", test_sampling}, {"command line", test_command_line},
+    {"luggage", test_luggage}, {"tokenizer", test_tokenizer}, {"data", test_data}, {"sampling", test_sampling},
+    {"command line", test_command_line},
     {"terminal", test_terminal}, {"determinism", test_determinism}, {"disk full", test_disk_full},
     {"upcycle formats", test_up_formats}, {"upcycle allocation", test_up_allocation},
     {"upcycle algebra", test_up_algebra}, {"upcycle copy", test_up_copy}, {"upcycle drop", test_up_drop},

@@ -758,6 +758,9 @@ static int run_prompt(Config* c) {
             memcpy(ids, encoded, sizeof(int) * (size_t)count);
             prompt = (int)count;
             free(encoded);
+            for (int i = 0; i < prompt; i++)
+                if (ids[i] < 0 || ids[i] >= c->vocab_size)
+                    die(2, "--prompt: token %d is %d; the vocabulary has 0 to %d", i, ids[i], c->vocab_size - 1);
         }
         if (bytes == PERHAPS_BYTES) warn_of_bytes("--prompt", c->vocab_size);
         for (const char* s = options.prompt; *s && bytes != NO_BYTES; s++) ids[prompt++] = (unsigned char)*s;

@@ -375,7 +375,7 @@ static TextStep* add_step(Encoder* e, TextStepKind kind) {
     return s;
 }
 
-// A part of tokenizer.json (its normalizer, its pre_tokenizer) as steps; 0 and an error if it asks for more than is here.
+// A normalizer or pre_tokenizer of tokenizer.json as steps; 0 and an error if it asks for more than is here.
 static int add_steps(Encoder* e, const Json* j, Error* error) {
     if (json_absent(j)) return 1;
     const char* type = json_string_of(j, "type");
@@ -698,7 +698,8 @@ static int encode_part(const Encoder* e, WordMerger* w, int step, const char* s,
             class_ = class_at(s, end, &n);
             if (class_ & NOT_NFC || (last && class_ & MARK))
                 return set_error(error, "its tokenizer wants form NFC, which U+%04X may break; normalise the text "
-                                 "first, or encode it with dev/reference/encode.py", (unsigned)character_at(s, end, &n));
+                                 "first, or encode it with dev/reference/encode.py",
+                                 (unsigned)character_at(s, end, &n));
         }
         return encode_part(e, w, step + 1, begin, end, first, out, error);
     }

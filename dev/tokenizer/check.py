@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares dev/lib/tokenizer.h with `tokenizers`, token by token. From the project's folder:
 
-    python3 dev/tokenizer/check.py [VOCABULARY.gguf | DIR | TOKENIZER.json ...]
+    python3 dev/tokenizer/check.py [VOCABULARY.gguf | DIR | TOKENIZER.json ...]     or --write-cases
 
 Without names: a small vocabulary of each dialect, trained here on this project's sources. GGUF vocabularies of GPT-2,
 Llama 3, Qwen2 and SentencePiece lie in llama-cpp-python's source package (vendor/llama.cpp/models/ggml-vocab-*.gguf),
@@ -24,9 +24,11 @@ SECONDS = {unicodedata.normalize("NFD", c)[-1] for c in map(chr, range(0x110000)
 WORDS = r"[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 LLAMA3, QWEN = LETTERS + r"\p{N}{1,3}| ?" + WORDS, LETTERS + r"\p{N}| ?" + WORDS
-SAMPLES = ["It's 3 o'clock, I'LL say: HE'S \u017f'\u017f 1234567 times.\r\n\r\n\t  x  \n \n", "日本語のテキスト、中文字符。한국어 문장",
-           "مرحبا بالعالم ١٢٣", "🎉👩\u200d👩\u200d👧 🏳️\u200d🌈 e\u0301 naïve Ωμέγα Ⅷ ½ ² \u3000\u00a0\u2028 ", "for (int i = 0; i<n; ++i) {\n\t\ta[i] += 0x1F;\n}\n",
-           "<|endoftext|> <s> </s><|im_start|>user\nHi<|im_end|>", "  leading", "trailing   ", "a\n\n\nb", "\u0130\u0131\u00df\u1e9e", ""]
+SAMPLES = ["It's 3 o'clock, I'LL say: HE'S \u017f'\u017f 1234567 times.\r\n\r\n\t  x  \n \n",
+           "日本語のテキスト、中文字符。한국어 문장", "مرحبا بالعالم ١٢٣",
+           "🎉👩\u200d👩\u200d👧 🏳️\u200d🌈 e\u0301 naïve Ωμέγα Ⅷ ½ ² \u3000\u00a0\u2028 ",
+           "for (int i = 0; i<n; ++i) {\n\t\ta[i] += 0x1F;\n}\n", "<|endoftext|> <s> </s><|im_start|>user\nHi<|im_end|>",
+           "  leading", "trailing   ", "a\n\n\nb", "\u0130\u0131\u00df\u1e9e", ""]
 
 
 def split(expression):
@@ -53,13 +55,13 @@ def dress(tokenizer, kind, bos=None):
     return tokenizer
 
 
-def trained(kind, text):
+def trained(kind, text, vocabulary=1500):
     spm = kind in ("spm", "metaspace")
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True) if spm else
                           models.BPE(ignore_merges=kind == "llama3"))
     dress(tokenizer, "metaspace" if kind == "spm" else kind)
     special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))] if spm else ["<|endoftext|>"]
-    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=special, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False,
                                   initial_alphabet=[] if spm else pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(text.split("\n\n"), trainer)
     state = json.loads(tokenizer.to_str())      # bytes are pieces like others, but had to be given as special tokens
@@ -95,25 +97,45 @@ def texts():
     sources = [p.read_text() for p in sorted(pathlib.Path().glob("*.c*")) + sorted(pathlib.Path("dev").rglob("*.[hp]*"))
                if p.suffix in (".c", ".cu", ".h", ".py") and "build" not in p.parts]
     code = "".join(sources)[:1200000]
-    blocks = [(0, 0x250), (0x370, 0x400), (0x4E00, 0x9FFF), (0x600, 0x6FF), (0x1F300, 0x1F650), (0xAC00, 0xD7A3), (0x2000, 0x2100),
-              (0x0, 0x10FFFF)]
+    blocks = [(0, 0x250), (0x370, 0x400), (0x4E00, 0x9FFF), (0x600, 0x6FF), (0x1F300, 0x1F650), (0xAC00, 0xD7A3),
+              (0x2000, 0x2100), (0x0, 0x10FFFF)]
+
     def character():
         low, high = rng.choice(blocks)
         c = rng.randint(low, high)
         return chr(c) if not 0xD800 <= c < 0xE000 else " "
-    noise = "".join(rng.choice([character(), character(), " ", "\n", rng.choice("abcs'19 \r\t")]) for _ in range(200000))
+
+    def any_of():
+        return rng.choice([character(), character(), " ", "\n", rng.choice("abcs'19 \r\t")])
+
+    noise = "".join(any_of() for _ in range(200000))
     every = "".join(f"a{chr(c)}1 {chr(c)}{chr(c)}b" for c in range(0x110000)
-                    if not 0xD800 <= c < 0xE000 and (c < 0x3400 or 0xA000 < c < 0xAC00 or 0xF900 < c < 0x20000 or c % 97 == 0))
+                    if not 0xD800 <= c < 0xE000
+                    and (c < 0x3400 or 0xA000 < c < 0xAC00 or 0xF900 < c < 0x20000 or c % 97 == 0))
     return {"code": code, "samples": "".join(SAMPLES) * 20, "noise": noise, "every character": every}
 
 
+def write_cases():
+    """dev/tokenizer/cases: small tokenizers, a text and its tokens, for the tests."""
+    folder = pathlib.Path(__file__).parent / "cases"
+    text = "\n".join(SAMPLES)
+    for kind in ("smollm", "llama3", "spm"):
+        tokenizer = trained(kind, pathlib.Path("README.md").read_text() + text, 420 if kind == "spm" else 330)
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(folder / kind / "tokenizer.json"), pretty=False)
+        (folder / kind / "ids.txt").write_text("\n".join(map(str, tokenizer.encode(text).ids)) + "\n")
+    (folder / "text.txt").write_bytes(text.encode())
+
+
 def main():
+    if sys.argv[1:] == ["--write-cases"]:
+        return write_cases()
     subprocess.run(["make", "-s", "build/encode"], check=True)
     passed = failed = 0
     parts = texts()
     if len(sys.argv) > 1:
-        found = {name: from_gguf(name) if name.endswith(".gguf") else
-                 (name, Tokenizer.from_file(name if name.endswith(".json") else f"{name}/tokenizer.json")) for name in sys.argv[1:]}
+        found = {name: from_gguf(name) if name.endswith(".gguf") else (name, Tokenizer.from_file(
+            name if name.endswith(".json") else f"{name}/tokenizer.json")) for name in sys.argv[1:]}
     else:
         found = {kind: (kind, trained(kind, parts["code"][:300000] + parts["samples"]))
                  for kind in ("gpt2", "prefix", "llama3", "qwen2", "smollm", "spm", "metaspace")}
@@ -133,7 +155,7 @@ def main():
                 failed += 1
                 at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
                 show = [[tokenizer.id_to_token(t) for t in ids[max(0, at - 3):at + 5]] for ids in (ours, theirs)]
-                print(f"FAILED {name}: {what}: token {at} of {len(theirs)}, {show[0]} for {show[1]} {done.stderr.strip()}")
+                print(f"FAILED {name}: {what}: token {at} of {len(theirs)}, {show[0]} for {show[1]}", done.stderr.strip())
             pathlib.Path(text_path).write_bytes(bytes(random.Random(2).choices(range(256), k=20000)))
             done = subprocess.run(["build/encode", tokenizer_path, text_path, "--back"], capture_output=True)
             whole = done.stdout == pathlib.Path(text_path).read_bytes() or kind == "qwen2" and b"NFC" in done.stderr
