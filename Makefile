@@ -185,6 +185,10 @@ lessons:
 picture: train_moe upcycle
 	dev/report/picture.sh
 
+# the tokens of a text by dev/lib/tokenizer.h, for dev/tokenizer/check.py
+build/encode: dev/tokenizer/encode.c $(LIB) build/embedded.h
+	$(CC) $(FLAGS) dev/tokenizer/encode.c -o $@ -lm
+
 references:
 	python3 dev/reference/make_references.py --check
 	python3 dev/reference/make_router_references.py --check

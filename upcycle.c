@@ -316,8 +316,7 @@ static void draw_rows(const Target* t, long row, long rows, float* out, int add,
     }
 }
 
-// Drop-Upcycling: a random share of the units is drawn anew from N(mean, std) of what it replaces, in each
-// matrix by itself. `shared`: the same units in all three, as in the paper; `per-matrix`: as in its code.
+// Which units are drawn anew, and the mean and std of what they replace.
 static void mark_dropped(const Plan* p, Target* t) {
     int matrix = is(ask.drop_indices, "shared") ? ALL_MATRICES : t->matrix;
     t->marked = draw_units(t->units, ask.drop_ratio, stream_key(p, "drop", t->layer, t->expert, matrix));
@@ -328,6 +327,8 @@ static void mark_dropped(const Plan* p, Target* t) {
     free(replaced);
 }
 
+// Drop-Upcycling: a random share of the units is drawn anew from N(mean, std) of what it replaces, in each
+// matrix by itself. `shared`: the same units in all three, as in the paper; `per-matrix`: as in its code.
 static void drop_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     if (row == 0) mark_dropped(p, t);
     source_rows(p, t, row, rows, out);

@@ -8,10 +8,10 @@ cd "$(dirname "$0")/../.."
 seconds=${1:-60}
 seed=${2:-0}
 work=build/fuzz
-mkdir -p $work/json $work/safetensors $work/data
+mkdir -p $work/json $work/safetensors $work/data $work/tokenizer
 status=0
 
-for target in json safetensors data; do
+for target in json safetensors data tokenizer; do
     ${CLANG:-clang} -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
         -Wno-unused-function dev/fuzz/fuzz_$target.c -o $work/fuzz_$target -lm
 done
@@ -30,6 +30,12 @@ shard() { printf "$1"; head -c $((1012 + $2)) /dev/zero; }
 shard '\001\210\330\064\001\001\000\000\000\006\000\000\000' 12 >$work/data/shard16
 shard '\001\241\331\064\001\007\000\000\000\006\000\000\000' 24 >$work/data/shard32
 printf '\101some text, of which bytes are tokens' >$work/data/text
+# small tokenizers of both dialects, a zero, a text
+model='"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "<0x41>": 3}, "merges": ["a b"], "byte_fallback": true}'
+for parts in '"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": true}' \
+        '"normalizer": {"type": "Prepend", "prepend": "b"}, "added_tokens": [{"id": 9, "content": "ba", "rstrip": true}]'; do
+    printf '{%s, %s}\0abba A b\n' "$parts" "$model" >"$work/tokenizer/${#parts}"
+done
 WRITE_SEED=$work/safetensors/valid $work/fuzz_safetensors -runs=0 $work/safetensors >$work/seed.log 2>&1
 
 # words that mutation would be slow to find
@@ -43,7 +49,7 @@ for word in model_type num_hidden_layers hidden_size num_attention_heads vocab_s
 done >$work/words
 printf '"\\\\u0000"\n"\\\\ud800"\n"\\\\udc00"\n"[["\n"{}"\n' >>$work/words
 
-for target in json safetensors data; do
+for target in json safetensors data tokenizer; do
     echo "fuzz_$target: $seconds s"
     if ! $work/fuzz_$target -max_total_time="$seconds" -seed="$seed" -max_len=4096 -timeout=10 -rss_limit_mb=2048 \
             -dict=$work/words -artifact_prefix=$work/found_${target}_ -print_final_stats=1 \

@@ -26,6 +26,7 @@ typedef struct {
     char* path;
     int fd;                 // -1: the embedded text
     int width;              // bytes in a token: 1 raw text, 2 or 4 in shards
+    int* ids;               // the tokens of a text that was encoded, or NULL: they are read from the file
     long size;              // bytes of the whole file
     long start;             // where this part's tokens start in it
     long count;             // tokens in this part
@@ -35,7 +36,7 @@ typedef struct {
 typedef struct {
     DataFile* files;
     int num_files;
-    int T, vocab_size, raw;             // raw = 1: bytes are tokens
+    int T, vocab_size, raw, encoded;    // raw = 1: bytes are tokens; encoded = 1: a tokenizer made tokens of a text
     long windows, tokens;
     unsigned char* buffer;              // (T + 1, 4) a window as it is in the file
     char error[512];                    // what was wrong with the last file or window
@@ -63,6 +64,9 @@ static void warn_of_bytes(const char* text, int vocab_size) {
     fprintf(stderr, "%s: warning: %s is read as bytes, but nothing says what the model's %d tokens mean\n",
             program_name, text, vocab_size);
 }
+
+// The tokens of a text, for models with a tokenizer; NULL where nobody can make them. Ends the program if it fails.
+static int* (*encode_file)(const char* path, long* count) = NULL;
 
 // What is plainly no text, by its first bytes, and what makes a text or token shards of it.
 static const struct {
@@ -116,22 +120,25 @@ static int data_file_inspect(Dataset* d, DataFile* f, Part part, BytesAllowed ra
         if (length > 4 && !strcasecmp(path + length - 4, ".bin"))
             return data_error(d, "%s: magic %d at byte 0; a .bin file of tokens starts with %d (uint16) or %d "
                               "(uint32), see data/README.md", path, magic, SHARD_MAGIC_16, SHARD_MAGIC_32);
-        if (!raw_allowed)
+        if (!raw_allowed && !encode_file)
             return data_error(d, "%s: text, but this model does not read bytes; make token shards with "
                               "data/tokenize_text.py", path);
         // a text has no zeros, tokens of two or four bytes do
         if (raw_allowed == PERHAPS_BYTES && have && memchr(header, 0, (size_t)have))
             return data_error(d, "%s: no text, and no header of a token shard; data/tokenize_text.py makes shards",
                               path);
+        long all = f->size;
         f->width = 1;
-        long val = f->size / 10 > T + 1 ? f->size / 10 : T + 1;    // the last tenth, at least one window
-        f->start = part == VAL_PART ? f->size - val : 0;
-        f->count = part == WHOLE ? f->size : part == VAL_PART ? val : f->size - val;
-        if (part == WHOLE && f->size < T + 1)
-            return data_error(d, "%s: %ld bytes, but --seq %d needs at least %d", path, f->size, T, T + 1);
-        if (part != WHOLE && f->size < 2L * (T + 1))
-            return data_error(d, "%s: %ld bytes, but --seq %d needs at least %d (half of them for validation; "
-                              "--val none uses all)", path, f->size, T, 2 * (T + 1));
+        if (!raw_allowed) f->ids = encode_file(path, &all), f->width = (int)sizeof(int);
+        const char* unit = f->ids ? "tokens" : "bytes";
+        long val = all / 10 > T + 1 ? all / 10 : T + 1;    // the last tenth, at least one window
+        f->start = (part == VAL_PART ? all - val : 0) * f->width;
+        f->count = part == WHOLE ? all : part == VAL_PART ? val : all - val;
+        if (part == WHOLE && all < T + 1)
+            return data_error(d, "%s: %ld %s, but --seq %d needs at least %d", path, all, unit, T, T + 1);
+        if (part != WHOLE && all < 2L * (T + 1))
+            return data_error(d, "%s: %ld %s, but --seq %d needs at least %d (half of them for validation; "
+                              "--val none uses all)", path, all, unit, T, 2 * (T + 1));
     }
     f->windows = (f->count - 1) / T;
     return 1;
@@ -195,9 +202,10 @@ static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part,
             if (!d->files) die(1, "out of memory");
             DataFile* f = &d->files[d->num_files++];
             if (!data_file_open(d, f, found.gl_pathv[i], part, raw_allowed)) die(2, "%s%s", d->error, data_advice);
-            if (d->num_files > 1 && (f->width == 1) != d->raw)
+            if (d->num_files > 1 && ((f->width == 1) != d->raw || (f->ids != NULL) != d->encoded))
                 die(2, "%s: text and token shards cannot be mixed in one run", f->path);
             d->raw = f->width == 1;
+            d->encoded = f->ids != NULL;
             d->windows += f->windows;
             d->tokens += f->count;
         }
@@ -212,6 +220,7 @@ static void dataset_close(Dataset* d) {
     for (int i = 0; i < d->num_files; i++) {
         if (d->files[i].fd >= 0) close(d->files[i].fd);
         free(d->files[i].path);
+        free(d->files[i].ids);
     }
     free(d->files);
     free(d->buffer);
@@ -226,7 +235,9 @@ static int dataset_read(Dataset* d, long w, int* tokens, int* targets) {
     int T = d->T;
     long offset = f->start + w * T * f->width;
     const unsigned char* p = embedded_text + offset;
-    if (f->fd >= 0) {
+    if (f->ids) {
+        p = (const unsigned char*)f->ids + offset;
+    } else if (f->fd >= 0) {
         p = d->buffer;
         if (!read_at(f->fd, d->buffer, ((size_t)T + 1) * f->width, offset)) {
             return data_error(d, "%.300s: cannot read %d tokens at byte %ld; has the file changed?", f->path, T + 1,
@@ -255,7 +266,7 @@ static void dataset_window(Dataset* d, long w, int* tokens, int* targets) {
 static void dataset_check(Dataset* d) {
     enum { MOST = 16384 };
     unsigned char buffer[MOST * 4];
-    for (int i = 0; i < d->num_files && !d->raw; i++) {
+    for (int i = 0; i < d->num_files && !d->raw && !d->encoded; i++) {
         const DataFile* f = &d->files[i];
         for (long first = 0; first < f->count; first += MOST) {
             long n = lmin(MOST, f->count - first), offset = f->start + first * f->width;

@@ -531,6 +531,38 @@ static void config_from_options(Config* c) {
             c->num_layers);
 }
 
+// The tokenizer of the model in encoder_dir, made when a text is first met; it ends the program if it cannot be.
+static const char* encoder_dir;
+static const Encoder* encoder_of_model(const char* what) {
+    static Encoder* encoder;
+    char path[PATH_SIZE];
+    Error error = {""};
+    if (encoder) return encoder;
+    join_path(path, encoder_dir, "tokenizer.json");
+    if (access(path, F_OK))
+        die(2, "%s: this model reads tokens, and %s is not there to make them; make shards with "
+            "data/tokenize_text.py, or give --prompt-ids", what, path);
+    Json* j = json_read(path, &error);
+    if (!j) die(2, "%s", error.text);
+    encoder = encoder_make(j, &error);
+    if (!encoder)
+        die(2, "%s: %s: %s, which is not supported; encode the text with dev/reference/encode.py, for shards "
+            "data/tokenize_text.py", what, path, error.text);
+    json_free(j);
+    return encoder;
+}
+
+static int* encode_with_tokenizer(const char* path, long* count) {
+    Error error = {""};
+    size_t length = 0;
+    const Encoder* e = encoder_of_model(path);
+    char* text = read_file(path, (size_t)1 << 31, &length, &error);
+    int* ids = text ? encode(e, text, length, 1, count, &error) : NULL;
+    if (!ids) die(2, "%s: %s", path, error.text);
+    free(text);
+    return ids;
+}
+
 // Whether the tokens of the model in `dir` are bytes: a tokenizer tells; never with fewer tokens than bytes, always
 // with 256. Otherwise the run that made the model told, or the upcycle after it, or nobody.
 static BytesAllowed reads_bytes(const Config* c, const char* dir) {
@@ -538,7 +570,12 @@ static BytesAllowed reads_bytes(const Config* c, const char* dir) {
     char path[PATH_SIZE];
     Error ignored = {""};
     if (c->vocab_size < 256) return NO_BYTES;
-    if (has_tokenizer(dir)) return tokenizer_is_bytes(dir) ? BYTES : NO_BYTES;
+    if (has_tokenizer(dir)) {
+        if (tokenizer_is_bytes(dir)) return BYTES;
+        encoder_dir = dir;
+        encode_file = encode_with_tokenizer;
+        return NO_BYTES;
+    }
     if (c->vocab_size == 256) return BYTES;
     long told = -1;
     for (int i = 0; i < 2 && told < 0; i++) {
@@ -606,6 +643,18 @@ static void count_rows(Model* m, int l) {
     if (m->config.sparse[l]) *(long*)m->observer += m->layers[l].offsets[m->config.num_experts];
 }
 
+// " | bits per byte": the loss of the first `tokens` targets over the bytes that they print.
+static void print_bits_per_byte(const Config* c, const Dataset* d, long tokens, double loss) {
+    Tokenizer* t = tokenizer_open(options.model, c->vocab_size);
+    double bytes = 0;
+    long left = tokens;
+    for (int i = 0; i < d->num_files; i++)
+        for (long k = 1; k <= d->files[i].windows * d->T && left > 0; k++, left--)
+            if (t->pieces[d->files[i].ids[k]]) bytes += t->lengths[d->files[i].ids[k]];
+    if (bytes > 0) printf(" | bits per byte %.4f", loss / M_LN2 * (double)tokens / bytes);
+    tokenizer_close(t);
+}
+
 static int run_eval(Config* c) {
     if (!options.model) die(2, "--eval wants --model DIR");
     if (!options.data) die(2, "--eval wants --data FILE");
@@ -635,6 +684,7 @@ static int run_eval(Config* c) {
     if (m->trace && fclose(m->trace)) die(1, "--trace %s: %s", options.trace, strerror(errno));
     printf("loss %.6f | perplexity %.4f", loss, exp(loss));
     if (d->raw) printf(" | bits per byte %.4f", loss / M_LN2);
+    if (d->encoded) print_bits_per_byte(c, d, tokens, loss);
     printf(" | %ld tokens, %.0f tokens/s", tokens, tokens / elapsed);
     if (rows) printf(" | %.3f experts a token and layer", (double)rows / ((double)tokens * count_sparse(c)));
     printf("\n");
@@ -722,12 +772,24 @@ static int run_prompt(Config* c) {
             die(2, "--prompt: this model's vocabulary has %d tokens, too few for bytes; give --prompt-ids",
                 c->vocab_size);
         BytesAllowed bytes = reads_bytes(c, options.model);
-        if (bytes == NO_BYTES)
-            die(2,
-                "--prompt: this model reads tokens; encode the text with dev/reference/encode.py and give "
-                "--prompt-ids");
+        if (bytes == NO_BYTES) {
+            if (!encode_file) die(2, "--prompt: this model reads tokens, but has no tokenizer; give --prompt-ids");
+            long count = 0;
+            Error error = {""};
+            int* encoded =
+                encode(encoder_of_model("--prompt"), options.prompt, strlen(options.prompt), 1, &count, &error);
+            if (!encoded) die(2, "--prompt: %s", error.text);
+            free(ids);
+            ids = (int*)checked_malloc(sizeof(int) * ((size_t)count + (size_t)tokens + 1));
+            memcpy(ids, encoded, sizeof(int) * (size_t)count);
+            prompt = (int)count;
+            free(encoded);
+            for (int i = 0; i < prompt; i++)
+                if (ids[i] < 0 || ids[i] >= c->vocab_size)
+                    die(2, "--prompt: token %d is %d; the vocabulary has 0 to %d", i, ids[i], c->vocab_size - 1);
+        }
         if (bytes == PERHAPS_BYTES) warn_of_bytes("--prompt", c->vocab_size);
-        for (const char* s = options.prompt; *s; s++) ids[prompt++] = (unsigned char)*s;
+        for (const char* s = options.prompt; *s && bytes != NO_BYTES; s++) ids[prompt++] = (unsigned char)*s;
     }
     if (prompt == 0) die(2, "the prompt is empty; give at least one token to go on from");
     int positions = imin(prompt + tokens, c->max_position_embeddings);
@@ -805,7 +867,8 @@ static int run_train(Config* c) {
             "data/tokenize_text.py, or leave out --vocab", data->files[0].path, c->vocab_size);
     data->vocab_size = c->vocab_size;
     data_advice = option_given("val") ? "" : stored;
-    if (split && data->raw) val = dataset_open(options.data, T, c->vocab_size, VAL_PART, bytes_are_tokens);
+    if (split && (data->raw || data->encoded))
+        val = dataset_open(options.data, T, c->vocab_size, VAL_PART, bytes_are_tokens);
     if (options.val && strcmp(options.val, "none"))
         val = dataset_open(options.val, T, c->vocab_size, WHOLE, bytes_are_tokens);
     if (data->windows < 1) die(2, "%s: no window of %d tokens", options.data, T + 1);

@@ -134,8 +134,8 @@ static void test_bad_commands(void) {
                {"--model @/window --data @/corpus.txt --seq 128", "sliding_window 64"},
                {"--model @/window --prompt a --tokens 200", "sliding_window 64"},
                {"--model @/dynamic --data @/corpus.txt --eval --seq 128", "up to max_position_embeddings, 100;"},
-               {"--model @/words --prompt x", "give --prompt-ids"},
-               {"--model @/words --data @/corpus.txt --eval --seq 8", "does not read bytes"}};
+               {"--model @/words --prompt x", "its model has no vocab and merges"},
+               {"--model @/words --data @/corpus.txt --eval --seq 8", "encode the text with"}};
     for (EACH(i, bad)) {
         // the models and files above are named with @, the expected text as well
         const char* expected = bad[i].expected[0] == '@' ? bad[i].expected + 1 : bad[i].expected;

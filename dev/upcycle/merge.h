@@ -170,6 +170,8 @@ static float* merge_group(const Plan* p, int l, int j) {
     return merged;
 }
 
+// An expert of DST is W0 + sum over its group of w_i (P_i W_i - W0): W0 the core, P_i the alignment of units, w_i the
+// share of the group's load (2409.01483).
 static void merge_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     Merged* last = p->merged; // an expert's three matrices come one after the other
     long H = p->config.hidden_size;

@@ -58,6 +58,7 @@ static void find_domains(Plan* p) {
     free(names);
 }
 
+// Expert j is the units of the FFN that the j-th text excites most, as Read-ME's masks choose them (2410.19123).
 static void domain_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     const int* units = p->units + ((long)t->layer * p->M + t->expert) * t->units;
     if (row == 0) t->order = NEW(int, t->units);
