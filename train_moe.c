@@ -44,7 +44,7 @@ is written in the common subset of C11 (with gcc's vector types) and C++17: the 
 //
 // n1, n2 are RMSNorms. A dense layer is a layer with one expert whose gate is 1: there is one code path.
 
-typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, DOTS1, NUM_ARCHS } Arch; // the class
+typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, DOTS1, QWEN2, NUM_ARCHS } Arch; // the class
 typedef enum { QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_ROW } QKNorm;    // none; each head; all heads as one row
 typedef enum { AUX_SWITCH, AUX_HF } AuxForm;                        // two balance losses, see section 4
 typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // the last two: routers.h
@@ -76,6 +76,7 @@ typedef struct {
     int vocab_size;                 // V
     int max_position_embeddings;    // the longest sequence that the model is meant for
     QKNorm qk_norm;
+    int qkv_bias;                   // 1: q, k and v are W n1(x) + b
     int tie_word_embeddings;        // 1: the LM head is the embedding
     double rope_theta;
     double rms_norm_eps;
@@ -272,6 +273,20 @@ static void cross_entropy_backward(float* logits, const float* lse, const int* t
         for (int v = 0; v < V; v++) logits_n[v] = scale * fast_exp(logits_n[v] - lse[n]);
         logits_n[targets[n]] -= scale;
     }
+}
+
+// x (N, C) += bias (C), and dbias += the sum over the rows of dx, each sum in the order of the rows
+static void add_bias(float* x, const float* bias, int N, int C) {
+    #pragma omp parallel for if (N > 1)
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < C; i++) x[(long)n * C + i] += bias[i];
+}
+
+static void add_bias_gradient(float* dbias, const float* dx, int N, int C) {
+    #pragma omp parallel for
+    for (int column = 0; column < C; column += 16)
+        for (int n = 0; n < N; n++)
+            for (int i = column; i < imin(column + 16, C); i++) dbias[i] += dx[(long)n * C + i];
 }
 
 // RMSNorm (Zhang and Sennrich 2019):  out = weight * x * rstd,  rstd = 1 / sqrt(mean(x^2) + eps)
@@ -646,6 +661,7 @@ static void swiglu_backward(float* dgate_up, float* gated_act, float* dgates, co
 typedef struct {
     float* attn_norm;           // (H)
     float* qkv;                 // ((NH + 2 NKV) HD, H)     q_proj, k_proj and v_proj, one below the other
+    float* qkv_bias;            // ((NH + 2 NKV) HD), or NULL
     float* q_norm;              // (HD) per head, (NH HD) per row, or NULL
     float* k_norm;              // (HD) per head, (NKV HD) per row, or NULL
     float* attn_out;            // (H, NH HD)               o_proj
@@ -908,8 +924,9 @@ static void attention_layer_forward(Model* m, int l) {
     long QK = (long)(NH + NKV) * HD;
     // 1. attn_in = n1(x)
     rmsnorm_forward(s->attn_in, H, s->attn_rstd, s->x, H, w->attn_norm, N, 1, H, eps);
-    // 2. (q, k, v) = W_qkv attn_in
+    // 2. (q, k, v) = W_qkv attn_in, + b_qkv in some models
     matmul_forward(s->qkv, s->attn_in, w->qkv, N, H, qkv_width(c));
+    if (w->qkv_bias) add_bias(s->qkv, w->qkv_bias, N, qkv_width(c));
     // 3. rotated = rope(qknorm(q)), rope(qknorm(k))
     qk_norm_forward(m, l);
     rope(s->rotated, QK, NH + NKV, N, T, past, HD, m->cosines, m->sines, 1);
@@ -945,6 +962,7 @@ static void attention_layer_backward(Model* m, int l) {
     // 2 was  (q, k, v) = W_qkv attn_in
     matmul_backward_input(t->dnormed, t->dqkv, w->qkv, N, H, QKV, 0);
     matmul_backward_weight(dw->qkv, t->dqkv, s->attn_in, N, H, QKV);
+    if (w->qkv_bias) add_bias_gradient(dw->qkv_bias, t->dqkv, N, QKV);
     // 1 was  attn_in = n1(x)
     rmsnorm_backward(t->dx, H, 1, dw->attn_norm, t->dnormed, H, s->x, H, w->attn_norm, s->attn_rstd, N, 1, H,
                      t->norm_sums);

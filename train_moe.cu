@@ -1937,6 +1937,17 @@ template <class Real> static const Real* in_products(const GpuModel<Real>* g, co
     return g->copy + (w - g->params);
 }
 
+// x (N, C) += bias (C)
+template <class Real> __global__ static void add_bias_kernel(Real* x, const float* bias, long n, int C) {
+    long i = blockIdx.x * (long)blockDim.x + threadIdx.x;
+    if (i < n) store(&x[i], to_float(x[i]) + bias[i % C]);
+}
+
+template <class Real> static void gpu_add_bias(Real* x, const float* bias, int N, int C) {
+    add_bias_kernel<<<ceil_div((long)N * C, 256), 256>>>(x, bias, (long)N * C, C);
+    CHECK(cudaGetLastError());
+}
+
 // Dimensions of layer l in this pass, as plain numbers.
 typedef struct {
     int N, B, T, H, HD, NH, NKV, QK, QKV, E, K, I, V, tiles, sparse, past;
@@ -1973,6 +1984,7 @@ template <class Real> static void gpu_attention_layer_forward(Model* m, int l) {
     const LayerWeights* w = &g->w.layers[l];
     LayerSizes d = layer_sizes(m, l);
     gpu_linear(g->cublas, s->qkv, s->attn_in, in_products(g, w->qkv), d.N, d.H, d.QKV);
+    if (w->qkv_bias) gpu_add_bias(s->qkv, w->qkv_bias, d.N, d.QKV);
     gpu_qk_norm_rope(s->rotated, s->q_rstd, s->k_rstd, s->qkv, w->q_norm, w->k_norm, m->config.qk_norm, g->cosines,
                      g->sines, d.N, d.T, d.past, d.NH, d.NKV, d.HD, d.eps);
     const Real *k = s->rotated + d.NH * d.HD, *v = s->qkv + d.QK;
@@ -2011,6 +2023,8 @@ template <class Real> static void gpu_attention_layer_backward(Model* m, int l) 
     }
     gpu_linear_backward_input(g->cublas, g->dnormed, g->dqkv, in_products(g, w->qkv), d.N, d.H, d.QKV);
     gpu_linear_backward_weight(g->cublas, dw->qkv, g->dqkv, s->attn_in, d.N, d.H, d.QKV, add);
+    if (w->qkv_bias)
+        gpu_column_sums(dw->qkv_bias, g->bias_parts, g->dqkv, (const Real*)NULL, NULL, NULL, d.N, d.QKV, add);
     gpu_combine_rmsnorm_backward(g->dx, 1, g->norm_parts, g->dnormed, (const float*)NULL, (const int*)NULL, 1, s->x,
                                  s->attn_rstd, w->attn_norm, d.N, d.H);
     gpu_add_parts(dw->attn_norm, g->norm_parts, parts, d.H, add);

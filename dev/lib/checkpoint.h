@@ -17,7 +17,7 @@ static const struct {
     {"llama", "LlamaForCausalLM", QK_NORM_NONE},          {"mistral", "MistralForCausalLM", QK_NORM_NONE},
     {"mixtral", "MixtralForCausalLM", QK_NORM_NONE},      {"olmoe", "OlmoeForCausalLM", QK_NORM_ROW},
     {"qwen3", "Qwen3ForCausalLM", QK_NORM_HEAD},          {"qwen3_moe", "Qwen3MoeForCausalLM", QK_NORM_HEAD},
-    {"dots1", "Dots1ForCausalLM", QK_NORM_HEAD}};
+    {"dots1", "Dots1ForCausalLM", QK_NORM_HEAD},          {"qwen2", "Qwen2ForCausalLM", QK_NORM_NONE}};
 
 #define OLMOE_EPS 1e-5          // of its norms, whatever config.json says, in llama.cpp's converter
 
@@ -43,26 +43,28 @@ typedef struct {
 static const char a_whole[] = "a whole number", a_number[] = "a positive number", a_switch[] = "true or false";
 enum { NO_KEY = -1, REQUIRED = -2, AS_HEADS = -3, HIDDEN_BY_HEADS = -4 };       // NO_KEY: the class does not have it
 #define CONFIG(name) offsetof(Config, name)
-#define ALL(x) {x, x, x, x, x, x, x}
-#define DENSE(llama, mistral, qwen3) {llama, mistral, NO_KEY, NO_KEY, qwen3, NO_KEY, NO_KEY}
-#define SPARSE(mixtral, olmoe, qwen3_moe, dots1) {NO_KEY, NO_KEY, mixtral, olmoe, NO_KEY, qwen3_moe, dots1}
+#define ALL(x) {x, x, x, x, x, x, x, x}
+#define DENSE(llama, mistral, qwen3, qwen2) {llama, mistral, NO_KEY, NO_KEY, qwen3, NO_KEY, NO_KEY, qwen2}
+#define SPARSE(mixtral, olmoe, qwen3_moe, dots1) {NO_KEY, NO_KEY, mixtral, olmoe, NO_KEY, qwen3_moe, dots1, NO_KEY}
 
-static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, olmoe, qwen3, qwen3_moe, dots1
-    {"vocab_size", CONFIG(vocab_size), a_whole, 1, 1 << 24, {32000, 32000, 32000, 50304, 151936, 151936, 152064}},
-    {"hidden_size", CONFIG(hidden_size), a_whole, 1, 1 << 20, {4096, 4096, 4096, 2048, 4096, 2048, 4608}},
-    {"num_hidden_layers", CONFIG(num_layers), a_whole, 1, MAX_LAYERS, {32, 32, 32, 16, 32, 24, 62}},
-    {"num_attention_heads", CONFIG(num_heads), a_whole, 1, 1 << 14, {32, 32, 32, 16, 32, 32, 32}},
-    {"num_key_value_heads", CONFIG(num_kv_heads), a_whole, 1, 1 << 14, {AS_HEADS, 8, 8, AS_HEADS, 32, 4, 32}},
+static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, olmoe, qwen3, qwen3_moe, dots1, qwen2
+    {"vocab_size", CONFIG(vocab_size), a_whole, 1, 1 << 24,
+     {32000, 32000, 32000, 50304, 151936, 151936, 152064, 151936}},
+    {"hidden_size", CONFIG(hidden_size), a_whole, 1, 1 << 20, {4096, 4096, 4096, 2048, 4096, 2048, 4608, 4096}},
+    {"num_hidden_layers", CONFIG(num_layers), a_whole, 1, MAX_LAYERS, {32, 32, 32, 16, 32, 24, 62, 32}},
+    {"num_attention_heads", CONFIG(num_heads), a_whole, 1, 1 << 14, {32, 32, 32, 16, 32, 32, 32, 32}},
+    {"num_key_value_heads", CONFIG(num_kv_heads), a_whole, 1, 1 << 14, {AS_HEADS, 8, 8, AS_HEADS, 32, 4, 32, 32}},
     {"head_dim", CONFIG(head_dim), a_whole, 1, 1 << 14,
-     {HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, 128, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS}},
+     {HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, 128, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS,
+      HIDDEN_BY_HEADS}},
     {"intermediate_size", CONFIG(intermediate_size), a_whole, 1, 1 << 20,
-     {11008, 14336, NO_KEY, NO_KEY, 22016, 6144, 10944}},
+     {11008, 14336, NO_KEY, NO_KEY, 22016, 6144, 10944, 22016}},
     {"intermediate_size", CONFIG(moe_intermediate_size), a_whole, 1, 1 << 20, SPARSE(14336, 2048, NO_KEY, NO_KEY)},
     {"moe_intermediate_size", CONFIG(moe_intermediate_size), a_whole, 1, 1 << 20, SPARSE(NO_KEY, NO_KEY, 768, 1408)},
     {"max_position_embeddings", CONFIG(max_position_embeddings), a_whole, 1, 1 << 30,
-     {2048, 131072, 131072, 4096, 32768, 32768, 2048}},
-    {"rms_norm_eps", CONFIG(rms_norm_eps), a_number, 0, 1e30, {1e-6, 1e-6, 1e-5, 1e-5, 1e-6, 1e-6, 1e-6}},
-    {"rope_theta", CONFIG(rope_theta), a_number, 1e-30, 1e30, {1e4, 1e4, 1e6, 1e4, 1e4, 1e4, 1e4}},
+     {2048, 131072, 131072, 4096, 32768, 32768, 2048, 32768}},
+    {"rms_norm_eps", CONFIG(rms_norm_eps), a_number, 0, 1e30, {1e-6, 1e-6, 1e-5, 1e-5, 1e-6, 1e-6, 1e-6, 1e-6}},
+    {"rope_theta", CONFIG(rope_theta), a_number, 1e-30, 1e30, {1e4, 1e4, 1e6, 1e4, 1e4, 1e4, 1e4, 1e4}},
     {"tie_word_embeddings", CONFIG(tie_word_embeddings), a_switch, 0, 1, ALL(0)},
     {"num_experts|num_local_experts", CONFIG(num_experts), a_whole, 1, 1 << 16, SPARSE(8, 64, 128, NO_KEY)},
     {"n_routed_experts|num_local_experts|num_experts", CONFIG(num_experts), a_whole, 1, 1 << 16,
@@ -71,7 +73,7 @@ static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, o
     {"norm_topk_prob", CONFIG(norm_topk_prob), a_switch, 0, 1, SPARSE(NO_KEY, 0, 0, 0)},
     {"router_aux_loss_coef", CONFIG(router_aux_loss_coef), a_number, 0, 1e30, SPARSE(1e-3, 1e-2, 1e-3, 0)},
     // only with the model_type train_moe, see key_applies
-    {"router_type", CONFIG(router.kind), "softmax|sigmoid|lpr", 0, 2, {0, 0, 0, 0, 0, 0, ROUTER_SIGMOID}},
+    {"router_type", CONFIG(router.kind), "softmax|sigmoid|lpr", 0, 2, {0, 0, 0, 0, 0, 0, ROUTER_SIGMOID, 0}},
     {"logit_norm", CONFIG(router.logit_norm), a_number, 0, 1e30, ALL(0)},
     {"family_penalty", CONFIG(router.family_penalty), a_number, 0, INFINITY, ALL(0)},
     {"lpr_latent_dim", CONFIG(router.lpr_latent_dim), a_whole, 1, 1 << 14, ALL(16)},
@@ -85,16 +87,16 @@ static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, o
     {"first_k_dense_replace", 0, a_whole, 0, 1 << 20, SPARSE(NO_KEY, NO_KEY, NO_KEY, 0)},
     // what travels: only one value can be computed here, none at all, or it is about windows (see active_window)
     {"hidden_act", 0, "silu|swish", 0, 1, ALL(0)},
-    {"attention_bias", 0, a_switch, 0, 0, {0, NO_KEY, NO_KEY, 0, 0, 0, 0}},
-    {"mlp_bias", 0, a_switch, 0, 0, DENSE(0, NO_KEY, NO_KEY)},
+    {"attention_bias", 0, a_switch, 0, 0, {0, NO_KEY, NO_KEY, 0, 0, 0, 0, NO_KEY}},
+    {"mlp_bias", 0, a_switch, 0, 0, DENSE(0, NO_KEY, NO_KEY, NO_KEY)},
     {"n_group", 0, a_whole, 1, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1)},
     {"topk_group", 0, a_whole, 1, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1)},
     {"n_shared_experts", 0, a_whole, 0, 0, SPARSE(NO_KEY, NO_KEY, NO_KEY, REQUIRED)},
     {"routed_scaling_factor", 0, a_number, 1, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1)},
     {"clip_qkv|quantization_config|kv_lora_rank|q_lora_rank", 0, "", 1, 0, ALL(0)},
-    {"sliding_window", 0, a_whole, 0, 1 << 30, {NO_KEY, 4096, 0, NO_KEY, 4096, 4096, 4096}},
-    {"use_sliding_window", 0, a_switch, 0, 1, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 0, 0, NO_KEY}},
-    {"max_window_layers", 0, a_whole, 0, 1 << 20, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 28, NO_KEY, 62}}};
+    {"sliding_window", 0, a_whole, 0, 1 << 30, {NO_KEY, 4096, 0, NO_KEY, 4096, 4096, 4096, 4096}},
+    {"use_sliding_window", 0, a_switch, 0, 1, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 0, 0, NO_KEY, 0}},
+    {"max_window_layers", 0, a_whole, 0, 1 << 20, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 28, NO_KEY, 62, 28}}};
 enum { NUM_KEYS = sizeof config_keys / sizeof config_keys[0] };
 
 static int key_applies(const Key* k, const Config* c, int ours) {
@@ -182,8 +184,8 @@ static double luggage_number(const Json* j, Arch arch, const char* name) {
 }
 
 // How many positions a token of the original sees, 0: all; *layers: how many layers, the last ones, are so. Mistral and
-// Mixtral have a window if they have its size, the Qwens if use_sliding_window says so; Qwen3 and Dots1 only above
-// max_window_layers, or in the layers that layer_types names (config_from_json refuses those).
+// Mixtral have a window if they have its size, the Qwens if use_sliding_window says so; Qwen2, Qwen3 and Dots1 only
+// above max_window_layers, or in the layers that layer_types names (config_from_json refuses those).
 static int active_window(const Json* j, const Config* c, int* layers) {
     double window = luggage_number(j, c->arch, "sliding_window");
     double below = luggage_number(j, c->arch, "max_window_layers");
@@ -252,11 +254,12 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
     if (arch == NUM_ARCHS)
         return set_error(
             error,
-            "model_type is %.40s, supported are llama, mistral, mixtral, olmoe, qwen3, qwen3_moe, dots1 and "
-            "train_moe",
+            "model_type is %.40s, supported are llama, mistral, mixtral, olmoe, qwen2, qwen3, qwen3_moe, dots1 "
+            "and train_moe",
             type->string);
     c->arch = (Arch)arch;
     c->qk_norm = archs[arch].qk_norm;
+    c->qkv_bias = arch == QWEN2;
     if (arch == DOTS1) c->router.kind = ROUTER_SIGMOID;
     for (int i = 0; i < NUM_KEYS; i++) {
         const Key* k = &config_keys[i];

@@ -73,6 +73,11 @@ static void layout_walk(Layout* layout, const Config* c, Weights* w) {
         p.qkv = layout_add(layout, (long)NH * HD, H, "model.layers.%d.self_attn.q_proj.weight", l);
         layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.k_proj.weight", l);
         layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.v_proj.weight", l);
+        for (int i = 0; c->qkv_bias && i < 3; i++) {
+            float* bias = layout_add(layout, (long)(i ? NKV : NH) * HD, NO_COLUMNS,
+                                     "model.layers.%d.self_attn.%c_proj.bias", l, "qkv"[i]);
+            if (i == 0) p.qkv_bias = bias;
+        }
         if (c->qk_norm != QK_NORM_NONE) {
             int row = c->qk_norm == QK_NORM_ROW;
             p.q_norm = layout_add(layout, row ? NH * HD : HD, NO_COLUMNS, "model.layers.%d.self_attn.q_norm.weight", l);

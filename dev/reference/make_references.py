@@ -58,6 +58,11 @@ MODELS = {
                     num_attention_heads=3, num_key_value_heads=3, num_experts=7, num_experts_per_tok=2,
                     norm_topk_prob=True, rms_norm_eps=3e-6, tie_word_embeddings=True),
         rope=("new", 20000.0), T=13, seed=1, aux=0.02, aux_form="hf", z_loss=0.01, lr=1e-2, clip=0.5),
+    "qwen2": dict(  # biases of q, k and v
+        config=dict(model_type="qwen2", vocab_size=39, hidden_size=24, intermediate_size=17, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, use_sliding_window=False,
+                    sliding_window=32, max_window_layers=2, tie_word_embeddings=True),
+        rope=("old", 1000000.0), T=12, seed=3, lr=3e-3),
     "qwen3": dict(
         config=dict(model_type="qwen3", vocab_size=43, hidden_size=22, intermediate_size=15, num_hidden_layers=3,
                     num_attention_heads=2, num_key_value_heads=1, head_dim=14, rms_norm_eps=1e-6,
@@ -98,8 +103,8 @@ MODELS = {
 DEFAULTS = dict(aux=0.0, aux_form="switch", z_loss=0.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0,
                 unused=[], seed=0)
 CLASSES = dict(llama="LlamaForCausalLM", mistral="MistralForCausalLM", mixtral="MixtralForCausalLM",
-               olmoe="OlmoeForCausalLM", qwen3="Qwen3ForCausalLM", qwen3_moe="Qwen3MoeForCausalLM",
-               dots1="Dots1ForCausalLM")
+               olmoe="OlmoeForCausalLM", qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM",
+               qwen3_moe="Qwen3MoeForCausalLM", dots1="Dots1ForCausalLM")
 
 
 def write_config(spec, directory):
@@ -126,6 +131,8 @@ def write_weights(spec, directory):
         noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape)).astype(np.float32))
         if name.endswith("e_score_correction_bias"):
             weights[name] = 0.2 * noise
+        elif name.endswith(".bias"):
+            weights[name] = 0.5 * noise
         elif parameter.ndim == 1:
             weights[name] = 1 + 0.3 * noise
         elif "embed_tokens" in name:

@@ -34,7 +34,7 @@ template <class Real> struct GpuModel {
     Real *act, *rows, *projected, *dx, *dnormed, *dattn, *dqkv, *drotated;
     float *attention_d, *dgate_parts, *dgates, *drouter, *extra, *norm_parts, *k_norm_parts, *product_parts, *shift;
     int* chunk_counts;
-    double *balance, *balance_parts, *norm_sums, *all_counts, *all_probs;
+    double *balance, *balance_parts, *bias_parts, *norm_sums, *all_counts, *all_probs;
     float* norm;                    // of the gradients
     // Sums since they were last read, one array: losses as in Losses (4 doubles), assignments (L, E) in all and in this
     // step (long long), then (L) Observed
@@ -192,6 +192,7 @@ template <class Real> static void gpu_take(Model* m, Arena* a) {
         g->norm_parts = take_floats(a, (long)gpu_norm_parts((int)N) * (H > NH * HD ? H : NH * HD));
         g->k_norm_parts = take_floats(a, (long)gpu_norm_parts((int)N) * NKV * HD);
         g->balance = take_doubles(a, E);
+        if (c->qkv_bias) g->bias_parts = take_doubles(a, (long)SLICES * qkv_width(c));
         g->norm_sums = take_doubles(a, GRADIENT_NORM_PARTS);
     }
     g->bytes = a->used;
