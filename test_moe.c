@@ -26,7 +26,8 @@ train_moe.cu, and has groups named "gpu ..." which check that against the refere
 
 static const char* golden_models[] = {"llama", "llama_tied", "mistral", "mixtral", "mixtral_top1", "olmoe",
                                       "olmoe_norm", "qwen3", "qwen3_moe", "qwen3_moe_all", "qwen3_moe_mlp_only",
-                                      "qwen3_moe_top1", "dots1", "qwen2"};
+                                      "qwen3_moe_top1", "dots1", "dots1_shared", "dots1_raw", "qwen2", "qwen2_moe",
+                                      "qwen2_moe_mixed"};
 static const char* golden_routers[] = {"sigmoid", "sigmoid_top1", "lpr", "lpr_mean", "logit_norm", "aux_hf",
                                        "matryoshka", "family", "family_aux", "family_inf", "family_sigmoid",
                                        "family_sigmoid_inf", "family_twins", "family_twins_sigmoid"};

@@ -41,10 +41,11 @@ is written in the common subset of C11 (with gcc's vector types) and C++17: the 
 //
 //     x += Wo attention( rope(qknorm(Wq n1(x))), rope(qknorm(Wk n1(x))), Wv n1(x) )  causal, grouped-query
 //     x += sum over the token's K experts e of  gate_e  f_e(n2(x))                   f_e is a SwiGLU network
+//          + gate_s f_s(n2(x))       in Qwen2-MoE and Dots1: a shared expert, which every token uses
 //
 // n1, n2 are RMSNorms. A dense layer is a layer with one expert whose gate is 1: there is one code path.
 
-typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, DOTS1, QWEN2, NUM_ARCHS } Arch; // the class
+typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, DOTS1, QWEN2, QWEN2_MOE, NUM_ARCHS } Arch;
 typedef enum { QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_ROW } QKNorm;    // none; each head; all heads as one row
 typedef enum { AUX_SWITCH, AUX_HF } AuxForm;                        // two balance losses, see section 4
 typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // the last two: routers.h
@@ -54,6 +55,7 @@ typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // the last 
 // What differs from a softmax over the experts; all zero without. routers.h explains each.
 typedef struct {
     Router kind;
+    double scaling;                 // of a sigmoid router's gates, 0: none
     double logit_norm;              // lambda of the logits' normalisation, 0: none
     double family_penalty;          // of the copies of an expert, INFINITY just after they were made, 0: none
     int lpr_latent_dim;             // D of Latent Prototype Routing, and the weights of its losses
@@ -72,6 +74,8 @@ typedef struct {
     int num_experts;                // E of a sparse layer; 0 for a dense model
     int num_experts_per_tok;        // K
     int moe_intermediate_size;      // I, the width of an expert
+    int shared_expert_intermediate_size;    // S, width of the shared expert of Qwen2-MoE, with a sigmoid gate
+    int num_shared_experts;         // of Dots1, as one whose width is so many times I, with a gate of 1
     int norm_topk_prob;             // 1: the K gates of a token are divided by their sum
     int vocab_size;                 // V
     int max_position_embeddings;    // the longest sequence that the model is meant for
@@ -90,6 +94,10 @@ static int layer_experts(const Config* c, int l) { return c->sparse[l] ? c->num_
 static int layer_topk(const Config* c, int l) { return c->sparse[l] ? c->num_experts_per_tok : 1; }
 static int layer_width(const Config* c, int l) {
     return c->sparse[l] ? c->moe_intermediate_size : c->intermediate_size;
+}
+static int shared_width(const Config* c, int l) {
+    int width = c->shared_expert_intermediate_size + c->num_shared_experts * c->moe_intermediate_size;
+    return c->sparse[l] ? width : 0;
 }
 static int qkv_width(const Config* c) { return (c->num_heads + 2 * c->num_kv_heads) * c->head_dim; }
 static int count_sparse(const Config* c) {
@@ -669,6 +677,10 @@ typedef struct {
     float* router;              // (E, H), or NULL in a dense layer
     float* gate_up;             // (E, 2, I, H)             each expert's gate_proj and up_proj
     float* down;                // (E, H, I)
+    // the shared expert, of width S, NULL where there is none
+    float* shared_gate_up;      // (2, S, H)
+    float* shared_down;         // (H, S)
+    float* shared_gate;         // (1, H)                   NULL: its gate is 1
     // router variants, NULL elsewhere
     float* router_bias;         // (E)                      sigmoid
     float *lpr_norm_weight, *lpr_norm_bias;         // (H)  Latent Prototype Routing, of latent dimension D
@@ -715,6 +727,8 @@ typedef struct {
     ARRAY(int, assignment, sparse * R)              /* of a dense layer: Model.identity */                  \
     ARRAY(int, row_of, sparse * R)                  /* (N, K); of a dense layer: Model.identity */          \
     ARRAY(float, gate_up, R * 2 * I)                /* (R, 2, I) */                                         \
+    ARRAY(float, shared_gate_up, N * 2 * S)         /* (N, 2, S) of the shared expert, and */                \
+    ARRAY(float, shared_gates, gated * N)           /* its gates; without them: Model.ones */               \
     ROUTER_LAYER_ARRAYS(ARRAY)
 
 // What is written and used up within one layer. All share it: R and RI, rows times width, are the largest.
@@ -1012,6 +1026,41 @@ static void router_backward(Model* m, int l, float scale) {
     matmul_backward_weight(m->dweights.layers[l].router, t->drouter, s->ffn_in, N, H, E);
 }
 
+// out += gate f(ffn_in), the shared expert:  gate = sigmoid(w_gate ffn_in), or 1
+static void shared_expert_forward(Model* m, int l, float* out) {
+    const LayerWeights* w = &m->weights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    Scratch* t = &m->scratch;
+    int N = m->batch * m->length, H = m->config.hidden_size, S = shared_width(&m->config, l);
+    if (S == 0) return;
+    if (w->shared_gate) matmul_forward(s->shared_gates, s->ffn_in, w->shared_gate, N, H, 1);
+    for (int n = 0; w->shared_gate && n < N; n++)
+        s->shared_gates[n] = 1.0f / (1.0f + fast_exp(-s->shared_gates[n]));
+    matmul_forward(s->shared_gate_up, s->ffn_in, w->shared_gate_up, N, H, 2 * S);
+    swiglu_forward(t->act, s->shared_gate_up, N, S);
+    matmul_forward(t->y_rows, t->act, w->shared_down, N, S, H);
+    combine_rows(out, out, t->y_rows, s->shared_gates, m->identity, N, 1, H);
+}
+
+// In: scratch.dx, the gradient of the layer's output. Adds to dnormed, that of ffn_in.
+static void shared_expert_backward(Model* m, int l) {
+    const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    Scratch* t = &m->scratch;
+    int N = m->batch * m->length, H = m->config.hidden_size, S = shared_width(&m->config, l);
+    float *dgate_up = s->shared_gate_up, *dz = t->dgates;       // dz: of the gates, then of their logits
+    if (S == 0) return;
+    matmul_backward_input(t->dact, t->dx, w->shared_down, N, S, H, 0);
+    swiglu_backward(dgate_up, t->gated_act, dz, t->dact, dgate_up, s->shared_gates, m->identity, N, S);
+    matmul_backward_weight(dw->shared_down, t->dx, t->gated_act, N, S, H);
+    matmul_backward_weight(dw->shared_gate_up, dgate_up, s->ffn_in, N, H, 2 * S);
+    matmul_backward_input(t->dnormed, dgate_up, w->shared_gate_up, N, H, 2 * S, 1);
+    if (!w->shared_gate) return;
+    for (int n = 0; n < N; n++) dz[n] *= s->shared_gates[n] * (1.0f - s->shared_gates[n]);
+    matmul_backward_weight(dw->shared_gate, dz, s->ffn_in, N, H, 1);
+    matmul_backward_input(t->dnormed, dz, w->shared_gate, N, H, 1, 1);
+}
+
 // out = x_mid + sum over the token's experts of gate f(n2(x_mid)), in five steps. A dense layer skips the
 // second: all rows are its one expert's, in the tokens' order, with gates of 1.
 static void ffn_layer_forward(Model* m, int l, float* out) {
@@ -1034,6 +1083,7 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     grouped_matmul_forward(t->y_rows, t->act, w->down, (long)H * I, I, H, E, s->offsets);
     // 5. out_n = x_mid_n + sum over k of gate_nk y_row(n,k)
     combine_rows(out, s->x_mid, t->y_rows, s->gates, s->row_of, N, K, H);
+    shared_expert_forward(m, l, out);
 }
 
 // In: scratch.dx, the gradient of the layer's output. Out: scratch.dx, the gradient of x_mid. The five steps,
@@ -1059,6 +1109,7 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
     combine_rows(t->dnormed, NULL, t->dx_rows, NULL, s->row_of, N, K, H);
     // 2 was  z = W_router ffn_in,  p = softmax z,  gates = p of the K best
     if (c->sparse[l]) router_backward(m, l, scale);
+    shared_expert_backward(m, l);
     // 1 was  ffn_in = n2(x_mid)
     rmsnorm_backward(t->dx, H, 1, dw->ffn_norm, t->dnormed, H, s->x_mid, H, w->ffn_norm, s->ffn_rstd, N, 1, H,
                      t->norm_sums);

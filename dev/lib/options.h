@@ -511,7 +511,7 @@ static void config_from_options(Config* c) {
     // Qwen3-MoE with sigmoid scores is Dots1, which knows dense layers only below the sparse ones
     if (kind == 0 && c->router.kind == ROUTER_SIGMOID && c->router.logit_norm == 0 && options.sparse_step == 1 &&
         c->num_experts > 1)
-        c->arch = DOTS1;
+        c->arch = DOTS1, c->router.scaling = 1;
     if (count_sparse(c) == 0)
         die(2, "--sparse-step %ld: leaves no sparse layer among %d; --dense does that", options.sparse_step,
             c->num_layers);
