@@ -384,6 +384,7 @@ static void test_matmul(void) {
 #include "dev/test/upcycle_methods.c"
 #include "dev/test/upcycle_calibration.c"
 #include "dev/test/upcycle_files.c"
+#include "dev/test/qwen2.c"
 #include "dev/test/terminal.c"
 #include "dev/test/engines.c"
 #include "dev/test/luggage.c"
@@ -413,7 +414,7 @@ static const struct {
     {"upcycle pruning", test_up_pruning}, {"upcycle cluster", test_up_cluster}, {"upcycle files", test_up_files},
     {"upcycle safety", test_up_safety}, {"upcycle LPR pruning", test_up_pruning_lpr},
     {"upcycle records", test_up_records}, {"engines", test_engines}, {"upcycle refusals", test_up_refusals},
-    {"upcycle receipt", test_up_receipt}};
+    {"upcycle receipt", test_up_receipt}, {"qwen2", test_qwen2}};
 
 int main(int argc, char** argv) {
     if (argc > 1 && !strcmp(argv[1], "--as-train-moe")) {

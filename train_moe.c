@@ -1,9 +1,9 @@
 /*
 train_moe.c: a complete mixture-of-experts GPT.
 
-It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen3, Qwen3-MoE and Dots1 models on a CPU in
-fp32, reads and writes their Hugging Face directories, and needs a C compiler and nothing else. Every forward
-pass is followed by its backward pass, written by hand. To be read from top to bottom:
+It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen2, Qwen3 (both also as MoE) and Dots1
+models on a CPU in fp32, reads and writes their Hugging Face directories, and needs a C compiler and nothing
+else. Every forward pass is followed by its backward pass, by hand. To be read from top to bottom:
 
     1  Configuration        what a model is: a dozen numbers
     2  Matrix products      y = x W^T and its two gradients, also for many experts at once
@@ -74,8 +74,7 @@ typedef struct {
     int num_experts;                // E of a sparse layer; 0 for a dense model
     int num_experts_per_tok;        // K
     int moe_intermediate_size;      // I, the width of an expert
-    int shared_expert_intermediate_size;    // S, width of the shared expert of Qwen2-MoE, with a sigmoid gate
-    int num_shared_experts;         // of Dots1, as one whose width is so many times I, with a gate of 1
+    int shared_expert_intermediate_size, num_shared_experts;    // Qwen2-MoE: S; Dots1: S / I. 0: none
     int norm_topk_prob;             // 1: the K gates of a token are divided by their sum
     int vocab_size;                 // V
     int max_position_embeddings;    // the longest sequence that the model is meant for
@@ -94,10 +93,6 @@ static int layer_experts(const Config* c, int l) { return c->sparse[l] ? c->num_
 static int layer_topk(const Config* c, int l) { return c->sparse[l] ? c->num_experts_per_tok : 1; }
 static int layer_width(const Config* c, int l) {
     return c->sparse[l] ? c->moe_intermediate_size : c->intermediate_size;
-}
-static int shared_width(const Config* c, int l) {
-    int width = c->shared_expert_intermediate_size + c->num_shared_experts * c->moe_intermediate_size;
-    return c->sparse[l] ? width : 0;
 }
 static int qkv_width(const Config* c) { return (c->num_heads + 2 * c->num_kv_heads) * c->head_dim; }
 static int count_sparse(const Config* c) {
@@ -281,20 +276,6 @@ static void cross_entropy_backward(float* logits, const float* lse, const int* t
         for (int v = 0; v < V; v++) logits_n[v] = scale * fast_exp(logits_n[v] - lse[n]);
         logits_n[targets[n]] -= scale;
     }
-}
-
-// x (N, C) += bias (C), and dbias += the sum over the rows of dx, each sum in the order of the rows
-static void add_bias(float* x, const float* bias, int N, int C) {
-    #pragma omp parallel for if (N > 1)
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < C; i++) x[(long)n * C + i] += bias[i];
-}
-
-static void add_bias_gradient(float* dbias, const float* dx, int N, int C) {
-    #pragma omp parallel for
-    for (int column = 0; column < C; column += 16)
-        for (int n = 0; n < N; n++)
-            for (int i = column; i < imin(column + 16, C); i++) dbias[i] += dx[(long)n * C + i];
 }
 
 // RMSNorm (Zhang and Sennrich 2019):  out = weight * x * rstd,  rstd = 1 / sqrt(mean(x^2) + eps)
@@ -677,10 +658,7 @@ typedef struct {
     float* router;              // (E, H), or NULL in a dense layer
     float* gate_up;             // (E, 2, I, H)             each expert's gate_proj and up_proj
     float* down;                // (E, H, I)
-    // the shared expert, of width S, NULL where there is none
-    float* shared_gate_up;      // (2, S, H)
-    float* shared_down;         // (H, S)
-    float* shared_gate;         // (1, H)                   NULL: its gate is 1
+    float *shared_gate_up, *shared_down, *shared_gate;      // (2, S, H), (H, S), (1, H): the shared expert
     // router variants, NULL elsewhere
     float* router_bias;         // (E)                      sigmoid
     float *lpr_norm_weight, *lpr_norm_bias;         // (H)  Latent Prototype Routing, of latent dimension D
@@ -938,9 +916,9 @@ static void attention_layer_forward(Model* m, int l) {
     long QK = (long)(NH + NKV) * HD;
     // 1. attn_in = n1(x)
     rmsnorm_forward(s->attn_in, H, s->attn_rstd, s->x, H, w->attn_norm, N, 1, H, eps);
-    // 2. (q, k, v) = W_qkv attn_in, + b_qkv in some models
+    // 2. (q, k, v) = W_qkv attn_in; in some models + b, as ones (N, 1) times b (1, QKV)
     matmul_forward(s->qkv, s->attn_in, w->qkv, N, H, qkv_width(c));
-    if (w->qkv_bias) add_bias(s->qkv, w->qkv_bias, N, qkv_width(c));
+    if (w->qkv_bias) matmul_backward_input(s->qkv, m->ones, w->qkv_bias, N, qkv_width(c), 1, 1);
     // 3. rotated = rope(qknorm(q)), rope(qknorm(k))
     qk_norm_forward(m, l);
     rope(s->rotated, QK, NH + NKV, N, T, past, HD, m->cosines, m->sines, 1);
@@ -976,7 +954,7 @@ static void attention_layer_backward(Model* m, int l) {
     // 2 was  (q, k, v) = W_qkv attn_in
     matmul_backward_input(t->dnormed, t->dqkv, w->qkv, N, H, QKV, 0);
     matmul_backward_weight(dw->qkv, t->dqkv, s->attn_in, N, H, QKV);
-    if (w->qkv_bias) add_bias_gradient(dw->qkv_bias, t->dqkv, N, QKV);
+    if (w->qkv_bias) matmul_backward_weight(dw->qkv_bias, t->dqkv, m->ones, N, 1, QKV);
     // 1 was  attn_in = n1(x)
     rmsnorm_backward(t->dx, H, 1, dw->attn_norm, t->dnormed, H, s->x, H, w->attn_norm, s->attn_rstd, N, 1, H,
                      t->norm_sums);
@@ -1032,14 +1010,13 @@ static void shared_expert_forward(Model* m, int l, float* out) {
     LayerActivations* s = &m->layers[l];
     Scratch* t = &m->scratch;
     int N = m->batch * m->length, H = m->config.hidden_size, S = shared_width(&m->config, l);
-    if (S == 0) return;
-    if (w->shared_gate) matmul_forward(s->shared_gates, s->ffn_in, w->shared_gate, N, H, 1);
-    for (int n = 0; w->shared_gate && n < N; n++)
-        s->shared_gates[n] = 1.0f / (1.0f + fast_exp(-s->shared_gates[n]));
+    float* g = s->shared_gates;
+    if (w->shared_gate) matmul_forward(g, s->ffn_in, w->shared_gate, N, H, 1);
+    for (int n = 0; w->shared_gate && n < N; n++) g[n] = 1.0f / (1.0f + fast_exp(-g[n]));
     matmul_forward(s->shared_gate_up, s->ffn_in, w->shared_gate_up, N, H, 2 * S);
     swiglu_forward(t->act, s->shared_gate_up, N, S);
     matmul_forward(t->y_rows, t->act, w->shared_down, N, S, H);
-    combine_rows(out, out, t->y_rows, s->shared_gates, m->identity, N, 1, H);
+    combine_rows(out, out, t->y_rows, g, m->identity, N, 1, H);
 }
 
 // In: scratch.dx, the gradient of the layer's output. Adds to dnormed, that of ffn_in.
@@ -1048,15 +1025,14 @@ static void shared_expert_backward(Model* m, int l) {
     LayerActivations* s = &m->layers[l];
     Scratch* t = &m->scratch;
     int N = m->batch * m->length, H = m->config.hidden_size, S = shared_width(&m->config, l);
-    float *dgate_up = s->shared_gate_up, *dz = t->dgates;       // dz: of the gates, then of their logits
-    if (S == 0) return;
+    float *g = s->shared_gates, *dz = t->dgates, *dgate_up = s->shared_gate_up;
     matmul_backward_input(t->dact, t->dx, w->shared_down, N, S, H, 0);
-    swiglu_backward(dgate_up, t->gated_act, dz, t->dact, dgate_up, s->shared_gates, m->identity, N, S);
+    swiglu_backward(dgate_up, t->gated_act, dz, t->dact, s->shared_gate_up, g, m->identity, N, S);
     matmul_backward_weight(dw->shared_down, t->dx, t->gated_act, N, S, H);
     matmul_backward_weight(dw->shared_gate_up, dgate_up, s->ffn_in, N, H, 2 * S);
     matmul_backward_input(t->dnormed, dgate_up, w->shared_gate_up, N, H, 2 * S, 1);
     if (!w->shared_gate) return;
-    for (int n = 0; n < N; n++) dz[n] *= s->shared_gates[n] * (1.0f - s->shared_gates[n]);
+    for (int n = 0; n < N; n++) dz[n] *= g[n] * (1.0f - g[n]);
     matmul_backward_weight(dw->shared_gate, dz, s->ffn_in, N, H, 1);
     matmul_backward_input(t->dnormed, dz, w->shared_gate, N, H, 1, 1);
 }
@@ -1083,7 +1059,7 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     grouped_matmul_forward(t->y_rows, t->act, w->down, (long)H * I, I, H, E, s->offsets);
     // 5. out_n = x_mid_n + sum over k of gate_nk y_row(n,k)
     combine_rows(out, s->x_mid, t->y_rows, s->gates, s->row_of, N, K, H);
-    shared_expert_forward(m, l, out);
+    if (shared_width(c, l) > 0) shared_expert_forward(m, l, out);
 }
 
 // In: scratch.dx, the gradient of the layer's output. Out: scratch.dx, the gradient of x_mid. The five steps,
@@ -1109,7 +1085,7 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
     combine_rows(t->dnormed, NULL, t->dx_rows, NULL, s->row_of, N, K, H);
     // 2 was  z = W_router ffn_in,  p = softmax z,  gates = p of the K best
     if (c->sparse[l]) router_backward(m, l, scale);
-    shared_expert_backward(m, l);
+    if (shared_width(c, l) > 0) shared_expert_backward(m, l);
     // 1 was  ffn_in = n2(x_mid)
     rmsnorm_backward(t->dx, H, 1, dw->ffn_norm, t->dnormed, H, s->x_mid, H, w->ffn_norm, s->ffn_rstd, N, 1, H,
                      t->norm_sums);

@@ -40,6 +40,11 @@ static float* layout_add(Layout* layout, long rows, long cols, const char* forma
     return layout->block ? layout->block + offset : NULL;
 }
 
+// S, the width of the shared expert of a sparse layer; of layer l
+static int shared_expert_width(const Config* c) {
+    return c->shared_expert_intermediate_size + c->num_shared_experts * c->moe_intermediate_size;
+}
+static int shared_width(const Config* c, int l) { return c->sparse[l] ? shared_expert_width(c) : 0; }
 static int has_shared_expert(const Config* c) { return c->arch == DOTS1 || c->arch == QWEN2_MOE; }
 
 // The tensors of sigmoid routers and of Latent Prototype Routing.

@@ -555,6 +555,7 @@ static void print_model(const Model* m) {
     if (c->num_experts)
         printf(", %d experts of width %d, %d per token", c->num_experts, c->moe_intermediate_size,
                c->num_experts_per_tok);
+    if (shared_expert_width(c)) printf(", and a shared one of width %d", shared_expert_width(c));
     printf("\nparameters: %ld, %ld of them active for a token\n", total, active);
     printf("memory: %.1f MB = parameters %.1f + gradients and moments %.1f + activations %.1f\n",
            (m->bytes_params + m->bytes_optimizer + m->bytes_activations) / 1e6, m->bytes_params / 1e6,

@@ -233,6 +233,17 @@ static void lpr_normalise_backward(float* dh, float* dweight, float* dbias, floa
         }
 }
 
+static void add_bias(float* x, const float* bias, int N, int C) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < C; i++) x[(long)n * C + i] += bias[i];
+}
+
+static void add_bias_gradient(float* dbias, const float* dx, int N, int C) {
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < C; i++) dbias[i] += dx[(long)n * C + i];
+}
+
 static float norm_of(const float* x, int D) {
     float sum = 0;
     for (int d = 0; d < D; d++) sum += x[d] * x[d];

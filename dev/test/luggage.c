@@ -101,6 +101,8 @@ static void test_class_windows(void) {
                    {QWEN3_MOE, "\"sliding_window\": 16, \"max_window_layers\": 0", 0, 0},
                    {QWEN2, "\"sliding_window\": 16, \"max_window_layers\": 1", 0, 0},
                    {QWEN2, "\"sliding_window\": 16, \"use_sliding_window\": true, \"max_window_layers\": 1", 16, 2},
+                   {QWEN2_MOE, "\"sliding_window\": 16, \"use_sliding_window\": true", 16, 2},
+                   {QWEN2_MOE, "\"sliding_window\": 16, \"use_sliding_window\": true, \"max_window_layers\": 1", 16, 1},
                    {DOTS1, "\"x\": 1", 0, 0},
                    {DOTS1, "\"sliding_window\": 16, \"max_window_layers\": 0", 16, 3},
                    {DOTS1, "\"sliding_window\": 16, \"use_sliding_window\": false, \"max_window_layers\": 2", 16, 1},

@@ -45,3 +45,8 @@ try Qwen3MoeForCausalLM $golden/qwen3 --experts 4 --layers every-2 --method drop
 try Qwen3MoeForCausalLM $golden/qwen3 --experts 6 --method granular --granularity 3
 try OlmoeForCausalLM $golden/olmoe --experts 13 --method drop --router perturb-new --shard-size 20K
 try Dots1ForCausalLM $golden/dots1 --experts 12 --method drop
+try Dots1ForCausalLM $golden/dots1_shared --experts 14
+try Qwen2MoeForCausalLM $golden/qwen2 --experts 4 --method drop
+balance
+try Qwen2MoeForCausalLM $golden/qwen2 --experts 3 --layers every-2
+try Qwen2MoeForCausalLM $golden/qwen2_moe --experts 12 --topk 4 --dtype bf16

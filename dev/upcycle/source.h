@@ -57,7 +57,7 @@ static long floats_to_bytes(unsigned char* out, const float* x, long n, Dtype dt
 // here: a view says where the numbers of one tensor lie. Every tensor that the configuration asks for must be found,
 // and every tensor found must be used.
 
-typedef enum { OTHER, FFN_MATRIX, ROUTER_ROWS, ROUTER_CORRECTION } RoleKind;
+typedef enum { OTHER, FFN_MATRIX, ROUTER_ROWS, ROUTER_CORRECTION, SHARED } RoleKind; // SHARED: of a shared expert
 enum { GATE, UP, DOWN };
 
 // What a tensor is, as its name says.
@@ -76,7 +76,11 @@ static Role role_of(const char* name) {
     int at = 0;
     if (sscanf(name, "model.layers.%d.%n", &r.layer, &at) != 1 || !at) return r;
     const char *rest = name + at, *experts = strstr(rest, ".experts.");
-    if (experts || (!strncmp(rest, "mlp.", 4) && !strstr(rest, "shared_experts."))) { // (Dots1's have width 0)
+    if (!strncmp(rest, "mlp.shared_expert", 17)) {
+        r.kind = SHARED;
+        return r;
+    }
+    if (experts || !strncmp(rest, "mlp.", 4)) {
         static const struct {
             const char* end;
             int matrix;
