@@ -25,9 +25,8 @@ train_moe.cu, and has groups named "gpu ..." which check that against the refere
 // Against transformers in fp64 (dev/reference/make_references.py)
 
 static const char* golden_models[] = {"llama", "llama_tied", "mistral", "mixtral", "mixtral_top1", "olmoe",
-                                      "olmoe_norm", "qwen3", "qwen3_moe", "qwen3_moe_all", "qwen3_moe_mlp_only",
-                                      "qwen3_moe_top1", "dots1", "dots1_shared", "dots1_raw", "qwen2", "qwen2_moe",
-                                      "qwen2_moe_mixed"};
+    "olmoe_norm", "qwen3", "qwen3_moe", "dots1", "qwen3_moe_all", "qwen3_moe_mlp_only", "qwen3_moe_top1",
+    "dots1_shared", "dots1_raw", "qwen2", "qwen2_moe", "qwen2_moe_mixed"};
 static const char* golden_routers[] = {"sigmoid", "sigmoid_top1", "lpr", "lpr_mean", "logit_norm", "aux_hf",
                                        "matryoshka", "family", "family_aux", "family_inf", "family_sigmoid",
                                        "family_sigmoid_inf", "family_twins", "family_twins_sigmoid"};
@@ -412,9 +411,9 @@ static const struct {
     {"upcycle twins", test_up_twins}, {"upcycle operators", test_up_operators}, {"upcycle routers", test_up_routers},
     {"upcycle utility", test_up_utility}, {"upcycle optimizer", test_up_optimizer},
     {"upcycle pruning", test_up_pruning}, {"upcycle cluster", test_up_cluster}, {"upcycle files", test_up_files},
-    {"upcycle safety", test_up_safety}, {"upcycle LPR pruning", test_up_pruning_lpr},
+    {"upcycle safety", test_up_safety}, {"upcycle LPR pruning", test_up_pruning_lpr}, {"qwen2", test_qwen2},
     {"upcycle records", test_up_records}, {"engines", test_engines}, {"upcycle refusals", test_up_refusals},
-    {"upcycle receipt", test_up_receipt}, {"qwen2", test_qwen2}};
+    {"upcycle receipt", test_up_receipt}};
 
 int main(int argc, char** argv) {
     if (argc > 1 && !strcmp(argv[1], "--as-train-moe")) {

@@ -963,6 +963,39 @@ static void attention_layer_backward(Model* m, int l) {
 #include "dev/lib/routers.h"      // routers other than softmax top-K
 #include "dev/lib/load.h"         // what the experts do
 
+// out += gate f(ffn_in), the shared expert:  gate = sigmoid(w_gate ffn_in), or 1
+static void shared_expert_forward(Model* m, int l, float* out) {
+    const LayerWeights* w = &m->weights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    Scratch* t = &m->scratch;
+    int N = m->batch * m->length, H = m->config.hidden_size, S = shared_width(&m->config, l);
+    float* g = s->shared_gates;
+    if (w->shared_gate) matmul_forward(g, s->ffn_in, w->shared_gate, N, H, 1);
+    for (int n = 0; w->shared_gate && n < N; n++) g[n] = 1.0f / (1.0f + fast_exp(-g[n]));
+    matmul_forward(s->shared_gate_up, s->ffn_in, w->shared_gate_up, N, H, 2 * S);
+    swiglu_forward(t->act, s->shared_gate_up, N, S);
+    matmul_forward(t->y_rows, t->act, w->shared_down, N, S, H);
+    combine_rows(out, out, t->y_rows, g, m->identity, N, 1, H);
+}
+
+// In: scratch.dx, the gradient of the layer's output. Adds to dnormed, that of ffn_in.
+static void shared_expert_backward(Model* m, int l) {
+    const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    Scratch* t = &m->scratch;
+    int N = m->batch * m->length, H = m->config.hidden_size, S = shared_width(&m->config, l);
+    float *g = s->shared_gates, *dz = t->dgates, *dgate_up = s->shared_gate_up;
+    matmul_backward_input(t->dact, t->dx, w->shared_down, N, S, H, 0);
+    swiglu_backward(dgate_up, t->gated_act, dz, t->dact, s->shared_gate_up, g, m->identity, N, S);
+    matmul_backward_weight(dw->shared_down, t->dx, t->gated_act, N, S, H);
+    matmul_backward_weight(dw->shared_gate_up, dgate_up, s->ffn_in, N, H, 2 * S);
+    matmul_backward_input(t->dnormed, dgate_up, w->shared_gate_up, N, H, 2 * S, 1);
+    if (!w->shared_gate) return;
+    for (int n = 0; n < N; n++) dz[n] *= g[n] * (1.0f - g[n]);
+    matmul_backward_weight(dw->shared_gate, dz, s->ffn_in, N, H, 1);
+    matmul_backward_input(t->dnormed, dz, w->shared_gate, N, H, 1, 1);
+}
+
 // From ffn_in to the token's experts and gates, and the rows of each expert.
 static void router_forward(Model* m, int l) {
     const Config* c = &m->config;
@@ -1002,39 +1035,6 @@ static void router_backward(Model* m, int l, float scale) {
     balance_backward(t->drouter, s->router_lse, s->probs, t->balance, aux_weight, z_weight, N, E);
     matmul_backward_input(t->dnormed, t->drouter, m->weights.layers[l].router, N, H, E, 1);
     matmul_backward_weight(m->dweights.layers[l].router, t->drouter, s->ffn_in, N, H, E);
-}
-
-// out += gate f(ffn_in), the shared expert:  gate = sigmoid(w_gate ffn_in), or 1
-static void shared_expert_forward(Model* m, int l, float* out) {
-    const LayerWeights* w = &m->weights.layers[l];
-    LayerActivations* s = &m->layers[l];
-    Scratch* t = &m->scratch;
-    int N = m->batch * m->length, H = m->config.hidden_size, S = shared_width(&m->config, l);
-    float* g = s->shared_gates;
-    if (w->shared_gate) matmul_forward(g, s->ffn_in, w->shared_gate, N, H, 1);
-    for (int n = 0; w->shared_gate && n < N; n++) g[n] = 1.0f / (1.0f + fast_exp(-g[n]));
-    matmul_forward(s->shared_gate_up, s->ffn_in, w->shared_gate_up, N, H, 2 * S);
-    swiglu_forward(t->act, s->shared_gate_up, N, S);
-    matmul_forward(t->y_rows, t->act, w->shared_down, N, S, H);
-    combine_rows(out, out, t->y_rows, g, m->identity, N, 1, H);
-}
-
-// In: scratch.dx, the gradient of the layer's output. Adds to dnormed, that of ffn_in.
-static void shared_expert_backward(Model* m, int l) {
-    const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
-    LayerActivations* s = &m->layers[l];
-    Scratch* t = &m->scratch;
-    int N = m->batch * m->length, H = m->config.hidden_size, S = shared_width(&m->config, l);
-    float *g = s->shared_gates, *dz = t->dgates, *dgate_up = s->shared_gate_up;
-    matmul_backward_input(t->dact, t->dx, w->shared_down, N, S, H, 0);
-    swiglu_backward(dgate_up, t->gated_act, dz, t->dact, s->shared_gate_up, g, m->identity, N, S);
-    matmul_backward_weight(dw->shared_down, t->dx, t->gated_act, N, S, H);
-    matmul_backward_weight(dw->shared_gate_up, dgate_up, s->ffn_in, N, H, 2 * S);
-    matmul_backward_input(t->dnormed, dgate_up, w->shared_gate_up, N, H, 2 * S, 1);
-    if (!w->shared_gate) return;
-    for (int n = 0; n < N; n++) dz[n] *= g[n] * (1.0f - g[n]);
-    matmul_backward_weight(dw->shared_gate, dz, s->ffn_in, N, H, 1);
-    matmul_backward_input(t->dnormed, dz, w->shared_gate, N, H, 1, 1);
 }
 
 // out = x_mid + sum over the token's experts of gate f(n2(x_mid)), in five steps. A dense layer skips the

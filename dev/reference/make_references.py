@@ -105,7 +105,7 @@ MODELS = {
                     num_experts_per_tok=3, n_shared_experts=2, n_group=1, topk_group=1, norm_topk_prob=True,
                     routed_scaling_factor=2.5, first_k_dense_replace=1, sliding_window=None, rms_norm_eps=1e-6,
                     tie_word_embeddings=False),
-        rope=("new", 10000.0), T=9, seed=2, lr=1e-2),
+        rope=("new", 10000.0), T=9, seed=20, lr=1e-2),
     "dots1_raw": dict(  # gates that are not renormalised, and scaled
         config=dict(model_type="dots1", vocab_size=33, hidden_size=16, intermediate_size=17, moe_intermediate_size=6,
                     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, n_routed_experts=5,
