@@ -1,9 +1,9 @@
 /*
 train_moe.c: a complete mixture-of-experts GPT.
 
-It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen3, Qwen3-MoE and Dots1 models on a CPU in
-fp32, reads and writes their Hugging Face directories, and needs a C compiler and nothing else. Every forward
-pass is followed by its backward pass, written by hand. To be read from top to bottom:
+It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen2, Qwen3 (both also as MoE) and Dots1
+models on a CPU in fp32, reads and writes their Hugging Face directories, and needs a C compiler and nothing
+else. Every forward pass is followed by its backward pass, by hand. To be read from top to bottom:
 
     1  Configuration        what a model is: a dozen numbers
     2  Matrix products      y = x W^T and its two gradients, also for many experts at once
@@ -42,10 +42,11 @@ is written in the common subset of C11 (with gcc's vector types) and C++17: the 
 //
 //     x += Wo attention( rope(qknorm(Wq n1(x))), rope(qknorm(Wk n1(x))), Wv n1(x) )  causal, grouped-query
 //     x += sum over the token's K experts e of  gate_e  f_e(n2(x))                   f_e is a SwiGLU network
+//          + gate_s f_s(n2(x))       in Qwen2-MoE and Dots1: a shared expert, which every token uses
 //
 // n1, n2 are RMSNorms. A dense layer is a layer with one expert whose gate is 1: there is one code path.
 
-typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, DOTS1, NUM_ARCHS } Arch; // the class
+typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, DOTS1, QWEN2, QWEN2_MOE, NUM_ARCHS } Arch;
 typedef enum { QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_ROW } QKNorm;    // none; each head; all heads as one row
 typedef enum { AUX_SWITCH, AUX_HF } AuxForm;                        // two balance losses, see section 4
 typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // the last two: routers.h
@@ -65,10 +66,12 @@ typedef struct {
     int num_experts;                // E of a sparse layer; 0 for a dense model
     int num_experts_per_tok;        // K
     int moe_intermediate_size;      // I, the width of an expert
+    int shared_expert_intermediate_size, num_shared_experts;    // Qwen2-MoE: S; Dots1: S / I. 0: none
     int norm_topk_prob;             // 1: the K gates of a token are divided by their sum
     int vocab_size;                 // V
     int max_position_embeddings;    // the longest sequence that the model is meant for
     QKNorm qk_norm;
+    int qkv_bias;                   // 1: q, k and v are W n1(x) + b
     int tie_word_embeddings;        // 1: the LM head is the embedding
     double rope_theta;
     RopeScaling rope;
@@ -644,6 +647,7 @@ static void swiglu_backward(float* dgate_up, float* gated_act, float* dgates, co
 typedef struct {
     float* attn_norm;           // (H)
     float* qkv;                 // ((NH + 2 NKV) HD, H)     q_proj, k_proj and v_proj, one below the other
+    float* qkv_bias;            // ((NH + 2 NKV) HD), or NULL
     float* q_norm;              // (HD) per head, (NH HD) per row, or NULL
     float* k_norm;              // (HD) per head, (NKV HD) per row, or NULL
     float* attn_out;            // (H, NH HD)               o_proj
@@ -651,6 +655,7 @@ typedef struct {
     float* router;              // (E, H), or NULL in a dense layer
     float* gate_up;             // (E, 2, I, H)             each expert's gate_proj and up_proj
     float* down;                // (E, H, I)
+    float *shared_gate_up, *shared_down, *shared_gate;      // (2, S, H), (H, S), (1, H): the shared expert
     ROUTER_LAYER_WEIGHTS        // those of other routers
 } LayerWeights;
 
@@ -691,6 +696,8 @@ typedef struct {
     ARRAY(int, assignment, sparse * R)              /* of a dense layer: Model.identity */                  \
     ARRAY(int, row_of, sparse * R)                  /* (N, K); of a dense layer: Model.identity */          \
     ARRAY(float, gate_up, R * 2 * I)                /* (R, 2, I) */                                         \
+    ARRAY(float, shared_gate_up, N * 2 * S)         /* (N, 2, S) of the shared expert, and */                \
+    ARRAY(float, shared_gates, gated * N)           /* its gates; without them: Model.ones */               \
     ROUTER_LAYER_ARRAYS(ARRAY)
 
 // What is written and used up within one layer. All share it: R and RI, rows times width, are the largest.
@@ -869,8 +876,9 @@ static void attention_layer_forward(Model* m, int l) {
     long QK = (long)(NH + NKV) * HD;
     // 1. attn_in = n1(x)
     rmsnorm_forward(s->attn_in, H, s->attn_rstd, s->x, H, w->attn_norm, N, 1, H, eps);
-    // 2. (q, k, v) = W_qkv attn_in
+    // 2. (q, k, v) = W_qkv attn_in; in some models + b, as ones (N, 1) times b (1, QKV)
     matmul_forward(s->qkv, s->attn_in, w->qkv, N, H, qkv_width(c));
+    if (w->qkv_bias) matmul_backward_input(s->qkv, m->ones, w->qkv_bias, N, qkv_width(c), 1, 1);
     // 3. rotated = rope(qknorm(q)), rope(qknorm(k))
     qk_norm_forward(m, l);
     rope(s->rotated, QK, NH + NKV, N, T, past, HD, m->cosines, m->sines, 1);
@@ -906,6 +914,7 @@ static void attention_layer_backward(Model* m, int l) {
     // 2 was  (q, k, v) = W_qkv attn_in
     matmul_backward_input(t->dnormed, t->dqkv, w->qkv, N, H, QKV, 0);
     matmul_backward_weight(dw->qkv, t->dqkv, s->attn_in, N, H, QKV);
+    if (w->qkv_bias) matmul_backward_weight(dw->qkv_bias, t->dqkv, m->ones, N, 1, QKV);
     // 1 was  attn_in = n1(x)
     rmsnorm_backward(t->dx, H, 1, dw->attn_norm, t->dnormed, H, s->x, H, w->attn_norm, s->attn_rstd, N, 1, H,
                      t->norm_sums);
@@ -913,6 +922,39 @@ static void attention_layer_backward(Model* m, int l) {
 
 #include "dev/lib/routers.h"      // routers other than softmax top-K
 #include "dev/lib/load.h"         // what the experts do
+
+// out += gate f(ffn_in), the shared expert:  gate = sigmoid(w_gate ffn_in), or 1
+static void shared_expert_forward(Model* m, int l, float* out) {
+    const LayerWeights* w = &m->weights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    Scratch* t = &m->scratch;
+    int N = m->batch * m->length, H = m->config.hidden_size, S = shared_width(&m->config, l);
+    float* g = s->shared_gates;
+    if (w->shared_gate) matmul_forward(g, s->ffn_in, w->shared_gate, N, H, 1);
+    for (int n = 0; w->shared_gate && n < N; n++) g[n] = 1.0f / (1.0f + fast_exp(-g[n]));
+    matmul_forward(s->shared_gate_up, s->ffn_in, w->shared_gate_up, N, H, 2 * S);
+    swiglu_forward(t->act, s->shared_gate_up, N, S);
+    matmul_forward(t->y_rows, t->act, w->shared_down, N, S, H);
+    combine_rows(out, out, t->y_rows, g, m->identity, N, 1, H);
+}
+
+// In: scratch.dx, the gradient of the layer's output. Adds to dnormed, that of ffn_in.
+static void shared_expert_backward(Model* m, int l) {
+    const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
+    LayerActivations* s = &m->layers[l];
+    Scratch* t = &m->scratch;
+    int N = m->batch * m->length, H = m->config.hidden_size, S = shared_width(&m->config, l);
+    float *g = s->shared_gates, *dz = t->dgates, *dgate_up = s->shared_gate_up;
+    matmul_backward_input(t->dact, t->dx, w->shared_down, N, S, H, 0);
+    swiglu_backward(dgate_up, t->gated_act, dz, t->dact, s->shared_gate_up, g, m->identity, N, S);
+    matmul_backward_weight(dw->shared_down, t->dx, t->gated_act, N, S, H);
+    matmul_backward_weight(dw->shared_gate_up, dgate_up, s->ffn_in, N, H, 2 * S);
+    matmul_backward_input(t->dnormed, dgate_up, w->shared_gate_up, N, H, 2 * S, 1);
+    if (!w->shared_gate) return;
+    for (int n = 0; n < N; n++) dz[n] *= g[n] * (1.0f - g[n]);
+    matmul_backward_weight(dw->shared_gate, dz, s->ffn_in, N, H, 1);
+    matmul_backward_input(t->dnormed, dz, w->shared_gate, N, H, 1, 1);
+}
 
 // From ffn_in to the token's experts and gates, and the rows of each expert.
 static void router_forward(Model* m, int l) {
@@ -977,6 +1019,7 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     grouped_matmul_forward(t->y_rows, t->act, w->down, (long)H * I, I, H, E, s->offsets);
     // 5. out_n = x_mid_n + sum over k of gate_nk y_row(n,k)
     combine_rows(out, s->x_mid, t->y_rows, s->gates, s->row_of, N, K, H);
+    if (shared_width(c, l) > 0) shared_expert_forward(m, l, out);
 }
 
 // In: scratch.dx, the gradient of the layer's output. Out: scratch.dx, the gradient of x_mid. The five steps,
@@ -1002,6 +1045,7 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
     combine_rows(t->dnormed, NULL, t->dx_rows, NULL, s->row_of, N, K, H);
     // 2 was  z = W_router ffn_in,  p = softmax z,  gates = p of the K best
     if (c->sparse[l]) router_backward(m, l, scale);
+    if (shared_width(c, l) > 0) shared_expert_backward(m, l);
     // 1 was  ffn_in = n2(x_mid)
     rmsnorm_backward(t->dx, H, 1, dw->ffn_norm, t->dnormed, H, s->x_mid, H, w->ffn_norm, s->ffn_rstd, N, 1, H,
                      t->norm_sums);

@@ -1937,6 +1937,17 @@ template <class Real> static const Real* in_products(const GpuModel<Real>* g, co
     return g->copy + (w - g->params);
 }
 
+// x (N, C) += bias (C)
+template <class Real> __global__ static void add_bias_kernel(Real* x, const float* bias, long n, int C) {
+    long i = blockIdx.x * (long)blockDim.x + threadIdx.x;
+    if (i < n) store(&x[i], to_float(x[i]) + bias[i % C]);
+}
+
+template <class Real> static void gpu_add_bias(Real* x, const float* bias, int N, int C) {
+    add_bias_kernel<<<ceil_div((long)N * C, 256), 256>>>(x, bias, (long)N * C, C);
+    CHECK(cudaGetLastError());
+}
+
 // Dimensions of layer l in this pass, as plain numbers.
 typedef struct {
     int N, B, T, H, HD, NH, NKV, QK, QKV, E, K, I, V, tiles, sparse, past;
@@ -1973,6 +1984,7 @@ template <class Real> static void gpu_attention_layer_forward(Model* m, int l) {
     const LayerWeights* w = &g->w.layers[l];
     LayerSizes d = layer_sizes(m, l);
     gpu_linear(g->cublas, s->qkv, s->attn_in, in_products(g, w->qkv), d.N, d.H, d.QKV);
+    if (w->qkv_bias) gpu_add_bias(s->qkv, w->qkv_bias, d.N, d.QKV);
     gpu_qk_norm_rope(s->rotated, s->q_rstd, s->k_rstd, s->qkv, w->q_norm, w->k_norm, m->config.qk_norm, g->cosines,
                      g->sines, d.N, d.T, d.past, d.NH, d.NKV, d.HD, d.eps);
     const Real *k = s->rotated + d.NH * d.HD, *v = s->qkv + d.QK;
@@ -2011,6 +2023,8 @@ template <class Real> static void gpu_attention_layer_backward(Model* m, int l) 
     }
     gpu_linear_backward_input(g->cublas, g->dnormed, g->dqkv, in_products(g, w->qkv), d.N, d.H, d.QKV);
     gpu_linear_backward_weight(g->cublas, dw->qkv, g->dqkv, s->attn_in, d.N, d.H, d.QKV, add);
+    if (w->qkv_bias)
+        gpu_column_sums(dw->qkv_bias, g->bias_parts, g->dqkv, (const Real*)NULL, NULL, NULL, d.N, d.QKV, add);
     gpu_combine_rmsnorm_backward(g->dx, 1, g->norm_parts, g->dnormed, (const float*)NULL, (const int*)NULL, 1, s->x,
                                  s->attn_rstd, w->attn_norm, d.N, d.H);
     gpu_add_parts(dw->attn_norm, g->norm_parts, parts, d.H, add);
@@ -2042,7 +2056,7 @@ template <class Real> static void gpu_router_forward(Model* m, int l) {
     }
     if (c->router.kind == ROUTER_SIGMOID)
         gpu_sigmoid_router(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, d.N, d.E, d.K,
-                           c->norm_topk_prob);
+                           c->norm_topk_prob, gate_scaling(c));
     else gpu_softmax_router(s->probs, s->router_lse, s->experts, s->gates, z, d.N, d.E, d.K, c->norm_topk_prob);
     if (c->router.bias_rule == BIAS_QUANTILE && m->counting_load)
         gpu_add_cutoffs(g->cutoffs + (long)l * d.E, g->drouter, z, w->router_bias, d.N, d.E, d.K);
@@ -2069,7 +2083,8 @@ template <class Real> static void gpu_router_backward(Model* m, int l, float sca
     }
     if (c->router.kind == ROUTER_SIGMOID)
         gpu_sigmoid_router_backward(dz, g->dgates, s->router_logits, s->probs, s->router_lse, s->experts, s->gates,
-                                    g->balance, aux_weight, z_weight, d.N, d.E, d.K, c->norm_topk_prob);
+                                    g->balance, aux_weight, z_weight, d.N, d.E, d.K, c->norm_topk_prob,
+                                    gate_scaling(c));
     else
         gpu_softmax_router_backward(dz, g->dgates, s->probs, s->experts, s->gates, s->router_lse, g->balance,
                                     aux_weight, z_weight, d.N, d.E, d.K, c->norm_topk_prob);
@@ -2097,6 +2112,63 @@ template <class Real> static void gpu_count_layer(Model* m, int l) {
     trace_layer(m, l);
 }
 
+// x (N) = sigmoid(x); with gates (N), their gradient x becomes that of their logits
+static __global__ void gates_kernel(float* x, const float* gates, int N) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (n < N) x[n] = gates ? x[n] * gates[n] * (1.0f - gates[n]) : sigmoid(x[n]);
+}
+
+// out (n) += x
+template <class Real> __global__ static void add_kernel(float* out, const Real* x, long n) {
+    long i = blockIdx.x * (long)blockDim.x + threadIdx.x;
+    if (i < n) out[i] += to_float(x[i]);
+}
+
+// rows (N, H) = the shared expert's outputs, shared_gates = their gates
+template <class Real> static void gpu_shared_expert_forward(Model* m, int l) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    GpuLayer<Real>* s = &g->layers[l];
+    const LayerWeights* w = &g->w.layers[l];
+    LayerSizes d = layer_sizes(m, l);
+    int S = shared_width(&m->config, l), tiles = most_tiles(d.N, 1);
+    if (w->shared_gate) {
+        gpu_matmul_fp32(s->shared_gates, s->ffn_in, d.H, 1, w->shared_gate, 1, d.H, d.N, 1, d.H, 0, NULL, 0);
+        gates_kernel<<<ceil_div(d.N, 256), 256>>>(s->shared_gates, NULL, d.N);
+    }
+    gpu_dense_group(s->shared_offsets, s->shared_tiles, tiles, d.N);
+    gpu_experts_up(s->shared_gate_up, g->act, s->ffn_in, (const int*)NULL, in_products(g, w->shared_gate_up),
+                   s->shared_offsets, s->shared_tiles, tiles, d.H, S);
+    gpu_experts_down(g->rows, g->act, in_products(g, w->shared_down), s->shared_offsets, s->shared_tiles, tiles, S,
+                     d.H);
+}
+
+// In: dx, the gradient of the layer's output. Adds to extra (N, H), a part of ffn_in's gradient; dnormed is used up.
+template <class Real> static void gpu_shared_expert_backward(Model* m, int l) {
+    GpuModel<Real>* g = gpu_of<Real>(m);
+    GpuLayer<Real>* s = &g->layers[l];
+    const LayerWeights *w = &g->w.layers[l], *dw = &g->dw.layers[l];
+    LayerSizes d = layer_sizes(m, l);
+    const int* none = NULL;
+    int S = shared_width(&m->config, l), tiles = most_tiles(d.N, 1), add = !g->fresh;
+    long n = (long)d.N * d.H;
+    gpu_experts_down_backward(s->shared_gate_up, g->act, w->shared_gate ? g->dgate_parts : NULL, g->dx, none,
+                              s->shared_gates, none, in_products(g, w->shared_down), s->shared_offsets,
+                              s->shared_tiles, tiles, S, d.H);
+    gpu_experts_weight_backward(dw->shared_down, g->dx, none, g->act, none, s->shared_offsets, 1, d.H, S, add);
+    gpu_experts_weight_backward(dw->shared_gate_up, s->shared_gate_up, none, s->ffn_in, none, s->shared_offsets, 1,
+                                2 * S, d.H, add);
+    gpu_experts_input_backward(g->dnormed, s->shared_gate_up, in_products(g, w->shared_gate_up), s->shared_offsets,
+                               s->shared_tiles, tiles, d.H, S);
+    add_kernel<<<ceil_div(n, 256), 256>>>(g->extra, g->dnormed, n);
+    CHECK(cudaGetLastError());
+    if (!w->shared_gate) return;
+    float* dz = g->dgates;
+    gpu_gate_gradients(dz, g->dgate_parts, none, d.N, gpu_dgate_parts<Real>(S));
+    gates_kernel<<<ceil_div(d.N, 256), 256>>>(dz, s->shared_gates, d.N);
+    gpu_matmul_fp32(g->extra, dz, 1, 1, w->shared_gate, d.H, 1, d.N, d.H, 1, 1, NULL, 0);
+    gpu_matmul_fp32(dw->shared_gate, dz, 1, 1, s->ffn_in, d.H, 1, 1, d.H, d.N, add, g->product_parts, PRODUCT_PARTS);
+}
+
 // From ffn_in to the next residual stream and its norm, given where these go: out, normed, rstd, and the norm's weight.
 template <class Real> static void gpu_ffn_layer_forward(Model* m, int l, Real* out, Real* normed, float* rstd,
                                                         const float* norm) {
@@ -2115,6 +2187,14 @@ template <class Real> static void gpu_ffn_layer_forward(Model* m, int l, Real* o
     gpu_experts_up(s->gate_up, g->act, s->experts_in, s->token,
                    in_products(g, w->gate_up), s->offsets, s->tiles, d.tiles, d.H, d.I);
     gpu_experts_down(g->rows, g->act, in_products(g, w->down), s->offsets, s->tiles, d.tiles, d.I, d.H);
+    if (shared_width(&m->config, l) > 0) {          // first the routed experts' sum, then the shared one's
+        gpu_combine_rmsnorm(g->projected, (Real*)NULL, (float*)NULL, s->x_mid, g->rows, s->gates, s->row_of, d.K,
+                            (const float*)NULL, d.N, d.H, d.eps);
+        gpu_shared_expert_forward<Real>(m, l);
+        gpu_combine_rmsnorm(out, normed, rstd, g->projected, g->rows, s->shared_gates, (const int*)NULL, 1, norm, d.N,
+                            d.H, d.eps);
+        return;
+    }
     gpu_combine_rmsnorm(out, normed, rstd, s->x_mid, g->rows, d.sparse ? s->gates : NULL, s->row_of, d.K, norm, d.N,
                         d.H, d.eps);
 }
@@ -2146,6 +2226,7 @@ template <class Real> static void gpu_ffn_layer_backward(Model* m, int l, float 
             K = 0;                                  // it comes back as a part of `extra`
         }
         gpu_router_backward<Real>(m, l, scale);
+        if (shared_width(&m->config, l) > 0) gpu_shared_expert_backward<Real>(m, l);
     }
     gpu_combine_rmsnorm_backward(g->dx, 1, g->norm_parts, rows, extra, s->row_of, K, s->x_mid, s->ffn_rstd, w->ffn_norm,
                                  d.N, d.H);

@@ -40,7 +40,7 @@ WRITE_SEED=$work/safetensors/valid $work/fuzz_safetensors -runs=0 $work/safetens
 
 # words that mutation would be slow to find
 for word in model_type num_hidden_layers hidden_size num_attention_heads vocab_size intermediate_size num_experts \
-        mlp_only_layers rope_parameters rope_type llama mixtral olmoe qwen3 qwen3_moe dots1 train_moe \
+        mlp_only_layers rope_parameters rope_type llama mixtral olmoe qwen2 qwen3 qwen3_moe dots1 train_moe \
         base_model_type sliding_window use_sliding_window max_window_layers layer_types rope_scaling rope_theta \
         output_router_logits router_type family_penalty lpr lpr_align_form eos_token_id default inf \
         sequences tokens step options data_files bytes hash dtype shape data_offsets __metadata__ F32 BF16 F16 I32 null true false \

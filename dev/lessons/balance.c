@@ -64,7 +64,7 @@ static double step(Cure cure, double strength, int t) {
     fill_normal(x, N * H, 1, "x", (uint64_t)t);
     for (int n = 0; n < N; n++) x[n * H] = 1;
     matmul_forward(z, x, W, N, H, E);
-    if (cure >= SIGN) sigmoid_router_forward(probs, lse, experts, gates, z, bias, NULL, N, E, K, 1);
+    if (cure >= SIGN) sigmoid_router_forward(probs, lse, experts, gates, z, bias, NULL, N, E, K, 1, 1);
     else softmax_router_forward(probs, lse, experts, gates, z, N, E, K, 1);
     group_by_expert(offsets, assignment, row_of, experts, N, K, E);
     for (int e = 0; e < E; e++) f[e] = (double)(load[e] = offsets[e + 1] - offsets[e]) / (N * K);

@@ -52,7 +52,7 @@ typedef struct {
 static double loss(Routed* t, const Case* c, const float* z, const float* f, const float* r) {
     float y[H], no_bias[E] = {0};
     if (c->sigmoid)
-        sigmoid_router_forward(t->probs, &t->lse, t->experts, t->gates, z, no_bias, NULL, 1, E, c->K, c->norm_topk);
+        sigmoid_router_forward(t->probs, &t->lse, t->experts, t->gates, z, no_bias, NULL, 1, E, c->K, c->norm_topk, 1);
     else softmax_router_forward(t->probs, &t->lse, t->experts, t->gates, z, 1, E, c->K, c->norm_topk);
     combine_rows(y, NULL, f, t->gates, t->experts, 1, c->K, H);         // expert e's row is row e
     return dot_of(r, y, H);
@@ -77,7 +77,7 @@ int main(void) {
         for (int k = 0; k < c->K; k++) dgates[k] = (float)dot_of(r, f + t.experts[k] * H, H);   // q
         if (c->sigmoid)
             sigmoid_router_backward(dz[i], dgates, z, t.probs, &t.lse, t.experts, t.gates, zeros, 0, 0, 1, E, c->K,
-                                    c->norm_topk);
+                                    c->norm_topk, 1);
         else softmax_router_backward(dz[i], dgates, t.probs, t.experts, t.gates, 1, E, c->K, c->norm_topk);
         for (int e = 0; e < E; e++) {
             float up[E], down[E];

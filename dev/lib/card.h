@@ -98,7 +98,15 @@ static int engine_notes(const Config* c, char lines[4][256]) {
         snprintf(lines[n++], 256,
                  "llama.cpp renormalises the gates of a Qwen3-MoE (norm_topk_prob is false) and prints "
                  "other text");
-    if (c->arch == DOTS1)
+    if (c->arch == QWEN2_MOE && c->norm_topk_prob)
+        snprintf(lines[n++], 256,
+                 "llama.cpp and MLX do not renormalise the gates of a Qwen2-MoE (norm_topk_prob is true) and print "
+                 "other text");
+    if (c->arch == QWEN2_MOE && c->tie_word_embeddings)
+        snprintf(lines[n++], 256, "llama.cpp and MLX want a Qwen2-MoE to have an lm_head.weight; this one is tied");
+    if (c->arch == QWEN2_MOE && count_sparse(c) < c->num_layers)
+        snprintf(lines[n++], 256, "llama.cpp and MLX know no dense layers in a Qwen2-MoE; this one has some");
+    if (c->arch == DOTS1 && c->num_shared_experts == 0)
         snprintf(lines[n++], 256,
                  "a Dots1 without shared experts opens in transformers; vLLM, llama.cpp and MLX fail, and "
                  "mistral.rs has no such class");
@@ -219,12 +227,13 @@ static void card_receipts(Text* t, const Json* r) {
 static void card_engines(Text* t, const Config* c) {
     char lines[4][256];
     int n = engine_notes(c, lines);
-    if (is_ordinary(c) && c->arch != DOTS1)
+    int mistral_rs = c->arch != OLMOE && c->arch != QWEN2_MOE && c->arch != DOTS1;
+    if (is_ordinary(c) && (c->arch != DOTS1 || c->num_shared_experts > 0))
         text_print(
             t,
             "transformers (`AutoModelForCausalLM`), vLLM, llama.cpp (`convert_hf_to_gguf.py`)%s MLX%s have the class "
             "%s.\n",
-            c->arch == OLMOE ? " and" : ",", c->arch == OLMOE ? "" : " and mistral.rs", archs[c->arch].class_name);
+            mistral_rs ? "," : " and", mistral_rs ? " and mistral.rs" : "", archs[c->arch].class_name);
     for (int i = 0; i < n; i++) text_print(t, "- %s.\n", lines[i]);
 }
 

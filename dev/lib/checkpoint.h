@@ -17,11 +17,13 @@ static const struct {
     {"llama", "LlamaForCausalLM", QK_NORM_NONE},          {"mistral", "MistralForCausalLM", QK_NORM_NONE},
     {"mixtral", "MixtralForCausalLM", QK_NORM_NONE},      {"olmoe", "OlmoeForCausalLM", QK_NORM_ROW},
     {"qwen3", "Qwen3ForCausalLM", QK_NORM_HEAD},          {"qwen3_moe", "Qwen3MoeForCausalLM", QK_NORM_HEAD},
-    {"dots1", "Dots1ForCausalLM", QK_NORM_HEAD}};
+    {"dots1", "Dots1ForCausalLM", QK_NORM_HEAD},          {"qwen2", "Qwen2ForCausalLM", QK_NORM_NONE},
+    {"qwen2_moe", "Qwen2MoeForCausalLM", QK_NORM_NONE}};
 
 #define OLMOE_EPS 1e-5          // of its norms, whatever config.json says, in llama.cpp's converter
 
-static int is_moe(Arch arch) { return arch == MIXTRAL || arch == OLMOE || arch == QWEN3_MOE || arch == DOTS1; }
+static int names_dense_layers(Arch arch) { return arch == QWEN3_MOE || arch == QWEN2_MOE; }     // mlp_only_layers
+static int is_moe(Arch arch) { return arch == MIXTRAL || arch == OLMOE || arch == DOTS1 || names_dense_layers(arch); }
 
 // 1 if transformers has a class for the model. Dots1 is the class with sigmoid scores and a balancing bias. All others
 // are saved with the model_type "train_moe", and only then does config.json have keys of ours.
@@ -43,35 +45,46 @@ typedef struct {
 static const char a_whole[] = "a whole number", a_number[] = "a positive number", a_switch[] = "true or false";
 enum { NO_KEY = -1, REQUIRED = -2, AS_HEADS = -3, HIDDEN_BY_HEADS = -4, AS_POSITIONS = -5 }; // NO_KEY: none
 #define CONFIG(name) offsetof(Config, name)
-#define ALL(x) {x, x, x, x, x, x, x}
-#define DENSE(llama, mistral, qwen3) {llama, mistral, NO_KEY, NO_KEY, qwen3, NO_KEY, NO_KEY}
-#define SPARSE(mixtral, olmoe, qwen3_moe, dots1) {NO_KEY, NO_KEY, mixtral, olmoe, NO_KEY, qwen3_moe, dots1}
+#define ALL(x) {x, x, x, x, x, x, x, x, x}
+#define DENSE(llama, mistral, qwen3, qwen2) {llama, mistral, NO_KEY, NO_KEY, qwen3, NO_KEY, NO_KEY, qwen2, NO_KEY}
+#define SPARSE(mixtral, olmoe, qwen3_moe, dots1, qwen2_moe) \
+    {NO_KEY, NO_KEY, mixtral, olmoe, NO_KEY, qwen3_moe, dots1, NO_KEY, qwen2_moe}
 
-static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, olmoe, qwen3, qwen3_moe, dots1
-    {"vocab_size", CONFIG(vocab_size), a_whole, 1, 1 << 24, {32000, 32000, 32000, 50304, 151936, 151936, 152064}},
-    {"hidden_size", CONFIG(hidden_size), a_whole, 1, 1 << 20, {4096, 4096, 4096, 2048, 4096, 2048, 4608}},
-    {"num_hidden_layers", CONFIG(num_layers), a_whole, 1, MAX_LAYERS, {32, 32, 32, 16, 32, 24, 62}},
-    {"num_attention_heads", CONFIG(num_heads), a_whole, 1, 1 << 14, {32, 32, 32, 16, 32, 32, 32}},
-    {"num_key_value_heads", CONFIG(num_kv_heads), a_whole, 1, 1 << 14, {AS_HEADS, 8, 8, AS_HEADS, 32, 4, 32}},
+static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, olmoe, qwen3, qwen3_moe, dots1, qwen2,
+                                        // qwen2_moe
+    {"vocab_size", CONFIG(vocab_size), a_whole, 1, 1 << 24,
+     {32000, 32000, 32000, 50304, 151936, 151936, 152064, 151936, 151936}},
+    {"hidden_size", CONFIG(hidden_size), a_whole, 1, 1 << 20, {4096, 4096, 4096, 2048, 4096, 2048, 4608, 4096, 2048}},
+    {"num_hidden_layers", CONFIG(num_layers), a_whole, 1, MAX_LAYERS, {32, 32, 32, 16, 32, 24, 62, 32, 24}},
+    {"num_attention_heads", CONFIG(num_heads), a_whole, 1, 1 << 14, {32, 32, 32, 16, 32, 32, 32, 32, 16}},
+    {"num_key_value_heads", CONFIG(num_kv_heads), a_whole, 1, 1 << 14, {AS_HEADS, 8, 8, AS_HEADS, 32, 4, 32, 32, 16}},
     {"head_dim", CONFIG(head_dim), a_whole, 1, 1 << 14,
-     {HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, 128, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS}},
+     {HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS, 128, HIDDEN_BY_HEADS, HIDDEN_BY_HEADS,
+      HIDDEN_BY_HEADS, HIDDEN_BY_HEADS}},
     {"intermediate_size", CONFIG(intermediate_size), a_whole, 1, 1 << 20,
-     {11008, 14336, NO_KEY, NO_KEY, 22016, 6144, 10944}},
-    {"intermediate_size", CONFIG(moe_intermediate_size), a_whole, 1, 1 << 20, SPARSE(14336, 2048, NO_KEY, NO_KEY)},
-    {"moe_intermediate_size", CONFIG(moe_intermediate_size), a_whole, 1, 1 << 20, SPARSE(NO_KEY, NO_KEY, 768, 1408)},
+     {11008, 14336, NO_KEY, NO_KEY, 22016, 6144, 10944, 22016, 5632}},
+    {"intermediate_size", CONFIG(moe_intermediate_size), a_whole, 1, 1 << 20,
+     SPARSE(14336, 2048, NO_KEY, NO_KEY, NO_KEY)},
+    {"moe_intermediate_size", CONFIG(moe_intermediate_size), a_whole, 1, 1 << 20,
+     SPARSE(NO_KEY, NO_KEY, 768, 1408, 1408)},
     {"max_position_embeddings", CONFIG(max_position_embeddings), a_whole, 1, 1 << 30,
-     {2048, 131072, 131072, 4096, 32768, 32768, 2048}},
-    {"rms_norm_eps", CONFIG(rms_norm_eps), a_number, 0, 1e30, {1e-6, 1e-6, 1e-5, 1e-5, 1e-6, 1e-6, 1e-6}},
-    {"rope_theta", CONFIG(rope_theta), a_number, 1e-30, 1e30, {1e4, 1e4, 1e6, 1e4, 1e4, 1e4, 1e4}},
+     {2048, 131072, 131072, 4096, 32768, 32768, 2048, 32768, 32768}},
+    {"rms_norm_eps", CONFIG(rms_norm_eps), a_number, 0, 1e30, {1e-6, 1e-6, 1e-5, 1e-5, 1e-6, 1e-6, 1e-6, 1e-6, 1e-6}},
+    {"rope_theta", CONFIG(rope_theta), a_number, 1e-30, 1e30, {1e4, 1e4, 1e6, 1e4, 1e4, 1e4, 1e4, 1e4, 1e4}},
     {"tie_word_embeddings", CONFIG(tie_word_embeddings), a_switch, 0, 1, ALL(0)},
-    {"num_experts|num_local_experts", CONFIG(num_experts), a_whole, 1, 1 << 16, SPARSE(8, 64, 128, NO_KEY)},
+    {"num_experts|num_local_experts", CONFIG(num_experts), a_whole, 1, 1 << 16, SPARSE(8, 64, 128, NO_KEY, 60)},
     {"n_routed_experts|num_local_experts|num_experts", CONFIG(num_experts), a_whole, 1, 1 << 16,
-     SPARSE(NO_KEY, NO_KEY, NO_KEY, REQUIRED)},
-    {"num_experts_per_tok", CONFIG(num_experts_per_tok), a_whole, 1, 1 << 16, SPARSE(2, 8, 8, REQUIRED)},
-    {"norm_topk_prob", CONFIG(norm_topk_prob), a_switch, 0, 1, SPARSE(NO_KEY, 0, 0, 0)},
-    {"router_aux_loss_coef", CONFIG(router_aux_loss_coef), a_number, 0, 1e30, SPARSE(1e-3, 1e-2, 1e-3, 0)},
+     SPARSE(NO_KEY, NO_KEY, NO_KEY, REQUIRED, NO_KEY)},
+    {"num_experts_per_tok", CONFIG(num_experts_per_tok), a_whole, 1, 1 << 16, SPARSE(2, 8, 8, REQUIRED, 4)},
+    {"norm_topk_prob", CONFIG(norm_topk_prob), a_switch, 0, 1, SPARSE(NO_KEY, 0, 0, 0, 0)},
+    {"shared_expert_intermediate_size", CONFIG(shared_expert_intermediate_size), a_whole, 0, 1 << 20,
+     SPARSE(NO_KEY, NO_KEY, NO_KEY, NO_KEY, 5632)},
+    {"n_shared_experts", CONFIG(num_shared_experts), a_whole, 0, 64, SPARSE(NO_KEY, NO_KEY, NO_KEY, REQUIRED, NO_KEY)},
+    {"routed_scaling_factor", CONFIG(router.scaling), a_number, 1e-30, 1e30, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1, NO_KEY)},
+    {"qkv_bias", CONFIG(qkv_bias), a_switch, 0, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, NO_KEY, 1)},
+    {"router_aux_loss_coef", CONFIG(router_aux_loss_coef), a_number, 0, 1e30, SPARSE(1e-3, 1e-2, 1e-3, 0, 1e-3)},
     // only with the model_type train_moe, see key_applies
-    {"router_type", CONFIG(router.kind), "softmax|sigmoid|lpr", 0, 2, {0, 0, 0, 0, 0, 0, ROUTER_SIGMOID}},
+    {"router_type", CONFIG(router.kind), "softmax|sigmoid|lpr", 0, 2, {0, 0, 0, 0, 0, 0, ROUTER_SIGMOID, 0, 0}},
     {"logit_norm", CONFIG(router.logit_norm), a_number, 0, 1e30, ALL(0)},
     {"family_penalty", CONFIG(router.family_penalty), a_number, 0, INFINITY, ALL(0)},
     {"lpr_latent_dim", CONFIG(router.lpr_latent_dim), a_whole, 1, 1 << 14, ALL(16)},
@@ -81,20 +94,18 @@ static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, o
     {"lpr_align", CONFIG(router.lpr_align), a_number, 0, 1e30, ALL(0.05)},
     {"lpr_align_form", CONFIG(router.lpr_align_mean), "sum|mean", 0, 1, ALL(0)},
     // these and mlp_only_layers make Config.sparse
-    {"decoder_sparse_step", 0, a_whole, 1, 1 << 20, SPARSE(NO_KEY, NO_KEY, 1, NO_KEY)},
-    {"first_k_dense_replace", 0, a_whole, 0, 1 << 20, SPARSE(NO_KEY, NO_KEY, NO_KEY, 0)},
+    {"decoder_sparse_step", 0, a_whole, 1, 1 << 20, SPARSE(NO_KEY, NO_KEY, 1, NO_KEY, 1)},
+    {"first_k_dense_replace", 0, a_whole, 0, 1 << 20, SPARSE(NO_KEY, NO_KEY, NO_KEY, 0, NO_KEY)},
     // what travels: only one value can be computed here, none at all, or it is about windows (see active_window)
     {"hidden_act", 0, "silu|swish", 0, 1, ALL(0)},
-    {"attention_bias", 0, a_switch, 0, 0, {0, NO_KEY, NO_KEY, 0, 0, 0, 0}},
-    {"mlp_bias", 0, a_switch, 0, 0, DENSE(0, NO_KEY, NO_KEY)},
-    {"n_group", 0, a_whole, 1, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1)},
-    {"topk_group", 0, a_whole, 1, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1)},
-    {"n_shared_experts", 0, a_whole, 0, 0, SPARSE(NO_KEY, NO_KEY, NO_KEY, REQUIRED)},
-    {"routed_scaling_factor", 0, a_number, 1, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1)},
+    {"attention_bias", 0, a_switch, 0, 0, {0, NO_KEY, NO_KEY, 0, 0, 0, 0, NO_KEY, NO_KEY}},
+    {"mlp_bias", 0, a_switch, 0, 0, DENSE(0, NO_KEY, NO_KEY, NO_KEY)},
+    {"n_group", 0, a_whole, 1, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1, NO_KEY)},
+    {"topk_group", 0, a_whole, 1, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, 1, NO_KEY)},
     {"clip_qkv|quantization_config|kv_lora_rank|q_lora_rank", 0, "", 1, 0, ALL(0)},
-    {"sliding_window", 0, a_whole, 0, 1 << 30, {NO_KEY, 4096, 0, NO_KEY, 4096, 4096, 4096}},
-    {"use_sliding_window", 0, a_switch, 0, 1, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 0, 0, NO_KEY}},
-    {"max_window_layers", 0, a_whole, 0, 1 << 20, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 28, NO_KEY, 62}}};
+    {"sliding_window", 0, a_whole, 0, 1 << 30, {NO_KEY, 4096, 0, NO_KEY, 4096, 4096, 4096, 4096, 4096}},
+    {"use_sliding_window", 0, a_switch, 0, 1, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 0, 0, NO_KEY, 0, 0}},
+    {"max_window_layers", 0, a_whole, 0, 1 << 20, {NO_KEY, NO_KEY, NO_KEY, NO_KEY, 28, NO_KEY, 62, 28, 28}}};
 enum { NUM_KEYS = sizeof config_keys / sizeof config_keys[0] };
 
 // The members of rope_scaling or rope_parameters that rope.h computes with, and the rope_types that have them.
@@ -210,14 +221,16 @@ static double luggage_number(const Json* j, Arch arch, const char* name) {
 }
 
 // How many positions a token of the original sees, 0: all; *layers: how many layers, the last ones, are so. Mistral and
-// Mixtral have a window if they have its size, the Qwens if use_sliding_window says so; Qwen3 and Dots1 only above
-// max_window_layers, or in the layers that layer_types names (config_from_json refuses those).
+// Mixtral have a window if they have its size, the Qwens if use_sliding_window says so; Qwen2, Qwen3 and Dots1 only
+// above max_window_layers, or in the layers that layer_types names (config_from_json refuses those); Qwen2-MoE in every
+// second one below it.
 static int active_window(const Json* j, const Config* c, int* layers) {
     double window = luggage_number(j, c->arch, "sliding_window");
     double below = luggage_number(j, c->arch, "max_window_layers");
     int off = window <= 0 || luggage_number(j, c->arch, "use_sliding_window") == 0 ||
               (below != NO_KEY && !json_absent(json_get(j, "layer_types")));
     *layers = off ? 0 : below == NO_KEY ? c->num_layers : imax(0, c->num_layers - (int)below);
+    if (!off && c->arch == QWEN2_MOE) *layers = (imin(c->num_layers, (int)below) + 1) / 2;
     return *layers ? (int)window : 0;
 }
 
@@ -291,11 +304,12 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
     if (arch == NUM_ARCHS)
         return set_error(
             error,
-            "model_type is %.40s, supported are llama, mistral, mixtral, olmoe, qwen3, qwen3_moe, dots1 and "
-            "train_moe",
+            "model_type is %.40s, supported are llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe, "
+            "dots1 and train_moe",
             type->string);
     c->arch = (Arch)arch;
     c->qk_norm = archs[arch].qk_norm;
+    c->qkv_bias = arch == QWEN2;
     if (arch == DOTS1) c->router.kind = ROUTER_SIGMOID;
     for (int i = 0; i < NUM_KEYS; i++) {
         const Key* k = &config_keys[i];
@@ -314,7 +328,7 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
         c->norm_topk_prob |= arch == MIXTRAL;
         int step = (int)luggage_number(j, c->arch, "decoder_sparse_step");         // NO_KEY: every layer is sparse
         int first = (int)luggage_number(j, c->arch, "first_k_dense_replace");
-        const Json* dense = arch == QWEN3_MOE ? json_get(j, "mlp_only_layers") : NULL;
+        const Json* dense = names_dense_layers(c->arch) ? json_get(j, "mlp_only_layers") : NULL;
         for (int l = 0; l < c->num_layers; l++) c->sparse[l] = l >= first && (l + 1) % imax(step, 1) == 0;
         for (int i = 0; dense && i < dense->count; i++) {
             long l = json_whole(dense->items[i], c->num_layers - 1);
@@ -348,7 +362,7 @@ static int key_is_owned(const Config* c, const char* name) {
     static const char always[] =
         "architectures|model_type|base_model_type|rope_parameters|rope_scaling|dtype|torch_dtype";
     return choice_index(always, name) >= 0 ||
-           (c->arch == QWEN3_MOE && choice_index("decoder_sparse_step|mlp_only_layers", name) >= 0) ||
+           (names_dense_layers(c->arch) && choice_index("decoder_sparse_step|mlp_only_layers", name) >= 0) ||
            (c->arch == DOTS1 && !strcmp(name, "first_k_dense_replace"));
 }
 
@@ -395,7 +409,7 @@ static void config_to_json(Text* t, const Config* c, const Json* luggage, const 
     }
     text_print(t, "},\n");
     if (c->rope.type != ROPE_DEFAULT) text_print(t, "  \"rope_scaling\": %s,\n", json_raw(luggage, name));
-    if (c->arch == QWEN3_MOE) {
+    if (names_dense_layers(c->arch)) {
         text_print(t, "  \"decoder_sparse_step\": 1,\n  \"mlp_only_layers\": [");
         for (int l = 0, listed = 0; l < c->num_layers; l++)
             if (!c->sparse[l]) text_print(t, "%s%d", listed++ ? ", " : "", l);

@@ -40,16 +40,19 @@ static float* layout_add(Layout* layout, long rows, long cols, const char* forma
     return layout->block ? layout->block + offset : NULL;
 }
 
+// S, the width of the shared expert of a sparse layer; of layer l
+static int shared_expert_width(const Config* c) {
+    return c->shared_expert_intermediate_size + c->num_shared_experts * c->moe_intermediate_size;
+}
+static int shared_width(const Config* c, int l) { return c->sparse[l] ? shared_expert_width(c) : 0; }
+static int has_shared_expert(const Config* c) { return c->arch == DOTS1 || c->arch == QWEN2_MOE; }
+
 // The tensors of sigmoid routers and of Latent Prototype Routing.
 static void layout_router_variant(Layout* layout, const Config* c, LayerWeights* p, int l,
                                   const char* moe) {
     int H = c->hidden_size, E = c->num_experts, D = c->router.lpr_latent_dim;
     if (c->router.kind == ROUTER_SIGMOID) {
         p->router_bias = layout_add(layout, E, NO_COLUMNS, "model.layers.%d.%s.gate.e_score_correction_bias", l, moe);
-        // Dots1 has an expert for all tokens, too; of width 0 it does nothing, but its tensors are expected
-        for (int i = 0; c->arch == DOTS1 && i < 2; i++)
-            layout_add(layout, 0, H, "model.layers.%d.mlp.shared_experts.%s_proj.weight", l, i ? "up" : "gate");
-        if (c->arch == DOTS1) layout_add(layout, H, 0, "model.layers.%d.mlp.shared_experts.down_proj.weight", l);
         return;
     }
     p->lpr_norm_weight = layout_add(layout, H, NO_COLUMNS, "model.layers.%d.%s.gate.norm.weight", l, moe);
@@ -59,6 +62,17 @@ static void layout_router_variant(Layout* layout, const Config* c, LayerWeights*
     p->lpr_prototypes = layout_add(layout, E, D, "model.layers.%d.%s.gate.prototypes", l, moe);
     p->lpr_readout = layout_add(layout, H, D, "model.layers.%d.%s.gate.readout.weight", l, moe);
     p->lpr_readout_bias = layout_add(layout, H, NO_COLUMNS, "model.layers.%d.%s.gate.readout.bias", l, moe);
+}
+
+// The shared expert of the classes that have one. Of width 0 it does nothing, but its tensors are expected.
+static void layout_shared_expert(Layout* layout, const Config* c, LayerWeights* p, int l) {
+    const char* name = c->arch == DOTS1 ? "shared_experts" : "shared_expert";
+    long H = c->hidden_size, S = shared_width(c, l);
+    p->shared_gate_up = layout_add(layout, S, H, "model.layers.%d.mlp.%s.gate_proj.weight", l, name);
+    layout_add(layout, S, H, "model.layers.%d.mlp.%s.up_proj.weight", l, name);
+    p->shared_down = layout_add(layout, H, S, "model.layers.%d.mlp.%s.down_proj.weight", l, name);
+    if (c->arch == QWEN2_MOE)
+        p->shared_gate = layout_add(layout, 1, H, "model.layers.%d.mlp.shared_expert_gate.weight", l);
 }
 
 // Lists every tensor of a model under its Hugging Face name and points `w` (if not NULL) at them.
@@ -73,6 +87,11 @@ static void layout_walk(Layout* layout, const Config* c, Weights* w) {
         p.qkv = layout_add(layout, (long)NH * HD, H, "model.layers.%d.self_attn.q_proj.weight", l);
         layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.k_proj.weight", l);
         layout_add(layout, (long)NKV * HD, H, "model.layers.%d.self_attn.v_proj.weight", l);
+        for (int i = 0; c->qkv_bias && i < 3; i++) {
+            float* bias = layout_add(layout, (long)(i ? NKV : NH) * HD, NO_COLUMNS,
+                                     "model.layers.%d.self_attn.%c_proj.bias", l, "qkv"[i]);
+            if (i == 0) p.qkv_bias = bias;
+        }
         if (c->qk_norm != QK_NORM_NONE) {
             int row = c->qk_norm == QK_NORM_ROW;
             p.q_norm = layout_add(layout, row ? NH * HD : HD, NO_COLUMNS, "model.layers.%d.self_attn.q_norm.weight", l);
@@ -85,6 +104,7 @@ static void layout_walk(Layout* layout, const Config* c, Weights* w) {
         if (c->sparse[l] && c->router.kind != ROUTER_LPR)
             p.router = layout_add(layout, E, H, "model.layers.%d.%s.gate.weight", l, moe);
         if (c->sparse[l] && c->router.kind != ROUTER_SOFTMAX) layout_router_variant(layout, c, &p, l, moe);
+        if (c->sparse[l] && has_shared_expert(c)) layout_shared_expert(layout, c, &p, l);
         for (int e = 0; e < E; e++) {           // all gates and ups first: the products want (E, 2, I, H)
             char expert[64] = "mlp";
             if (c->sparse[l]) snprintf(expert, sizeof expert, "%s.experts.%d", moe, e);

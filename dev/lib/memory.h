@@ -7,6 +7,7 @@ static void layer_activations_take(Arena* a, LayerActivations* s, const Config* 
     long H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads, sparse = c->sparse[l];
     long E = layer_experts(c, l), K = sparse ? most_topk(c) : 1, R = N * K, I = layer_width(c, l);
     long D = c->router.lpr_latent_dim, lpr = sparse && c->router.kind == ROUTER_LPR;
+    long S = shared_width(c, l), gated = S > 0 && c->arch == QWEN2_MOE;
     LAYER_ARRAYS(TAKE)
 }
 
@@ -53,6 +54,7 @@ static void take_activations(Model* m, Arena* a) {
         long rows = N * (c->sparse[l] ? most_topk(c) : 1);
         if (rows > R) R = rows;
         if (rows * layer_width(c, l) > RI) RI = rows * layer_width(c, l);
+        if (N * shared_width(c, l) > RI) RI = N * shared_width(c, l);
         if (c->sparse[l]) K = most_topk(c);
     }
     a->used = layers_end;
@@ -109,7 +111,7 @@ static void cpu_allocate(Model* m) {
         if (!m->config.sparse[l]) {
             m->layers[l].gates = m->ones;
             m->layers[l].assignment = m->layers[l].row_of = m->identity;
-        }
+        } else if (m->config.arch == DOTS1) m->layers[l].shared_gates = m->ones;
 }
 
 static void cpu_release(Model* m) { free(m->memory); }

@@ -5,6 +5,7 @@
 // What differs from a softmax over the experts; all zero without. routers.h explains each.
 typedef struct {
     Router kind;
+    double scaling;                 // of a sigmoid router's gates, 0: none
     double logit_norm;              // lambda of the logits' normalisation, 0: none
     double family_penalty;          // of the copies of an expert, INFINITY just after they were made, 0: none
     int lpr_latent_dim;             // D of Latent Prototype Routing, and the weights of its losses

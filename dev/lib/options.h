@@ -525,7 +525,7 @@ static void config_from_options(Config* c) {
     // Qwen3-MoE with sigmoid scores is Dots1, which knows dense layers only below the sparse ones
     if (kind == 0 && c->router.kind == ROUTER_SIGMOID && c->router.logit_norm == 0 && options.sparse_step == 1 &&
         c->num_experts > 1)
-        c->arch = DOTS1;
+        c->arch = DOTS1, c->router.scaling = 1;
     if (count_sparse(c) == 0)
         die(2, "--sparse-step %ld: leaves no sparse layer among %d; --dense does that", options.sparse_step,
             c->num_layers);
@@ -609,6 +609,7 @@ static void print_model(const Model* m) {
     if (c->num_experts)
         printf(", %d experts of width %d, %d per token", c->num_experts, c->moe_intermediate_size,
                c->num_experts_per_tok);
+    if (shared_expert_width(c)) printf(", and a shared one of width %d", shared_expert_width(c));
     printf("\nparameters: %ld, %ld of them active for a token\n", total, active);
     printf("memory: %.1f MB = parameters %.1f + gradients and moments %.1f + activations %.1f\n",
            (m->bytes_params + m->bytes_optimizer + m->bytes_activations) / 1e6, m->bytes_params / 1e6,

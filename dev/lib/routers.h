@@ -87,12 +87,14 @@ static void sigmoid_scores(float* scores, const float* z, const float* bias, int
 }
 
 // Sigmoid scores with a bias that balances the load without a loss (DeepSeek-V3, 2412.19437; Wang et al., 2408.15664):
-//     s = sigmoid(z)     S = the K experts with the largest s + bias - shift     gate_e = s_e, or s_e / sum over S of s
+//     s = sigmoid(z)     S = the K experts with the largest s + bias - shift
+//     gate_e = scaling s_e, or scaling s_e / sum over S of s
 // The bias takes part in nothing else. probs (N, E) = s / sum of s stands in for the probabilities in the balance loss;
 // lse (N) = logsumexp(z). shift (N, E) or NULL is what families subtracted from z: it is taken from s + bias as well,
 // because s of a penalised expert tends to 0, but s + bias would not fall below all others.
 static void sigmoid_router_forward(float* probs, float* lse, int* experts, float* gates, const float* z,
-                                   const float* bias, const float* shift, int N, int E, int K, int norm_topk) {
+                                   const float* bias, const float* shift, int N, int E, int K, int norm_topk,
+                                   float scaling) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* z_n = z + (long)n * E;
@@ -107,18 +109,20 @@ static void sigmoid_router_forward(float* probs, float* lse, int* experts, float
         choose_topk(experts_n, p, E, K);
         for (int e = 0; e < E; e++) sum += p[e] = 1.0f / (1.0f + fast_exp(-z_n[e]));
         for (int k = 0; k < K; k++) gate_sum += gates_n[k] = p[experts_n[k]];
-        for (int k = 0; k < K && norm_topk; k++) gates_n[k] /= gate_sum;
+        for (int k = 0; k < K; k++) gates_n[k] = scaling * (norm_topk ? gates_n[k] / gate_sum : gates_n[k]);
         for (int e = 0; e < E; e++) p[e] /= sum;
     }
 }
 
 // dz (N, E) from dgates (N, K), and from the balance losses (aux_weight, z_weight and f as in balance_backward):
-//     renormalised: ds_e = (dgate_e - sum over S of gate_j dgate_j) / sum over S of s;    otherwise ds_e = dgate_e
+//     renormalised: ds_e = (scaling dgate_e - sum over S of gate_j dgate_j) / sum over S of s
+//     otherwise:    ds_e = scaling dgate_e
 //     balance:      ds_e += aux_weight (f_e - sum_j f_j p_j) / sum of s,  p = s / sum of s
 //     dz_e = ds_e s_e (1 - s_e) + z_weight lse exp(z_e - lse)
 static void sigmoid_router_backward(float* dz, const float* dgates, const float* z, const float* probs,
                                     const float* lse, const int* experts, const float* gates, const double* f,
-                                    double aux_weight, double z_weight, int N, int E, int K, int norm_topk) {
+                                    double aux_weight, double z_weight, int N, int E, int K, int norm_topk,
+                                    float scaling) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float *z_n = z + (long)n * E, *p = probs + (long)n * E, *gates_n = gates + (long)n * K;
@@ -135,7 +139,10 @@ static void sigmoid_router_backward(float* dz, const float* dgates, const float*
             chosen_sum += 1.0f / (1.0f + fast_exp(-z_n[experts_n[k]]));
             mean += gates_n[k] * dgates_n[k];
         }
-        for (int k = 0; k < K; k++) dz_n[experts_n[k]] += norm_topk ? (dgates_n[k] - mean) / chosen_sum : dgates_n[k];
+        for (int k = 0; k < K; k++) {
+            float dgate = scaling * dgates_n[k];
+            dz_n[experts_n[k]] += norm_topk ? (dgate - mean) / chosen_sum : dgate;
+        }
         for (int e = 0; e < E; e++) {
             float s = 1.0f / (1.0f + fast_exp(-z_n[e]));
             dz_n[e] = dz_n[e] * s * (1.0f - s) + (float)z_weight * lse[n] * fast_exp(z_n[e] - lse[n]);
@@ -444,6 +451,8 @@ static void lpr_losses_backward(Model* m, int l, float* dencoded, double scale) 
     }
 }
 
+static float gate_scaling(const Config* c) { return c->router.scaling > 0 ? (float)c->router.scaling : 1; }
+
 static int has_router_variant(const Config* c) {
     const RouterConfig* r = &c->router;
     return r->kind != ROUTER_SOFTMAX || r->logit_norm > 0 || r->family_penalty > 0 || r->skip_below > 0 || r->fixed;
@@ -509,7 +518,7 @@ static void score_experts(Model* m, int l) {
     }
     if (c->router.kind == ROUTER_SIGMOID)
         sigmoid_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, N, E, K,
-                               c->norm_topk_prob);
+                               c->norm_topk_prob, gate_scaling(c));
     else softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, N, E, K, c->norm_topk_prob);
     if (c->router.bias_rule == BIAS_QUANTILE && m->counting_load)
         add_cutoffs(m->cutoffs + (long)l * E, m->scratch.drouter, z, w->router_bias, N, E, K);
@@ -536,7 +545,7 @@ static void variant_router_backward(Model* m, int l, const double* f, double aux
     float* dz = t->drouter;
     if (c->router.kind == ROUTER_SIGMOID) {
         sigmoid_router_backward(dz, t->dgates, s->router_logits, s->probs, s->router_lse, s->experts, s->gates, f,
-                                aux_weight, z_weight, N, E, K, c->norm_topk_prob);
+                                aux_weight, z_weight, N, E, K, c->norm_topk_prob, gate_scaling(c));
     } else {
         softmax_router_backward(dz, t->dgates, s->probs, s->experts, s->gates, N, E, K,
                                 c->router.kind == ROUTER_LPR || c->norm_topk_prob);

@@ -5,7 +5,7 @@
 // the configuration asks for must be found; what is found besides is named and passed over, as transformers does.
 #pragma once
 
-typedef enum { OTHER, FFN_MATRIX, ROUTER_ROWS, ROUTER_CORRECTION } RoleKind;
+typedef enum { OTHER, FFN_MATRIX, ROUTER_ROWS, ROUTER_CORRECTION, SHARED } RoleKind; // SHARED: of a shared expert
 enum { GATE, UP, DOWN };
 
 // What a tensor is, as its name says.
@@ -24,7 +24,11 @@ static Role role_of(const char* name) {
     int at = 0;
     if (sscanf(name, "model.layers.%d.%n", &r.layer, &at) != 1 || !at) return r;
     const char *rest = name + at, *experts = strstr(rest, ".experts.");
-    if (experts || (!strncmp(rest, "mlp.", 4) && !strstr(rest, "shared_experts."))) { // (Dots1's have width 0)
+    if (!strncmp(rest, "mlp.shared_expert", 17)) {
+        r.kind = SHARED;
+        return r;
+    }
+    if (experts || !strncmp(rest, "mlp.", 4)) {
         static const struct {
             const char* end;
             int matrix;

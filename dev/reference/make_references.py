@@ -58,6 +58,11 @@ MODELS = {
                     num_attention_heads=3, num_key_value_heads=3, num_experts=7, num_experts_per_tok=2,
                     norm_topk_prob=True, rms_norm_eps=3e-6, tie_word_embeddings=True),
         rope=("new", 20000.0), T=13, seed=1, aux=0.02, aux_form="hf", z_loss=0.01, lr=1e-2, clip=0.5),
+    "qwen2": dict(  # biases of q, k and v
+        config=dict(model_type="qwen2", vocab_size=39, hidden_size=24, intermediate_size=17, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, use_sliding_window=False,
+                    sliding_window=32, max_window_layers=2, tie_word_embeddings=True),
+        rope=("old", 1000000.0), T=12, seed=3, lr=3e-3),
     "qwen3": dict(
         config=dict(model_type="qwen3", vocab_size=43, hidden_size=22, intermediate_size=15, num_hidden_layers=3,
                     num_attention_heads=2, num_key_value_heads=1, head_dim=14, rms_norm_eps=1e-6,
@@ -118,12 +123,40 @@ MODELS = {
         rope=("old", 500.0, dict(rope_type="yarn", factor=8.0, beta_fast=4, beta_slow=0.5, mscale=1.2,
                                  mscale_all_dim=0.7, truncate=False, original_max_position_embeddings=32)),
         T=14, seed=5, aux=0.02, lr=1e-2),
+    "dots1_shared": dict(  # as released: dense below, two shared experts, gates that sum to 2.5
+        config=dict(model_type="dots1", vocab_size=35, hidden_size=18, intermediate_size=23, moe_intermediate_size=5,
+                    num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=3, head_dim=8, n_routed_experts=7,
+                    num_experts_per_tok=3, n_shared_experts=2, n_group=1, topk_group=1, norm_topk_prob=True,
+                    routed_scaling_factor=2.5, first_k_dense_replace=1, sliding_window=None, rms_norm_eps=1e-6,
+                    tie_word_embeddings=False),
+        rope=("new", 10000.0), T=9, seed=20, lr=1e-2),
+    "dots1_raw": dict(  # gates that are not renormalised, and scaled
+        config=dict(model_type="dots1", vocab_size=33, hidden_size=16, intermediate_size=17, moe_intermediate_size=6,
+                    num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, n_routed_experts=5,
+                    num_experts_per_tok=2, n_shared_experts=1, n_group=1, topk_group=1, norm_topk_prob=False,
+                    routed_scaling_factor=0.7, first_k_dense_replace=0, sliding_window=None, rms_norm_eps=1e-6,
+                    tie_word_embeddings=True),
+        rope=("old", 10000.0), T=11, seed=1, lr=1e-2),
+    "qwen2_moe": dict(  # as Qwen1.5-MoE: a shared expert with a gate, wider than the others
+        config=dict(model_type="qwen2_moe", vocab_size=37, hidden_size=24, intermediate_size=21,
+                    moe_intermediate_size=7, shared_expert_intermediate_size=26, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, num_experts=6, num_experts_per_tok=2,
+                    norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[], rms_norm_eps=1e-6,
+                    use_sliding_window=False, tie_word_embeddings=False),
+        rope=("old", 1000000.0), T=11, seed=3, aux=0.01, z_loss=0.001, lr=1e-2),
+    "qwen2_moe_mixed": dict(  # sparse, dense, sparse, without biases; the shared expert is narrow
+        config=dict(model_type="qwen2_moe", vocab_size=33, hidden_size=16, intermediate_size=19,
+                    moe_intermediate_size=9, shared_expert_intermediate_size=3, num_hidden_layers=3,
+                    num_attention_heads=2, num_key_value_heads=1, num_experts=5, num_experts_per_tok=3,
+                    norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[1], rms_norm_eps=1e-5,
+                    qkv_bias=False, tie_word_embeddings=True),
+        rope=("new", 20000.0), T=10, seed=5, aux=0.02, aux_form="hf", lr=3e-3),
 }
 DEFAULTS = dict(aux=0.0, aux_form="switch", z_loss=0.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0,
                 unused=[], seed=0)
 CLASSES = dict(llama="LlamaForCausalLM", mistral="MistralForCausalLM", mixtral="MixtralForCausalLM",
-               olmoe="OlmoeForCausalLM", qwen3="Qwen3ForCausalLM", qwen3_moe="Qwen3MoeForCausalLM",
-               dots1="Dots1ForCausalLM")
+               olmoe="OlmoeForCausalLM", qwen2="Qwen2ForCausalLM", qwen3="Qwen3ForCausalLM",
+               qwen2_moe="Qwen2MoeForCausalLM", qwen3_moe="Qwen3MoeForCausalLM", dots1="Dots1ForCausalLM")
 
 
 def write_config(spec, directory):
@@ -152,6 +185,8 @@ def write_weights(spec, directory):
         noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape)).astype(np.float32))
         if name.endswith("e_score_correction_bias"):
             weights[name] = 0.2 * noise
+        elif name.endswith(".bias"):
+            weights[name] = 0.5 * noise
         elif parameter.ndim == 1:
             weights[name] = 1 + 0.3 * noise
         elif "embed_tokens" in name:
@@ -222,7 +257,7 @@ def make(name, out):
     logits, routing = hf.run(model, tokens)
     margin = check_margins(routing, name)
     loss, aux, z, total = objective(spec, logits, targets, routing)
-    if routing and name != "dots1":
+    if routing and spec["config"]["model_type"] != "dots1":
         with torch.no_grad():
             ours, theirs = float(hf.aux_loss(routing, "hf")), float(hf.transformers_aux_loss(model, routing))
         assert abs(ours - theirs) < 1e-6 * theirs, (ours, theirs)  # theirs counts in fp32
@@ -232,7 +267,7 @@ def make(name, out):
 
     reference = {"tokens": tokens.int(), "targets": targets.int(), "logits": logits.detach(),
                  "loss": loss.detach().view(1), "aux_loss": aux.detach().view(1), "z_loss": z.detach().view(1)}
-    if name == "dots1":
+    if spec["config"]["model_type"] == "dots1":
         del reference["aux_loss"]  # transformers defines none for sigmoid scores
     for layer, chosen in routing.items():
         reference[f"router.{layer}"] = chosen.experts.int()

@@ -143,7 +143,9 @@ static void test_config_defaults(void) {
                    {"mixtral", 8, 8, 131072, 8, 2, 20, 1e6, 1e-5, 0.001},
                    {"olmoe", 64, 8, 4096, 64, 8, 20, 1e4, 1e-5, 0.01},
                    {"qwen3", 32, 128, 32768, 0, 0, 0, 1e4, 1e-6, 0},
-                   {"qwen3_moe", 4, 8, 32768, 128, 8, 768, 1e4, 1e-6, 0.001}};
+                   {"qwen3_moe", 4, 8, 32768, 128, 8, 768, 1e4, 1e-6, 0.001},
+                   {"qwen2", 32, 8, 32768, 0, 0, 0, 1e4, 1e-6, 0},
+                   {"qwen2_moe", 16, 8, 32768, 60, 4, 1408, 1e4, 1e-6, 0.001}};
     for (EACH(i, classes)) {
         Config c;
         Error error;
@@ -201,9 +203,11 @@ static void test_config_round_trip(void) {
         c.router_aux_loss_coef = moe ? 0.02 : 0;
         if (arch == DOTS1) c.router.kind = ROUTER_SIGMOID;
         if (arch == DOTS1) c.qk_norm = QK_NORM_HEAD;
-        if (arch == QWEN3_MOE || arch == OLMOE) c.norm_topk_prob = 0;
-        if (arch == QWEN3_MOE) c.sparse[1] = 0;
-        if (moe && arch != QWEN3_MOE && arch != DOTS1) c.intermediate_size = c.moe_intermediate_size;
+        if (arch == DOTS1) c.num_shared_experts = 2, c.router.scaling = 2.5;
+        if (arch == QWEN2_MOE) c.qkv_bias = 0;
+        if (names_dense_layers(c.arch) || arch == OLMOE) c.norm_topk_prob = 0;
+        if (names_dense_layers(c.arch)) c.sparse[1] = 0;
+        if (moe && !names_dense_layers(c.arch) && arch != DOTS1) c.intermediate_size = c.moe_intermediate_size;
         Text t = {NULL, 0, 0};
         Error error;
         config_to_json(&t, &c, NULL, "float32");

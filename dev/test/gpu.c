@@ -130,6 +130,19 @@ static void test_gpu_tiles(void) {
             gpu_against_cpu(name, &c, 2, sizes[i].T, 2, bf16_too ? 0.03 : 1e-5, bf16_too ? 0.1 : 1e-5);
             default_backend = &cpu_backend;
         }
+    // A shared expert, wider and narrower than the others, with and without a gate
+    for (int i = 0; i < 4; i++) {
+        Config c = tiny_config(i / 2 ? DOTS1 : QWEN2_MOE, 2, 3, i % 2 ? 3 : 2);
+        c.hidden_size = 80;
+        c.moe_intermediate_size = 35;
+        c.shared_expert_intermediate_size = i / 2 ? 0 : 150;
+        c.num_shared_experts = i / 2 ? 2 : 0;
+        if (i / 2) c.router.kind = ROUTER_SIGMOID, c.router.scaling = 2.5;
+        if (i / 2) c.qk_norm = QK_NORM_HEAD;
+        default_backend = i % 2 ? &gpu_backend_bf16 : &gpu_backend_float;
+        gpu_against_cpu(i / 2 ? "Dots1" : "Qwen2-MoE", &c, 2, 150, 2, i % 2 ? 0.03 : 1e-5, i % 2 ? 0.1 : 1e-5);
+        default_backend = &cpu_backend;
+    }
     // Many tokens of a small model: sums go round more than once, products are split along k, every kind of router
     for (int i = 0; i < 3; i++) {
         static const char* routers[] = {"softmax", "sigmoid, logit norm, families", "LPR"};

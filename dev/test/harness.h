@@ -364,6 +364,9 @@ static Config tiny_config(Arch arch, int layers, int experts, int topk) {
     c.norm_topk_prob = experts > 0;
     c.vocab_size = 50;
     c.max_position_embeddings = 128;
+    c.qkv_bias = arch == QWEN2 || arch == QWEN2_MOE;
+    c.shared_expert_intermediate_size = arch == QWEN2_MOE ? 7 : 0;
+    c.router.scaling = arch == DOTS1;
     c.qk_norm = arch == OLMOE ? QK_NORM_ROW : arch == QWEN3 || arch == QWEN3_MOE ? QK_NORM_HEAD : QK_NORM_NONE;
     c.rope_theta = 1e4;
     c.rms_norm_eps = 1e-6;

@@ -146,6 +146,9 @@ static void up_make(const char* name, Arch arch, int layers, int hidden, int wid
     c.rms_norm_eps = 1e-6;
     int per_head = arch == QWEN3 || arch == QWEN3_MOE || arch == DOTS1;
     c.qk_norm = arch == OLMOE ? QK_NORM_ROW : per_head ? QK_NORM_HEAD : QK_NORM_NONE;
+    c.qkv_bias = arch == QWEN2 || arch == QWEN2_MOE;
+    c.shared_expert_intermediate_size = arch == QWEN2_MOE ? width / 2 : 0;
+    c.router.scaling = arch == DOTS1;
     c.router.kind = arch == DOTS1 ? ROUTER_SIGMOID : ROUTER_SOFTMAX;
     for (int l = 0; l < layers; l++) c.sparse[l] = experts > 0;
     options_reset_table(option_table, NUM_OPTIONS);

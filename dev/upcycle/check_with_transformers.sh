@@ -47,3 +47,8 @@ try OlmoeForCausalLM $golden/olmoe --experts 13 --method drop --router perturb-n
 try Dots1ForCausalLM $golden/dots1 --experts 12 --method drop
 try Qwen3ForCausalLM $golden/qwen3 --layers-to 5 --new-layers copy --ffn-to 30
 try Qwen3MoeForCausalLM $golden/qwen3_moe --layers-to 6 --depth stack --ffn-to 18 --experts 10 --method multiply
+try Dots1ForCausalLM $golden/dots1_shared --experts 14
+try Qwen2MoeForCausalLM $golden/qwen2 --experts 4 --method drop
+balance
+try Qwen2MoeForCausalLM $golden/qwen2 --experts 3 --layers every-2
+try Qwen2MoeForCausalLM $golden/qwen2_moe --experts 12 --topk 4 --dtype bf16

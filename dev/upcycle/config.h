@@ -34,14 +34,19 @@ static void open_sources(Plan* p, const char* src) {
     p->rest_is_mean = p->num_sources > 1 && !p->unlike && !is(ask.rest, "base");
 }
 
-// A dense SRC's part of the configuration of DST: Qwen3 becomes Qwen3-MoE, Llama and Mistral become Mixtral.
+// Width of the shared expert that Qwen2-MoE must have: vLLM and llama.cpp do not open one of width 0, and 32 is what a
+// block of llama.cpp's formats holds.
+enum { SHARED_WIDTH = 32 };
+
+// A dense SRC's part of the configuration of DST: Qwen2 and Qwen3 become their MoEs, Llama and Mistral become Mixtral.
 static void plan_config_of_dense(Plan* p, const Config* from, Config* c) {
     int granular = is(p->method->name, "granular"), partition = is(p->method->name, "partition"), M = p->M;
     const char* type = archs[from->arch].model_type;
-    if (from->arch != LLAMA && from->arch != MISTRAL && from->arch != QWEN3)
-        die(2, "%s: a dense %s model has no mixture-of-experts class; llama, mistral and qwen3 have",
+    if (is_moe(from->arch))
+        die(2, "%s: a dense %s model has no mixture-of-experts class; llama, mistral, qwen2 and qwen3 have",
             p->sources[0]->dir, type);
-    c->arch = from->arch == QWEN3 ? QWEN3_MOE : MIXTRAL;
+    c->arch = from->arch == QWEN3 ? QWEN3_MOE : from->arch == QWEN2 ? QWEN2_MOE : MIXTRAL;
+    if (c->arch == QWEN2_MOE) c->shared_expert_intermediate_size = SHARED_WIDTH;
     if (granular && !asked("granularity"))
         die(2, "--method granular wants --granularity G, the number of shards of an FFN");
     int G = p->shards = granular ? (int)ask.granularity : partition ? M : 1;
@@ -159,13 +164,13 @@ static void plan_luggage(Plan* p) {
     grow_luggage(p);
     if (!p->dense || stays_dense(p)) return;
     window = active_window(p->luggage, &s->config, &layers);
-    if (window && layers < s->config.num_layers)
-        die(2, "%s: has sliding_window %d in %d of %d layers, and %s has one in all or none; if none is meant, set "
+    if (window && (layers < s->config.num_layers || p->config.arch == QWEN2_MOE))
+        die(2, "%s: has sliding_window %d in %d of %d layers, which %s cannot have; if none is meant, set "
             "use_sliding_window to false in its config.json", s->dir, window, layers, s->config.num_layers,
             archs[p->config.arch].class_name);
     if (window) snprintf(size, sizeof size, "%d", window);
     json_set_raw(p->luggage, "sliding_window", size);
-    if (p->config.arch == QWEN3_MOE) json_set_raw(p->luggage, "use_sliding_window", window ? "true" : "false");
+    if (names_dense_layers(p->config.arch)) json_set_raw(p->luggage, "use_sliding_window", window ? "true" : "false");
     json_set_raw(p->luggage, "output_router_logits", "true");
 }
 

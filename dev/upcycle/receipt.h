@@ -274,7 +274,8 @@ static void print_config_line(const char* what, const char* dir, const Config* c
     if (c->num_experts)
         printf(", %d of %d layers sparse, %d experts of width %d, %d per token", count_sparse(c), c->num_layers,
                c->num_experts, c->moe_intermediate_size, c->num_experts_per_tok);
-    else
+    if (shared_expert_width(c)) printf(", and a shared one of width %d", shared_expert_width(c));
+    if (!c->num_experts)
         printf(", %d dense layers of width %d", c->num_layers, c->intermediate_size);
     printf("\n        %ld parameters, %ld active for a token, %.1f MB\n", total, active, bytes * 1e-6);
 }

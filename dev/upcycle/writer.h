@@ -68,7 +68,8 @@ static Dtype output_dtype(const Plan* p, const Role* r, const char* name) {
     if (is(ask.dtype, "f32")) return DTYPE_F32;
     if (is(ask.dtype, "bf16")) return DTYPE_BF16;
     if (r->kind == ROUTER_ROWS && !p->dense) return s->views[s->router[r->layer]].stored->dtype;
-    if (r->kind == ROUTER_ROWS) return source_ffn(s, r->layer, 0, GATE)->stored->dtype;
+    if (r->kind == ROUTER_ROWS || (r->kind == SHARED && p->dense))
+        return source_ffn(s, r->layer, 0, GATE)->stored->dtype;
     if (r->kind == FFN_MATRIX && p->config.sparse[r->layer]) {
         int e = plan_source(p, r->layer, r->expert);
         const Source* made_from = p->dense && e >= 0 ? p->sources[e] : s;
@@ -118,6 +119,14 @@ static void plan_outputs(Plan* p, long most) {
     p->num_files = file + 1;
 }
 
+// The shared expert that a dense SRC has not. Its down is 0: it adds exactly nothing. The rest is N(0, 0.02), so that
+// it can learn, and because llama.cpp computes its gate as silu(z) / z, which is no number for a gate of zeros.
+static void shared_rows(const Plan* p, Target* t, long row, long rows, float* out) {
+    (void)p;
+    t->std = t->holds == WEIGHTS && !ends_with(t->output->tensor->name, "down_proj.weight") ? 0.02 : 0;
+    draw_rows(t, row, rows, out, 0, 1);
+}
+
 // How a tensor of the result is made: experts by the method, what belongs to no expert by a copy or a mean.
 static Target target_open(const Plan* p, const Output* o) {
     const Role* r = &o->role;
@@ -152,6 +161,9 @@ static Target target_open(const Plan* p, const Output* o) {
         const int* place = r->kind == ROUTER_ROWS ? from->router : from->correction;
         t.make = r->kind == ROUTER_ROWS ? router_rows : correction_rows;
         if (!p->dense) t.from = from->views[place[l]];
+    } else if (r->kind == SHARED && p->dense) {
+        t.make = shared_rows;
+        t.key = random_key(stream_key(p, "shared", l, 0, 0), hash_string(o->tensor->name), 0, 0);
     } else {
         const View* v = source_find(from, o->tensor->name);
         if (!v || v->rows != t.rows || v->cols != t.cols)

@@ -11,6 +11,10 @@ template <class Real> struct GpuLayer {
     int2* tiles;                    // see gpu_group_by_expert
     float *router_raw, *router_logits, *router_lse, *probs, *gates;
     Real* experts_in;               // (N, H)       what the experts read: ffn_in, or LPR's sum
+    Real* shared_gate_up;           // (N, 2, S) of the shared expert, all of whose N rows are one group:
+    int* shared_offsets;
+    int2* shared_tiles;
+    float* shared_gates;            // (N)          sigmoids, or NULL: ones
     LprLayer lpr;
 };
 
@@ -34,7 +38,7 @@ template <class Real> struct GpuModel {
     Real *act, *rows, *projected, *dx, *dnormed, *dattn, *dqkv, *drotated;
     float *attention_d, *dgate_parts, *dgates, *drouter, *extra, *norm_parts, *k_norm_parts, *product_parts, *shift;
     int* chunk_counts;
-    double *balance, *balance_parts, *norm_sums, *all_counts, *all_probs;
+    double *balance, *balance_parts, *bias_parts, *norm_sums, *all_counts, *all_probs;
     float* norm;                    // of the gradients
     // Sums since they were last read, one array: losses as in Losses (4 doubles), assignments (L, E) in all and in this
     // step (long long), then (L) Observed, and quantile balancing's cutoffs (L, E)
@@ -95,6 +99,12 @@ template <class Real> static void gpu_take_layer(Arena* a, GpuLayer<Real>* s, co
     s->assignment = take_ints(a, N * K);
     s->token = take_ints(a, N * K);
     s->row_of = take_ints(a, N * K);
+    if (shared_width(c, l) > 0) {
+        if (m->purpose == FOR_TRAINING) s->shared_gate_up = take_reals<Real>(a, N * 2 * shared_width(c, l));
+        s->shared_offsets = take_ints(a, 2);
+        s->shared_tiles = (int2*)take(a, sizeof(int2) * (size_t)most_tiles(N, 1));
+        if (c->arch == QWEN2_MOE) s->shared_gates = take_floats(a, N);
+    }
     if (c->router.kind == ROUTER_LPR) {
         long D = c->router.lpr_latent_dim;
         s->experts_in = take_reals<Real>(a, N * H);
@@ -139,6 +149,9 @@ template <class Real> static void gpu_take(Model* m, Arena* a) {
         if (k > K) K = k;
         if (N * k > R) R = N * k;
         if (N * k * I > RI) RI = N * k * I;
+        long S = shared_width(c, l);
+        if (N * S > RI) RI = N * S;
+        if (N * gpu_dgate_parts<Real>((int)S) > parts) parts = N * gpu_dgate_parts<Real>((int)S);
         if (gpu_group_chunks(N, k) * (long)layer_experts(c, l) > chunks)
             chunks = gpu_group_chunks(N, k) * (long)layer_experts(c, l);
         if (N * k * gpu_dgate_parts<Real>((int)I) > parts) parts = N * k * gpu_dgate_parts<Real>((int)I);
@@ -193,6 +206,7 @@ template <class Real> static void gpu_take(Model* m, Arena* a) {
         g->norm_parts = take_floats(a, (long)gpu_norm_parts((int)N) * (H > NH * HD ? H : NH * HD));
         g->k_norm_parts = take_floats(a, (long)gpu_norm_parts((int)N) * NKV * HD);
         g->balance = take_doubles(a, E);
+        if (c->qkv_bias) g->bias_parts = take_doubles(a, (long)SLICES * qkv_width(c));
         g->norm_sums = take_doubles(a, GRADIENT_NORM_PARTS);
     }
     g->bytes = a->used;

@@ -104,7 +104,7 @@ static void gpu_sigmoid_scores(float* scores, const float* z, const float* bias,
 
 __global__ static void sigmoid_router_kernel(float* probs, float* lse, int* experts, float* gates, const float* z,
                                              const float* bias, const float* shift, int N, int E, int K,
-                                             int norm_topk) {
+                                             int norm_topk, float scaling) {
     long n = warp_row();
     int lane = threadIdx.x % 32;
     if (n >= N) return;
@@ -132,19 +132,19 @@ __global__ static void sigmoid_router_kernel(float* probs, float* lse, int* expe
         if (lane == 0) experts[k] = e, gates[k] = gate;
     }
     __syncwarp();
-    for (int k = lane; k < K && norm_topk; k += 32) gates[k] /= gate_sum;
+    for (int k = lane; k < K; k += 32) gates[k] = scaling * (norm_topk ? gates[k] / gate_sum : gates[k]);
     for (int e = lane; e < E; e += 32) probs[e] = sigmoid(z[e]) / sum;
 }
 
 // sigmoid_router_forward of dev/lib/routers.h: with s = sigmoid(z),
 //     experts (N, K): the K largest s + bias - shift, best first (of equals the lowest index first)
-//     gates (N, K) = s of the experts, divided by their sum if norm_topk      probs (N, E) = s / sum of s
+//     gates (N, K) = scaling s of the experts, divided by their sum if norm_topk     probs (N, E) = s / sum of s
 //     lse (N) = logsumexp(z)
 // z (N, E), bias (E), shift (N, E) by gpu_penalise_families or NULL
 static void gpu_sigmoid_router(float* probs, float* lse, int* experts, float* gates, const float* z, const float* bias,
-                               const float* shift, int N, int E, int K, int norm_topk) {
+                               const float* shift, int N, int E, int K, int norm_topk, float scaling) {
     sigmoid_router_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(probs, lse, experts, gates, z, bias, shift,
-                                                                           N, E, K, norm_topk);
+                                                                           N, E, K, norm_topk, scaling);
     CHECK(cudaGetLastError());
 }
 
@@ -186,7 +186,8 @@ static void gpu_add_cutoffs(double* cutoffs, float* work, const float* z, const 
 __global__ static void sigmoid_router_backward_kernel(float* dz, const float* dgates, const float* z,
                                                       const float* probs, const float* lse, const int* experts,
                                                       const float* gates, const double* f, double aux_weight,
-                                                      double z_weight, int N, int E, int K, int norm_topk) {
+                                                      double z_weight, int N, int E, int K, int norm_topk,
+                                                      float scaling) {
     long n = warp_row();
     int lane = threadIdx.x % 32;
     if (n >= N) return;
@@ -204,7 +205,10 @@ __global__ static void sigmoid_router_backward_kernel(float* dz, const float* dg
     sum = warp_sum(sum), f_mean = warp_sum(f_mean), chosen_sum = warp_sum(chosen_sum), mean = warp_sum(mean);
     for (int e = lane; e < E; e += 32) dz[e] = (float)(aux_weight * (f[e] - f_mean)) / sum;     // for now ds
     __syncwarp();
-    for (int k = lane; k < K; k += 32) dz[experts[k]] += norm_topk ? (dgates[k] - mean) / chosen_sum : dgates[k];
+    for (int k = lane; k < K; k += 32) {
+        float dgate = scaling * dgates[k];
+        dz[experts[k]] += norm_topk ? (dgate - mean) / chosen_sum : dgate;
+    }
     __syncwarp();
     for (int e = lane; e < E; e += 32) {
         float s = sigmoid(z[e]);
@@ -213,14 +217,16 @@ __global__ static void sigmoid_router_backward_kernel(float* dz, const float* dg
 }
 
 // sigmoid_router_backward of dev/lib/routers.h: dz (N, E) from dgates (N, K) and the balance losses:
-//     renormalised: ds_e = (dgate_e - sum over S of gate_j dgate_j) / sum over S of s;    otherwise ds_e = dgate_e
+//     renormalised: ds_e = (scaling dgate_e - sum over S of gate_j dgate_j) / sum over S of s
+//     otherwise:    ds_e = scaling dgate_e
 //     balance:      ds_e += aux_weight (f_e - sum_j f_j p_j) / sum of s,  p = s / sum of s
 //     dz_e = ds_e s_e (1 - s_e) + z_weight lse exp(z_e - lse)
 // z, probs (N, E), lse (N), experts, gates (N, K), f (E)
 static void gpu_sigmoid_router_backward(float* dz, const float* dgates, const float* z, const float* probs,
                                         const float* lse, const int* experts, const float* gates, const double* f,
-                                        double aux_weight, double z_weight, int N, int E, int K, int norm_topk) {
+                                        double aux_weight, double z_weight, int N, int E, int K, int norm_topk,
+                                        float scaling) {
     sigmoid_router_backward_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(
-        dz, dgates, z, probs, lse, experts, gates, f, aux_weight, z_weight, N, E, K, norm_topk);
+        dz, dgates, z, probs, lse, experts, gates, f, aux_weight, z_weight, N, E, K, norm_topk, scaling);
     CHECK(cudaGetLastError());
 }
