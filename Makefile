@@ -97,7 +97,7 @@ test_moe: $(TESTS) $(UPCYCLE) $(LIB) build/embedded.h
 
 # Says what is missing, and refuses kernels that spill registers to memory.
 define nvcc
-@[ -n "$(NVCC)" ] || { echo "nvcc was not found: install the CUDA toolkit (12.8 or newer), or make NVCC=/path/to/nvcc"; exit 1; }
+@[ -n "$(NVCC)" ] || { echo "nvcc was not found: install the CUDA toolkit (12.9 or newer), or make NVCC=/path/to/nvcc"; exit 1; }
 @mkdir -p build
 @echo '#include <cublas_v2.h>' >build/cublas.cu; $(NVCC) $(CUFLAGS) -E build/cublas.cu >/dev/null 2>&1 || \
 	{ echo "cublas_v2.h was not found: the toolkit lacks cuBLAS, or make CUBLAS=DIR with its include and lib"; exit 1; }

@@ -1257,6 +1257,11 @@ static void gpu_copy_cache(T* cache_k, T* cache_v, const T* rotated, const T* qk
 // The loss
 
 enum { CLASSIFIER_THREADS = 1024 };
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+enum { CLASSIFIER_BLOCKS = 1 };     // on a multiprocessor that has 1536 threads
+#else
+enum { CLASSIFIER_BLOCKS = 2 };
+#endif
 
 // Adds e^x for W numbers to a running sum that is kept relative to the running maximum (online softmax, Milakov and
 // Gimelshein 2018): sum_i e^(x_i) = sum e^max.
@@ -1273,13 +1278,13 @@ template <int W> __device__ static inline void add_exponentials(float* max, floa
 // was read last is still in the cache. Blocks are as large as can be, so that few rows are worked on at a time: two of
 // V = 50304 bf16 numbers are 200 KB, near what the L1 of an SM holds.
 template <class T>
-__global__ void __launch_bounds__(CLASSIFIER_THREADS, sizeof(T) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(CLASSIFIER_THREADS, sizeof(T) == 2 ? CLASSIFIER_BLOCKS : 1)
 classifier_kernel(float* __restrict__ losses, T* __restrict__ logits, const int* __restrict__ targets, int V,
-                  float scale, int write_gradient) {
+                  long row_size, float scale, int write_gradient) {
     const int W = 16 / sizeof(T);
     __shared__ float partial[32], maxima[32];
     long n = blockIdx.x;
-    T* row = logits + n * V;
+    T* row = logits + n * row_size;
     int target = targets[n];
     float target_logit = to_float(row[target]);            // before the row is written, which barriers are between
     int before = (int)((16 - (uintptr_t)row % 16) % 16 / sizeof(T));
@@ -1318,14 +1323,15 @@ classifier_kernel(float* __restrict__ losses, T* __restrict__ logits, const int*
 // The loss of each token, and the logits turned into their gradient in place, so that no probabilities are stored:
 //     losses_n = log sum_v exp(logits_nv) - logits_n,target
 //     logits_nv = scale (exp(logits_nv) / sum_v exp(logits_nv) - [v = target])          if write_gradient
-// losses (N), logits (N, V), targets (N). __expf errs by |x| 2^-24 more than expf, on terms that are e^x of the sum.
+// losses (N), logits (N, V) in rows row_size apart, targets (N). __expf errs by |x| 2^-24 more than expf, on terms that
+// are e^x of the sum.
 template <class T>
-static void gpu_classifier(float* losses, T* logits, const int* targets, int N, int V, float scale,
+static void gpu_classifier(float* losses, T* logits, const int* targets, int N, int V, long row_size, float scale,
                            int write_gradient) {
     if (N == 0) return;
     int threads = ceil_div(ceil_div(V, 16 / sizeof(T)), 32) * 32;
     if (threads > CLASSIFIER_THREADS) threads = CLASSIFIER_THREADS;
-    classifier_kernel<<<N, threads>>>(losses, logits, targets, V, scale, write_gradient);
+    classifier_kernel<<<N, threads>>>(losses, logits, targets, V, row_size, scale, write_gradient);
     CHECK(cudaGetLastError());
 }
 
@@ -1902,34 +1908,34 @@ static void gpu_balance_weights(double* f, const int* offsets, const double* all
 #include "dev/lib/cuda/memory.cuh"      // gpu_plan, gpu_allocate, gpu_release
 
 // y (rows, OC) = x (rows, C) W^T (OC, C), and its two gradients, by cuBLAS. It thinks in columns: to it, each of these
-// matrices is transposed, and so the product is y^T = W x^T.
+// matrices is transposed, and so the product is y^T = W x^T. Rows of y and dy lie y_row or dy_row apart, 0: OC.
 static cudaDataType_t cuda_type(const float*) { return CUDA_R_32F; }
 static cudaDataType_t cuda_type(const bf16*) { return CUDA_R_16BF; }
 
 template <class Real> static void gpu_linear(cublasHandle_t h, Real* y, const Real* x, const Real* W, int rows, int C,
-                                             int OC) {
+                                             int OC, int y_row = 0) {
     const float one = 1, zero = 0;
     cudaDataType_t type = cuda_type(x);
     CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_T, CUBLAS_OP_N, OC, rows, C, &one, W, type, C, x, type, C, &zero, y, type,
-                              OC, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+                              y_row ? y_row : OC, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 // dx (rows, C) = dy (rows, OC) W (OC, C)
 template <class Real> static void gpu_linear_backward_input(cublasHandle_t h, Real* dx, const Real* dy, const Real* W,
-                                                            int rows, int C, int OC) {
+                                                            int rows, int C, int OC, int dy_row = 0) {
     const float one = 1, zero = 0;
     cudaDataType_t type = cuda_type(dy);
-    CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, C, rows, OC, &one, W, type, C, dy, type, OC, &zero, dx, type,
-                              C, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, C, rows, OC, &one, W, type, C, dy, type,
+                              dy_row ? dy_row : OC, &zero, dx, type, C, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 // dW (OC, C) (+)= dy^T (rows, OC) x (rows, C), in float
 template <class Real> static void gpu_linear_backward_weight(cublasHandle_t h, float* dW, const Real* dy, const Real* x,
-                                                             int rows, int C, int OC, int add) {
+                                                             int rows, int C, int OC, int add, int dy_row = 0) {
     const float one = 1, beta = add ? 1 : 0;
     cudaDataType_t type = cuda_type(dy);
-    CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_T, C, OC, rows, &one, x, type, C, dy, type, OC, &beta, dW,
-                              CUDA_R_32F, C, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_T, C, OC, rows, &one, x, type, C, dy, type,
+                              dy_row ? dy_row : OC, &beta, dW, CUDA_R_32F, C, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 // The copy that products read of a parameter.
@@ -2156,7 +2162,8 @@ template <class Real> static void gpu_ffn_layer_backward(Model* m, int l, float 
 template <class Real> static void gpu_take_loss(Model* m, float scale) {
     GpuModel<Real>* g = gpu_of<Real>(m);
     int N = m->batch * m->length;
-    gpu_classifier(g->losses, g->logits, g->targets, N, m->config.vocab_size, scale, scale != 0);
+    int V = m->config.vocab_size;
+    gpu_classifier(g->losses, g->logits, g->targets, N, V, logits_row(V), scale, scale != 0);
     if (g->loss_pending) gpu_add_losses(&g->losses_sum[0], g->losses, N, 1.0 / N);
     g->loss_pending = 0;
 }
@@ -2208,7 +2215,7 @@ template <class Real> static double gpu_forward(Model* m, const int* tokens, con
         wanted = 1;
         x += (long)(N - 1) * H;
     }
-    gpu_linear(g->cublas, g->logits, x, in_products(g, g->w.lm_head), wanted, H, V);
+    gpu_linear(g->cublas, g->logits, x, in_products(g, g->w.lm_head), wanted, H, V, logits_row(V));
     if (!targets) return 0;
     m->sums.passes++;
     g->loss_pending = 1;        // taken by the backward pass, together with the gradient, or when it is asked for
@@ -2220,8 +2227,8 @@ template <class Real> static void gpu_backward(Model* m, float scale) {
     const Config* c = &m->config;
     int N = m->batch * m->length, H = c->hidden_size, V = c->vocab_size, add = !g->fresh;
     gpu_take_loss<Real>(m, scale / N);
-    gpu_linear_backward_input(g->cublas, g->dnormed, g->logits, in_products(g, g->w.lm_head), N, H, V);
-    gpu_linear_backward_weight(g->cublas, g->dw.lm_head, g->logits, g->final_out, N, H, V, add);
+    gpu_linear_backward_input(g->cublas, g->dnormed, g->logits, in_products(g, g->w.lm_head), N, H, V, logits_row(V));
+    gpu_linear_backward_weight(g->cublas, g->dw.lm_head, g->logits, g->final_out, N, H, V, add, logits_row(V));
     gpu_combine_rmsnorm_backward(g->dx, 0, g->norm_parts, g->dnormed, (const float*)NULL, (const int*)NULL, 1,
                                  g->final_in, g->final_rstd, g->w.final_norm, N, H);
     gpu_add_parts(g->dw.final_norm, g->norm_parts, gpu_norm_parts(N), H, add);
