@@ -96,8 +96,10 @@ test_moe: $(TESTS) $(UPCYCLE) $(LIB) build/embedded.h
 	$(CC) $(FLAGS) test_moe.c -o $@ -lm
 
 # Says what is missing, and refuses kernels that spill registers to memory.
+find_nvcc = @[ -n "$(NVCC)" ] || \
+	{ echo "nvcc was not found: install the CUDA toolkit (12.9 or newer), or make NVCC=/path/to/nvcc"; exit 1; }
 define nvcc
-@[ -n "$(NVCC)" ] || { echo "nvcc was not found: install the CUDA toolkit (12.9 or newer), or make NVCC=/path/to/nvcc"; exit 1; }
+$(find_nvcc)
 @mkdir -p build
 @echo '#include <cublas_v2.h>' >build/cublas.cu; $(NVCC) $(CUFLAGS) -E build/cublas.cu >/dev/null 2>&1 || \
 	{ echo "cublas_v2.h was not found: the toolkit lacks cuBLAS, or make CUBLAS=DIR with its include and lib"; exit 1; }
@@ -129,6 +131,7 @@ test_standin: build/test_standin
 
 # The kernels as nvcc's PTX, executed on the CPU (dev/cuda/ptx).
 build/sm_%.ptx: $(CUDA) $(LIB) build/embedded.h
+	$(find_nvcc)
 	$(NVCC) -std=c++17 -O3 -arch=sm_$* -ptx -diag-suppress 177 -I. $(if $(CUBLAS),-I$(CUBLAS)/include) train_moe.cu -o $@
 
 test_ptx: $(if $(findstring --short,$(PTX)),,build/sm_80.ptx) build/sm_90a.ptx

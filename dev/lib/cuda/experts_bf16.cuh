@@ -187,25 +187,25 @@ experts_bf16_kernel(Operand<bf16> left, Operand<bf16> right, long weight_stride,
 
 template <int PRODUCT, bool WGMMA, int BN, class Epilogue>
 static void launch_experts_bf16(Operand<bf16> left, Operand<bf16> right, const int* offsets, const int2* tiles,
-                                int max_tiles, int E, int columns, Epilogue epilogue) {
+                                int max_tiles, int E, int columns, Epilogue epilogue, cudaStream_t stream) {
     auto kernel = experts_bf16_kernel<PRODUCT, WGMMA, BN, Epilogue>;
     constexpr int shared = Bf16Shape<WGMMA, BN>::SHARED;
     allow_shared(kernel, shared);
     long weight_stride = (long)(Epilogue::PAIRS ? 2 : 1) * columns * left.width;
     int down = PRODUCT == DYT_X ? ceil_div(left.width, 128) : max_tiles;
     int across = ceil_div(columns, Epilogue::PAIRS ? BN / 2 : BN);
-    kernel<<<dim3(down * across, E), 256, shared>>>(left, right, weight_stride, offsets, tiles, down, across, columns,
-                                                    epilogue);
+    kernel<<<dim3(down * across, E), 256, shared, stream>>>(left, right, weight_stride, offsets, tiles, down, across,
+                                                            columns, epilogue);
     CHECK(cudaGetLastError());
 }
 
 template <int PRODUCT, class Epilogue>
 static void launch_experts(Operand<bf16> left, Operand<bf16> right, const int* offsets, const int2* tiles,
-                           int max_tiles, int E, int columns, Epilogue epilogue) {
+                           int max_tiles, int E, int columns, Epilogue epilogue, cudaStream_t stream) {
     // 256 columns at a time, unless more than an eighth of the work would be on columns that do not exist
     int narrow = ceil_div((Epilogue::PAIRS ? 2L : 1L) * columns, 128);
     auto launch = !gpu_has_wgmma()                   ? launch_experts_bf16<PRODUCT, false, 128, Epilogue>
                   : narrow % 2 == 0 || narrow >= 8 ? launch_experts_bf16<PRODUCT, true, 256, Epilogue>
                                                      : launch_experts_bf16<PRODUCT, true, 128, Epilogue>;
-    launch(left, right, offsets, tiles, max_tiles, E, columns, epilogue);
+    launch(left, right, offsets, tiles, max_tiles, E, columns, epilogue, stream);
 }
