@@ -177,10 +177,11 @@ __global__ static void __launch_bounds__(1024)
 }
 
 // add_cutoffs of dev/lib/routers.h: cutoffs (E) += beta of quantile balancing; work: N E floats; z (N, E), bias (E)
-static void gpu_add_cutoffs(double* cutoffs, float* work, const float* z, const float* bias, int N, int E, int K) {
+static void gpu_add_cutoffs(double* cutoffs, float* work, const float* z, const float* bias, int N, int E, int K,
+                            cudaStream_t stream = 0) {
     if (K == E) return;
-    cutoff_scores_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(work, z, bias, N, E, K);
-    cutoffs_kernel<<<E, 1024>>>(cutoffs, work, N, E, (long)N * K / E);
+    cutoff_scores_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(work, z, bias, N, E, K);
+    cutoffs_kernel<<<E, 1024, 0, stream>>>(cutoffs, work, N, E, (long)N * K / E);
     CHECK(cudaGetLastError());
 }
 
