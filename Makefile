@@ -7,6 +7,7 @@
 # make references   makes what the tests compare with anew, with PyTorch and transformers, and compares
 # make train_moe_cu   builds the GPU program with nvcc;  make test_gpu   runs every check of it on this machine's GPU
 # make test_standin   runs the checks of the GPU program without a GPU, on a stand-in; STANDIN=WORD: only some groups
+# make test_ptx   executes nvcc's PTX of the tensor-core kernels without a GPU, in an interpreter; PTX=--short: a part
 
 CC     ?= cc
 CFLAGS ?= -O3
@@ -95,8 +96,10 @@ test_moe: $(TESTS) $(UPCYCLE) $(LIB) build/embedded.h
 	$(CC) $(FLAGS) test_moe.c -o $@ -lm
 
 # Says what is missing, and refuses kernels that spill registers to memory.
+find_nvcc = @[ -n "$(NVCC)" ] || \
+	{ echo "nvcc was not found: install the CUDA toolkit (12.9 or newer), or make NVCC=/path/to/nvcc"; exit 1; }
 define nvcc
-@[ -n "$(NVCC)" ] || { echo "nvcc was not found: install the CUDA toolkit (12.8 or newer), or make NVCC=/path/to/nvcc"; exit 1; }
+$(find_nvcc)
 @mkdir -p build
 @echo '#include <cublas_v2.h>' >build/cublas.cu; $(NVCC) $(CUFLAGS) -E build/cublas.cu >/dev/null 2>&1 || \
 	{ echo "cublas_v2.h was not found: the toolkit lacks cuBLAS, or make CUBLAS=DIR with its include and lib"; exit 1; }
@@ -125,6 +128,14 @@ build/test_standin: $(TESTS) $(CUDA) $(UPCYCLE) $(LIB) build/embedded.h $(STANDI
 
 test_standin: build/test_standin
 	build/test_standin "gpu $(STANDIN)"
+
+# The kernels as nvcc's PTX, executed on the CPU (dev/cuda/ptx).
+build/sm_%.ptx: $(CUDA) $(LIB) build/embedded.h
+	$(find_nvcc)
+	$(NVCC) -std=c++17 -O3 -arch=sm_$* -ptx -diag-suppress 177 -I. $(if $(CUBLAS),-I$(CUBLAS)/include) train_moe.cu -o $@
+
+test_ptx: $(if $(findstring --short,$(PTX)),,build/sm_80.ptx) build/sm_90a.ptx
+	python3 dev/cuda/ptx/test_ptx.py $(PTX) $^
 
 # The text that ./train_moe trains on without --data: the project's own source files, also as an array.
 build/embedded.txt: $(LIB) $(UPCYCLE) $(TESTS)
@@ -198,4 +209,4 @@ references:
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu
 
-.PHONY: all single run test test_gpu test_standin bench products lessons picture references clean
+.PHONY: all single run test test_gpu test_standin test_ptx bench products lessons picture references clean

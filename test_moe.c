@@ -377,8 +377,8 @@ static const struct {
 } groups[] = {
 #ifdef TEST_GPU
     {"gpu fp32", test_gpu_fp32}, {"gpu bf16", test_gpu_bf16}, {"gpu tiles", test_gpu_tiles},
-    {"gpu cache", test_gpu_cache}, {"gpu training", test_gpu_training}, {"gpu families", test_gpu_families},
-    {"gpu resume", test_gpu_resume}, {"gpu commands", test_gpu_commands},
+    {"gpu devices", test_gpu_devices}, {"gpu cache", test_gpu_cache}, {"gpu training", test_gpu_training},
+    {"gpu families", test_gpu_families}, {"gpu resume", test_gpu_resume}, {"gpu commands", test_gpu_commands},
 #endif
     {"matmul", test_matmul}, {"gradients", test_gradients}, {"golden", test_golden}, {"routers", test_golden_routers},
     {"families", test_families}, {"load figures", test_load_figures}, {"experts", test_experts},

@@ -24,8 +24,8 @@ What is not for a first reading stands in dev/lib/cuda and is included in its pl
 once more for tensor cores, router variants, the layout of memory, copies to and from the host.
 
 Dimension letters are those of train_moe.c. A kernel takes pointers and sizes and nothing else; the function that
-starts it, whose name begins with gpu_, stands below it and says what it computes. Each can be copied out with sections
-1 and 2 and the headers that these include.
+starts it, whose name begins with gpu_, stands below it and says what it computes; its last argument is the stream, 0 by
+default. Each can be copied out with sections 1 and 2 and the headers that these include.
 
 Figures of every kernel, and the same products and attention as a lesson in steps, are in dev/cuda.
 */
@@ -168,16 +168,17 @@ static __global__ void add_product_parts_kernel(float* out, const float* parts, 
 
 template <int TM, int TN, class TA, class TB>
 static void launch_matmul_fp32(float* out, const TA* a, long a_row, long a_col, const TB* b, long b_row, long b_col,
-                               int M, int N, int K, int add, float* parts, long parts_floats) {
+                               int M, int N, int K, int add, float* parts, long parts_floats, cudaStream_t stream) {
     long tiles = (long)ceil_div(M, TM) * ceil_div(N, TN), splits = 512 / tiles;
     splits = min(splits, min((long)K / 512, parts_floats / ((long)M * N)));
     int k_part = splits > 1 ? ceil_div(ceil_div(K, splits), 16) * 16 : K;
     splits = splits > 1 ? ceil_div(K, k_part) : 1;
-    matmul_fp32_kernel<TM, TN, TA, TB><<<dim3((unsigned)tiles, (unsigned)splits), 256>>>(
+    matmul_fp32_kernel<TM, TN, TA, TB><<<dim3((unsigned)tiles, (unsigned)splits), 256, 0, stream>>>(
         splits > 1 ? parts : out, a, a_row, a_col, b, b_row, b_col, M, N, K, k_part, splits > 1 ? 0 : add);
     CHECK(cudaGetLastError());
     if (splits > 1) {
-        add_product_parts_kernel<<<ceil_div((long)M * N, 256), 256>>>(out, parts, (long)M * N, (int)splits, add);
+        add_product_parts_kernel<<<ceil_div((long)M * N, 256), 256, 0, stream>>>(
+            out, parts, (long)M * N, (int)splits, add);
         CHECK(cudaGetLastError());
     }
 }
@@ -192,11 +193,11 @@ static void launch_matmul_fp32(float* out, const TA* a, long a_row, long a_col, 
 // (8 experts): most of a square tile would be empty.
 template <class TA, class TB>
 static void gpu_matmul_fp32(float* out, const TA* a, long a_row, long a_col, const TB* b, long b_row, long b_col, int M,
-                            int N, int K, int add, float* parts, long parts_floats) {
+                            int N, int K, int add, float* parts, long parts_floats, cudaStream_t stream = 0) {
     auto launch = N <= 16   ? launch_matmul_fp32<256, 16, TA, TB>
                   : M <= 16 ? launch_matmul_fp32<16, 256, TA, TB>
                             : launch_matmul_fp32<64, 64, TA, TB>;
-    launch(out, a, a_row, a_col, b, b_row, b_col, M, N, K, add, parts, parts_floats);
+    launch(out, a, a_row, a_col, b, b_row, b_col, M, N, K, add, parts, parts_floats, stream);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -400,12 +401,12 @@ experts_fp32_kernel(Operand<float> left, Operand<float> right, long weight_strid
 
 template <int PRODUCT, class Epilogue>
 static void launch_experts(Operand<float> left, Operand<float> right, const int* offsets, const int2* tiles,
-                           int max_tiles, int E, int columns, Epilogue epilogue) {
+                           int max_tiles, int E, int columns, Epilogue epilogue, cudaStream_t stream) {
     long weight_stride = (long)(Epilogue::PAIRS ? 2 : 1) * columns * left.width;
     int down = PRODUCT == DYT_X ? ceil_div(left.width, 64) : max_tiles * (GROUP_ROWS / 64);
     int across = ceil_div(columns, Epilogue::PAIRS ? 32 : 64);
-    experts_fp32_kernel<PRODUCT, Epilogue><<<dim3(down * across, E), 256>>>(left, right, weight_stride, offsets, tiles,
-                                                                            down, across, columns, epilogue);
+    experts_fp32_kernel<PRODUCT, Epilogue><<<dim3(down * across, E), 256, 0, stream>>>(
+        left, right, weight_stride, offsets, tiles, down, across, columns, epilogue);
     CHECK(cudaGetLastError());
 }
 
@@ -422,18 +423,18 @@ static void launch_experts(Operand<float> left, Operand<float> right, const int*
 // NULL where no backward pass follows. act is computed from unrounded sums.
 template <class T>
 static void gpu_experts_up(T* gate_up, T* act, const T* x, const int* token, const T* W, const int* offsets,
-                           const int2* tiles, int max_tiles, int H, int I) {
+                           const int2* tiles, int max_tiles, int H, int I, cudaStream_t stream = 0) {
     int vector = by_fours(act, I) && by_fours(gate_up, I);
     launch_experts<X_WT>(operand(x, H, token), operand<T>(W, H, NULL), offsets, tiles, max_tiles, 1, I,
-                         SwigluEpilogue<T>{gate_up, act, I, vector});
+                         SwigluEpilogue<T>{gate_up, act, I, vector}, stream);
 }
 
 // y (R, H) = act (R, I) W_e^T,  W (E, H, I)
 template <class T>
 static void gpu_experts_down(T* y, const T* act, const T* W, const int* offsets, const int2* tiles, int max_tiles,
-                             int I, int H) {
+                             int I, int H, cudaStream_t stream = 0) {
     launch_experts<X_WT>(operand<T>(act, I, NULL), operand<T>(W, I, NULL), offsets, tiles, max_tiles, 1, H,
-                         StoreEpilogue<T>{y, H, by_fours(y, H)});
+                         StoreEpilogue<T>{y, H, by_fours(y, H)}, stream);
 }
 
 // Columns that dgate_parts has for experts of width I.
@@ -446,10 +447,11 @@ template <class T> static int gpu_dgate_parts(int I) { return ceil_div(I, Swiglu
 template <class T>
 static void gpu_experts_down_backward(T* gate_up, T* gated_act, float* dgate_parts, const T* dy, const int* token,
                                       const float* gates, const int* assignment, const T* W, const int* offsets,
-                                      const int2* tiles, int max_tiles, int I, int H) {
+                                      const int2* tiles, int max_tiles, int I, int H, cudaStream_t stream = 0) {
     int vector = by_fours(gate_up, I) && by_fours(gated_act, I);
     launch_experts<DY_W>(operand(dy, H, token), operand<T>(W, I, NULL), offsets, tiles, max_tiles, 1, I,
-                         SwigluBackwardEpilogue<T>{gate_up, gated_act, dgate_parts, gates, assignment, I, vector});
+                         SwigluBackwardEpilogue<T>{gate_up, gated_act, dgate_parts, gates, assignment, I, vector},
+                         stream);
 }
 
 // dgates[assignment[r]] = the sum of parts (R, P) over P, in order
@@ -460,26 +462,27 @@ static __global__ void gate_gradients_kernel(float* dgates, const float* parts, 
     for (int p = 0; p < P; p++) sum += parts[(long)r * P + p];
     dgates[assignment ? assignment[r] : r] = sum;
 }
-static void gpu_gate_gradients(float* dgates, const float* parts, const int* assignment, int R, int P) {
-    gate_gradients_kernel<<<ceil_div(R, 256), 256>>>(dgates, parts, assignment, R, P);
+static void gpu_gate_gradients(float* dgates, const float* parts, const int* assignment, int R, int P,
+                               cudaStream_t stream = 0) {
+    gate_gradients_kernel<<<ceil_div(R, 256), 256, 0, stream>>>(dgates, parts, assignment, R, P);
     CHECK(cudaGetLastError());
 }
 
 // drows (R, H) = dgate_up (R, 2 I) W_e,  W (E, 2, I, H)
 template <class T>
 static void gpu_experts_input_backward(T* drows, const T* dgate_up, const T* W, const int* offsets, const int2* tiles,
-                                       int max_tiles, int H, int I) {
+                                       int max_tiles, int H, int I, cudaStream_t stream = 0) {
     launch_experts<DY_W>(operand<T>(dgate_up, 2 * I, NULL), operand<T>(W, H, NULL), offsets, tiles, max_tiles, 1,
-                         H, StoreEpilogue<T>{drows, H, by_fours(drows, H)});
+                         H, StoreEpilogue<T>{drows, H, by_fours(drows, H)}, stream);
 }
 
 // dW_e (OC, C) (+)= sum over the rows r of expert e of dy_r^T x_r, in fp32; add = 0 overwrites (with zeros for experts
 // without rows). Each operand is (R, OC) or (R, C) by rows if its token is NULL, else (N, OC) or (N, C) by tokens.
 template <class T>
 static void gpu_experts_weight_backward(float* dW, const T* dy, const int* dy_token, const T* x, const int* x_token,
-                                        const int* offsets, int E, int OC, int C, int add) {
+                                        const int* offsets, int E, int OC, int C, int add, cudaStream_t stream = 0) {
     launch_experts<DYT_X>(operand(dy, OC, dy_token), operand(x, C, x_token), offsets, NULL, 0, E, C,
-                          WeightEpilogue{dW, OC, C, add, by_fours(dW, C)});
+                          WeightEpilogue{dW, OC, C, add, by_fours(dW, C)}, stream);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -713,10 +716,11 @@ attention_backward_kv_kernel(float* dk, float* dv, const float* dout, const floa
 
 template <int D>
 static void attention_forward_launch(float* out, float* lse, const float* q, long ld_q, const float* k, long ld_k,
-                                     const float* v, long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD) {
+                                     const float* v, long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD,
+                                     cudaStream_t stream) {
     size_t bytes = 3 * attention_tile_floats<D>() * sizeof(float);
     allow_shared(attention_forward_kernel<D>, bytes);
-    attention_forward_kernel<D><<<dim3(NH, ceil_div(Tq, ATT_TILE), B), ATT_THREADS, bytes>>>(
+    attention_forward_kernel<D><<<dim3(NH, ceil_div(Tq, ATT_TILE), B), ATT_THREADS, bytes, stream>>>(
         out, lse, q, ld_q, k, ld_k, v, ld_v, Tq, Tk, NH, NKV, HD);
     CHECK(cudaGetLastError());
 }
@@ -724,15 +728,15 @@ template <int D>
 static void attention_backward_launch(float* dq, float* dk, float* dv, const float* dots, const float* dout,
                                       const float* lse, const float* q, long ld_q, const float* k, long ld_k,
                                       const float* v, long ld_v, long ld_dqk, long ld_dv, int B, int T, int NH, int NKV,
-                                      int HD) {
+                                      int HD, cudaStream_t stream) {
     size_t bytes = 4 * attention_tile_floats<D>() * sizeof(float);
     int blocks = ceil_div(T, ATT_TILE);
     allow_shared(attention_backward_kv_kernel<D>, bytes);
     allow_shared(attention_backward_q_kernel<D>, bytes);
-    attention_backward_kv_kernel<D><<<dim3(NKV, blocks, B), ATT_THREADS, bytes>>>(
+    attention_backward_kv_kernel<D><<<dim3(NKV, blocks, B), ATT_THREADS, bytes, stream>>>(
         dk, dv, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, ld_dv, T, NH, NKV, HD);
     CHECK(cudaGetLastError());
-    attention_backward_q_kernel<D><<<dim3(NH, blocks, B), ATT_THREADS, bytes>>>(
+    attention_backward_q_kernel<D><<<dim3(NH, blocks, B), ATT_THREADS, bytes, stream>>>(
         dq, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, T, NH, NKV, HD);
     CHECK(cudaGetLastError());
 }
@@ -759,9 +763,10 @@ template <class Launch> static void attention_sized(int HD, Launch launch) {
 // may not see add exact zeros.
 template <class T>
 static void gpu_attention_forward(T* out, float* lse, const T* q, long ld_q, const T* k, long ld_k, const T* v,
-                                  long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD) {
+                                  long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD, cudaStream_t stream = 0) {
     attention_sized(HD, [=](auto size) {
-        attention_forward_launch<decltype(size)::value>(out, lse, q, ld_q, k, ld_k, v, ld_v, B, Tq, Tk, NH, NKV, HD);
+        attention_forward_launch<decltype(size)::value>(out, lse, q, ld_q, k, ld_k, v, ld_v, B, Tq, Tk, NH, NKV, HD,
+                                                        stream);
     });
 }
 
@@ -770,12 +775,12 @@ static void gpu_attention_forward(T* out, float* lse, const T* q, long ld_q, con
 template <class T>
 static void gpu_attention_backward(T* dq, T* dk, T* dv, float* D, const T* dout, const T* out, const float* lse,
                                    const T* q, long ld_q, const T* k, long ld_k, const T* v, long ld_v, long ld_dqk,
-                                   long ld_dv, int B, int length, int NH, int NKV, int HD) {
-    attention_dot_kernel<<<ceil_div((long)B * length * NH, 8), 256>>>(D, dout, out, B, length, NH, HD);
+                                   long ld_dv, int B, int length, int NH, int NKV, int HD, cudaStream_t stream = 0) {
+    attention_dot_kernel<<<ceil_div((long)B * length * NH, 8), 256, 0, stream>>>(D, dout, out, B, length, NH, HD);
     CHECK(cudaGetLastError());
     attention_sized(HD, [=](auto size) {
         attention_backward_launch<decltype(size)::value>(dq, dk, dv, D, dout, lse, q, ld_q, k, ld_k, v, ld_v, ld_dqk,
-                                                         ld_dv, B, length, NH, NKV, HD);
+                                                         ld_dv, B, length, NH, NKV, HD, stream);
     });
 }
 
@@ -866,7 +871,8 @@ combine_rmsnorm_kernel(T* __restrict__ sum, T* __restrict__ normed, float* __res
 // The norm is that of `sum` as stored, because that is what the backward pass will see. Outputs overlap nothing.
 template <class T>
 static void gpu_combine_rmsnorm(T* sum, T* normed, float* rstd, const T* residual, const T* y, const float* gates,
-                                const int* row_of, int K, const float* weight, int N, int H, float eps) {
+                                const int* row_of, int K, const float* weight, int N, int H, float eps,
+                                cudaStream_t stream = 0) {
     if (N == 0) return;
     const int W = 16 / sizeof(T);
     int wide = H % W == 0 && aligned_16(sum, normed, residual, y, weight);
@@ -876,8 +882,8 @@ static void gpu_combine_rmsnorm(T* sum, T* normed, float* rstd, const T* residua
                                         : combine_rmsnorm_kernel<T, W, 1>;
     size_t shared = normed ? sizeof(T) * H : 0;
     allow_shared(combine_rmsnorm, shared);
-    combine_rmsnorm<<<N, row_threads(wide ? H / W : H), shared>>>(sum, normed, rstd, residual, y, gates, row_of, K,
-                                                                  weight, H, eps);
+    combine_rmsnorm<<<N, row_threads(wide ? H / W : H), shared, stream>>>(sum, normed, rstd, residual, y, gates, row_of,
+                                                                          K, weight, H, eps);
     CHECK(cudaGetLastError());
 }
 
@@ -942,7 +948,7 @@ combine_rmsnorm_backward_kernel(T* __restrict__ dx, int add, float* __restrict__
 template <class T>
 static void gpu_combine_rmsnorm_backward(T* dx, int add, float* dweight_parts, const T* y, const float* extra,
                                          const int* row_of, int K, const T* x, const float* rstd, const float* weight,
-                                         int N, int H) {
+                                         int N, int H, cudaStream_t stream = 0) {
     if (N == 0) return;
     const int W = 16 / sizeof(T);
     int wide = H % W == 0 && aligned_16(dx, dweight_parts, y, extra, x, weight);
@@ -952,7 +958,7 @@ static void gpu_combine_rmsnorm_backward(T* dx, int add, float* dweight_parts, c
                                                  : combine_rmsnorm_backward_kernel<T, W, 1>;
     size_t shared = sizeof(float) * 2 * H;
     allow_shared(combine_rmsnorm_backward, shared);
-    combine_rmsnorm_backward<<<gpu_norm_parts(N), row_threads(wide ? H / W : H), shared>>>(
+    combine_rmsnorm_backward<<<gpu_norm_parts(N), row_threads(wide ? H / W : H), shared, stream>>>(
         dx, add, dweight_parts, y, extra, row_of, K, x, rstd, weight, N, H);
     CHECK(cudaGetLastError());
 }
@@ -976,9 +982,9 @@ add_parts_kernel(float* __restrict__ dweight, const float* __restrict__ parts, i
 }
 
 // dweight (size) (+)= sum over p of parts (P, size), in a fixed order
-static void gpu_add_parts(float* dweight, const float* parts, int P, long size, int add) {
+static void gpu_add_parts(float* dweight, const float* parts, int P, long size, int add, cudaStream_t stream = 0) {
     if (size == 0) return;
-    add_parts_kernel<<<ceil_div(size, 32), 1024>>>(dweight, parts, P, size, add);
+    add_parts_kernel<<<ceil_div(size, 32), 1024, 0, stream>>>(dweight, parts, P, size, add);
     CHECK(cudaGetLastError());
 }
 
@@ -1078,14 +1084,15 @@ qk_norm_rope_kernel(T* __restrict__ rotated, float* __restrict__ q_rstd, float* 
 template <class T>
 static void gpu_qk_norm_rope(T* rotated, float* q_rstd, float* k_rstd, const T* qkv, const float* q_norm,
                              const float* k_norm, int mode, const float* cosines, const float* sines, int N, int length,
-                             int start, int NH, int NKV, int HD, float eps) {
+                             int start, int NH, int NKV, int HD, float eps, cudaStream_t stream = 0) {
     if (N == 0) return;
     const int W = 16 / sizeof(T);
     int wide = HD / 2 % W == 0 && aligned_16(rotated, qkv, q_norm, k_norm, cosines, sines);
     int lanes = head_lanes(wide ? HD / 2 / W : HD / 2);
     auto qk_norm_rope = wide ? qk_norm_rope_kernel<T, W> : qk_norm_rope_kernel<T, 1>;
-    qk_norm_rope<<<N, row_threads((long)(NH + NKV) * lanes)>>>(rotated, q_rstd, k_rstd, qkv, q_norm, k_norm, mode,
-                                                               cosines, sines, length, start, NH, NKV, HD, eps, lanes);
+    qk_norm_rope<<<N, row_threads((long)(NH + NKV) * lanes), 0, stream>>>(rotated, q_rstd, k_rstd, qkv, q_norm, k_norm,
+                                                                          mode, cosines, sines, length, start, NH, NKV,
+                                                                          HD, eps, lanes);
     CHECK(cudaGetLastError());
 }
 
@@ -1220,7 +1227,7 @@ template <class T>
 static void gpu_qk_norm_rope_backward(T* dqkv, float* dq_norm_parts, float* dk_norm_parts, const T* drotated,
                                       const T* qkv, const float* q_rstd, const float* k_rstd, const float* q_norm,
                                       const float* k_norm, int mode, const float* cosines, const float* sines, int N,
-                                      int length, int NH, int NKV, int HD) {
+                                      int length, int NH, int NKV, int HD, cudaStream_t stream = 0) {
     if (N == 0) return;
     const int W = 16 / sizeof(T);
     int wide = HD / 2 % W == 0 && aligned_16(dqkv, drotated, qkv, q_norm, k_norm, cosines, sines);
@@ -1228,7 +1235,7 @@ static void gpu_qk_norm_rope_backward(T* dqkv, float* dq_norm_parts, float* dk_n
     auto qk_norm_rope_backward = wide ? qk_norm_rope_backward_kernel<T, W> : qk_norm_rope_backward_kernel<T, 1>;
     size_t shared = mode == QK_NORM_NONE ? 0 : sizeof(float) * (NH + NKV) * HD;
     allow_shared(qk_norm_rope_backward, shared);
-    qk_norm_rope_backward<<<gpu_norm_parts(N), row_threads((long)(NH + NKV) * lanes), shared>>>(
+    qk_norm_rope_backward<<<gpu_norm_parts(N), row_threads((long)(NH + NKV) * lanes), shared, stream>>>(
         dqkv, dq_norm_parts, dk_norm_parts, drotated, qkv, q_rstd, k_rstd, q_norm, k_norm, mode, cosines, sines, N,
         length, NH, NKV, HD, lanes);
     CHECK(cudaGetLastError());
@@ -1247,9 +1254,10 @@ __global__ void copy_cache_kernel(T* __restrict__ cache_k, T* __restrict__ cache
 }
 template <class T>
 static void gpu_copy_cache(T* cache_k, T* cache_v, const T* rotated, const T* qkv, int N, int past, int NH, int NKV,
-                           int HD) {
+                           int HD, cudaStream_t stream = 0) {
     if (N == 0) return;
-    copy_cache_kernel<<<ceil_div((long)N * NKV * HD, 256), 256>>>(cache_k, cache_v, rotated, qkv, N, past, NH, NKV, HD);
+    copy_cache_kernel<<<ceil_div((long)N * NKV * HD, 256), 256, 0, stream>>>(cache_k, cache_v, rotated, qkv, N, past,
+                                                                             NH, NKV, HD);
     CHECK(cudaGetLastError());
 }
 
@@ -1257,6 +1265,11 @@ static void gpu_copy_cache(T* cache_k, T* cache_v, const T* rotated, const T* qk
 // The loss
 
 enum { CLASSIFIER_THREADS = 1024 };
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+enum { CLASSIFIER_BLOCKS = 1 };     // on a multiprocessor that has 1536 threads
+#else
+enum { CLASSIFIER_BLOCKS = 2 };
+#endif
 
 // Adds e^x for W numbers to a running sum that is kept relative to the running maximum (online softmax, Milakov and
 // Gimelshein 2018): sum_i e^(x_i) = sum e^max.
@@ -1273,13 +1286,13 @@ template <int W> __device__ static inline void add_exponentials(float* max, floa
 // was read last is still in the cache. Blocks are as large as can be, so that few rows are worked on at a time: two of
 // V = 50304 bf16 numbers are 200 KB, near what the L1 of an SM holds.
 template <class T>
-__global__ void __launch_bounds__(CLASSIFIER_THREADS, sizeof(T) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(CLASSIFIER_THREADS, sizeof(T) == 2 ? CLASSIFIER_BLOCKS : 1)
 classifier_kernel(float* __restrict__ losses, T* __restrict__ logits, const int* __restrict__ targets, int V,
-                  float scale, int write_gradient) {
+                  long row_size, float scale, int write_gradient) {
     const int W = 16 / sizeof(T);
     __shared__ float partial[32], maxima[32];
     long n = blockIdx.x;
-    T* row = logits + n * V;
+    T* row = logits + n * row_size;
     int target = targets[n];
     float target_logit = to_float(row[target]);            // before the row is written, which barriers are between
     int before = (int)((16 - (uintptr_t)row % 16) % 16 / sizeof(T));
@@ -1318,14 +1331,15 @@ classifier_kernel(float* __restrict__ losses, T* __restrict__ logits, const int*
 // The loss of each token, and the logits turned into their gradient in place, so that no probabilities are stored:
 //     losses_n = log sum_v exp(logits_nv) - logits_n,target
 //     logits_nv = scale (exp(logits_nv) / sum_v exp(logits_nv) - [v = target])          if write_gradient
-// losses (N), logits (N, V), targets (N). __expf errs by |x| 2^-24 more than expf, on terms that are e^x of the sum.
+// losses (N), logits (N, V) in rows row_size apart, targets (N). __expf errs by |x| 2^-24 more than expf, on terms that
+// are e^x of the sum.
 template <class T>
-static void gpu_classifier(float* losses, T* logits, const int* targets, int N, int V, float scale,
-                           int write_gradient) {
+static void gpu_classifier(float* losses, T* logits, const int* targets, int N, int V, long row_size, float scale,
+                           int write_gradient, cudaStream_t stream = 0) {
     if (N == 0) return;
     int threads = ceil_div(ceil_div(V, 16 / sizeof(T)), 32) * 32;
     if (threads > CLASSIFIER_THREADS) threads = CLASSIFIER_THREADS;
-    classifier_kernel<<<N, threads>>>(losses, logits, targets, V, scale, write_gradient);
+    classifier_kernel<<<N, threads, 0, stream>>>(losses, logits, targets, V, row_size, scale, write_gradient);
     CHECK(cudaGetLastError());
 }
 
@@ -1340,8 +1354,8 @@ add_losses_kernel(double* total, const float* __restrict__ losses, int N, double
 }
 
 // total (1) += weight * sum of losses (N)
-static void gpu_add_losses(double* total, const float* losses, int N, double weight) {
-    add_losses_kernel<<<1, 1024>>>(total, losses, N, weight);
+static void gpu_add_losses(double* total, const float* losses, int N, double weight, cudaStream_t stream = 0) {
+    add_losses_kernel<<<1, 1024, 0, stream>>>(total, losses, N, weight);
     CHECK(cudaGetLastError());
 }
 
@@ -1400,13 +1414,13 @@ embedding_backward_kernel(float* __restrict__ dtable, const T* __restrict__ dx, 
 // it. dtable (V, H), dx (N, H); unique, starts and positions from group_tokens, on the device.
 template <class T>
 static void gpu_embedding_backward(float* dtable, const T* dx, const int* unique, const int* starts,
-                                   const int* positions, int num_unique, int H) {
+                                   const int* positions, int num_unique, int H, cudaStream_t stream = 0) {
     if (num_unique == 0) return;
     const int W = 16 / sizeof(T);
     int wide = H % W == 0 && aligned_16(dx);
     auto embedding_backward = wide ? embedding_backward_kernel<T, W> : embedding_backward_kernel<T, 1>;
     dim3 grid(num_unique, ceil_div(H, wide ? 32 * W : 32));
-    embedding_backward<<<grid, 32 * EMBEDDING_WARPS>>>(dtable, dx, unique, starts, positions, H);
+    embedding_backward<<<grid, 32 * EMBEDDING_WARPS, 0, stream>>>(dtable, dx, unique, starts, positions, H);
     CHECK(cudaGetLastError());
 }
 
@@ -1448,11 +1462,11 @@ static __global__ void __launch_bounds__(256) root_of_sum_kernel(float* norm, co
 }
 
 // norm (1) = 2-norm of grads (n); parts (GRADIENT_NORM_PARTS) is scratch
-static void gpu_gradient_norm(float* norm, double* parts, const float* grads, long n) {
+static void gpu_gradient_norm(float* norm, double* parts, const float* grads, long n, cudaStream_t stream = 0) {
     auto square_sums = aligned_16(grads) ? square_sums_kernel<4> : square_sums_kernel<1>;
     int count = n < 4096L * GRADIENT_NORM_PARTS ? ceil_div(n, 4096) : GRADIENT_NORM_PARTS;  // at least 16 a thread
-    square_sums<<<count, 256>>>(parts, grads, n);
-    root_of_sum_kernel<<<1, 256>>>(norm, parts, count);
+    square_sums<<<count, 256, 0, stream>>>(parts, grads, n);
+    root_of_sum_kernel<<<1, 256, 0, stream>>>(norm, parts, count);
     CHECK(cudaGetLastError());
 }
 
@@ -1504,12 +1518,12 @@ adamw_kernel(T* __restrict__ copy, float* __restrict__ w, const float* __restric
 template <class T>
 static void gpu_adamw(T* copy, float* w, const float* grad, float* m, float* v, long n, const float* norm, float clip,
                       float lr, float decay, float beta1, float beta2, float eps, float correction1,
-                      float correction2) {
+                      float correction2, cudaStream_t stream = 0) {
     if (n == 0) return;
     const int W = 16 / sizeof(T);
     int wide = aligned_16(copy, w, grad, m, v);
     auto adamw = wide ? adamw_kernel<T, W> : adamw_kernel<T, 1>;
-    adamw<<<ceil_div(n, wide ? 256 * W : 256), 256>>>(copy, w, grad, m, v, n, norm, clip, lr / correction1,
+    adamw<<<ceil_div(n, wide ? 256 * W : 256), 256, 0, stream>>>(copy, w, grad, m, v, n, norm, clip, lr / correction1,
                                                       1.0f - lr * decay, beta1, beta2, eps, 1.0f / sqrtf(correction2));
     CHECK(cudaGetLastError());
 }
@@ -1527,12 +1541,12 @@ __global__ void __launch_bounds__(256) convert_kernel(T* __restrict__ out, const
 }
 
 // out (n) = in (n), in the type of the products
-template <class T> static void gpu_convert(T* out, const float* in, long n) {
+template <class T> static void gpu_convert(T* out, const float* in, long n, cudaStream_t stream = 0) {
     if (n == 0) return;
     const int W = 16 / sizeof(T);
     int wide = aligned_16(out, in);
     auto convert = wide ? convert_kernel<T, W> : convert_kernel<T, 1>;
-    convert<<<ceil_div(n, wide ? 256 * W : 256), 256>>>(out, in, n);
+    convert<<<ceil_div(n, wide ? 256 * W : 256), 256, 0, stream>>>(out, in, n);
     CHECK(cudaGetLastError());
 }
 
@@ -1601,9 +1615,9 @@ __global__ static void softmax_router_kernel(float* probs, float* lse, int* expe
 }
 
 static void gpu_softmax_router(float* probs, float* lse, int* experts, float* gates, const float* z, int N, int E,
-                               int K, int norm_topk) {
-    softmax_router_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(probs, lse, experts, gates, z, N, E, K,
-                                                                        norm_topk);
+                               int K, int norm_topk, cudaStream_t stream = 0) {
+    softmax_router_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(
+        probs, lse, experts, gates, z, N, E, K, norm_topk);
     CHECK(cudaGetLastError());
 }
 
@@ -1637,8 +1651,8 @@ __global__ static void softmax_router_backward_kernel(float* dz, const float* dg
 
 static void gpu_softmax_router_backward(float* dz, const float* dgates, const float* probs, const int* experts,
                                         const float* gates, const float* lse, const double* f, double aux_weight,
-                                        double z_weight, int N, int E, int K, int norm_topk) {
-    softmax_router_backward_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(
+                                        double z_weight, int N, int E, int K, int norm_topk, cudaStream_t stream = 0) {
+    softmax_router_backward_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(
         dz, dgates, probs, experts, gates, lse, f, aux_weight, z_weight, N, E, K, norm_topk);
     CHECK(cudaGetLastError());
 }
@@ -1758,20 +1772,20 @@ __global__ static void group_place_kernel(int* assignment, int* token, int* row_
 // token (N K): n, so that those who gather rows need not divide
 // chunk_counts: scratch (gpu_group_chunks(N, K), E);  experts (N, K)
 static void gpu_group_by_expert(int* offsets, int2* tiles, int max_tiles, int* assignment, int* token, int* row_of,
-                                int* chunk_counts, const int* experts, int N, int K, int E) {
+                                int* chunk_counts, const int* experts, int N, int K, int E, cudaStream_t stream = 0) {
     int chunks = gpu_group_chunks(N, K);
     long assignments = (long)N * K;
-    group_count_kernel<<<chunks, GROUP_CHUNK>>>(chunk_counts, row_of, experts, assignments, E);
-    group_scan_chunks_kernel<<<ceil_div(E, 32), dim3(32, 32)>>>(offsets, chunk_counts, chunks, E);
-    group_tiles_kernel<<<1, 1024>>>(offsets, tiles, max_tiles, E, -1);
-    group_place_kernel<<<chunks, GROUP_CHUNK>>>(assignment, token, row_of, offsets, chunk_counts, experts, assignments,
-                                                K, E);
+    group_count_kernel<<<chunks, GROUP_CHUNK, 0, stream>>>(chunk_counts, row_of, experts, assignments, E);
+    group_scan_chunks_kernel<<<ceil_div(E, 32), dim3(32, 32), 0, stream>>>(offsets, chunk_counts, chunks, E);
+    group_tiles_kernel<<<1, 1024, 0, stream>>>(offsets, tiles, max_tiles, E, -1);
+    group_place_kernel<<<chunks, GROUP_CHUNK, 0, stream>>>(assignment, token, row_of, offsets, chunk_counts, experts,
+                                                           assignments, K, E);
     CHECK(cudaGetLastError());
 }
 
 // The same for a dense layer, one expert with all N rows in their order: offsets (2) = {0, N}; max_tiles >= N / 128 + 1
-static void gpu_dense_group(int* offsets, int2* tiles, int max_tiles, int N) {
-    group_tiles_kernel<<<1, 1024>>>(offsets, tiles, max_tiles, 1, N);
+static void gpu_dense_group(int* offsets, int2* tiles, int max_tiles, int N, cudaStream_t stream = 0) {
+    group_tiles_kernel<<<1, 1024, 0, stream>>>(offsets, tiles, max_tiles, 1, N);
     CHECK(cudaGetLastError());
 }
 
@@ -1840,10 +1854,10 @@ __global__ static void __launch_bounds__(1024)
 // parts: scratch, gpu_balance_parts(E) doubles;  probs (N, E), lse (N), offsets (E + 1)
 static void gpu_balance_forward(double* losses, double* all_counts, double* all_probs, long long* load,
                                 long long* step_load, double* parts, const float* probs, const float* lse,
-                                const int* offsets, int per_layer, int N, int K, int E) {
-    balance_slices_kernel<<<dim3(ceil_div(E + 1, 32), SLICES), dim3(32, 32)>>>(parts, probs, lse, N, E);
-    balance_finish_kernel<<<1, 1024>>>(losses, all_counts, all_probs, load, step_load, parts, offsets, per_layer, N, K,
-                                       E);
+                                const int* offsets, int per_layer, int N, int K, int E, cudaStream_t stream = 0) {
+    balance_slices_kernel<<<dim3(ceil_div(E + 1, 32), SLICES), dim3(32, 32), 0, stream>>>(parts, probs, lse, N, E);
+    balance_finish_kernel<<<1, 1024, 0, stream>>>(losses, all_counts, all_probs, load, step_load, parts, offsets,
+                                                  per_layer, N, K, E);
     CHECK(cudaGetLastError());
 }
 
@@ -1859,8 +1873,9 @@ __global__ static void __launch_bounds__(1024)
 
 // The balance loss of AUX_HF, once after the last layer: aux += E sum_e (counts_e / tokens) (probs_e / tokens), with
 // the sums over all layers, all_counts and all_probs (E), and tokens_seen = N times the number of sparse layers.
-static void gpu_aux_hf(double* aux, const double* all_counts, const double* all_probs, int E, double tokens_seen) {
-    aux_hf_kernel<<<1, 1024>>>(aux, all_counts, all_probs, E, tokens_seen);
+static void gpu_aux_hf(double* aux, const double* all_counts, const double* all_probs, int E, double tokens_seen,
+                       cudaStream_t stream = 0) {
+    aux_hf_kernel<<<1, 1024, 0, stream>>>(aux, all_counts, all_probs, E, tokens_seen);
     CHECK(cudaGetLastError());
 }
 
@@ -1873,8 +1888,9 @@ __global__ static void balance_weights_kernel(double* f, const int* offsets, con
 // f (E) of the balance loss, for the backward pass: the layer's counts / (N K) if per_layer (AUX_SWITCH), else
 // all_counts / tokens_seen. offsets (E + 1), all_counts (E)
 static void gpu_balance_weights(double* f, const int* offsets, const double* all_counts, int per_layer, double N, int K,
-                                int E, double tokens_seen) {
-    balance_weights_kernel<<<ceil_div(E, 256), 256>>>(f, offsets, all_counts, per_layer, N, K, E, tokens_seen);
+                                int E, double tokens_seen, cudaStream_t stream = 0) {
+    balance_weights_kernel<<<ceil_div(E, 256), 256, 0, stream>>>(f, offsets, all_counts, per_layer, N, K, E,
+                                                                 tokens_seen);
     CHECK(cudaGetLastError());
 }
 
@@ -1901,35 +1917,36 @@ static void gpu_balance_weights(double* f, const int* offsets, const double* all
 // GpuLayer is what a layer keeps for the backward pass, GpuModel has the rest; gpu_of<Real>(model) finds it.
 #include "dev/lib/cuda/memory.cuh"      // gpu_plan, gpu_allocate, gpu_release
 
-// y (rows, OC) = x (rows, C) W^T (OC, C), and its two gradients, by cuBLAS. It thinks in columns: to it, each of these
-// matrices is transposed, and so the product is y^T = W x^T.
+// y (rows, OC) = x (rows, C) W^T (OC, C), and its two gradients, by cuBLAS, on its handle's stream. It thinks in
+// columns: to it, each of these matrices is transposed, and so the product is y^T = W x^T. Rows of y and dy lie y_row
+// or dy_row apart, 0: OC.
 static cudaDataType_t cuda_type(const float*) { return CUDA_R_32F; }
 static cudaDataType_t cuda_type(const bf16*) { return CUDA_R_16BF; }
 
 template <class Real> static void gpu_linear(cublasHandle_t h, Real* y, const Real* x, const Real* W, int rows, int C,
-                                             int OC) {
+                                             int OC, int y_row = 0) {
     const float one = 1, zero = 0;
     cudaDataType_t type = cuda_type(x);
     CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_T, CUBLAS_OP_N, OC, rows, C, &one, W, type, C, x, type, C, &zero, y, type,
-                              OC, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+                              y_row ? y_row : OC, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 // dx (rows, C) = dy (rows, OC) W (OC, C)
 template <class Real> static void gpu_linear_backward_input(cublasHandle_t h, Real* dx, const Real* dy, const Real* W,
-                                                            int rows, int C, int OC) {
+                                                            int rows, int C, int OC, int dy_row = 0) {
     const float one = 1, zero = 0;
     cudaDataType_t type = cuda_type(dy);
-    CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, C, rows, OC, &one, W, type, C, dy, type, OC, &zero, dx, type,
-                              C, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_N, C, rows, OC, &one, W, type, C, dy, type,
+                              dy_row ? dy_row : OC, &zero, dx, type, C, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 // dW (OC, C) (+)= dy^T (rows, OC) x (rows, C), in float
 template <class Real> static void gpu_linear_backward_weight(cublasHandle_t h, float* dW, const Real* dy, const Real* x,
-                                                             int rows, int C, int OC, int add) {
+                                                             int rows, int C, int OC, int add, int dy_row = 0) {
     const float one = 1, beta = add ? 1 : 0;
     cudaDataType_t type = cuda_type(dy);
-    CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_T, C, OC, rows, &one, x, type, C, dy, type, OC, &beta, dW,
-                              CUDA_R_32F, C, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    CHECK_CUBLAS(cublasGemmEx(h, CUBLAS_OP_N, CUBLAS_OP_T, C, OC, rows, &one, x, type, C, dy, type,
+                              dy_row ? dy_row : OC, &beta, dW, CUDA_R_32F, C, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 // The copy that products read of a parameter.
@@ -2237,7 +2254,8 @@ template <class Real> static void gpu_ffn_layer_backward(Model* m, int l, float 
 template <class Real> static void gpu_take_loss(Model* m, float scale) {
     GpuModel<Real>* g = gpu_of<Real>(m);
     int N = m->batch * m->length;
-    gpu_classifier(g->losses, g->logits, g->targets, N, m->config.vocab_size, scale, scale != 0);
+    int V = m->config.vocab_size;
+    gpu_classifier(g->losses, g->logits, g->targets, N, V, logits_row(V), scale, scale != 0);
     if (g->loss_pending) gpu_add_losses(&g->losses_sum[0], g->losses, N, 1.0 / N);
     g->loss_pending = 0;
 }
@@ -2289,7 +2307,7 @@ template <class Real> static double gpu_forward(Model* m, const int* tokens, con
         wanted = 1;
         x += (long)(N - 1) * H;
     }
-    gpu_linear(g->cublas, g->logits, x, in_products(g, g->w.lm_head), wanted, H, V);
+    gpu_linear(g->cublas, g->logits, x, in_products(g, g->w.lm_head), wanted, H, V, logits_row(V));
     if (!targets) return 0;
     m->sums.passes++;
     g->loss_pending = 1;        // taken by the backward pass, together with the gradient, or when it is asked for
@@ -2301,8 +2319,8 @@ template <class Real> static void gpu_backward(Model* m, float scale) {
     const Config* c = &m->config;
     int N = m->batch * m->length, H = c->hidden_size, V = c->vocab_size, add = !g->fresh;
     gpu_take_loss<Real>(m, scale / N);
-    gpu_linear_backward_input(g->cublas, g->dnormed, g->logits, in_products(g, g->w.lm_head), N, H, V);
-    gpu_linear_backward_weight(g->cublas, g->dw.lm_head, g->logits, g->final_out, N, H, V, add);
+    gpu_linear_backward_input(g->cublas, g->dnormed, g->logits, in_products(g, g->w.lm_head), N, H, V, logits_row(V));
+    gpu_linear_backward_weight(g->cublas, g->dw.lm_head, g->logits, g->final_out, N, H, V, add, logits_row(V));
     gpu_combine_rmsnorm_backward(g->dx, 0, g->norm_parts, g->dnormed, (const float*)NULL, (const int*)NULL, 1,
                                  g->final_in, g->final_rstd, g->w.final_norm, N, H);
     gpu_add_parts(g->dw.final_norm, g->norm_parts, gpu_norm_parts(N), H, add);

@@ -23,9 +23,9 @@ many. The TFLOP/s printed are these numbers divided by the time, whatever else a
     attention                               checks every step against sums in double precision
     attention T [NH [NKV [HD [B]]]]         times them as well, by default with NH = 16, NKV = 4, HD = 128, B = 4
 
-In the project's directory (dev/cuda/lessons.sh checks it without a GPU):
+In the project's directory, on Hopper; on others with -arch=native (dev/cuda/lessons.sh checks it without a GPU):
 
-    nvcc -std=c++17 -O3 -arch=native -diag-suppress 177 -I. dev/cuda/attention.cu -o attention -lcublas
+    nvcc -std=c++17 -O3 -arch=sm_90a -diag-suppress 177 -I. dev/cuda/attention.cu -o attention -lcublas
 */
 #define TRAIN_MOE_NO_MAIN
 #include "../../train_moe.cu"

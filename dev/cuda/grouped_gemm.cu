@@ -25,9 +25,9 @@ cache, at about 6 TB/s. So 32 operations per byte allow 190 TFLOP/s, and 133 wou
     grouped_gemm                        checks every step on small ragged cases
     grouped_gemm N [K [E [C [OC]]]]     times them as well, by default with K = 2, E = 8, C = OC = 2048
 
-In the project's directory, on Hopper with -arch=sm_90a (dev/cuda/lessons.sh checks it without a GPU):
+In the project's directory, on Hopper; on others with -arch=native (dev/cuda/lessons.sh checks it without a GPU):
 
-    nvcc -std=c++17 -O3 -arch=native -diag-suppress 177 -I. dev/cuda/grouped_gemm.cu -o grouped_gemm -lcublas
+    nvcc -std=c++17 -O3 -arch=sm_90a -diag-suppress 177 -I. dev/cuda/grouped_gemm.cu -o grouped_gemm -lcublas
 */
 #define TRAIN_MOE_NO_MAIN
 #include "../../train_moe.cu"
@@ -334,7 +334,7 @@ static void run_step(int step, const Problem& p) {
     if (step == 5)
         launch_experts<X_WT>(operand<bf16>(p.gpu_x, p.C, p.gpu_token), operand<bf16>(p.gpu_W, p.C, NULL),
                              p.gpu_offsets, p.gpu_tiles, p.max_tiles, 1, p.OC,
-                             StoreEpilogue<bf16>{p.gpu_y, p.OC, by_fours(p.gpu_y, p.OC)});
+                             StoreEpilogue<bf16>{p.gpu_y, p.OC, by_fours(p.gpu_y, p.OC)}, 0);
 }
 
 static int passed, failed;

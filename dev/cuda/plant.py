@@ -11,7 +11,7 @@ test_moe.c, some of them under the stand-in's own checks. Prints a line a bug, w
 `N passed, N failed`; passed means caught. The unplanted files must pass all stages first. While one bug is hunted, the
 next is compiled, so two cores are of use. The first three bugs are for a quick look.
 
-The stand-in cannot see missing fences (fence_async_proxy, wgmma_fence), so none is planted here.
+The stand-in cannot see missing fences (fence_async_proxy, wgmma_fence) and what stands in assembly: ptx/defects.py.
 """
 import argparse
 import concurrent.futures
@@ -32,6 +32,7 @@ STAGES = [
     ("late copies", "gpu tiles", {"STANDIN_LAZY": "7"}),
     ("late copies on sm_80", "gpu tiles", {"STANDIN_LAZY": "7", "STANDIN_ARCH": "80"}),
     ("order check", "gpu tiles", {"STANDIN_CHECK": "1"}),
+    ("second device", "gpu devices", {"STANDIN_DEVICES": "2"}),
     ("references in fp32", "gpu fp32", {}),
     ("references in bf16", "gpu bf16", {}),
 ]
@@ -40,7 +41,7 @@ TIMEOUT = 300                                   # seconds of a stage; a bug may 
 # Where a kind of bug, which is the word before the colon, is expected to show: that stage comes first.
 EXPECTED = {"wait": "late copies", "wgmma": "late copies", "race": "order check", "syncwarp": "order check",
             "AdamW": "references in fp32", "norm": "references in fp32", "LPR": "references in fp32",
-            "families": "references in fp32", "out of bounds, shared": "sanitizer"}
+            "families": "references in fp32", "device": "second device", "out of bounds, shared": "sanitizer"}
 TELLING = re.compile(r"standin: |FAILED|.*ERROR: AddressSanitizer|.*runtime error:")
 
 # (what stands in one of the files, what takes its place, what that is); "out of bounds" calls for the sanitizer
@@ -171,6 +172,12 @@ BUGS = [
      "norms: parts beyond the 32nd are dropped"),
     ("for (long n = first + y; n < end; n += 32) sum += value(n);", "if (first + y < end) sum += value(first + y);",
      "slices: tokens beyond the 32nd of a slice are dropped"),
+    # more than one device, rows with a gap
+    ("    allow_shared(kernel, shared);\n    long weight_stride",
+     "    static bool ready = false;\n    if (!ready) allow_shared(kernel, shared);\n    ready = true;\n"
+     "    long weight_stride", "device: experts may use more shared memory on the first device only"),
+    ("T* row = logits + n * row_size;", "T* row = logits + n * V;",
+     "rows: the classifier knows of no gap between logits"),
     # the update
     ("eps, 1.0f / sqrtf(correction2));", "eps, 1.0f / correction2);", "AdamW: wrong correction of the second moment"),
     ("p < count; p += 256) sum += parts[p];", "p < count - 1; p += 256) sum += parts[p];",

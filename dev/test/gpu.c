@@ -25,6 +25,19 @@ static void test_gpu_fp32(void) {
 }
 static void test_gpu_bf16(void) { on_backend(&gpu_backend_bf16, gpu_golden_bf16); }
 
+// Do both choose the same experts, but for tokens with two whose scores (the CPU's) nearly tie? Copies tie exactly, and
+// which one is chosen then is no matter of rounding.
+static int same_experts(const Model* a, const Model* b, int l) {
+    long N = (long)a->batch * a->length;
+    int E = a->config.num_experts, K = a->topk[l], same = 1;
+    for (long i = 0; i < N * K; i++) {
+        const float* z = a->layers[l].router_logits + i / K * E;
+        int x = a->layers[l].experts[i], y = b->layers[l].experts[i];
+        same &= x == y || (z[x] != z[y] && fabsf(z[x] - z[y]) <= 1e-5f * (1 + fabsf(z[x])));
+    }
+    return same;
+}
+
 // Models that are large enough for several tiles in every direction, with sizes that fill none of them: logits and
 // gradients against the CPU's. All experts are chosen in bf16, where scores that are nearly equal could change places.
 // Passes are micro-batches: each has other tokens and adds to the gradients, and nothing waits for any but the first.
@@ -63,8 +76,7 @@ static void gpu_against_cpu(const char* name, const Config* c, int B, int T, int
     }
     double worst = 0, logit_error = relative_error(logits[1], logits[0], n * V);
     for (int l = 0; l < c->num_layers; l++)
-        all &= !c->sparse[l] || !memcmp(m[0]->layers[l].experts, m[1]->layers[l].experts,
-                                        sizeof(int) * (size_t)(c->num_experts_per_tok < c->num_experts ? n * 2 : 0));
+        all &= !c->sparse[l] || c->num_experts_per_tok == c->num_experts || same_experts(m[0], m[1], l);
     for (int i = 0; i < m[0]->layout.count; i++) {
         const Tensor* t = &m[0]->layout.tensors[i];
         double e = relative_error(m[1]->grads + t->offset, m[0]->grads + t->offset, tensor_size(t));
@@ -110,11 +122,16 @@ static void gpu_grouping(int N, int K, int E) {
 }
 
 static void test_gpu_tiles(void) {
-    static const struct { int H, NH, NKV, HD, I, E, T; } sizes[] = {{144, 4, 2, 32, 136, 3, 150},
-                                                                     {100, 3, 1, 70, 77, 2, 133},
-                                                                     {72, 2, 2, 100, 264, 2, 70}};
-    for (int i = 0; i < 3; i++)
-        for (int bf16_too = 0; bf16_too < 2; bf16_too++) {
+    // The last two, in bf16 only, are what real models run: all loads by cp.async, more steps of k than the ring of the
+    // experts' products has stages (X_WT 7 and 4, 4 and 8; DY_W 8 and 7, 16 and 4; DYT_X 5), three blocks of queries
+    // with heads of 64 and 128.
+    static const struct { int H, NH, NKV, HD, I, E, B, T; } sizes[] = {{144, 4, 2, 32, 136, 3, 2, 150},
+                                                                        {100, 3, 1, 70, 77, 2, 2, 133},
+                                                                        {72, 2, 2, 100, 264, 2, 2, 70},
+                                                                        {424, 4, 2, 64, 256, 2, 1, 300},
+                                                                        {256, 2, 1, 128, 512, 2, 1, 300}};
+    for (int i = 0; i < 5; i++)
+        for (int bf16_too = i >= 3; bf16_too < 2; bf16_too++) {
             Config c = tiny_config(i == 1 ? OLMOE : QWEN3_MOE, 2, sizes[i].E, bf16_too ? sizes[i].E : 2);
             char name[64];
             c.hidden_size = sizes[i].H;
@@ -127,7 +144,7 @@ static void test_gpu_tiles(void) {
             snprintf(name, sizeof name, "hidden %d, heads of %d, %s", c.hidden_size, c.head_dim,
                      bf16_too ? "bf16" : "fp32");
             default_backend = bf16_too ? &gpu_backend_bf16 : &gpu_backend_float;
-            gpu_against_cpu(name, &c, 2, sizes[i].T, 2, bf16_too ? 0.03 : 1e-5, bf16_too ? 0.1 : 1e-5);
+            gpu_against_cpu(name, &c, sizes[i].B, sizes[i].T, 2, bf16_too ? 0.03 : 1e-5, bf16_too ? 0.1 : 1e-5);
             default_backend = &cpu_backend;
         }
     // A shared expert, wider and narrower than the others, with and without a gate
@@ -163,6 +180,32 @@ static void test_gpu_tiles(void) {
     }
     gpu_grouping(300, 3, 5);
     gpu_grouping(5000, 2, 1100);
+}
+
+// What is set once for a device must be set for each: all of this machine's GPUs, the first one twice.
+static void test_gpu_devices(void) {
+    int count;
+    CHECK(cudaGetDeviceCount(&count));
+    for (int i = 0; i <= count; i++) {
+        Config c = tiny_config(QWEN3_MOE, 1, 2, 2);
+        char name[64];
+        CHECK(cudaSetDevice(i % count));
+        snprintf(name, sizeof name, "device %d of %d, %s", i % count, count, gpu_products());
+        c.moe_intermediate_size = 264;
+        c.head_dim = 128;
+        default_backend = &gpu_backend_bf16;
+        gpu_against_cpu(name, &c, 1, 40, 1, 0.03, 0.1);
+        default_backend = &cpu_backend;
+    }
+    int most, hidden;
+    CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+    hidden = most / 16 * 2;
+    write_corpus(temp("few.txt"), 300);
+    default_backend = &gpu_backend_bf16;
+    int code = run_program("--data %s --layers 1 --heads 1 --head-dim 32 --hidden %d", temp("few.txt"), hidden);
+    default_backend = &cpu_backend;
+    check(code == 2 && strstr(ran.err, "KB of shared memory"), "--hidden %d: more than a block's shared memory holds",
+          hidden);
 }
 
 // Feeding a cache token by token, in chunks, or everything at once gives the same logits, up to rounding.
@@ -335,6 +378,38 @@ static void test_gpu_resume(void) {
     }
 }
 
+// How many greedy tokens after `text` do not hang on rounding: those before the CPU's two largest logits nearly tie.
+static int sure_tokens(const char* dir, const char* text, int most) {
+    int ids[64], n = (int)strlen(text), first = n;
+    Model* m = open_model(dir, FOR_SCORING, 1, 64);
+    for (int i = 0; i < n; i++) ids[i] = (unsigned char)text[i];
+    for (; n < first + most; n++) {
+        model_forward(m, ids, NULL, 1, n);
+        const float* z = m->logits + (long)(n - 1) * m->config.vocab_size;
+        int best = 0;
+        for (int v = 1; v < m->config.vocab_size; v++) best = z[v] > z[best] ? v : best;
+        for (int v = 0; v < m->config.vocab_size; v++)
+            if (v != best && z[best] - z[v] < 1e-3f) return n - first;
+        ids[n] = best;
+    }
+    return most;
+}
+
+// The largest difference between the numbers of two texts, relative to 1 and to their size; 1e9 if they are not the
+// same texts otherwise.
+static double numbers_differ(const char* a, const char* b) {
+    double worst = 0;
+    while (a && b && *a && *b) {
+        char *a_end, *b_end;
+        double x = strtod(a, &a_end), y = strtod(b, &b_end);
+        if ((a_end == a) != (b_end == b) || (a_end == a && *a != *b)) return 1e9;
+        if (a_end != a) worst = larger(worst, fabs(x - y) / (1 + fabs(x)));
+        a = a_end == a ? a + 1 : a_end;
+        b = b_end == b ? b + 1 : b_end;
+    }
+    return a && b && *a == *b ? worst : 1e9;
+}
+
 // --eval with --load and --trace, --dump and --prompt say what they say on the CPU.
 static void test_gpu_commands(void) {
     write_corpus(temp("corpus.txt"), 20000);
@@ -362,8 +437,12 @@ static void test_gpu_commands(void) {
         losses[way] = strstr(said[way][0], "loss ") ? atof(strstr(said[way][0], "loss ") + 5) : 0;
     const char* loads[2] = {strstr(said[0][0], "layer 0"), strstr(said[1][0], "layer 0")};
     check(ok && losses[0] > 1 && fabs(losses[0] - losses[1]) <= 2e-5, "--eval: %.6f and %.6f", losses[0], losses[1]);
-    check(loads[0] && loads[1] && !strcmp(loads[0], loads[1]), "--load: the same lines");
-    check(ok && !strcmp(said[0][1], said[1][1]) && strlen(said[0][1]) > 30, "--prompt: the same text");
+    // a token whose experts nearly tie is one more here and one less there
+    double apart = numbers_differ(loads[0], loads[1]);
+    check(apart <= 0.02, "--load: the same lines, numbers differ by %.1e", apart);
+    int sure = sure_tokens(temp("a"), "abc", 40);
+    check(ok && strlen(said[0][1]) > 30 && !strncmp(said[0][1], said[1][1], 3 + (size_t)sure),
+          "--prompt: the same text in the %d tokens of 40 before a near tie", sure);
     size_t n[2];
     char* traces[2] = {read_bytes(temp("trace0"), &n[0]), read_bytes(temp("trace1"), &n[1])};
     // gates may differ in their last digit: compare what stands before them, the experts

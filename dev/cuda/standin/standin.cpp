@@ -79,7 +79,10 @@ int cpu_threads() {
 }
 
 static const size_t SHARED_DEFAULT = 48 << 10;  // what a kernel gets without asking
-static size_t shared_limit() { return (size_t)(arch >= 90 ? 227 : 163) << 10; }
+// CUDA C++ Programming Guide, Compute Capabilities: RTX cards have less
+static size_t shared_limit() {
+    return (size_t)(arch == 80 || arch == 87 ? 163 : arch >= 90 && arch < 120 ? 227 : 99) << 10;
+}
 
 double now_ms() {
     timespec t;
@@ -784,7 +787,7 @@ static void multiply(const Product& p) {
 }
 
 void wgmma(int n, bool transposed_a, bool transposed_b, float* const d[32], uint64_t a, uint64_t b) {
-    if (arch < 90) fail("wgmma on a device of compute capability 8.0");
+    if (arch != 90) fail("wgmma on a device of compute capability %d.%d", arch / 10, arch % 10);
     if (worker->threads % 128) fail("wgmma in a block of %d threads: it takes groups of 128", worker->threads);
     Queue<Product>& queue = worker->products[running.thread / 32];
     Product p = {n, transposed_a, transposed_b, {}, a, b, queue.groups};
@@ -805,7 +808,8 @@ void add_time(const char* name, double ms) {
     if (print_times) times[name].first += ms, times[name].second++;
 }
 
-static std::map<const void*, int> dynamic_limits;  // of kernels, by cudaFuncSetAttribute
+static int current_device;
+static std::map<std::pair<int, const void*>, int> dynamic_limits;  // of a device's kernels, by cudaFuncSetAttribute
 
 bool Launch::valid() const {
     long threads = (long)block.x * block.y * block.z;
@@ -820,7 +824,7 @@ bool Launch::valid() const {
         return refuse(cudaErrorInvalidConfiguration, "%s: a grid is at least 1, y and z at most 65535", shape), false;
     size_t limit = SHARED_DEFAULT;
     for (auto& [f, bytes] : dynamic_limits)
-        if (f == kernel || !kernel) limit = std::max(limit, (size_t)bytes);
+        if (f.first == current_device && (f.second == kernel || !kernel)) limit = std::max(limit, (size_t)bytes);
     if (shared > limit)
         return refuse(cudaErrorInvalidValue, "%s: the limit is %zu until cudaFuncSetAttribute raises it", shape, limit),
                false;
@@ -1112,17 +1116,22 @@ cudaError_t cudaGetDeviceCount(int* n) {
     *n = devices;
     return no_device_or_success();
 }
-cudaError_t cudaSetDevice(int device) {
+static cudaError_t valid_device(int device) {
     if (!devices) return result(cudaErrorNoDevice);
     return device < 0 || device >= devices ? result(cudaErrorInvalidDevice) : cudaSuccess;
 }
+cudaError_t cudaSetDevice(int device) {
+    if (cudaError_t e = valid_device(device)) return e;
+    current_device = device;
+    return cudaSuccess;
+}
 cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = current_device;
     return no_device_or_success();
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     *p = {};
-    if (cudaError_t e = cudaSetDevice(device)) return e;
+    if (cudaError_t e = valid_device(device)) return e;
     strcpy(p->name, "CPU stand-in");
     p->major = arch / 10;
     p->minor = arch % 10;
@@ -1172,7 +1181,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
         if (value < 0 || (size_t)value > shared_limit())
             return refuse(cudaErrorInvalidValue, "cudaFuncSetAttribute: %d bytes, the device has %zu", value,
                           shared_limit());
-        dynamic_limits[kernel] = value;
+        dynamic_limits[{current_device, kernel}] = value;
     }
     return cudaSuccess;
 }

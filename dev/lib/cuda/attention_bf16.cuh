@@ -373,12 +373,13 @@ attention_backward_kv_mma_kernel(bf16* dk, bf16* dv, const bf16* dout, const flo
 
 template <int D>
 static void attention_forward_launch(bf16* out, float* lse, const bf16* q, long ld_q, const bf16* k, long ld_k,
-                                     const bf16* v, long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD) {
+                                     const bf16* v, long ld_v, int B, int Tq, int Tk, int NH, int NKV, int HD,
+                                     cudaStream_t stream) {
     constexpr int M = 2, N = D <= 96 ? 64 : 48;         // a warp's 32 x D sums and 32 x N scores must fit its registers
     auto kernel = attention_forward_mma_kernel<D, M, N>;
     size_t bytes = (ATT_BLOCK + 2 * N) * D * sizeof(bf16);
     allow_shared(kernel, bytes);
-    kernel<<<dim3(NH, ceil_div(Tq, ATT_BLOCK), B), ATT_BLOCK / M * 2, bytes>>>(
+    kernel<<<dim3(NH, ceil_div(Tq, ATT_BLOCK), B), ATT_BLOCK / M * 2, bytes, stream>>>(
         out, lse, q, ld_q, k, ld_k, v, ld_v, Tq, Tk, NH, NKV, HD);
     CHECK(cudaGetLastError());
 }
@@ -386,7 +387,7 @@ template <int D>
 static void attention_backward_launch(bf16* dq, bf16* dk, bf16* dv, const float* dots, const bf16* dout,
                                       const float* lse, const bf16* q, long ld_q, const bf16* k, long ld_k,
                                       const bf16* v, long ld_v, long ld_dqk, long ld_dv, int B, int T, int NH, int NKV,
-                                      int HD) {
+                                      int HD, cudaStream_t stream) {
     // dk and dv of 32 keys each fill the registers of a warp if the head is larger than 64; in the other kernel, tiles
     // of 32 keys leave too few to the products if it is larger than 96
     constexpr int M = 2, M_KV = D <= 64 ? 2 : 1, N = 32, N_Q = D <= 96 ? 32 : 16;
@@ -397,10 +398,10 @@ static void attention_backward_launch(bf16* dq, bf16* dk, bf16* dv, const float*
     int blocks = ceil_div(T, ATT_BLOCK);
     allow_shared(kv_kernel, kv_bytes);
     allow_shared(q_kernel, q_bytes);
-    kv_kernel<<<dim3(NKV, blocks, B), ATT_BLOCK / M_KV * 2, kv_bytes>>>(
+    kv_kernel<<<dim3(NKV, blocks, B), ATT_BLOCK / M_KV * 2, kv_bytes, stream>>>(
         dk, dv, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, ld_dv, T, NH, NKV, HD);
     CHECK(cudaGetLastError());
-    q_kernel<<<dim3(NH, blocks, B), ATT_BLOCK / M * 2, q_bytes>>>(
+    q_kernel<<<dim3(NH, blocks, B), ATT_BLOCK / M * 2, q_bytes, stream>>>(
         dq, dout, lse, dots, q, ld_q, k, ld_k, v, ld_v, ld_dqk, T, NH, NKV, HD);
     CHECK(cudaGetLastError());
 }

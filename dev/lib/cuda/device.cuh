@@ -1,6 +1,9 @@
 // device.cuh: CHECK and CHECK_CUBLAS end the program with one line when a call failed, allow_shared lets a kernel use
-// more shared memory, gpu_open ends the program where no GPU can be used. Needs die and options.
+// more shared memory, gpu_open ends the program where no GPU can be used. Needs die and options; gpu_products is in
+// tensor_cores.cuh.
 #pragma once
+
+static const char* gpu_products(void);
 
 // Ends the program with one line if a call of the CUDA runtime failed; after a launch: CHECK(cudaGetLastError()).
 #define CHECK(call) gpu_check((call), #call, __FILE__, __LINE__)
@@ -16,7 +19,7 @@ static void gpu_check_cublas(cublasStatus_t status, const char* call, const char
     die(1, "%s:%d: %s: %s", file, line, call, cublasGetStatusString(status));
 }
 
-// A kernel may use more than 48 KB of dynamic shared memory only after this call.
+// A kernel may use more than 48 KB of dynamic shared memory only after this call, on each device anew.
 template <class... A> static void allow_shared(void (*kernel)(A...), size_t bytes) {
     if (bytes > 40 * 1024)          // the kernel's own shared variables count, too
         CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
@@ -36,5 +39,5 @@ static void gpu_open(void) {
         die(1, "%s has compute capability %d.%d, 8.0 is the least (A100, RTX 30 and newer); train_moe runs on the CPU",
             properties.name, properties.major, properties.minor);
     if (!options.prompt && !options.prompt_ids)         // what is generated stands alone
-        printf("GPU: %s, %.1f GB\n", properties.name, properties.totalGlobalMem / 1e9);
+        printf("GPU: %s, %.1f GB, %s\n", properties.name, properties.totalGlobalMem / 1e9, gpu_products());
 }

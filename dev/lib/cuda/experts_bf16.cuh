@@ -57,8 +57,8 @@ template <int SIZE, bool ALONG_K> struct Tile {
     // distance from eight lines to the next eight, and the 128-byte swizzle, each distance in units of 16 bytes.
     static __device__ uint64_t descriptor(bf16* tile, int i0, int k0) {
         uint64_t address = shared_address(ALONG_K ? tile + i0 * 64 + k0 : tile + i0 / 64 * LINES * 64 + k0 * 64);
-        return address / 16 | (uint64_t)(ALONG_K ? 1 : LINES * 128 / 16) << 16 | (uint64_t)(1024 / 16) << 32 |
-               1ull << 62;
+        return (address & 0x3ffff) / 16 | (uint64_t)(ALONG_K ? 1 : LINES * 128 / 16) << 16 |
+               (uint64_t)(1024 / 16) << 32 | 1ull << 62;
     }
 };
 
@@ -187,27 +187,25 @@ experts_bf16_kernel(Operand<bf16> left, Operand<bf16> right, long weight_stride,
 
 template <int PRODUCT, bool WGMMA, int BN, class Epilogue>
 static void launch_experts_bf16(Operand<bf16> left, Operand<bf16> right, const int* offsets, const int2* tiles,
-                                int max_tiles, int E, int columns, Epilogue epilogue) {
+                                int max_tiles, int E, int columns, Epilogue epilogue, cudaStream_t stream) {
     auto kernel = experts_bf16_kernel<PRODUCT, WGMMA, BN, Epilogue>;
     constexpr int shared = Bf16Shape<WGMMA, BN>::SHARED;
-    static bool ready = false;
-    if (!ready) CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    ready = true;
+    allow_shared(kernel, shared);
     long weight_stride = (long)(Epilogue::PAIRS ? 2 : 1) * columns * left.width;
     int down = PRODUCT == DYT_X ? ceil_div(left.width, 128) : max_tiles;
     int across = ceil_div(columns, Epilogue::PAIRS ? BN / 2 : BN);
-    kernel<<<dim3(down * across, E), 256, shared>>>(left, right, weight_stride, offsets, tiles, down, across, columns,
-                                                    epilogue);
+    kernel<<<dim3(down * across, E), 256, shared, stream>>>(left, right, weight_stride, offsets, tiles, down, across,
+                                                            columns, epilogue);
     CHECK(cudaGetLastError());
 }
 
 template <int PRODUCT, class Epilogue>
 static void launch_experts(Operand<bf16> left, Operand<bf16> right, const int* offsets, const int2* tiles,
-                           int max_tiles, int E, int columns, Epilogue epilogue) {
+                           int max_tiles, int E, int columns, Epilogue epilogue, cudaStream_t stream) {
     // 256 columns at a time, unless more than an eighth of the work would be on columns that do not exist
     int narrow = ceil_div((Epilogue::PAIRS ? 2L : 1L) * columns, 128);
     auto launch = !gpu_has_wgmma()                   ? launch_experts_bf16<PRODUCT, false, 128, Epilogue>
                   : narrow % 2 == 0 || narrow >= 8 ? launch_experts_bf16<PRODUCT, true, 256, Epilogue>
                                                      : launch_experts_bf16<PRODUCT, true, 128, Epilogue>;
-    launch(left, right, offsets, tiles, max_tiles, E, columns, epilogue);
+    launch(left, right, offsets, tiles, max_tiles, E, columns, epilogue, stream);
 }

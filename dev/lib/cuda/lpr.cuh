@@ -132,9 +132,9 @@ __global__ static void column_finish_kernel(float* out, const double* parts, int
 // the gradient of a bias or of a LayerNorm's weight; parts: scratch (SLICES, C)
 template <class T, class TX>
 static void gpu_column_sums(float* out, double* parts, const TX* x, const T* h, const float* mean, const float* rstd,
-                            int N, int C, int add) {
-    column_slices_kernel<<<dim3(ceil_div(C, 32), SLICES), dim3(32, 32)>>>(parts, x, h, mean, rstd, N, C);
-    column_finish_kernel<<<ceil_div(C, 256), 256>>>(out, parts, C, add);
+                            int N, int C, int add, cudaStream_t stream = 0) {
+    column_slices_kernel<<<dim3(ceil_div(C, 32), SLICES), dim3(32, 32), 0, stream>>>(parts, x, h, mean, rstd, N, C);
+    column_finish_kernel<<<ceil_div(C, 256), 256, 0, stream>>>(out, parts, C, add);
     CHECK(cudaGetLastError());
 }
 
@@ -263,31 +263,33 @@ __global__ static void lpr_align_backward_kernel(float* dprototypes, const float
 // kept; layer_key = random_key(noise_seed, 0x4C5052, noise_step, layer) names its noise. Only sums over tokens are
 // split into `parts`: what a token gets does not depend on its batch.
 template <class T>
-static void gpu_lpr_forward(T* input, double* loss, const T* h, uint64_t layer_key, const LprLayer* r) {
+static void gpu_lpr_forward(T* input, double* loss, const T* h, uint64_t layer_key, const LprLayer* r,
+                            cudaStream_t stream = 0) {
     int N = r->N, H = r->H, E = r->E, K = r->K, D = r->D, blocks = ceil_div(N, TOKENS_A_BLOCK);
     float* parts = r->parts;
     long room = r->parts_floats;
     LprScratch s;
     lpr_scratch_walk(&s, r->scratch, N, H, E, D);
-    lpr_normalise_kernel<<<blocks, ROUTER_THREADS>>>(s.wide, s.mean, s.rstd, h, r->w.norm_weight, r->w.norm_bias, N, H);
-    gpu_matmul_fp32(r->encoded, s.wide, H, 1, r->w.encoder, 1, H, N, 2 * D, H, 0, NULL, 0);
-    lpr_units_kernel<<<blocks, ROUTER_THREADS>>>(s.units, r->encoded, 2 * D, r->w.encoder_bias, 2 * D, N, D);
-    lpr_units_kernel<<<ceil_div(E, TOKENS_A_BLOCK), ROUTER_THREADS>>>(s.prototype_units, r->w.prototypes, D, NULL, 0, E,
-                                                                   D);
-    gpu_matmul_fp32(r->z, s.units, D, 1, s.prototype_units, 1, D, N, E, D, 0, NULL, 0);
-    gpu_softmax_router(r->probs, r->lse, r->experts, r->gates, r->z, N, E, K, 1);
-    gpu_matmul_fp32(r->read_out, r->probs, E, 1, r->w.prototypes, D, 1, N, D, E, 0, NULL, 0);
-    gpu_matmul_fp32(s.wide, r->read_out, D, 1, r->w.readout, 1, D, N, H, D, 0, NULL, 0);
-    lpr_input_kernel<<<blocks, ROUTER_THREADS>>>(input, h, s.wide, r->w.readout_bias, N, H);
+    lpr_normalise_kernel<<<blocks, ROUTER_THREADS, 0, stream>>>(s.wide, s.mean, s.rstd, h, r->w.norm_weight,
+                                                                r->w.norm_bias, N, H);
+    gpu_matmul_fp32(r->encoded, s.wide, H, 1, r->w.encoder, 1, H, N, 2 * D, H, 0, NULL, 0, stream);
+    lpr_units_kernel<<<blocks, ROUTER_THREADS, 0, stream>>>(s.units, r->encoded, 2 * D, r->w.encoder_bias, 2 * D, N, D);
+    lpr_units_kernel<<<ceil_div(E, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(
+        s.prototype_units, r->w.prototypes, D, NULL, 0, E, D);
+    gpu_matmul_fp32(r->z, s.units, D, 1, s.prototype_units, 1, D, N, E, D, 0, NULL, 0, stream);
+    gpu_softmax_router(r->probs, r->lse, r->experts, r->gates, r->z, N, E, K, 1, stream);
+    gpu_matmul_fp32(r->read_out, r->probs, E, 1, r->w.prototypes, D, 1, N, D, E, 0, NULL, 0, stream);
+    gpu_matmul_fp32(s.wide, r->read_out, D, 1, r->w.readout, 1, D, N, H, D, 0, NULL, 0, stream);
+    lpr_input_kernel<<<blocks, ROUTER_THREADS, 0, stream>>>(input, h, s.wide, r->w.readout_bias, N, H);
     if (loss) {
-        gpu_matmul_fp32(r->grams, s.units, 1, D, s.units, D, 1, D, D, N, 0, parts, room);
+        gpu_matmul_fp32(r->grams, s.units, 1, D, s.units, D, 1, D, D, N, 0, parts, room, stream);
         gpu_matmul_fp32(r->grams + (long)D * D, s.prototype_units, 1, D, s.prototype_units, D, 1, D, D, E, 0, parts,
-                        room);
-        lpr_noise_kernel<<<blocks, ROUTER_THREADS>>>(s.by_expert, s.latent, s.kl, r->encoded, r->z, r->experts,
-                                                     layer_key, r->align_mean, N, E, K, D);
-        gpu_matmul_fp32(r->targets, s.by_expert, 1, E, s.latent, D, 1, E, D, N, 0, parts, room);
-        lpr_loss_kernel<<<1, 1024>>>(loss, r->grams, s.kl, r->w.prototypes, r->targets, r->weight, r->diversity, r->kl,
-                                     r->align, N, E, D);
+                        room, stream);
+        lpr_noise_kernel<<<blocks, ROUTER_THREADS, 0, stream>>>(s.by_expert, s.latent, s.kl, r->encoded, r->z,
+                                                                r->experts, layer_key, r->align_mean, N, E, K, D);
+        gpu_matmul_fp32(r->targets, s.by_expert, 1, E, s.latent, D, 1, E, D, N, 0, parts, room, stream);
+        lpr_loss_kernel<<<1, 1024, 0, stream>>>(loss, r->grams, s.kl, r->w.prototypes, r->targets, r->weight,
+                                                r->diversity, r->kl, r->align, N, E, D);
     }
     CHECK(cudaGetLastError());
 }
@@ -299,7 +301,8 @@ static void gpu_lpr_forward(T* input, double* loss, const T* h, uint64_t layer_k
 // floats for every layer.
 template <class T, class TD>
 static void gpu_lpr_backward(float* dh, const TD* dinput, const T* h, const float* dgates, const double* f,
-                             double aux_weight, double z_weight, double scale, int add, const LprLayer* r) {
+                             double aux_weight, double z_weight, double scale, int add, const LprLayer* r,
+                             cudaStream_t stream = 0) {
     int N = r->N, H = r->H, E = r->E, K = r->K, D = r->D, blocks = ceil_div(N, TOKENS_A_BLOCK);
     float* parts = r->parts;
     long room = r->parts_floats;
@@ -307,38 +310,39 @@ static void gpu_lpr_backward(float* dh, const TD* dinput, const T* h, const floa
     LprScratch s;
     lpr_scratch_walk(&s, r->scratch, N, H, E, D);
     gpu_softmax_router_backward(s.dz, dgates, r->probs, r->experts, r->gates, r->lse, f, aux_weight, z_weight, N, E, K,
-                                1);
+                                1, stream);
     // the read-out: probs -> read_out -> experts' input
     float* dread_out = s.latent;
-    gpu_matmul_fp32(r->d.readout, dinput, 1, H, r->read_out, D, 1, H, D, N, add, parts, room);
-    gpu_column_sums(r->d.readout_bias, s.sums, dinput, (const T*)NULL, NULL, NULL, N, H, add);
-    gpu_matmul_fp32(dread_out, dinput, H, 1, r->w.readout, D, 1, N, D, H, 0, parts, room);
-    gpu_matmul_fp32(r->d.prototypes, r->probs, 1, E, dread_out, D, 1, E, D, N, add, parts, room);
-    gpu_matmul_fp32(s.by_expert, dread_out, D, 1, r->w.prototypes, 1, D, N, E, D, 0, parts, room);
-    lpr_probs_backward_kernel<<<blocks, ROUTER_THREADS>>>(s.dz, s.by_expert, r->probs, N, E);
+    gpu_matmul_fp32(r->d.readout, dinput, 1, H, r->read_out, D, 1, H, D, N, add, parts, room, stream);
+    gpu_column_sums(r->d.readout_bias, s.sums, dinput, (const T*)NULL, NULL, NULL, N, H, add, stream);
+    gpu_matmul_fp32(dread_out, dinput, H, 1, r->w.readout, D, 1, N, D, H, 0, parts, room, stream);
+    gpu_matmul_fp32(r->d.prototypes, r->probs, 1, E, dread_out, D, 1, E, D, N, add, parts, room, stream);
+    gpu_matmul_fp32(s.by_expert, dread_out, D, 1, r->w.prototypes, 1, D, N, E, D, 0, parts, room, stream);
+    lpr_probs_backward_kernel<<<blocks, ROUTER_THREADS, 0, stream>>>(s.dz, s.by_expert, r->probs, N, E);
     // the scores and the losses
-    lpr_units_kernel<<<blocks, ROUTER_THREADS>>>(s.units, r->encoded, 2 * D, NULL, 0, N, D);
-    lpr_units_kernel<<<ceil_div(E, TOKENS_A_BLOCK), ROUTER_THREADS>>>(s.prototype_units, r->w.prototypes, D, NULL, 0, E,
-                                                                   D);
+    lpr_units_kernel<<<blocks, ROUTER_THREADS, 0, stream>>>(s.units, r->encoded, 2 * D, NULL, 0, N, D);
+    lpr_units_kernel<<<ceil_div(E, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(
+        s.prototype_units, r->w.prototypes, D, NULL, 0, E, D);
     float* dn = s.latent;
-    gpu_matmul_fp32(dn, s.dz, E, 1, s.prototype_units, D, 1, N, D, E, 0, parts, room);
-    gpu_matmul_fp32(s.dunits, s.dz, 1, E, s.units, D, 1, E, D, N, 0, parts, room);
-    lpr_units_backward_kernel<<<blocks, ROUTER_THREADS>>>(s.dencoded, dn, r->grams, s.units, r->encoded, 2 * D,
-                                                       (float)(spread / ((double)N * N)), 0, N, D);
-    lpr_units_backward_kernel<<<ceil_div(E, TOKENS_A_BLOCK), ROUTER_THREADS>>>(
+    gpu_matmul_fp32(dn, s.dz, E, 1, s.prototype_units, D, 1, N, D, E, 0, parts, room, stream);
+    gpu_matmul_fp32(s.dunits, s.dz, 1, E, s.units, D, 1, E, D, N, 0, parts, room, stream);
+    lpr_units_backward_kernel<<<blocks, ROUTER_THREADS, 0, stream>>>(s.dencoded, dn, r->grams, s.units, r->encoded,
+                                                                     2 * D, (float)(spread / ((double)N * N)), 0, N, D);
+    lpr_units_backward_kernel<<<ceil_div(E, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(
         r->d.prototypes, s.dunits, r->grams + (long)D * D, s.prototype_units, r->w.prototypes, D,
         (float)(spread / ((double)E * E)), 1, E, D);
-    lpr_kl_backward_kernel<<<blocks, ROUTER_THREADS>>>(s.dencoded, r->encoded, weight * r->kl / N, N, D);
-    lpr_align_backward_kernel<<<ceil_div((long)E * D, 256), 256>>>(
+    lpr_kl_backward_kernel<<<blocks, ROUTER_THREADS, 0, stream>>>(s.dencoded, r->encoded, weight * r->kl / N, N, D);
+    lpr_align_backward_kernel<<<ceil_div((long)E * D, 256), 256, 0, stream>>>(
         r->d.prototypes, r->w.prototypes, r->targets, (float)(weight * r->align / ((double)E * D)), (long)E * D);
     // the encoder and the LayerNorm
-    lpr_normalise_kernel<<<blocks, ROUTER_THREADS>>>(s.wide, s.mean, s.rstd, h, r->w.norm_weight, r->w.norm_bias, N, H);
-    gpu_matmul_fp32(r->d.encoder, s.dencoded, 1, 2 * D, s.wide, H, 1, 2 * D, H, N, add, parts, room);
-    gpu_column_sums(r->d.encoder_bias, s.sums, s.dencoded, (const T*)NULL, NULL, NULL, N, 2 * D, add);
-    gpu_matmul_fp32(s.wide, s.dencoded, 2 * D, 1, r->w.encoder, H, 1, N, H, 2 * D, 0, parts, room);
-    lpr_normalise_backward_kernel<<<blocks, ROUTER_THREADS>>>(dh, dinput, s.wide, h, s.mean, s.rstd, r->w.norm_weight,
-                                                           r->w.norm_bias, N, H);
-    gpu_column_sums(r->d.norm_weight, s.sums, s.wide, h, s.mean, s.rstd, N, H, add);
-    gpu_column_sums(r->d.norm_bias, s.sums, s.wide, (const T*)NULL, NULL, NULL, N, H, add);
+    lpr_normalise_kernel<<<blocks, ROUTER_THREADS, 0, stream>>>(s.wide, s.mean, s.rstd, h, r->w.norm_weight,
+                                                                r->w.norm_bias, N, H);
+    gpu_matmul_fp32(r->d.encoder, s.dencoded, 1, 2 * D, s.wide, H, 1, 2 * D, H, N, add, parts, room, stream);
+    gpu_column_sums(r->d.encoder_bias, s.sums, s.dencoded, (const T*)NULL, NULL, NULL, N, 2 * D, add, stream);
+    gpu_matmul_fp32(s.wide, s.dencoded, 2 * D, 1, r->w.encoder, H, 1, N, H, 2 * D, 0, parts, room, stream);
+    lpr_normalise_backward_kernel<<<blocks, ROUTER_THREADS, 0, stream>>>(dh, dinput, s.wide, h, s.mean, s.rstd,
+                                                                         r->w.norm_weight, r->w.norm_bias, N, H);
+    gpu_column_sums(r->d.norm_weight, s.sums, s.wide, h, s.mean, s.rstd, N, H, add, stream);
+    gpu_column_sums(r->d.norm_bias, s.sums, s.wide, (const T*)NULL, NULL, NULL, N, H, add, stream);
     CHECK(cudaGetLastError());
 }

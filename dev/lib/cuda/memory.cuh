@@ -67,6 +67,9 @@ template <class Real> static Real* take_reals(Arena* a, long n) { return (Real*)
 static int* take_ints(Arena* a, long n) { return (int*)take(a, sizeof(int) * (size_t)n); }
 static double* take_doubles(Arena* a, long n) { return (double*)take(a, sizeof(double) * (size_t)n); }
 
+// Rows of logits lie this far apart: at multiples of 16 bytes, which cuBLAS wants for its fastest products.
+static int logits_row(int V) { return (V + 7) / 8 * 8; }
+
 static int most_tiles(long rows, int E) { return (int)(rows / GROUP_ROWS) + E; }
 
 template <class Real> static void gpu_take_layer(Arena* a, GpuLayer<Real>* s, const Model* m, int l) {
@@ -160,7 +163,7 @@ template <class Real> static void gpu_take(Model* m, Arena* a) {
     g->final_in = training ? take_reals<Real>(a, N * H) : g->layers[0].x;
     g->final_out = take_reals<Real>(a, N * H);
     g->final_rstd = take_floats(a, N);
-    g->logits = take_reals<Real>(a, (m->purpose == FOR_GENERATION ? 1 : N) * V);
+    g->logits = take_reals<Real>(a, (m->purpose == FOR_GENERATION ? 1 : N) * logits_row((int)V));
     g->losses = take_floats(a, N);
     g->cosines = take_floats(a, (long)m->positions * (HD / 2));
     g->sines = take_floats(a, (long)m->positions * (HD / 2));
@@ -241,6 +244,12 @@ template <class Real> static void gpu_plan(Model* m) {
         die(2, "%s: on a GPU at most %d", c->num_experts > MOST_GRID ? "--experts" : "--batch", MOST_GRID);
     if (c->router.skip_below > 0 || c->router.fixed)
         die(2, "--%s: on the CPU alone, in train_moe", c->router.fixed ? "fixed-router" : "skip-below");
+    int device, most;       // a block of gpu_combine_rmsnorm_backward keeps two rows of floats in shared memory
+    CHECK(cudaGetDevice(&device));
+    CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (m->purpose == FOR_TRAINING && c->hidden_size > (most - 1024) / 8)
+        die(2, "--hidden %d: this GPU has %d KB of shared memory, enough to train with %d", c->hidden_size, most >> 10,
+            (most - 1024) / 8);
     Arena host = {NULL, 0}, gpu = {NULL, 0};
     GpuModel<Real>* g = (GpuModel<Real>*)checked_malloc(sizeof(GpuModel<Real>));
     memset(g, 0, sizeof *g);

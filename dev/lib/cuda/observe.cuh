@@ -56,9 +56,9 @@ __global__ static void observe_finish_kernel(double* observed, const double* par
 // entropy, top_gate, sources, twins}. parts: scratch, gpu_balance_parts(E) doubles;  probs (N, E), gates, experts
 // (N, K);  family (E): each expert's family, or NULL: every expert is a family of its own
 static void gpu_observe(double* observed, double* parts, const float* probs, const float* gates, const int* experts,
-                        const int* family, int N, int E, int K) {
+                        const int* family, int N, int E, int K, cudaStream_t stream = 0) {
     int slices = N < 8 * OBSERVE_SLICES ? ceil_div(N, 8) : OBSERVE_SLICES;          // a block has 8 warps
-    observe_slices_kernel<<<slices, 256>>>(parts, probs, gates, experts, family, N, E, K);
-    observe_finish_kernel<<<1, 4 * 32>>>(observed, parts, slices, N);
+    observe_slices_kernel<<<slices, 256, 0, stream>>>(parts, probs, gates, experts, family, N, E, K);
+    observe_finish_kernel<<<1, 4 * 32, 0, stream>>>(observed, parts, slices, N);
     CHECK(cudaGetLastError());
 }

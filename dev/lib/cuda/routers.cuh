@@ -23,8 +23,8 @@ __global__ static void logit_norm_kernel(float* out, const float* z, int N, int 
 }
 
 // out (N, E) = lambda (z - mean) / (std + 1e-6), with each token's mean and standard deviation over the experts
-static void gpu_logit_norm(float* out, const float* z, int N, int E, float lambda) {
-    logit_norm_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(out, z, N, E, lambda);
+static void gpu_logit_norm(float* out, const float* z, int N, int E, float lambda, cudaStream_t stream = 0) {
+    logit_norm_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(out, z, N, E, lambda);
     CHECK(cudaGetLastError());
 }
 
@@ -50,8 +50,8 @@ __global__ static void logit_norm_backward_kernel(float* dz, const float* z, int
 
 // In place: dz (N, E), the gradient of gpu_logit_norm's result, becomes that of z (N, E). With c = z - mean and
 // r = std + 1e-6:  lambda / r (dz_e - mean(dz) - c_e sum_j(dz_j c_j) / (E std r))
-static void gpu_logit_norm_backward(float* dz, const float* z, int N, int E, float lambda) {
-    logit_norm_backward_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(dz, z, N, E, lambda);
+static void gpu_logit_norm_backward(float* dz, const float* z, int N, int E, float lambda, cudaStream_t stream = 0) {
+    logit_norm_backward_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(dz, z, N, E, lambda);
     CHECK(cudaGetLastError());
 }
 
@@ -85,9 +85,9 @@ __global__ static void penalise_families_kernel(float* z, float* shift, const fl
 // family (by scores (N, E), NULL: by z itself) and `penalty` for its other members; equal members are told apart by a
 // hash of (layer, position, family). family (E). Row n is at position start + n % T of its sequence.
 static void gpu_penalise_families(float* z, float* shift, const float* scores, const int* family, float penalty,
-                                  int layer, int N, int T, int start, int E) {
-    penalise_families_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(z, shift, scores, family, penalty, layer,
-                                                                              N, T, start, E);
+                                  int layer, int N, int T, int start, int E, cudaStream_t stream = 0) {
+    penalise_families_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(
+        z, shift, scores, family, penalty, layer, N, T, start, E);
     CHECK(cudaGetLastError());
 }
 
@@ -97,8 +97,9 @@ __global__ static void sigmoid_scores_kernel(float* scores, const float* z, cons
 }
 
 // scores (N, E) = sigmoid(z) + bias, by which experts are chosen; bias (E)
-static void gpu_sigmoid_scores(float* scores, const float* z, const float* bias, int N, int E) {
-    sigmoid_scores_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(scores, z, bias, N, E);
+static void gpu_sigmoid_scores(float* scores, const float* z, const float* bias, int N, int E,
+                               cudaStream_t stream = 0) {
+    sigmoid_scores_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(scores, z, bias, N, E);
     CHECK(cudaGetLastError());
 }
 
@@ -142,9 +143,10 @@ __global__ static void sigmoid_router_kernel(float* probs, float* lse, int* expe
 //     lse (N) = logsumexp(z)
 // z (N, E), bias (E), shift (N, E) by gpu_penalise_families or NULL
 static void gpu_sigmoid_router(float* probs, float* lse, int* experts, float* gates, const float* z, const float* bias,
-                               const float* shift, int N, int E, int K, int norm_topk, float scaling) {
-    sigmoid_router_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(probs, lse, experts, gates, z, bias, shift,
-                                                                           N, E, K, norm_topk, scaling);
+                               const float* shift, int N, int E, int K, int norm_topk, float scaling,
+                               cudaStream_t stream = 0) {
+    sigmoid_router_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(
+        probs, lse, experts, gates, z, bias, shift, N, E, K, norm_topk, scaling);
     CHECK(cudaGetLastError());
 }
 
@@ -176,10 +178,11 @@ __global__ static void __launch_bounds__(1024)
 }
 
 // add_cutoffs of dev/lib/routers.h: cutoffs (E) += beta of quantile balancing; work: N E floats; z (N, E), bias (E)
-static void gpu_add_cutoffs(double* cutoffs, float* work, const float* z, const float* bias, int N, int E, int K) {
+static void gpu_add_cutoffs(double* cutoffs, float* work, const float* z, const float* bias, int N, int E, int K,
+                            cudaStream_t stream = 0) {
     if (K == E) return;
-    cutoff_scores_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(work, z, bias, N, E, K);
-    cutoffs_kernel<<<E, 1024>>>(cutoffs, work, N, E, (long)N * K / E);
+    cutoff_scores_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(work, z, bias, N, E, K);
+    cutoffs_kernel<<<E, 1024, 0, stream>>>(cutoffs, work, N, E, (long)N * K / E);
     CHECK(cudaGetLastError());
 }
 
@@ -225,8 +228,8 @@ __global__ static void sigmoid_router_backward_kernel(float* dz, const float* dg
 static void gpu_sigmoid_router_backward(float* dz, const float* dgates, const float* z, const float* probs,
                                         const float* lse, const int* experts, const float* gates, const double* f,
                                         double aux_weight, double z_weight, int N, int E, int K, int norm_topk,
-                                        float scaling) {
-    sigmoid_router_backward_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS>>>(
+                                        float scaling, cudaStream_t stream = 0) {
+    sigmoid_router_backward_kernel<<<ceil_div(N, TOKENS_A_BLOCK), ROUTER_THREADS, 0, stream>>>(
         dz, dgates, z, probs, lse, experts, gates, f, aux_weight, z_weight, N, E, K, norm_topk, scaling);
     CHECK(cudaGetLastError());
 }

@@ -47,6 +47,9 @@ static inline float exp2_fast(float x) { return exp2f(x); }
 // Hopper's matrix instructions. They exist only in code made for sm_90a, and only devices of compute capability 9.0 run
 // that: wgmma_compiled tells what this pass of the compiler makes, gpu_has_wgmma() what will run.
 #ifdef __CUDACC__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "sm_90 has no wgmma, which is most of a Hopper's speed: compile for sm_90a (-arch=native does not)"
+#endif
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool wgmma_compiled = true;
 // What ordinary stores and cp.async wrote to shared memory is seen by the matrix unit only after this fence.
@@ -103,19 +106,33 @@ constexpr bool wgmma_compiled = true;
 template <int N> static inline void wgmma_hold(float*) {}
 #endif
 
+// Compute capability 9.0, of the current device.
+static bool gpu_is_hopper(void) {
+    int device, major, minor;
+    CHECK(cudaGetDevice(&device));
+    CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    return major == 9 && minor == 0;
+}
+// Asked before each product, and remembered for the device that was asked last.
 static bool gpu_has_wgmma(void) {
-    static int has = -1;
-    if (has < 0) {
-        int device, major, minor;
-        CHECK(cudaGetDevice(&device));
-        CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-        CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-        has = major == 9 && minor == 0;
+    static int asked = -1, has;
+    int device;
+    CHECK(cudaGetDevice(&device));
+    if (device != asked) {
+        has = gpu_is_hopper();
 #ifdef __CUDACC__
         cudaFuncAttributes mark;
         CHECK(cudaFuncGetAttributes(&mark, wgmma_mark_kernel));
         has = has && mark.maxThreadsPerBlock == 64;
 #endif
+        asked = device;
     }
     return has;
+}
+// What multiplies the experts' rows in bf16, for the program's first line.
+static const char* gpu_products(void) {
+    return gpu_has_wgmma()   ? "wgmma"
+           : gpu_is_hopper() ? "mma.sync: this program was not compiled for sm_90a (make GPUS=90a)"
+                             : "mma.sync";
 }

@@ -66,7 +66,8 @@ template <class Real> static void gpu_read_back(Model* m, int what) {
         to_host(m->exp_avg_sq, g->exp_avg_sq, total);
     }
     if (what & GRADIENTS) to_host(m->grads, g->grads, total);
-    if (what & LOGITS) to_host(m->logits, g->logits, (m->purpose == FOR_GENERATION ? 1 : N) * c->vocab_size);
+    for (long n = 0, V = c->vocab_size; (what & LOGITS) && n < (m->purpose == FOR_GENERATION ? 1 : N); n++)
+        to_host(m->logits + n * V, g->logits + n * logits_row((int)V), V);
     for (int l = 0; (what & ROUTING) && l < c->num_layers; l++) {
         if (!c->sparse[l]) continue;
         long n = N * m->topk[l];
