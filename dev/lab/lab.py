@@ -62,7 +62,7 @@ def read_experiment(name):
         own = {**{k: before[k] for k in SETTINGS if k in before}, **own, "arms": {**before["arms"], **own.get("arms", {})}}
         own["asked"] = asked
     unknown = set(own) - {"name", "title", "extends", "arms", "asked", "use",
-                          "tier", "notes", "gap", "claims", *SETTINGS}
+                          "tier", "notes", "gap", "claims", "readings", "figure", *SETTINGS}
     unknown |= set(own.get("asked", ())) - set(own.get("arms") or {})
     if unknown or not own.get("arms") or "train" not in own:
         fail(f"{path}: {'unknown ' + ', '.join(sorted(unknown)) if unknown else 'needs train and arms'}; see template.yaml")
@@ -417,7 +417,7 @@ def evaluate(name, spec, threads):
     if (folder / "load.csv").is_file() and experts and "train" in spec:
         rows = rows_of(folder / "load.csv")
         rows = [r for r in rows if r["step"] == rows[-1]["step"] and r["expert"] == "0"]        # one for each layer
-        for key in ("gini", "min_max", "max_vio", "dead"):
+        for key in ("gini", "min_max", "max_vio", "dead", "entropy", "top_gate"):
             found[f"train_{key}"] = sum(float(r[key]) for r in rows) / (1 if key == "dead" else len(rows))
     found.update(experts=experts, topk=int(config.get("num_experts_per_tok") or 0), active=active, parameters=int(total))
     return found, readers, per_token

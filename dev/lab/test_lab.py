@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Checks the lab's own parts: statistics, experiments, reading of routing, stopping and going on. From the project's
+folder, after `make`:  python3 dev/lab/test_lab.py"""
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+FOLDER = tempfile.TemporaryDirectory()
+os.environ["LAB"] = FOLDER.name
+import lab                                                                              # noqa: E402, wants LAB
+import numpy                                                                            # noqa: E402
+import report                                                                           # noqa: E402
+import stats                                                                            # noqa: E402
+
+failed = passed = 0
+
+
+def check(ok, what, said=""):
+    global failed, passed
+    passed, failed = passed + bool(ok), failed + (not ok)
+    print("ok    " if ok else "FAILED", what, "" if ok else f"   {said}")
+
+
+def near(x, y, by=1e-9):
+    return all(abs(a - b) <= by for a, b in zip(x, y))
+
+
+def test_stats():
+    # by hand: mean 2, s 1, n 3: 2 +- 4.302653 / sqrt 3; t = 3.4641, p = .0742
+    check(near(stats.mean_interval([1, 2, 3]), (2, -0.484138, 4.484138, 0.074180), 1e-5), "Student's interval")
+    check(near(stats.holm([.01, .04, .03, .005]), (.03, .06, .06, .02)), "Holm's p values")
+    check(math.isclose(stats.detectable(.004, 8), .004 / math.sqrt(8) * (2.364624 + 0.896030), rel_tol=1e-5), "what 8 pairs see")
+    rng, inside, hits = numpy.random.default_rng(1), 0, 0
+    for _ in range(1000):
+        low = rng.normal(1.56, .01, 8)
+        high, x = low - .035 + rng.normal(0, .004, 8), low - .02 + rng.normal(0, .004, 8)
+        _, least, most = stats.closure(low, high, x)
+        inside += least <= 4 / 7 <= most
+        _, least, most = stats.jackknife(lambda s: (low[s] - x[s]).mean() / (low[s] - high[s]).mean(), 8)
+        hits += least <= 4 / 7 <= most
+    check(930 <= inside <= 970, "Fieller's interval holds the truth in 95 of 100 tries", inside)
+    check(925 <= hits <= 975, "so does the jackknife's", hits)
+    check(stats.closure([1, 1.1, 1.2], [1, 1.11, 1.19], [1, 1.1, 1.2])[1] == -math.inf, "without a gap no interval of closure")
+    check(stats.gap_is_wide([1.557, 1.574], [1.527, 1.545]) and not stats.gap_is_wide([1.557, 1.574], [1.55, 1.532]),
+          "five sigma")
+    ranges = {"yes": [-9, 0], "partial": [-.002, .002], "no": [0, 9]}
+    check([stats.verdict(-.01, -.001, ranges, .01), stats.verdict(-.01, -.001, ranges, .07), stats.verdict(-.001, .001, ranges, .5),
+           stats.verdict(-.01, .01, ranges, .5)] == ["yes", "cannot tell", "partial", "cannot tell"], "verdicts")
+
+
+def refused(text, expected):
+    path = pathlib.Path(FOLDER.name) / "my.yaml"
+    path.write_text(text)
+    done = subprocess.run([sys.executable, "-c", f"import lab; lab.stages_of(lab.read_experiment('{path}'))"],
+                          cwd=lab.HERE, capture_output=True, text=True)
+    check(done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1, f"refused: {expected}", done.stderr)
+
+
+def test_experiments():
+    refused("train: ''\narms: {a: {from: b}}", "'a' is from 'b'")
+    refused("train: ''\narms: {a: {from: b}, b: {from: a, train: ''}}", "itself")
+    refused("train: ''\narms: {a: {form: b}}", "unknown form")
+    refused("train: ''\narm: {}", "unknown arm")
+    refused("arms: {a: {train: ''}}", "needs train and arms")
+    refused("extends: tiny\nuse: [nothing]", "unknown nothing")
+    refused("arms: [", "my.yaml")
+    ids = {}
+    for path in (lab.HERE / "experiments").glob("*.yaml"):
+        last, specs, _ = lab.stages_of(lab.read_experiment(path.stem))
+        ids[path.stem] = last, specs
+        for claim in lab.read_experiment(path.stem).get("claims", []):
+            report.measure(report.Experiment(path.stem, report.Results()), claim)       # names that are not there stop it
+            if set(claim) - {"claim", "source", "paper", "expected", "measure", "verdict"} or not claim.get("expected"):
+                check(False, f"{path.stem}: {claim}")
+    check(all(n in specs for last, specs in ids.values() for n in last.values()), "all arms of all experiments have stages")
+    check(ids["E7"][1][ids["E7"][0]["plain@grow", 1]]["parent"] == ids["E1"][0]["sigmoid-source", 1], "E7 shares E1's source")
+    last, specs = ids["tiny"]
+    check(lab.tokens_of(specs[last["source", 1]], specs) == (10 * 256, 30 * 256)
+          and lab.tokens_of(specs[last["copy", 1]], specs) == (30 * 256, 60 * 256), "tokens of a branch, and in all")
+    known = {"upcycle": "--experts M\n", "train_moe": "--steps --experts --expert-ffn --schedule --decay-frac"}
+    left = lab.stages_of(lab.read_experiment("tiny"), known)[2]
+    check(len(left) == 2 and "--method" in left[0], "arms whose options do not exist are left out with a line", left)
+    known["upcycle"] = "--experts-max --method"
+    left = lab.stages_of(lab.read_experiment("tiny"), known)[2]
+    check(any("copy is left out until the programs have --experts" in line for line in left), "... a longer name is no such option", left)
+
+
+def test_routing():
+    """Four tokens of two kinds, one layer, K 2; experts 0 and 2 are twins, and 1 and 3; nobody chooses 4."""
+    folder = pathlib.Path(FOLDER.name)
+    for kind, rows in (("a", ["0,2", "0,2"]), ("b", ["1,3", "0,1"])):
+        (folder / kind).write_text("window,position,token,layer,expert_1,expert_2\n" +
+                                   "".join(f"0,{n},0,0,{row}\n" for n, row in enumerate(rows)))
+    found, readers = lab.routing({k: folder / k for k in "ab"}, {0: [0, 1, 0, 1, 4]}, 5)
+    # twins 0, 2: 3 and 2 tokens, 2 of them the same; 1, 3: 2 and 1, one the same. Loads 3 2 2 1 0
+    check(near([found["overlap"], found["twins_together"], found["sources"]], [(2 / 3 + 1 / 2) / 2, 3 / 4, 5 / 4]),
+          "overlap, twins together, sources a token", found)
+    check(near([found["max_vio"], found["gini"], found["dead"]], [3 / 1.6 - 1, 28 / 80, 1]), "MaxVio, Gini, dead", found)
+    p = numpy.array([[2, 0, 2, 0], [1, 2, 0, 1]]) / 8
+    seen = p > 0
+    check(math.isclose(found["reading"], (p[seen] * numpy.log(p[seen] / (p.sum(0) * p.sum(1, keepdims=True))[seen])).sum()),
+          "what experts read", found)
+    check((0, 0, "a", 2 / 3) in readers and (0, 1, "b", 1) in readers, "shares of the kinds")
+
+
+def test_going_on():
+    """A stage that is stopped goes on, and ends with the row of one that never was."""
+    name = lab.stages_of(lab.read_experiment("tiny"))[0]["fixed8", 1]
+    lab.plan(["tiny"])
+    command = [sys.executable, lab.HERE / "lab.py", "stage", name]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE)
+    out = lab.LAB / "run" / name
+    for _ in range(3000):
+        if (out / "log.csv").is_file() and len((out / "log.csv").read_text().splitlines()) > 5 or child.poll() is not None:
+            break
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    code, done = child.wait(), lab.LAB / "done" / f"{name}.csv"
+    check(code == 143 and not done.is_file(), "a stopped stage has no row", f"exit {code}")
+    subprocess.run(command, check=True, stderr=subprocess.PIPE)
+    first = lab.rows_of(done)[0]
+    done.unlink()
+    subprocess.run(["rm", "-r", out], check=True)
+    subprocess.run(command, check=True, stderr=subprocess.PIPE)
+    second = lab.rows_of(done)[0]
+    differ = [k for k in first if first[k] != second[k] and k not in ("seconds", "load")]
+    check(not differ, "stopped and gone on with: the same row", differ)
+    check(json.loads(second["spec"])["seed"] == 1 and second["stage"] == name and float(second["loss"]) > 0, "a row says what it is")
+    frozen = json.loads((lab.LAB / "bin/frozen.json").read_text())
+    (lab.LAB / "bin/frozen.json").write_text(json.dumps({**frozen, "processor": "another"}))
+    told = subprocess.run(command, capture_output=True, text=True)
+    check(told.returncode == 2 and "pairs want one kind of processor" in told.stderr, "refused: another kind of processor", told.stderr)
+    (lab.LAB / "bin/frozen.json").write_text(json.dumps({**frozen, "canary": "another"}))
+    told = subprocess.run([sys.executable, lab.HERE / "lab.py", "freeze"], capture_output=True, text=True)
+    check(told.returncode == 2 and "other bytes" in told.stderr, "refused: programs that compute other bytes", told.stderr)
+
+
+if __name__ == "__main__":
+    with FOLDER:
+        test_stats()
+        test_experiments()
+        test_routing()
+        test_going_on()
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)
