@@ -56,6 +56,8 @@ def read_experiment(name):
     except yaml.YAMLError as e:
         fail(f"{path}: {' '.join(str(e).split())}")
     own.setdefault("name", path.stem)
+    for claim in own.get("claims") or ():                       # YAML reads yes and no as true and false
+        claim["verdict"] = {{True: "yes", False: "no"}.get(k, k): v for k, v in claim["verdict"].items()}
     if "extends" in own:
         before = read_experiment(own["extends"])
         asked = own.get("use", []) + list(own.get("arms") or {})         # the other arms only stand there to be built on
@@ -515,7 +517,8 @@ def plan(names):
             path.write_text(json.dumps(spec))
     # a stage costs its tokens, and about a third of a token for each that is evaluated
     todo = {n: tokens_of(s, specs)[0] + 170_000 for n, s in specs.items() if not (LAB / "done" / f"{n}.csv").is_file()}
-    (LAB / "wanted.json").write_text(json.dumps(dict(begun=time.time(), stages=todo)))
+    if "remote" not in sys.argv:                # a job of a cluster makes the plan again
+        (LAB / "wanted.json").write_text(json.dumps(dict(begun=time.time(), stages=todo)))
     return specs
 
 

@@ -162,7 +162,8 @@ def judged(e):
     rows = []
     for claim, f in zip(claims, found):
         if f is None:
-            rows.append((claim, None, "not run yet", f"{e.done()} of {len(e.specs)} stages"))
+            done = e.done()
+            rows.append((claim, None, "not run yet" if done < len(e.specs) else "cannot tell", f"{done} of {len(e.specs)} stages"))
             continue
         said, why = stats.verdict(f["low"], f["high"], claim["verdict"], f["p"]), f.get("why") or f"n {f['n']}"
         if f["sd"] is not None and "noise" not in claim["measure"] and f["sd"] > 0 and not f["unit"]:
@@ -325,6 +326,15 @@ def figures(e):
             series.append(draw.Series(label, points, bands, slot=slot, dots=True))
         add("points", asked["title"], series, asked["x"], asked["y"], "Means of seeds with 95 % intervals.",
             log_x=bool(asked.get("log_x")))
+    elif asked.get("kind") == "closure":                    # lists of [x, arm, smaller, larger], and the paper's points
+        series = [draw.Series(asked["source"], asked["paper"], slot=0)]
+        for slot, (label, points) in enumerate(asked["groups"].items(), 1):
+            found = [(x, measure(e, dict(measure=dict(closure=ends)))) for x, *ends in points]
+            found = [(x, f) for x, f in found if f and math.isfinite(f["value"])]
+            series.append(draw.Series(label, [(x, f["value"]) for x, f in found], [(x, f["low"], f["high"]) for x, f in found],
+                                      slot=slot, dots=True))
+        if any(s.points for s in series[1:]):
+            add("closure", asked["title"], series, asked["x"], "gap closure", "Ratios of means with Fieller's 95 % intervals.")
     elif asked.get("kind") == "topk":
         series = []
         for arm in e.arms:
@@ -342,6 +352,29 @@ def figures(e):
                 [draw.Series(a, *band(curve_series(e, a, after)), slot=n) for n, a in enumerate(shown) if a != after],
                 "tokens after the transition", "nats a byte", f"Each seed's loss less that of {after} at the same step; 95 % bands.")
     return made
+
+
+def joint_law(e):
+    """2502.03009's law, L = A D1^-a D2^(-b + c log D1) + L0, with D1 tokens before and D2 after the transition, in millions,
+    fitted to the means of tNcM. Five numbers from nine points: shown, nothing is concluded."""
+    from scipy.optimize import curve_fit
+    found = [(t, c, list(e.column(f"t{t}c{c}", "loss").values())) for t in (1, 2, 3) for c in (1, 2, 3)]
+    if not all(losses for _, _, losses in found):
+        return None
+    tokens = numpy.array([(t * 1.024, c * 1.024) for t, c, _ in found]).T
+    losses = numpy.array([statistics.mean(x) for _, _, x in found])
+
+    def law(d, A, a, b, c, least):
+        return A * d[0] ** -a * d[1] ** (-b + c * numpy.log(d[0])) + least
+
+    try:
+        fitted, _ = curve_fit(law, tokens, losses, p0=(0.5, 0.1, 0.1, 0, losses.min() - 0.3), maxfev=20000)
+    except RuntimeError:
+        return "The joint law of 2502.03009 could not be fitted."
+    A, a, b, c, least = fitted
+    return (f"The joint law of 2502.03009, fitted to nine means: L = {A:.3f} D1^{-a:.3f} D2^({-b:.3f} + {c:.3f} ln D1) + {least:.3f}, D1 "
+            f"and D2 in millions of tokens; largest residual {abs(law(tokens, *fitted) - losses).max():.4f}. Five numbers from nine "
+            "points: nothing is concluded.")
 
 
 # The report: a list of ("h", level, text), ("p", text), ("table", heads, rows), ("figure", name, caption), ("code", text)
@@ -374,6 +407,8 @@ def blocks(experiments, results):
         heads, arms = arm_table(e)
         if arms:
             yield "table", heads, arms
+        if e.name == "E2" and (fitted := joint_law(e)):
+            yield "p", fitted
         for name, (_, caption) in figures(e).items():
             yield "figure", name, caption
         if e.spec.get("notes"):

@@ -17,7 +17,8 @@ exec 9>"$LAB/lock"
 flock -n 9 || { echo "lab: another run is at work in $LAB" >&2; exit 2; }
 run --unlock --quiet >/dev/null 2>&1 || true
 status=0
-run --cores "${JOBS:-$(nproc)}" --rerun-incomplete --rerun-triggers mtime --keep-going --nolock --quiet all \
+jobs=${JOBS:-$(nproc)}
+run --jobs "$jobs" --cores $((jobs * ${THREADS:-1})) --rerun-incomplete --rerun-triggers mtime --keep-going --nolock --quiet rules progress reason host \
     $OPTIONS 9>&- || status=$?
 python3 "$here/lab.py" collect
 exit $status

@@ -109,6 +109,41 @@ def test_routing():
     check((0, 0, "a", 2 / 3) in readers and (0, 1, "b", 1) in readers, "shares of the kinds")
 
 
+def test_report():
+    """Made-up rows of all stages: what is judged of them, and that every page can be made."""
+    rng, results = numpy.random.default_rng(1), report.Results()
+    results.stages, results.curves = {}, {}
+    effects = dict(fixed4=0.03, fixed16=0, copy=0.015, continued=0.025, random=0.015, grad2=0.0149)
+    names = [p.stem for p in (lab.HERE / "experiments").glob("*.yaml") if p.stem not in report.SKIPPED]
+    for name in names:
+        e = report.Experiment(name, results)
+        for (arm, seed), stage in sorted(e.ids.items()):
+            row = dict.fromkeys(["canary", "processor", "commit", "binary"], "x")
+            row.update(stage=stage, loss=1.5 + effects.get(arm, 0.02) + seed / 50 + rng.normal(0, 0.001), jump=0.05, tokens=2e6,
+                       total_tokens=4e6, flops=4e12 if arm in ("fixed16", "scratch-total") else 2e12, spec=json.dumps(e.specs[stage]), topk=2,
+                       **{k: rng.uniform(0.1, 1) for k in "gini max_vio dead train_gini train_max_vio twin_cosine overlap sources "
+                          "reading loss_k1 loss_k2 loss_k3 loss_k4 loss_k6 loss_k8 speed_b1 speed_b8".split()})
+            results.stages.setdefault(stage, row)
+            results.curves.setdefault(stage, [dict(step=str(s), tokens=s * 1024, val_loss=3 - s / 1000) for s in (100, 200)])
+    judged = {c["claim"]: (verdict, f) for c, f, verdict, _ in report.judged(report.Experiment("E1", results))}
+    closure = judged["copy reaches the larger model at equal tokens in all"]
+    check(closure[0] == "partial" and closure[1]["low"] < 0.5 < closure[1]["high"], "half of the gap closed is partial", closure)
+    check(judged["copy ends better than its source continued for as long"][0] == "yes"
+          and judged["grad2 selection beats uniform copies"][0] in ("partial", "cannot tell"), "verdicts of made-up results",
+          {k: v[0] for k, v in judged.items()})
+    parts = list(report.blocks([report.Experiment(n, results) for n in names], results))
+    text = report.to_markdown(parts)
+    check("not run yet" not in text and "joint law" in text and "nan" not in text, "a report of all experiments",
+          [line for line in text.splitlines() if "not run yet" in line or "nan" in line][:2])
+    if report.draw:
+        drawings = {k: v for n in names for k, v in report.figures(report.Experiment(n, results)).items()}
+        page = report.to_html(parts, drawings)
+        check(len(drawings) > len(names) and page.count("<svg") == len(drawings), "and a page with all figures", list(drawings))
+    some = report.Experiment("E1", results)
+    results.stages[some.ids["copy", 1]]["canary"] = "another"
+    check(len(some.together("copy", "continued")[1]) == 7, "pairs of two builds are left out")
+
+
 def test_going_on():
     """A stage that is stopped goes on, and ends with the row of one that never was."""
     name = lab.stages_of(lab.read_experiment("tiny"))[0]["fixed8", 1]
@@ -146,6 +181,7 @@ if __name__ == "__main__":
         test_stats()
         test_experiments()
         test_routing()
+        test_report()
         test_going_on()
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)
