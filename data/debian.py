@@ -25,7 +25,8 @@ NAMES = ["debian-train.txt", "debian-val.txt", *(f"debian-val-{kind}.txt" for ki
 
 def documents(folder, patterns):
     """(name, bytes) of all texts, in an order that depends on names alone and mixes folders."""
-    paths = sorted({p for pattern in patterns for p in Path(folder).glob(pattern) if p.is_file() and not p.is_symlink()})
+    paths = sorted({p for pattern in patterns for p in Path(folder).glob(pattern)
+                    if p.is_file() and not p.is_symlink()})
     found = []
     for path in paths:
         text, name = path.read_bytes(), str(path.relative_to(folder))
@@ -47,7 +48,8 @@ def download(packages, folder):
     rows = []
     for path in sorted(Path(folder).glob("*.deb")):
         subprocess.run(["dpkg-deb", "-x", path, folder], check=True)
-        shown = subprocess.run(["dpkg-deb", "-f", path, "Package", "Version"], capture_output=True, text=True, check=True)
+        shown = subprocess.run(["dpkg-deb", "-f", path, "Package", "Version"], capture_output=True, text=True,
+                               check=True)
         fields = dict(line.split(": ", 1) for line in shown.stdout.splitlines())
         rows.append(dict(package=fields["Package"], version=fields["Version"],
                          sha256=hashlib.sha256(path.read_bytes()).hexdigest()))

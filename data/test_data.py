@@ -341,7 +341,8 @@ def test_debian(d):
     same = all((d / "a" / name).read_bytes() == (d / "b" / name).read_bytes() for name in debian.NAMES)
     manifest = json.loads((d / "a/debian.json").read_text())
     train = (d / "a/debian-train.txt").read_bytes()
-    check("debian: the same bytes each time", same and [p["package"] for p in manifest["packages"]] == list(debian.KINDS))
+    check("debian: the same bytes each time",
+          same and [p["package"] for p in manifest["packages"]] == list(debian.KINDS))
     check("debian: kinds are where the manifest says", all(
         r["kind"].encode() in train[r["begin"]:r["end"]] and
         not any(k.encode() in train[r["begin"]:r["end"]] for k in debian.KINDS if k != r["kind"])

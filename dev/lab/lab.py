@@ -4,9 +4,10 @@
     python3 dev/lab/lab.py freeze                take over ./train_moe and ./upcycle, if they give the same bytes
     python3 dev/lab/lab.py collect               copy finished stages' rows to dev/lab/results/
 
-A stage is one call of upcycle or train_moe with its evaluation. Its id is a hash of all that decides its result, so that
-experiments which want the same source model or baseline share it. The folder LAB (out/lab unless the environment says
-otherwise) holds bin/ (frozen programs), text/, plan/ (stages as JSON), run/ (models) and done/ (rows of finished stages).
+A stage is one call of upcycle or train_moe with its evaluation. Its id is a hash of all that decides its result, so
+that experiments which want the same source model or baseline share it. The folder LAB (out/lab unless the environment
+says otherwise) holds bin/ (frozen programs), text/, plan/ (stages as JSON), run/ (models) and done/ (rows of finished
+stages).
 """
 import csv
 import fcntl
@@ -32,8 +33,8 @@ KINDS = {"debian": ["prose", "manuals", "code"], "tiny": ["words", "sums", "list
 WINDOW, ROWS = 128, 8                                       # tokens of a sequence, sequences of a batch, in evaluations
 SETTINGS = ("text", "seeds", "train", "evaluate")
 ROW = ("stage seed step tokens total_tokens flops loss jump gini min_max max_vio dead entropy top_gate "
-       "twin_cosine twins_together sources overlap reading experts topk active parameters text data commit binary canary "
-       "processor program threads load seconds command spec").split()
+       "twin_cosine twins_together sources overlap reading experts topk active parameters text data commit binary "
+       "canary processor program threads load seconds command spec").split()
 CURVE = "stage step tokens val_loss max_vio dead gini min_max twin_cosine twins_together sources".split()
 
 
@@ -45,7 +46,8 @@ def fail(message):
 # Experiments
 
 def read_experiment(name):
-    """The YAML file NAME or experiments/NAME.yaml; with `extends`, settings and arms of that file stand before its own."""
+    """The YAML file NAME or experiments/NAME.yaml; with `extends`, settings and arms of that file stand before its
+    own."""
     import yaml
     path = pathlib.Path(name) if name.endswith((".yaml", ".yml")) else HERE / "experiments" / f"{name}.yaml"
     if not path.is_file():
@@ -60,14 +62,17 @@ def read_experiment(name):
         claim["verdict"] = {{True: "yes", False: "no"}.get(k, k): v for k, v in claim["verdict"].items()}
     if "extends" in own:
         before = read_experiment(own["extends"])
-        asked = own.get("use", []) + list(own.get("arms") or {})         # the other arms only stand there to be built on
-        own = {**{k: before[k] for k in SETTINGS if k in before}, **own, "arms": {**before["arms"], **own.get("arms", {})}}
+        # the other arms only stand there to be built on
+        asked = own.get("use", []) + list(own.get("arms") or {})
+        own = {**{k: before[k] for k in SETTINGS if k in before}, **own,
+               "arms": {**before["arms"], **own.get("arms", {})}}
         own["asked"] = asked
     unknown = set(own) - {"name", "title", "extends", "arms", "asked", "use",
                           "tier", "notes", "gap", "claims", "readings", "figure", *SETTINGS}
     unknown |= set(own.get("asked", ())) - set(own.get("arms") or {})
     if unknown or not own.get("arms") or "train" not in own:
-        fail(f"{path}: {'unknown ' + ', '.join(sorted(unknown)) if unknown else 'needs train and arms'}; see template.yaml")
+        wrong = "unknown " + ", ".join(sorted(unknown)) if unknown else "needs train and arms"
+        fail(f"{path}: {wrong}; see template.yaml")
     own.setdefault("text", "debian")
     own.setdefault("seeds", [1, 2, 3])
     own.setdefault("asked", list(own["arms"]))
@@ -80,7 +85,8 @@ def words(text):
 
 def known_options():
     """What the frozen programs' help names; an arm that wants more waits for it."""
-    return {p: subprocess.run([LAB / "bin" / p, "--help"], capture_output=True, text=True).stdout for p in ("train_moe", "upcycle")}
+    return {p: subprocess.run([LAB / "bin" / p, "--help"], capture_output=True, text=True).stdout
+            for p in ("train_moe", "upcycle")}
 
 
 def missing(arm, known):
@@ -100,9 +106,9 @@ def digest(spec):
 
 
 def stages_of(experiment, known=None):
-    """{(arm, seed): id of its last stage; (arm@grow, seed): before it is trained on}, {id: spec}, [lines on arms left out].
-    An arm is `from` another one (or from
-    nothing), then `grow` (options of upcycle), then `train` (options of train_moe); `branch: true` goes on with the very run, its optimizer and schedule, in a copy."""
+    """{(arm, seed): id of its last stage; (arm@grow, seed): before it is trained on}, {id: spec}, [lines on arms left
+    out]. An arm is `from` another one (or from nothing), then `grow` (options of upcycle), then `train` (options of
+    train_moe); `branch: true` goes on with the very run, its optimizer and schedule, in a copy."""
     last, specs, left, arms = {}, {}, [], experiment["arms"]
 
     def add(spec, kind):
@@ -137,7 +143,8 @@ def stages_of(experiment, known=None):
                               topk=None if "train" in a else topk), "grow")
         if "train" in a:
             options = words(a["train"]) if a.get("branch") else words(experiment["train"]) + words(a["train"])
-            # what is read after a transition is another epoch's order of the same text: no arm has seen it in this order
+            # what is read after a transition is another epoch's order of the same text: no arm has seen it in this
+            # order
             parent = add(dict(text=text, seed=seed, parent=parent, train=options, branch=a.get("branch"), topk=topk,
                               evaluate=evaluate), "branch" if a.get("branch") else "on" if parent else "scratch")
         last[arm, seed] = parent
@@ -212,7 +219,8 @@ def make_tiny():
 
     def line(kind):
         if kind == "words":
-            return " ".join("the cat dog bird sees likes hears a small red old house tree".split()[draw(13)] for _ in range(6))
+            return " ".join("the cat dog bird sees likes hears a small red old house tree".split()[draw(13)]
+                            for _ in range(6))
         a, b = draw(50), draw(50)
         return f"{a} + {b} = {a + b}" if kind == "sums" else ", ".join(str(a + n) for n in range(5))
 
@@ -267,8 +275,8 @@ def canary(programs):
     folder = LAB / f"canary.{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    small = ["--data", text_file("tiny-train.txt"), "--val", "none", "--steps", "12", "--batch", "4", "--seq", "64", "--lr",
-             "2e-3", "--warmup", "4", "--threads", "1"]
+    small = ["--data", text_file("tiny-train.txt"), "--val", "none", "--steps", "12", "--batch", "4", "--seq", "64",
+             "--lr", "2e-3", "--warmup", "4", "--threads", "1"]
     run([programs / TRAINER, *small, "--layers", "2", "--hidden", "64", "--experts", "4", "--out", folder / "a"])
     run([programs / "upcycle", folder / "a", folder / "b", "--experts", "8", "--threads", "1"])
     run([programs / TRAINER, *small, "--model", folder / "b", "--out", folder / "c"])
@@ -295,9 +303,10 @@ def freeze(replace):
         if not (ROOT / program).is_file():
             fail(f"{ROOT / program} is not there: make {program}")
         shutil.copy2(ROOT / program, fresh / program)
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True)
+    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True,
+                         text=True)
     new = dict(commit=git.stdout.strip(), processor=processor(), canary=canary(fresh), program=TRAINER,
-               binary=hashlib.sha256((fresh / TRAINER).read_bytes() + (fresh / "upcycle").read_bytes()).hexdigest()[:12])
+               binary=hashlib.sha256(b"".join((fresh / p).read_bytes() for p in (TRAINER, "upcycle"))).hexdigest()[:12])
     if old and (old["canary"], old["processor"]) != (new["canary"], new["processor"]):
         shutil.rmtree(fresh)
         fail(f"the new programs compute other bytes (canary {new['canary']}, in {LAB} {old['canary']}): pairs want one "
@@ -310,15 +319,17 @@ def freeze(replace):
 
 def command_of(name, spec, threads):
     """The command that makes a stage's model."""
-    out, seed, texts = LAB / "run" / name, spec["seed"], [text_file(f"{spec['text']}-{t}.txt") for t in ("train", "val")]
+    out, seed = LAB / "run" / name, spec["seed"]
+    texts = [text_file(f"{spec['text']}-{t}.txt") for t in ("train", "val")]
     parent = LAB / "run" / spec["parent"] if "parent" in spec else None
     if "grow" in spec:
         calibrate = ["--calibrate", texts[0]] if "--select" in spec["grow"] or "cluster" in spec["grow"] else []
-        return [LAB / "bin/upcycle", parent, out, *spec["grow"], *calibrate, "--seed", seed, "--threads", threads, "--force"]
+        return [LAB / "bin/upcycle", parent, out, *spec["grow"], *calibrate, "--seed", seed, "--threads", threads,
+                "--force"]
     begin = [] if parent is None or spec.get("branch") else ["--model", parent]
     seeded = [] if spec.get("branch") else ["--seed", seed if parent is None else 1000 + seed]
-    return [LAB / "bin" / TRAINER, *begin, "--data", texts[0], "--val", texts[1], *seeded, *spec["train"], "--threads", threads,
-            "--val-batches", 0, "--save-every", 500, "--resume", "--out", out]
+    return [LAB / "bin" / TRAINER, *begin, "--data", texts[0], "--val", texts[1], *seeded, *spec["train"], "--threads",
+            threads, "--val-batches", 0, "--save-every", 500, "--resume", "--out", out]
 
 
 def rows_of(path):
@@ -335,9 +346,9 @@ def twins_of(folder):
 
 
 def routing(traces, twins, experts):
-    """Figures from lists of tokens and their experts. MaxVio and the like: means over layers. overlap: of the tokens that
-    reach either of two twins, the share that reaches both. reading: what an expert's name says about the kind of text, the
-    mutual information in nats. Also each expert's share of each kind."""
+    """Figures from lists of tokens and their experts. MaxVio and the like: means over layers. overlap: of the tokens
+    that reach either of two twins, the share that reaches both. reading: what an expert's name says about the kind of
+    text, the mutual information in nats. Also each expert's share of each kind."""
     import numpy
     import pandas
     kinds = list(traces)
@@ -364,17 +375,20 @@ def routing(traces, twins, experts):
                 numpy.mean([(hit[:, family == f].any(1)).sum() for f in set(family)]) * len(set(family)) / len(rows))
             figures.setdefault("twins_together", []).append(
                 numpy.mean(numpy.any([hit[:, family == f].sum(1) > 1 for f in set(family)], 0)))
-            pairs = [(a, b) for a in range(experts) for b in range(a) if family[a] == family[b] and load[a] + load[b] > 0]
+            pairs = [(a, b) for a in range(experts) for b in range(a)
+                     if family[a] == family[b] and load[a] + load[b] > 0]
             figures.setdefault("overlap", []).append(numpy.mean(
                 [(hit[:, a] & hit[:, b]).sum() / (hit[:, a] | hit[:, b]).sum() for a, b in pairs]) if pairs else 0)
     return {k: sum(v) if k == "dead" else float(numpy.mean(v)) for k, v in figures.items()}, readers
 
 
 def evaluate(name, spec, threads):
-    """Figures of a stage's model: loss on each kind of text and on all; where it is asked for, with other K; routing."""
+    """Figures of a stage's model: loss on each kind of text and on all; where it is asked for, with other K;
+    routing."""
     folder, kinds, traces, found, readers = LAB / "run" / name, KINDS[spec["text"]], {}, {}, []
     batches = spec["evaluate"].get("batches", 0)
-    common = [LAB / "bin" / TRAINER, "--model", folder, "--eval", "--batch", ROWS, "--seq", WINDOW, "--threads", threads]
+    common = [LAB / "bin" / TRAINER, "--model", folder, "--eval", "--batch", ROWS, "--seq", WINDOW, "--threads",
+              threads]
     config = json.loads((folder / "config.json").read_text())
     experts = int(config.get("num_local_experts") or config.get("n_routed_experts") or config.get("num_experts") or 0)
 
@@ -421,14 +435,15 @@ def evaluate(name, spec, threads):
         rows = [r for r in rows if r["step"] == rows[-1]["step"] and r["expert"] == "0"]        # one for each layer
         for key in ("gini", "min_max", "max_vio", "dead", "entropy", "top_gate"):
             found[f"train_{key}"] = sum(float(r[key]) for r in rows) / (1 if key == "dead" else len(rows))
-    found.update(experts=experts, topk=int(config.get("num_experts_per_tok") or 0), active=active, parameters=int(total))
+    found.update(experts=experts, topk=int(config.get("num_experts_per_tok") or 0), active=active,
+                 parameters=int(total))
     return found, readers, per_token
 
 
 def stage(name):
     """Runs a stage and writes its rows. What is there already is gone on with."""
-    spec, frozen, threads = json.loads((LAB / "plan" / f"{name}.json").read_text()), freeze(False), os.environ.get("THREADS", "1")
     specs = {p.stem: json.loads(p.read_text()) for p in (LAB / "plan").glob("*.json")}
+    spec, frozen, threads = specs[name], freeze(False), os.environ.get("THREADS", "1")
     out, started, command = LAB / "run" / name, time.time(), command_of(name, spec, threads)
     kept = LAB / "run" / f"{name}.seconds"                   # of the tries before this one, if they were stopped
     if spec.get("branch") and not out.is_dir():
@@ -457,13 +472,16 @@ def stage(name):
             if int(row["step"]) <= begun:
                 continue
             layers = by_step.get(row["step"], [])
-            curve.append({"stage": name, **row, **{k: f"{sum(float(r[k]) for r in layers) / (1 if k == 'dead' else len(layers)):.6g}"
+            curve.append({"stage": name, **row,
+                          **{k: f"{sum(float(r[k]) for r in layers) / (1 if k == 'dead' else len(layers)):.6g}"
                                                    for k in CURVE[4:] if layers and layers[0][k] != ""}})
     row = dict(figures, stage=name, seed=spec["seed"], step=curve[-1]["step"] if curve else 0,
                tokens=own, total_tokens=total, flops=f"{own * per_token + float(parent['flops'] if parent else 0):.6g}",
                jump=figures["loss"] - float(parent["loss"]) if "grow" in spec else None, text=spec["text"],
-               data=sha(text_file(f"{spec['text']}-train.txt")), threads=threads, load=f"{load:.2f}", seconds=f"{seconds:.1f}",
-               command=" ".join(shlex.quote(str(c).replace(f"{LAB}/", "")) for c in command), spec=json.dumps(spec), **frozen)
+               data=sha(text_file(f"{spec['text']}-train.txt")), threads=threads, load=f"{load:.2f}",
+               seconds=f"{seconds:.1f}",
+               command=" ".join(shlex.quote(str(c).replace(f"{LAB}/", "")) for c in command), spec=json.dumps(spec),
+               **frozen)
     (LAB / "done").mkdir(exist_ok=True)
     write_rows(LAB / "done" / f"{name}.readers", "stage layer expert kind share".split(),
                [dict(zip("stage layer expert kind share".split(), (name, *r[:3], f"{r[3]:.4f}"))) for r in readers])
@@ -525,11 +543,13 @@ def plan(names):
 def collect():
     """Brings the rows of all finished stages into dev/lab/results/; a row that is there and not in LAB stays."""
     RESULTS.mkdir(exist_ok=True)
-    for target, pattern, sort in (("stages", "*.csv", "stage"), ("curves", "*.curve", "stage"), ("readers", "*.readers", "stage")):
+    for target, pattern, sort in (("stages", "*.csv", "stage"), ("curves", "*.curve", "stage"),
+                                  ("readers", "*.readers", "stage")):
         rows, columns, path = {}, [], RESULTS / f"{target}.csv"
         for source in [path, *sorted((LAB / "done").glob(pattern))]:
             for row in rows_of(source) if source.is_file() else ():
-                key = (row[sort], row.get("step") if target == "curves" else "", row.get("layer"), row.get("expert"), row.get("kind"))
+                key = (row[sort], row.get("step") if target == "curves" else "", row.get("layer"), row.get("expert"),
+                       row.get("kind"))
                 rows[key] = row
                 columns += [c for c in row if c not in columns]
         if rows:
@@ -542,8 +562,9 @@ def show_list():
         experiment = read_experiment(path.stem)
         last, specs, left = stages_of(experiment, known_options() if (LAB / "bin").is_dir() else None)
         done = sum((LAB / "done" / f"{n}.csv").is_file() for n in specs)
-        print(f"{path.stem:<10} {sum(tokens_of(s, specs)[0] for s in specs.values()) / 1e6:6.1f}M tokens, {done} of {len(specs)} "
-              f"stages done   {experiment.get('title', '')}")
+        tokens = sum(tokens_of(s, specs)[0] for s in specs.values())
+        print(f"{path.stem:<14} {tokens / 1e6:6.1f}M tokens, {done} of {len(specs)} stages done   "
+              f"{experiment.get('title', '')}")
         for line in left:
             print(f"           {line}")
 

@@ -100,7 +100,8 @@ class Experiment:
 
 
 def measure(e, claim):
-    """What a claim's measure came to: dict of value, low, high, n, p, sd (of pairs), why; None if there is too little."""
+    """What a claim's measure came to: dict of value, low, high, n, p, sd (of pairs), why; None if there is too
+    little."""
     kind, item = next(iter(claim["measure"].items()))
     if kind in ("difference", "value", "equal", "ratio"):
         if kind == "equal":
@@ -126,7 +127,8 @@ def measure(e, claim):
             return math.log(numpy.std(a - b, ddof=1) / math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2))
 
         found = [math.exp(v) for v in stats.jackknife(ratio, len(x))]
-        return dict(zip(("value", "low", "high"), found), n=len(x), p=None, sd=float(numpy.std(numpy.subtract(x, y), ddof=1)), unit="")
+        return dict(zip(("value", "low", "high"), found), n=len(x), p=None,
+                    sd=float(numpy.std(numpy.subtract(x, y), ddof=1)), unit="")
     if kind == "closure":
         (x, low, high), _ = e.together(*e.ends(item))
         if len(x) < 2:
@@ -163,7 +165,8 @@ def judged(e):
     for claim, f in zip(claims, found):
         if f is None:
             done = e.done()
-            rows.append((claim, None, "not run yet" if done < len(e.specs) else "cannot tell", f"{done} of {len(e.specs)} stages"))
+            rows.append((claim, None, "not run yet" if done < len(e.specs) else "cannot tell",
+                         f"{done} of {len(e.specs)} stages"))
             continue
         said, why = stats.verdict(f["low"], f["high"], claim["verdict"], f["p"]), f.get("why") or f"n {f['n']}"
         if f["sd"] is not None and "noise" not in claim["measure"] and f["sd"] > 0 and not f["unit"]:
@@ -197,7 +200,8 @@ def interval(f):
 # Arms
 
 def flops_matched(e, arm, names):
-    """loss(arm) - loss of the larger model from nothing at the same FLOPs, between or beyond the ends of two lengths of it."""
+    """loss(arm) - loss of the larger model from nothing at the same FLOPs, between or beyond the ends of two lengths of
+    it."""
     found, beyond = [], False
     for seed in e.seeds:
         rows = [e.row(a, seed) for a in (arm, *names)]
@@ -218,7 +222,8 @@ def healed(e, arm, after):
         reference = {r["step"]: float(r["val_loss"]) for r in other}
         shared = [r for r in mine if r["step"] in reference]
         if shared and e.row(arm, seed):
-            found.append(next((float(r["tokens"]) for r in shared if float(r["val_loss"]) <= reference[r["step"]]), math.inf))
+            found.append(next((float(r["tokens"]) for r in shared if float(r["val_loss"]) <= reference[r["step"]]),
+                              math.inf))
     if not found:
         return ""
     middle = statistics.median_high(found)
@@ -228,7 +233,8 @@ def healed(e, arm, after):
 def arm_table(e):
     """One row for each arm that has one, with all figures; columns without any are left out."""
     readings = e.spec.get("readings", {})
-    heads = ["arm", "n", "tokens", "loss", "after: against the source continued", "in all: against the larger from nothing",
+    heads = ["arm", "n", "tokens", "loss", "after: against the source continued",
+             "in all: against the larger from nothing",
              "at equal FLOPs", "gap closure", "jump", "healed after", "MaxVio", "dead", "twins' cosine", "overlap",
              "sources/token", "reading"]
     rows = []
@@ -239,7 +245,8 @@ def arm_table(e):
         first = e.row(arm, next(iter(losses)))
         mean, low, high, _ = stats.mean_interval(list(losses.values()))
         row = dict.fromkeys(heads, "")
-        row.update({"arm": e.spec["arms"][arm].get("label", arm), "n": len(losses), "tokens": f"{float(first['total_tokens']) / 1e6:.2f}M",
+        row.update({"arm": e.spec["arms"][arm].get("label", arm), "n": len(losses),
+                    "tokens": f"{float(first['total_tokens']) / 1e6:.2f}M",
                     "loss": f"{mean:.4f}" + (f" ± {(high - low) / 2:.4f}" if len(losses) > 1 else "")})
         grown = "from" in e.spec["arms"][arm]
         for head, key in ((heads[4], "after"), (heads[5], "total")):
@@ -312,7 +319,8 @@ def figures(e):
     def add(name, title, series, x, y, caption, **options):
         series = [s for s in series if s.points]
         if series:
-            made[f"{e.name}-{name}"] = draw.lines(title, series, x, y, width=640, height=330, describe=caption, **options), caption
+            made[f"{e.name}-{name}"] = draw.lines(title, series, x, y, width=640, height=330, describe=caption,
+                                                  **options), caption
 
     if asked.get("kind") == "points":                       # lists of arms, each a mean with its interval
         series = []
@@ -331,10 +339,12 @@ def figures(e):
         for slot, (label, points) in enumerate(asked["groups"].items(), 1):
             found = [(x, measure(e, dict(measure=dict(closure=ends)))) for x, *ends in points]
             found = [(x, f) for x, f in found if f and math.isfinite(f["value"])]
-            series.append(draw.Series(label, [(x, f["value"]) for x, f in found], [(x, f["low"], f["high"]) for x, f in found],
+            series.append(draw.Series(label, [(x, f["value"]) for x, f in found],
+                                      [(x, f["low"], f["high"]) for x, f in found],
                                       slot=slot, dots=True))
         if any(s.points for s in series[1:]):
-            add("closure", asked["title"], series, asked["x"], "gap closure", "Ratios of means with Fieller's 95 % intervals.")
+            add("closure", asked["title"], series, asked["x"], "gap closure",
+                "Ratios of means with Fieller's 95 % intervals.")
     elif asked.get("kind") == "topk":
         series = []
         for arm in e.arms:
@@ -344,19 +354,21 @@ def figures(e):
         add("topk", asked["title"], series, "K at evaluation", "nats a byte", "Means of seeds with 95 % bands.")
     else:
         shown = asked.get("arms") or e.arms[:8]
-        add("curves", "Validation loss", [draw.Series(a, *band(curve_series(e, a)), slot=n) for n, a in enumerate(shown)],
+        add("curves", "Validation loss",
+            [draw.Series(a, *band(curve_series(e, a)), slot=n) for n, a in enumerate(shown)],
             "tokens in all", "nats a byte", "Means over seeds of the loss on 64 KB, with 95 % bands.")
         after = e.spec.get("readings", {}).get("after")
         if after:
             add("differences", f"Difference from {after}, pair by pair",
                 [draw.Series(a, *band(curve_series(e, a, after)), slot=n) for n, a in enumerate(shown) if a != after],
-                "tokens after the transition", "nats a byte", f"Each seed's loss less that of {after} at the same step; 95 % bands.")
+                "tokens after the transition", "nats a byte",
+                f"Each seed's loss less that of {after} at the same step; 95 % bands.")
     return made
 
 
 def joint_law(e):
-    """2502.03009's law, L = A D1^-a D2^(-b + c log D1) + L0, with D1 tokens before and D2 after the transition, in millions,
-    fitted to the means of tNcM. Five numbers from nine points: shown, nothing is concluded."""
+    """2502.03009's law, L = A D1^-a D2^(-b + c log D1) + L0, with D1 tokens before and D2 after the transition, in
+    millions, fitted to the means of tNcM. Five numbers from nine points: shown, nothing is concluded."""
     from scipy.optimize import curve_fit
     found = [(t, c, list(e.column(f"t{t}c{c}", "loss").values())) for t in (1, 2, 3) for c in (1, 2, 3)]
     if not all(losses for _, _, losses in found):
@@ -372,12 +384,14 @@ def joint_law(e):
     except RuntimeError:
         return "The joint law of 2502.03009 could not be fitted."
     A, a, b, c, least = fitted
-    return (f"The joint law of 2502.03009, fitted to nine means: L = {A:.3f} D1^{-a:.3f} D2^({-b:.3f} + {c:.3f} ln D1) + {least:.3f}, D1 "
-            f"and D2 in millions of tokens; largest residual {abs(law(tokens, *fitted) - losses).max():.4f}. Five numbers from nine "
-            "points: nothing is concluded.")
+    residual = abs(law(tokens, *fitted) - losses).max()
+    return (f"The joint law of 2502.03009, fitted to nine means: L = {A:.3f} D1^{-a:.3f} D2^({-b:.3f} + {c:.3f} ln D1) "
+            f"+ {least:.3f}, D1 and D2 in millions of tokens; largest residual {residual:.4f}. Five numbers "
+            "from nine points: nothing is concluded.")
 
 
-# The report: a list of ("h", level, text), ("p", text), ("table", heads, rows), ("figure", name, caption), ("code", text)
+# The report: a list of ("h", level, text), ("p", text), ("table", heads, rows), ("figure", name, caption), ("code",
+# text)
 
 def summary(experiments):
     heads = ["", "claim", "paper's number", "ours [95 %]", "verdict", "why"]
@@ -388,9 +402,10 @@ def summary(experiments):
 def blocks(experiments, results):
     rows = results.stages.values()
     yield "h", 1, "The lab's report"
-    yield "p", ("Made by `dev/lab/report.py` from `results/` and `experiments/`. Losses are nats a byte; intervals are of 95 %. A verdict "
-                "is given where the whole interval lies in a range that was written down before the run, else it is *cannot tell*. "
-                "*n pairs see x*: an effect of x is found by n pairs in four of five tries.")
+    yield "p", ("Made by `dev/lab/report.py` from `results/` and `experiments/`. Losses are nats a byte; intervals are "
+                "of 95 %. A verdict is given where the whole interval lies in a range that was written down before the "
+                "run, else it is *cannot tell*. *n pairs see x*: an effect of x is found by n pairs in four of five "
+                "tries.")
     if rows:
         kinds = sorted({f"{r['processor']}, commit {r['commit']}, binary {r['binary']}" for r in rows})
         yield "p", f"{len(results.stages)} stages, made by: {'; '.join(kinds)}."
@@ -398,11 +413,12 @@ def blocks(experiments, results):
     for e in experiments:
         yield "h", 2, f"{e.name}: {e.spec.get('title', '')}"
         budget = sum(lab.tokens_of(s, e.specs)[0] for s in e.specs.values()) / 1e6
-        yield "p", (f"Text {e.spec['text']}, {len(e.seeds)} seeds, {budget:.1f}M tokens in all; {e.done()} of {len(e.specs)} stages are "
-                    "done. It is repeated by")
+        yield "p", (f"Text {e.spec['text']}, {len(e.seeds)} seeds, {budget:.1f}M tokens in all; {e.done()} of "
+                    f"{len(e.specs)} stages are done. It is repeated by")
         yield "code", f"make lab E={e.name}"
         yield ("table", ["claim", "expected", "seen [95 %]", "verdict"],
-               [[c["claim"], " ".join(str(c.get("expected", "")).split()), f"{interval(f)}; {why}" if f else why, verdict]
+               [[c["claim"], " ".join(str(c.get("expected", "")).split()), f"{interval(f)}; {why}" if f else why,
+                 verdict]
                 for c, f, verdict, why in judged(e)])
         heads, arms = arm_table(e)
         if arms:
@@ -413,12 +429,13 @@ def blocks(experiments, results):
             yield "figure", name, caption
         if e.spec.get("notes"):
             yield "p", "What this does not say: " + " ".join(e.spec["notes"].split())
-    yield "p", ("tokens: in all, the source's counted. healed after: the tokens after which the arm is first no worse than its source "
-                "continued, to the nearest validation. at equal FLOPs: against the larger model from nothing, between its two "
-                "lengths (beyond: outside of them). MaxVio and dead of training tokens, else of validation. overlap: of the tokens "
-                "that reach either of two twins, the share that reaches both. reading: mutual information of expert and kind of "
-                "text, in nats. Seconds are in `results/stages.csv`, with the load of the machine beside them: where it is above the "
-                "number of cores they say nothing.")
+    yield "p", ("tokens: in all, the source's counted. healed after: the tokens after which the arm is first no "
+                "worse than its source continued, to the nearest validation. at equal FLOPs: against the larger "
+                "model from nothing, between its two lengths (beyond: outside of them). MaxVio and dead of training "
+                "tokens, else of validation. overlap: of the tokens that reach either of two twins, the share that "
+                "reaches both. reading: mutual information of expert and kind of text, in nats. Seconds are in "
+                "`results/stages.csv`, with the load of the machine beside them: where it is above the number of "
+                "cores they say nothing.")
 
 
 def to_markdown(parts):
@@ -462,12 +479,12 @@ def to_html(parts, drawings):
 def routers_table(results):
     """The table of routers, see README.md."""
     e, rows = Experiment("routers", results), []
+    digits = ("gini", 3), ("min_max", 3), ("max_vio", 2), ("dead", 0), ("entropy", 3), ("top_gate", 3)
     for arm in e.arms:
         for seed in e.seeds:
             if r := e.row(arm, seed):
                 rows.append([e.spec["arms"][arm].get("label", arm), seed, f"{float(r['loss']):.4f}"] +
-                            [f"{float(r[f'train_{k}']):.{d}f}" for k, d in (("gini", 3), ("min_max", 3), ("max_vio", 2), ("dead", 0),
-                                                                            ("entropy", 3), ("top_gate", 3))])
+                            [f"{float(r[f'train_{k}']):.{d}f}" for k, d in digits])
     return ["router", "seed", "validation loss", "Gini", "min/max", "MaxVio", "dead", "entropy", "top gate"], rows
 
 
@@ -497,7 +514,8 @@ def main():
             draw.save(lab.HERE / "figures" / f"{name}.svg", drawing)
         (lab.ROOT / "build").mkdir(exist_ok=True)
         (lab.ROOT / "build/lab.html").write_text(to_html(parts, drawings))
-    print(f"{path.relative_to(lab.ROOT)}" + (", build/lab.html" if draw else "; no figures and no page without dev/report/draw.py"))
+    print(f"{path.relative_to(lab.ROOT)}" + (", build/lab.html" if draw
+                                             else "; no figures and no page without dev/report/draw.py"))
     return 0
 
 

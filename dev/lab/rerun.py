@@ -3,8 +3,9 @@
 
     python3 dev/lab/rerun.py STAGE|EXPERIMENT/ARM/SEED      in out/lab-rerun, which goes when all is well
 
-Exact where the kind of processor and the canary are those of the row: every loss has the same digits. Elsewhere sums are
-taken in another order, which training magnifies: losses are within TOLERANCE. (Two seeds of one arm differ by .02.)
+Exact where the kind of processor and the canary are those of the row: every loss has the same digits. Elsewhere sums
+are taken in another order, which training magnifies: losses are within TOLERANCE. (Two seeds of one arm differ by
+.02.)
 """
 import json
 import os
@@ -43,7 +44,8 @@ def main():
             lab.fail(f"{each}: its spec is not what its name was made of")
         data = lab.sha(lab.text_file(f"{spec['text']}-train.txt"))
         if data != rows[each]["data"]:
-            lab.fail(f"{spec['text']}-train.txt is {data}, the row was made from {rows[each]['data']}: packages change, see data/README.md")
+            lab.fail(f"{spec['text']}-train.txt is {data}, the row was made from {rows[each]['data']}: packages "
+                     "change, see data/README.md")
         (lab.LAB / "plan" / f"{each}.json").write_text(json.dumps(spec))
     for each in specs:
         lab.stage(each)
@@ -55,7 +57,8 @@ def main():
         good = new[key] == was[key] if exact else difference <= TOLERANCE
         wrong += not good
         print(f"{'ok    ' if good else 'FAILED'} {key}: was {was[key]}, now {new[key]}")
-    print(f"{'the same build and processor: digit by digit' if exact else f'another build or processor: within {TOLERANCE}'}")
+    print("the same build and processor: digit by digit" if exact else
+          f"another build or processor: within {TOLERANCE}")
     if not wrong and "LAB" not in os.environ:
         shutil.rmtree(lab.LAB)
     return wrong > 0

@@ -1,7 +1,8 @@
 #!/bin/sh
-# make lab E=E1[,E2,my.yaml]: runs experiments; again: goes on. LAB: the folder (out/lab); JOBS: how many stages at a time
-# (all cores), THREADS of each (1: two jobs of one thread use two cores better than one of two); TRAINER=train_moe_cu; OPTIONS
-# of Snakemake, as in OPTIONS="--executor slurm --default-resources slurm_partition=NAME".
+# make lab E=E1[,E2,my.yaml]: runs experiments; again: goes on. LAB: the folder (out/lab); JOBS: how many stages at a
+# time (all cores), THREADS of each (1: two jobs of one thread use two cores better than one of two);
+# TRAINER=train_moe_cu; OPTIONS of Snakemake, as in
+# OPTIONS="--executor slurm --default-resources slurm_partition=NAME".
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
 E=${1:?make lab E=NAME: an experiment of dev/lab/experiments or a YAML file}
@@ -12,13 +13,13 @@ python3 -c 'import snakemake, pandas, scipy, yaml' 2>/dev/null ||
 run() {
     python3 -m snakemake --snakefile "$here/Snakefile" --directory "$LAB" --config experiments="$E" "$@"
 }
-# a machine that was taken away leaves a lock behind; two runs in one folder are kept apart by flock
+# Snakemake's lock would outlive a machine that is taken away; this one does not
 exec 9>"$LAB/lock"
 flock -n 9 || { echo "lab: another run is at work in $LAB" >&2; exit 2; }
-run --unlock --quiet >/dev/null 2>&1 || true
 status=0
 jobs=${JOBS:-$(nproc)}
-run --jobs "$jobs" --cores $((jobs * ${THREADS:-1})) --rerun-incomplete --rerun-triggers mtime --keep-going --nolock --quiet rules progress reason host \
+run --jobs "$jobs" --cores $((jobs * ${THREADS:-1})) --rerun-incomplete --rerun-triggers mtime \
+    --keep-going --nolock --quiet rules progress reason host \
     $OPTIONS 9>&- || status=$?
 python3 "$here/lab.py" collect
 exit $status

@@ -21,7 +21,8 @@ def mean_interval(x):
     error = float(x.std(ddof=1)) / math.sqrt(n)
     if error == 0:
         return mean, mean, mean, float(mean == 0)
-    return mean, mean - quantile(n) * error, mean + quantile(n) * error, float(2 * distributions.t.sf(abs(mean) / error, n - 1))
+    p = float(2 * distributions.t.sf(abs(mean) / error, n - 1))
+    return mean, mean - quantile(n) * error, mean + quantile(n) * error, p
 
 
 def paired(x, y):
@@ -30,7 +31,8 @@ def paired(x, y):
 
 
 def detectable(deviation, n):
-    """The effect that n pairs see in four of five tries at the level of .05: (t.975 + t.8) s / sqrt(n), n - 1 degrees."""
+    """The effect that n pairs see in four of five tries at the level of .05: (t.975 + t.8) s / sqrt(n), n - 1
+    degrees."""
     return math.inf if n < 2 else (quantile(n) + distributions.t.ppf(0.8, n - 1)) * deviation / math.sqrt(n)
 
 
