@@ -35,6 +35,7 @@ SETTINGS = ("text", "seeds", "train", "evaluate")
 ROW = ("stage seed step tokens total_tokens flops loss jump gini min_max max_vio dead entropy top_gate "
        "twin_cosine twins_together sources overlap reading experts topk active parameters text data commit binary "
        "canary processor program threads load seconds command spec").split()
+READERS = "stage layer kind shares".split()
 CURVE = "stage step tokens val_loss max_vio dead gini min_max twin_cosine twins_together sources".split()
 
 
@@ -67,6 +68,12 @@ def read_experiment(name):
         own = {**{k: before[k] for k in SETTINGS if k in before}, **own,
                "arms": {**before["arms"], **own.get("arms", {})}}
         own["asked"] = asked
+        for key in ("gap", "readings"):                                 # what is compared, if it is there
+            named = before.get(key) or []
+            arms = [a for x in (named.values() if isinstance(named, dict) else named)
+                    for a in ([x] if isinstance(x, str) else x)]
+            if named and set(arms) <= set(asked):
+                own.setdefault(key, named)
     unknown = set(own) - {"name", "title", "extends", "arms", "asked", "use",
                           "tier", "notes", "gap", "claims", "readings", "figure", *SETTINGS}
     unknown |= set(own.get("asked", ())) - set(own.get("arms") or {})
@@ -348,7 +355,7 @@ def twins_of(folder):
 def routing(traces, twins, experts):
     """Figures from lists of tokens and their experts. MaxVio and the like: means over layers. overlap: of the tokens
     that reach either of two twins, the share that reaches both. reading: what an expert's name says about the kind of
-    text, the mutual information in nats. Also each expert's share of each kind."""
+    text, the mutual information in nats. Also, for each kind, its share of every expert's tokens."""
     import numpy
     import pandas
     kinds = list(traces)
@@ -368,7 +375,8 @@ def routing(traces, twins, experts):
         p = counts / counts.sum()
         seen, independent = p > 0, p.sum(0) * p.sum(1, keepdims=True)
         figures.setdefault("reading", []).append(float((p[seen] * numpy.log(p[seen] / independent[seen])).sum()))
-        readers += [(layer, e, k, counts[n, e] / max(load[e], 1)) for e in range(experts) for n, k in enumerate(kinds)]
+        readers += [(layer, k, " ".join(f"{s:.3f}" for s in counts[n] / numpy.maximum(load, 1))) for n,
+                    k in enumerate(kinds)]
         family = numpy.array((twins or {}).get(layer) or range(experts))
         if len(set(family)) < experts:
             figures.setdefault("sources", []).append(
@@ -483,8 +491,7 @@ def stage(name):
                command=" ".join(shlex.quote(str(c).replace(f"{LAB}/", "")) for c in command), spec=json.dumps(spec),
                **frozen)
     (LAB / "done").mkdir(exist_ok=True)
-    write_rows(LAB / "done" / f"{name}.readers", "stage layer expert kind share".split(),
-               [dict(zip("stage layer expert kind share".split(), (name, *r[:3], f"{r[3]:.4f}"))) for r in readers])
+    write_rows(LAB / "done" / f"{name}.readers", READERS, [dict(zip(READERS, (name, *r))) for r in readers])
     write_rows(LAB / "done" / f"{name}.curve", CURVE, curve)
     extra = sorted(k for k in row if k.startswith(("loss_", "train_", "speed_")))
     columns = ROW[:ROW.index("jump")] + extra + ROW[ROW.index("jump"):]
@@ -541,15 +548,18 @@ def plan(names):
 
 
 def collect():
-    """Brings the rows of all finished stages into dev/lab/results/; a row that is there and not in LAB stays."""
+    """Brings the rows of finished stages into dev/lab/results/, those of the experiments in experiments/: what somebody
+    asks in a file of his own stays in LAB. A row that is there and not in LAB stays."""
     RESULTS.mkdir(exist_ok=True)
+    wanted = {n for p in (HERE / "experiments").glob("*.yaml") for n in stages_of(read_experiment(p.stem))[1]}
     for target, pattern, sort in (("stages", "*.csv", "stage"), ("curves", "*.curve", "stage"),
                                   ("readers", "*.readers", "stage")):
         rows, columns, path = {}, [], RESULTS / f"{target}.csv"
         for source in [path, *sorted((LAB / "done").glob(pattern))]:
             for row in rows_of(source) if source.is_file() else ():
-                key = (row[sort], row.get("step") if target == "curves" else "", row.get("layer"), row.get("expert"),
-                       row.get("kind"))
+                if row[sort] not in wanted:
+                    continue
+                key = (row[sort], row["step"] if target == "curves" else "", row.get("layer"), row.get("kind"))
                 rows[key] = row
                 columns += [c for c in row if c not in columns]
         if rows:

@@ -2,6 +2,7 @@
 """dev/lab/results/ -> dev/lab/REPORT.md with figures/, and build/lab.html, which needs nothing else.
 
     python3 dev/lab/report.py            both
+    python3 dev/lab/report.py my.yaml    on an experiment of your own, from LAB/done: prints it, and build/my.html
     python3 dev/lab/report.py --check    whether REPORT.md says what results/ and experiments/ say
     python3 dev/lab/report.py --table summary|routers       a table for a page; dev/readme.py asks for it
 """
@@ -29,14 +30,14 @@ ORDER = ["noise", "E1", "E2", "E7", "E7b", "E10", "D1", "D2", "L1", "M1", "I1"]
 class Results:
     """Rows by stage, and by (arm, seed) of an experiment."""
 
-    def __init__(self):
-        def read(name):
-            path = lab.RESULTS / f"{name}.csv"
-            return lab.rows_of(path) if path.is_file() else []
+    def __init__(self, with_lab=False):
+        def read(name, pattern):
+            own = sorted((lab.LAB / "done").glob(pattern)) if with_lab else []
+            return [row for path in [lab.RESULTS / name, *own] if path.is_file() for row in lab.rows_of(path)]
 
-        self.stages = {row["stage"]: row for row in read("stages")}
-        self.curves = {}
-        for row in read("curves"):
+        self.stages = {row["stage"]: row for row in read("stages.csv", "*.csv")}
+        self.curves, seen = {}, {(r["stage"], r["step"]): r for r in read("curves.csv", "*.curve")}
+        for row in seen.values():
             self.curves.setdefault(row["stage"], []).append(row)
         for rows in self.curves.values():
             rows.sort(key=lambda r: int(r["step"]))
@@ -44,7 +45,8 @@ class Results:
 
 class Experiment:
     def __init__(self, name, results):
-        self.name, self.spec, self.results = name, lab.read_experiment(name), results
+        self.spec, self.results = lab.read_experiment(name), results
+        self.name = self.spec["name"]
         self.ids, self.specs, _ = lab.stages_of(self.spec)
         self.seeds, self.arms = self.spec["seeds"], self.spec["asked"]
 
@@ -488,7 +490,23 @@ def routers_table(results):
     return ["router", "seed", "validation loss", "Gini", "min/max", "MaxVio", "dead", "entropy", "top gate"], rows
 
 
+def write_page(path, parts, experiments):
+    """The page and its figures; returns the figures."""
+    drawings = {k: v for e in experiments for k, v in figures(e).items()} if draw else {}
+    if draw:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(to_html(parts, drawings))
+    return drawings
+
+
 def main():
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        results = Results(with_lab=True)
+        own = [Experiment(name, results) for name in sys.argv[1:]]
+        parts = list(blocks(own, results))
+        print(to_markdown(parts))
+        write_page(lab.ROOT / "build" / f"{own[0].spec['name']}.html", parts, own)
+        return 0
     results = Results()
     names = sorted((p.stem for p in (lab.HERE / "experiments").glob("*.yaml") if p.stem not in SKIPPED),
                    key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
@@ -508,12 +526,8 @@ def main():
         print("\n".join(changed[:6]) or "REPORT.md is current")
         return bool(changed)
     path.write_text(text)
-    if draw:
-        drawings = {k: v for e in experiments for k, v in figures(e).items()}
-        for name, (drawing, _) in drawings.items():
-            draw.save(lab.HERE / "figures" / f"{name}.svg", drawing)
-        (lab.ROOT / "build").mkdir(exist_ok=True)
-        (lab.ROOT / "build/lab.html").write_text(to_html(parts, drawings))
+    for name, (drawing, _) in write_page(lab.ROOT / "build/lab.html", parts, experiments).items():
+        draw.save(lab.HERE / "figures" / f"{name}.svg", drawing)
     print(f"{path.relative_to(lab.ROOT)}" + (", build/lab.html" if draw
                                              else "; no figures and no page without dev/report/draw.py"))
     return 0

@@ -16,10 +16,11 @@ run() {
 # Snakemake's lock would outlive a machine that is taken away; this one does not
 exec 9>"$LAB/lock"
 flock -n 9 || { echo "lab: another run is at work in $LAB" >&2; exit 2; }
-status=0
+rm -f "$LAB/status"
 jobs=${JOBS:-$(nproc)}
-run --jobs "$jobs" --cores $((jobs * ${THREADS:-1})) --rerun-incomplete --rerun-triggers mtime \
-    --keep-going --nolock --quiet rules progress reason host \
-    $OPTIONS 9>&- || status=$?
+# --quiet all would also hide what is wrong with an experiment
+{ run --jobs "$jobs" --cores $((jobs * ${THREADS:-1})) --rerun-incomplete --rerun-triggers mtime --keep-going --nolock \
+    --quiet rules progress reason host $OPTIONS 2>&1 9>&- || echo $? >"$LAB/status"; } |
+    grep --line-buffered -v '^Select jobs\|^Execute [0-9]\|^Building DAG\|^Using shell\|^Complete log\|^Elapsed' || true
 python3 "$here/lab.py" collect
-exit $status
+[ ! -f "$LAB/status" ] || exit "$(cat "$LAB/status")"
