@@ -516,7 +516,7 @@ def progress(name, row, seconds):
     """One line: what is done, how much is left, when it will be, at the pace since the plan was made."""
     wanted = json.loads((LAB / "wanted.json").read_text()) if (LAB / "wanted.json").is_file() else {"stages": {}}
     left = {n: tokens for n, tokens in wanted["stages"].items() if not (LAB / "done" / f"{n}.csv").is_file()}
-    line = f"{name}: loss {float(row['loss']):.4f}, {seconds:.0f} s; {len(left)} stages left"
+    line = f"{wanted.get('names', {}).get(name, name)}: loss {float(row['loss']):.4f}, {seconds:.0f} s; {len(left)} stages left"
     done = sum(wanted["stages"].values()) - sum(left.values())
     if left and done > 0:
         seconds_left = (time.time() - wanted["begun"]) * sum(left.values()) / done
@@ -529,10 +529,12 @@ def progress(name, row, seconds):
 def plan(names):
     """Writes the stages of experiments to LAB/plan; returns {id: spec}, with what they want before them."""
     freeze(False)
-    specs, known = {}, known_options()
+    specs, known, titles = {}, known_options(), {}
     for name in names:
-        _, found, left = stages_of(read_experiment(name), known)
+        experiment = read_experiment(name)
+        last, found, left = stages_of(experiment, known)
         specs.update(found)
+        titles.update({n: f"{experiment['name']}/{arm}/{seed}" for (arm, seed), n in last.items() if n})
         for line in left:
             print(f"lab: {line}", file=sys.stderr)
     (LAB / "plan").mkdir(exist_ok=True)
@@ -543,7 +545,7 @@ def plan(names):
     # a stage costs its tokens, and about a third of a token for each that is evaluated
     todo = {n: tokens_of(s, specs)[0] + 170_000 for n, s in specs.items() if not (LAB / "done" / f"{n}.csv").is_file()}
     if "remote" not in sys.argv:                # a job of a cluster makes the plan again
-        (LAB / "wanted.json").write_text(json.dumps(dict(begun=time.time(), stages=todo)))
+        (LAB / "wanted.json").write_text(json.dumps(dict(begun=time.time(), stages=todo, names=titles)))
     return specs
 
 
