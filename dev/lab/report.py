@@ -518,11 +518,9 @@ def main():
     parts = list(blocks(experiments, results))
     text, path = to_markdown(parts), lab.HERE / "REPORT.md"
     if sys.argv[1:] == ["--check"]:
-        old = path.read_text().splitlines() if path.is_file() else []
-        if draw is None:                                            # figures are then not known
-            old, text = ([line for line in t if not line.startswith("![")] for t in (old, text.splitlines()))
-            text = "\n".join(text)
-        changed = [line for line in difflib.unified_diff(old, text.splitlines(), lineterm="", n=0) if line.strip()]
+        old, new = ([line for line in t.splitlines() if line and (draw or not line.startswith("!["))]
+                    for t in (path.read_text() if path.is_file() else "", text))         # without draw.py no figures
+        changed = list(difflib.unified_diff(old, new, lineterm="", n=0))
         print("\n".join(changed[:6]) or "REPORT.md is current")
         return bool(changed)
     path.write_text(text)
