@@ -516,7 +516,8 @@ def progress(name, row, seconds):
     """One line: what is done, how much is left, when it will be, at the pace since the plan was made."""
     wanted = json.loads((LAB / "wanted.json").read_text()) if (LAB / "wanted.json").is_file() else {"stages": {}}
     left = {n: tokens for n, tokens in wanted["stages"].items() if not (LAB / "done" / f"{n}.csv").is_file()}
-    line = f"{wanted.get('names', {}).get(name, name)}: loss {float(row['loss']):.4f}, {seconds:.0f} s; {len(left)} stages left"
+    title = wanted.get("names", {}).get(name, name)
+    line = f"{title}: loss {float(row['loss']):.4f}, {seconds:.0f} s; {len(left)} stages left"
     done = sum(wanted["stages"].values()) - sum(left.values())
     if left and done > 0:
         seconds_left = (time.time() - wanted["begun"]) * sum(left.values()) / done
