@@ -5,6 +5,7 @@
 # make bench   how fast training is;  make products BLAS="LIBRARY.so ..."   matrix products beside those of libraries
 # make lessons six small programs about mixtures of experts;  make picture   a page that shows runs
 # make references   makes what the tests compare with anew, with PyTorch and transformers, and compares
+# make lab E=NAME   runs an experiment of dev/lab, or goes on with it
 # make train_moe_cu   builds the GPU program with nvcc;  make test_gpu   runs every check of it on this machine's GPU
 # make test_standin   runs the checks of the GPU program without a GPU, on a stand-in; STANDIN=WORD: only some groups
 # make test_ptx   executes nvcc's PTX of the tensor-core kernels without a GPU, in an interpreter; PTX=--short: a part
@@ -200,6 +201,10 @@ picture: train_moe upcycle
 build/encode: dev/tokenizer/encode.c $(LIB) build/embedded.h
 	$(CC) $(FLAGS) dev/tokenizer/encode.c -o $@ -lm
 
+# JOBS, THREADS, LAB, TRAINER, OPTIONS: dev/lab/README.md
+lab: train_moe upcycle
+	@dev/lab/run.sh $(E)
+
 references:
 	python3 dev/reference/make_references.py --check
 	python3 dev/reference/make_router_references.py --check
@@ -209,4 +214,4 @@ references:
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu
 
-.PHONY: all single run test test_gpu test_standin test_ptx bench products lessons picture references clean
+.PHONY: all single run test test_gpu test_standin test_ptx bench products lessons picture lab references clean

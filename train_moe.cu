@@ -1960,8 +1960,8 @@ template <class Real> __global__ static void add_bias_kernel(Real* x, const floa
     if (i < n) store(&x[i], to_float(x[i]) + bias[i % C]);
 }
 
-template <class Real> static void gpu_add_bias(Real* x, const float* bias, int N, int C) {
-    add_bias_kernel<<<ceil_div((long)N * C, 256), 256>>>(x, bias, (long)N * C, C);
+template <class Real> static void gpu_add_bias(Real* x, const float* bias, int N, int C, cudaStream_t stream = 0) {
+    add_bias_kernel<<<ceil_div((long)N * C, 256), 256, 0, stream>>>(x, bias, (long)N * C, C);
     CHECK(cudaGetLastError());
 }
 
@@ -2135,10 +2135,20 @@ static __global__ void gates_kernel(float* x, const float* gates, int N) {
     if (n < N) x[n] = gates ? x[n] * gates[n] * (1.0f - gates[n]) : sigmoid(x[n]);
 }
 
+static void gpu_gates(float* x, const float* gates, int N, cudaStream_t stream = 0) {
+    gates_kernel<<<ceil_div(N, 256), 256, 0, stream>>>(x, gates, N);
+    CHECK(cudaGetLastError());
+}
+
 // out (n) += x
 template <class Real> __global__ static void add_kernel(float* out, const Real* x, long n) {
     long i = blockIdx.x * (long)blockDim.x + threadIdx.x;
     if (i < n) out[i] += to_float(x[i]);
+}
+
+template <class Real> static void gpu_add(float* out, const Real* x, long n, cudaStream_t stream = 0) {
+    add_kernel<<<ceil_div(n, 256), 256, 0, stream>>>(out, x, n);
+    CHECK(cudaGetLastError());
 }
 
 // rows (N, H) = the shared expert's outputs, shared_gates = their gates
@@ -2150,7 +2160,7 @@ template <class Real> static void gpu_shared_expert_forward(Model* m, int l) {
     int S = shared_width(&m->config, l), tiles = most_tiles(d.N, 1);
     if (w->shared_gate) {
         gpu_matmul_fp32(s->shared_gates, s->ffn_in, d.H, 1, w->shared_gate, 1, d.H, d.N, 1, d.H, 0, NULL, 0);
-        gates_kernel<<<ceil_div(d.N, 256), 256>>>(s->shared_gates, NULL, d.N);
+        gpu_gates(s->shared_gates, NULL, d.N);
     }
     gpu_dense_group(s->shared_offsets, s->shared_tiles, tiles, d.N);
     gpu_experts_up(s->shared_gate_up, g->act, s->ffn_in, (const int*)NULL, in_products(g, w->shared_gate_up),
@@ -2167,7 +2177,6 @@ template <class Real> static void gpu_shared_expert_backward(Model* m, int l) {
     LayerSizes d = layer_sizes(m, l);
     const int* none = NULL;
     int S = shared_width(&m->config, l), tiles = most_tiles(d.N, 1), add = !g->fresh;
-    long n = (long)d.N * d.H;
     gpu_experts_down_backward(s->shared_gate_up, g->act, w->shared_gate ? g->dgate_parts : NULL, g->dx, none,
                               s->shared_gates, none, in_products(g, w->shared_down), s->shared_offsets,
                               s->shared_tiles, tiles, S, d.H);
@@ -2176,12 +2185,11 @@ template <class Real> static void gpu_shared_expert_backward(Model* m, int l) {
                                 2 * S, d.H, add);
     gpu_experts_input_backward(g->dnormed, s->shared_gate_up, in_products(g, w->shared_gate_up), s->shared_offsets,
                                s->shared_tiles, tiles, d.H, S);
-    add_kernel<<<ceil_div(n, 256), 256>>>(g->extra, g->dnormed, n);
-    CHECK(cudaGetLastError());
+    gpu_add(g->extra, g->dnormed, (long)d.N * d.H);
     if (!w->shared_gate) return;
     float* dz = g->dgates;
     gpu_gate_gradients(dz, g->dgate_parts, none, d.N, gpu_dgate_parts<Real>(S));
-    gates_kernel<<<ceil_div(d.N, 256), 256>>>(dz, s->shared_gates, d.N);
+    gpu_gates(dz, s->shared_gates, d.N);
     gpu_matmul_fp32(g->extra, dz, 1, 1, w->shared_gate, d.H, 1, d.N, d.H, 1, 1, NULL, 0);
     gpu_matmul_fp32(dw->shared_gate, dz, 1, 1, s->ffn_in, d.H, 1, 1, d.H, d.N, add, g->product_parts, PRODUCT_PARTS);
 }

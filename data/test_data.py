@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Checks the scripts in this folder with small generated texts, offline:  python data/test_data.py"""
 import contextlib
+import gzip
 import hashlib
 import http.server
 import importlib.util
@@ -17,6 +18,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import debian
 import fetch
 from common import cut, pieces
 
@@ -319,11 +321,51 @@ def test_fetch(d):
     check("fetch.py --list names every corpus", all(name in listing for name in fetch.CORPORA))
 
 
+def test_debian(d):
+    """Made from packages that hold little, by the rules that hold for the real ones."""
+    def download(packages, folder):
+        folder = Path(folder)
+        for name in packages:
+            (folder / "usr" / name).mkdir(parents=True)
+            for n in range(40):
+                text = f"{name} {n}: ".encode() * 100
+                (folder / "usr" / name / f"{n}.txt").write_bytes(text if n % 2 else gzip.compress(text))
+        return [dict(package=name, version="1", sha256="0") for name in packages]
+
+    kept = debian.download, debian.KINDS, debian.VALIDATION, debian.SHORT, debian.PIECE
+    debian.KINDS = {kind: (20_000, [kind], ["**/*.txt"]) for kind in debian.KINDS}
+    debian.download, debian.VALIDATION, debian.PIECE, debian.SHORT = download, 5, 500, dict.fromkeys(debian.KINDS, 2)
+    with contextlib.redirect_stdout(io.StringIO()):
+        debian.make(d / "a")
+        debian.make(d / "b")
+    same = all((d / "a" / name).read_bytes() == (d / "b" / name).read_bytes() for name in debian.NAMES)
+    manifest = json.loads((d / "a/debian.json").read_text())
+    train = (d / "a/debian-train.txt").read_bytes()
+    check("debian: the same bytes each time",
+          same and [p["package"] for p in manifest["packages"]] == list(debian.KINDS))
+    check("debian: kinds are where the manifest says", all(
+        r["kind"].encode() in train[r["begin"]:r["end"]] and
+        not any(k.encode() in train[r["begin"]:r["end"]] for k in debian.KINDS if k != r["kind"])
+        for r in manifest["ranges"]))
+    held = (d / "a/debian-val-prose.txt").read_bytes()
+    check("debian: validation has whole windows, and documents that training has not", len(held) == 5 * 1024 + 1 and
+          held[:9] not in train and len((d / "a/debian-val.txt").read_bytes()) == 3 * 2 * 1024 + 1)
+    debian.KINDS = {kind: (10**6, [kind], ["**/*.txt"]) for kind in debian.KINDS}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            debian.make(d / "c")
+    except SystemExit as e:
+        check("refused: packages with too little text", e.code == 1 and "expected 1,000,000" in said.getvalue()
+              and not (d / "c").exists(), said.getvalue())
+    debian.download, debian.KINDS, debian.VALIDATION, debian.SHORT, debian.PIECE = kept
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder:
         d = Path(folder)
         test_pieces()
         test_fetch(d)
+        test_debian(d / "debian")
         for script in ("fetch.py", "tokenize_text.py", "train_bpe.py", "show.py"):
             check(f"{script} --help", "usage" in call(script, "--help").stdout)
         try:

@@ -60,8 +60,8 @@ def make_receipt():
 
 
 def make_routers():
-    output(f"[ -f {SHAKESPEARE} ] || python3 data/fetch.py tinyshakespeare; rm -rf out/routers")
-    return output(f"python3 dev/ablations/routers.py {SHAKESPEARE}")
+    output(f"[ -f {SHAKESPEARE} ] || python3 data/fetch.py tinyshakespeare; rm -rf out/routers; LAB=out/routers make lab E=routers")
+    return output("python3 dev/lab/report.py --table routers")
 
 
 def make_tinyshakespeare():

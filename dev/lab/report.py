@@ -1,0 +1,535 @@
+#!/usr/bin/env python3
+"""dev/lab/results/ -> dev/lab/REPORT.md with figures/, and build/lab.html, which needs nothing else.
+
+    python3 dev/lab/report.py            both
+    python3 dev/lab/report.py my.yaml    on an experiment of your own, from LAB/done: prints it, and build/my.html
+    python3 dev/lab/report.py --check    whether REPORT.md says what results/ and experiments/ say
+    python3 dev/lab/report.py --table summary|routers       a table for a page; dev/readme.py asks for it
+"""
+import difflib
+import html
+import json
+import math
+import statistics
+import sys
+
+import lab
+import numpy
+import stats
+
+sys.path.insert(0, str(lab.ROOT / "dev/report"))
+try:
+    import draw
+except ImportError:                                 # the report stands without its figures
+    draw = None
+
+SKIPPED = {"tiny", "routers"}                       # what CI repeats; a table of another page
+ORDER = ["noise", "E1", "E2", "E7", "E7b", "E10", "D1", "D2", "L1", "M1", "I1"]
+
+
+class Results:
+    """Rows by stage, and by (arm, seed) of an experiment."""
+
+    def __init__(self, with_lab=False):
+        def read(name, pattern):
+            own = sorted((lab.LAB / "done").glob(pattern)) if with_lab else []
+            return [row for path in [lab.RESULTS / name, *own] if path.is_file() for row in lab.rows_of(path)]
+
+        self.stages = {row["stage"]: row for row in read("stages.csv", "*.csv")}
+        self.curves, seen = {}, {(r["stage"], r["step"]): r for r in read("curves.csv", "*.curve")}
+        for row in seen.values():
+            self.curves.setdefault(row["stage"], []).append(row)
+        for rows in self.curves.values():
+            rows.sort(key=lambda r: int(r["step"]))
+
+
+class Experiment:
+    def __init__(self, name, results):
+        self.spec, self.results = lab.read_experiment(name), results
+        self.name = self.spec["name"]
+        self.ids, self.specs, _ = lab.stages_of(self.spec)
+        self.seeds, self.arms = self.spec["seeds"], self.spec["asked"]
+
+    def row(self, arm, seed):
+        return self.results.stages.get(self.ids.get((arm, seed)))
+
+    def done(self):
+        return sum(n in self.results.stages for n in self.specs)
+
+    def column(self, arm, key):
+        """{seed: value}; a seed without a row or a value is not there."""
+        rows = {seed: self.row(arm, seed) for seed in self.seeds}
+        return {seed: float(row[key]) for seed, row in rows.items() if row and row.get(key) not in (None, "")}
+
+    def values(self, words):
+        """ARM, ARM.KEY, ARM@grow, ARM@grow.KEY: of each seed."""
+        arm, _, key = str(words).partition(".")
+        if arm not in self.spec["arms"] and str(words) not in self.spec["arms"]:    # the name itself may have a point
+            arm = max((a for a in self.spec["arms"] if str(words).startswith(a)), key=len, default=arm)
+            arm += "@grow" if str(words)[len(arm):].startswith("@grow") else ""
+            key = str(words)[len(arm) + 1:]
+        elif str(words) in self.spec["arms"]:
+            arm, key = str(words), ""
+        return self.column(arm, key or "loss"), arm
+
+    def together(self, *names):
+        """Values of seeds that all have, made by one build on one kind of processor: lists, and the seeds."""
+        columns = [self.values(name) for name in names]
+        seeds = [s for s in self.seeds if all(s in c for c, _ in columns)
+                 and len({(r["canary"], r["processor"]) for r in (self.row(arm, s) for _, arm in columns)}) == 1]
+        return [[c[s] for s in seeds] for c, _ in columns], seeds
+
+    def ends(self, item):
+        """[arm, smaller, larger] of a closure."""
+        return item if isinstance(item, list) else [item, *self.spec["gap"]]
+
+    def equal(self, item):
+        """For each seed: the mean difference in loss of item's arms from a line through the others' points, at the same
+        `by`; arms outside of the line's ends say nothing."""
+        found = {}
+        for seed in self.seeds:
+            line = sorted((self.column(a, item["by"])[seed], self.column(a, "loss")[seed]) for a in item["with"]
+                          if seed in self.column(a, item["by"]))
+            x, y = [math.log(max(p[0], 1e-6)) for p in line], [p[1] for p in line]
+            differences = []
+            for arm in item["arms"]:
+                at, loss = self.column(arm, item["by"]).get(seed), self.column(arm, "loss").get(seed)
+                if at and len(line) == len(item["with"]) and x[0] <= math.log(at) <= x[-1]:
+                    differences.append(loss - float(numpy.interp(math.log(at), x, y)))
+            if differences:
+                found[seed] = statistics.mean(differences)
+        return found
+
+
+def measure(e, claim):
+    """What a claim's measure came to: dict of value, low, high, n, p, sd (of pairs), why; None if there is too
+    little."""
+    kind, item = next(iter(claim["measure"].items()))
+    if kind in ("difference", "value", "equal", "ratio"):
+        if kind == "equal":
+            x = list(e.equal(item).values())
+        else:
+            columns, _ = e.together(*(item if isinstance(item, list) else [item]))
+            x = columns[0] if kind == "value" else list(numpy.log(numpy.divide(*columns))) if kind == "ratio" else \
+                list(numpy.subtract(*columns))
+        if len(x) < 2:
+            return None
+        value, low, high, p = stats.mean_interval(x)
+        if kind == "ratio":
+            value, low, high = (math.exp(v) for v in (value, low, high))
+        return dict(value=value, low=low, high=high, p=p if kind in ("difference", "equal") else None, n=len(x),
+                    sd=statistics.stdev(x), unit="")
+    if kind == "noise":
+        (x, y), _ = e.together(*item)
+        if len(x) < 3:
+            return None
+
+        def ratio(seeds):
+            a, b = numpy.array(x)[seeds], numpy.array(y)[seeds]
+            return math.log(numpy.std(a - b, ddof=1) / math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2))
+
+        found = [math.exp(v) for v in stats.jackknife(ratio, len(x))]
+        return dict(zip(("value", "low", "high"), found), n=len(x), p=None,
+                    sd=float(numpy.std(numpy.subtract(x, y), ddof=1)), unit="")
+    if kind == "closure":
+        (x, low, high), _ = e.together(*e.ends(item))
+        if len(x) < 2:
+            return None
+        if not stats.gap_is_wide(low, high):
+            gap = numpy.subtract(low, high)
+            return dict(value=math.nan, low=-math.inf, high=math.inf, n=len(x), p=None, sd=None, unit="%",
+                        why=f"no gap above {stats.SIGMAS} sigma: {gap.mean():.4f}, s {gap.std(ddof=1):.4f}")
+        return dict(zip(("value", "low", "high"), stats.closure(low, high, x)), n=len(x), p=None, sd=None, unit="%")
+    if kind == "closures":
+        (x, a, b, y, c, d), _ = e.together(*e.ends(item[0]), *e.ends(item[1]))
+        if len(x) < 3 or not (stats.gap_is_wide(a, b) and stats.gap_is_wide(c, d)):
+            return None if len(x) < 3 else dict(value=math.nan, low=-math.inf, high=math.inf, n=len(x), p=None, sd=None,
+                                                unit="%", why=f"no gap above {stats.SIGMAS} sigma")
+        x, a, b, y, c, d = map(numpy.array, (x, a, b, y, c, d))
+        found = stats.jackknife(lambda s: float((a[s] - x[s]).mean() / (a[s] - b[s]).mean()
+                                                - (c[s] - y[s]).mean() / (c[s] - d[s]).mean()), len(x))
+        return dict(zip(("value", "low", "high"), found), n=len(x), p=None, sd=None, unit="%")
+    lab.fail(f"{e.name}: '{kind}' is none of difference, value, ratio, noise, closure, closures, equal")
+
+
+def judged(e):
+    """(claim, found, verdict, why) of each claim; p values of differences from the same arm are Holm's."""
+    claims = e.spec.get("claims", [])
+    found = [measure(e, c) for c in claims]
+    groups = {}
+    for n, (claim, f) in enumerate(zip(claims, found)):
+        if f and f["p"] is not None and "difference" in claim["measure"]:
+            groups.setdefault(claim["measure"]["difference"][1], []).append(n)
+    for group in groups.values():
+        for n, p in zip(group, stats.holm([found[n]["p"] for n in group])):
+            found[n]["p"], found[n]["family"] = p, len(group)
+    rows = []
+    for claim, f in zip(claims, found):
+        if f is None:
+            done = e.done()
+            rows.append((claim, None, "not run yet" if done < len(e.specs) else "cannot tell",
+                         f"{done} of {len(e.specs)} stages"))
+            continue
+        said, why = stats.verdict(f["low"], f["high"], claim["verdict"], f["p"]), f.get("why") or f"n {f['n']}"
+        if f["sd"] is not None and "noise" not in claim["measure"] and f["sd"] > 0 and not f["unit"]:
+            why += f", s {short(f['sd'])}; {f['n']} pairs see {short(stats.detectable(f['sd'], f['n']))}"
+        if f["p"] is not None:
+            why += f"; p {f['p']:.2g}" + (f" (Holm, {f['family']})" if f.get("family", 1) > 1 else "")
+        rows.append((claim, f, said, why))
+    return rows
+
+
+def short(x, digits=4):
+    """-0.0123 is -.0123; what is small keeps two digits."""
+    if not math.isfinite(x):
+        return "?"
+    text = f"{x:.{digits}f}" if abs(x) >= 5 * 10 ** -digits or x == 0 else f"{x:.1e}"
+    return (text.replace("-0.", "-.") if text.startswith("-0.") else text[1:] if text.startswith("0.") else text)
+
+
+def interval(f):
+    if not f:
+        return "-"
+    if not math.isfinite(f["value"]):
+        return "none"
+    scale, end = (100, " %") if f["unit"] else (1, "")
+    digits = 0 if f["unit"] else 4
+    ends = [f"{v * scale:.0f}" if f["unit"] and math.isfinite(v) else short(v, digits) for v in (f["low"], f["high"])]
+    middle = f"{f['value'] * scale:.0f}" if f["unit"] else short(f["value"], digits)
+    return f"{middle}{end} [{ends[0]}, {ends[1]}]"
+
+
+# Arms
+
+def flops_matched(e, arm, names):
+    """loss(arm) - loss of the larger model from nothing at the same FLOPs, between or beyond the ends of two lengths of
+    it."""
+    found, beyond = [], False
+    for seed in e.seeds:
+        rows = [e.row(a, seed) for a in (arm, *names)]
+        if all(rows):
+            x = [math.log(float(r["flops"])) for r in rows]
+            y = [float(r["loss"]) for r in rows]
+            share = (x[0] - x[1]) / (x[2] - x[1])
+            beyond |= not -0.02 <= share <= 1.02
+            found.append(y[0] - y[1] - share * (y[2] - y[1]))
+    return found, beyond
+
+
+def healed(e, arm, after):
+    """Tokens after the transition until the arm is first no worse than its source continued: median of seeds."""
+    found = []
+    for seed in e.seeds:
+        mine, other = (e.results.curves.get(e.ids.get((a, seed)), []) for a in (arm, after))
+        reference = {r["step"]: float(r["val_loss"]) for r in other}
+        shared = [r for r in mine if r["step"] in reference]
+        if shared and e.row(arm, seed):
+            found.append(next((float(r["tokens"]) for r in shared if float(r["val_loss"]) <= reference[r["step"]]),
+                              math.inf))
+    if not found:
+        return ""
+    middle = statistics.median_high(found)
+    return f"{middle / 1e6:.2f}M" if math.isfinite(middle) else "not yet"
+
+
+def arm_table(e):
+    """One row for each arm that has one, with all figures; columns without any are left out."""
+    readings = e.spec.get("readings", {})
+    heads = ["arm", "n", "tokens", "loss", "after: against the source continued",
+             "in all: against the larger from nothing",
+             "at equal FLOPs", "gap closure", "jump", "healed after", "MaxVio", "dead", "twins' cosine", "overlap",
+             "sources/token", "reading"]
+    rows = []
+    for arm in e.arms:
+        losses = e.column(arm, "loss")
+        if not losses:
+            continue
+        first = e.row(arm, next(iter(losses)))
+        mean, low, high, _ = stats.mean_interval(list(losses.values()))
+        row = dict.fromkeys(heads, "")
+        row.update({"arm": e.spec["arms"][arm].get("label", arm), "n": len(losses),
+                    "tokens": f"{float(first['total_tokens']) / 1e6:.2f}M",
+                    "loss": f"{mean:.4f}" + (f" ± {(high - low) / 2:.4f}" if len(losses) > 1 else "")})
+        grown = "from" in e.spec["arms"][arm]
+        for head, key in ((heads[4], "after"), (heads[5], "total")):
+            if readings.get(key) and arm != readings[key] and grown:
+                pairs, _ = e.together(arm, readings[key])
+                if len(pairs[0]) > 1:
+                    row[head] = interval(dict(zip(("value", "low", "high"), stats.paired(*pairs)), unit=""))
+        if readings.get("flops") and grown:
+            found, beyond = flops_matched(e, arm, readings["flops"])
+            if len(found) > 1:
+                row[heads[6]] = interval(dict(zip(("value", "low", "high"), stats.mean_interval(found)), unit="")) + \
+                    (" (beyond)" if beyond else "")
+        if e.spec.get("gap") and grown:
+            found = measure(e, dict(measure=dict(closure=arm)))
+            row["gap closure"] = interval(found) if found else ""
+        jumps = e.column(arm, "jump") or e.column(f"{arm}@grow", "jump")
+        if jumps:
+            row["jump"] = short(statistics.mean(jumps.values()))
+        if readings.get("after") and "grow" in e.spec["arms"][arm]:
+            row["healed after"] = healed(e, arm, readings["after"])
+        for head, keys, digits in (("MaxVio", ("train_max_vio", "max_vio"), 2), ("dead", ("train_dead", "dead"), 1),
+                                   ("twins' cosine", ("twin_cosine",), 3), ("overlap", ("overlap",), 3),
+                                   ("sources/token", ("sources",), 2), ("reading", ("reading",), 3)):
+            for key in keys:
+                if values := e.column(arm, key):
+                    row[head] = f"{statistics.mean(values.values()):.{digits}f}"
+                    break
+        rows.append(row)
+    kept = [h for h in heads if any(r[h] != "" for r in rows)]
+    return kept, [[r[h] for h in kept] for r in rows]
+
+
+# Figures: all drawing is in the next three functions
+
+def band(by_x):
+    """{x: values of seeds} -> points and 95 % bands."""
+    points, bands = [], []
+    for x, values in sorted(by_x.items()):
+        mean, low, high, _ = stats.mean_interval(values)
+        points.append((x, mean))
+        if math.isfinite(low):
+            bands.append((x, low, high))
+    return points, bands
+
+
+def curve_series(e, arm, reference=None):
+    found = {}
+    for seed in e.seeds:
+        name = e.ids.get((arm, seed))
+        row = e.row(arm, seed)
+        if not row:
+            continue
+        before = float(row["total_tokens"]) - float(row["tokens"])
+        other = {r["step"]: float(r["val_loss"]) for r in e.results.curves.get(e.ids.get((reference, seed)), [])}
+        for r in e.results.curves.get(name, []):
+            if reference is None:
+                found.setdefault(before + float(r["tokens"]), []).append(float(r["val_loss"]))
+            elif r["step"] in other:
+                found.setdefault(float(r["tokens"]), []).append(float(r["val_loss"]) - other[r["step"]])
+    return found
+
+
+def figures(e):
+    """{name: (svg, caption)} of an experiment: what its `figure` asks for, else curves, and differences from the source
+    continued."""
+    if not draw:
+        return {}
+    made, asked = {}, e.spec.get("figure") or {}
+
+    def add(name, title, series, x, y, caption, **options):
+        series = [s for s in series if s.points]
+        if series:
+            made[f"{e.name}-{name}"] = draw.lines(title, series, x, y, width=640, height=330, describe=caption,
+                                                  **options), caption
+
+    if asked.get("kind") == "points":                       # lists of arms, each a mean with its interval
+        series = []
+        for slot, (label, arms) in enumerate(asked["groups"].items()):
+            found = {}
+            for arm in arms:
+                x, y = (e.values(f"{arm}.{asked[k]}" if asked[k] != "loss" else arm)[0] for k in ("x", "y"))
+                if x and y:
+                    found[statistics.mean(x.values())] = list(y.values())
+            points, bands = band(found)
+            series.append(draw.Series(label, points, bands, slot=slot, dots=True))
+        add("points", asked["title"], series, asked["x"], asked["y"], "Means of seeds with 95 % intervals.",
+            log_x=bool(asked.get("log_x")))
+    elif asked.get("kind") == "closure":                    # lists of [x, arm, smaller, larger], and the paper's points
+        series = [draw.Series(asked["source"], asked["paper"], slot=0)]
+        for slot, (label, points) in enumerate(asked["groups"].items(), 1):
+            found = [(x, measure(e, dict(measure=dict(closure=ends)))) for x, *ends in points]
+            found = [(x, f) for x, f in found if f and math.isfinite(f["value"])]
+            series.append(draw.Series(label, [(x, f["value"]) for x, f in found],
+                                      [(x, f["low"], f["high"]) for x, f in found],
+                                      slot=slot, dots=True))
+        if any(s.points for s in series[1:]):
+            add("closure", asked["title"], series, asked["x"], "gap closure",
+                "Ratios of means with Fieller's 95 % intervals.")
+    elif asked.get("kind") == "topk":
+        series = []
+        for arm in e.arms:
+            found = {k: list(e.column(arm, f"loss_k{k}").values()) for k in e.spec["arms"][arm].get("topk", ())}
+            points, bands = band({k: v for k, v in found.items() if v})
+            series.append(draw.Series(arm, points, bands))
+        add("topk", asked["title"], series, "K at evaluation", "nats a byte", "Means of seeds with 95 % bands.")
+    else:
+        shown = asked.get("arms") or e.arms[:8]
+        add("curves", "Validation loss",
+            [draw.Series(a, *band(curve_series(e, a)), slot=n) for n, a in enumerate(shown)],
+            "tokens in all", "nats a byte", "Means over seeds of the loss on 64 KB, with 95 % bands.")
+        after = e.spec.get("readings", {}).get("after")
+        if after:
+            add("differences", f"Difference from {after}, pair by pair",
+                [draw.Series(a, *band(curve_series(e, a, after)), slot=n) for n, a in enumerate(shown) if a != after],
+                "tokens after the transition", "nats a byte",
+                f"Each seed's loss less that of {after} at the same step; 95 % bands.")
+    return made
+
+
+def joint_law(e):
+    """2502.03009's law, L = A D1^-a D2^(-b + c log D1) + L0, with D1 tokens before and D2 after the transition, in
+    millions, fitted to the means of tNcM. Five numbers from nine points: shown, nothing is concluded."""
+    from scipy.optimize import curve_fit
+    found = [(t, c, list(e.column(f"t{t}c{c}", "loss").values())) for t in (1, 2, 3) for c in (1, 2, 3)]
+    if not all(losses for _, _, losses in found):
+        return None
+    tokens = numpy.array([(t * 1.024, c * 1.024) for t, c, _ in found]).T
+    losses = numpy.array([statistics.mean(x) for _, _, x in found])
+
+    def law(d, A, a, b, c, least):
+        return A * d[0] ** -a * d[1] ** (-b + c * numpy.log(d[0])) + least
+
+    try:
+        fitted, _ = curve_fit(law, tokens, losses, p0=(0.5, 0.1, 0.1, 0, losses.min() - 0.3), maxfev=20000)
+    except RuntimeError:
+        return "The joint law of 2502.03009 could not be fitted."
+    A, a, b, c, least = fitted
+    residual = abs(law(tokens, *fitted) - losses).max()
+    return (f"The joint law of 2502.03009, fitted to nine means: L = {A:.3f} D1^{-a:.3f} D2^({-b:.3f} + {c:.3f} ln D1) "
+            f"+ {least:.3f}, D1 and D2 in millions of tokens; largest residual {residual:.4f}. Five numbers "
+            "from nine points: nothing is concluded.")
+
+
+# The report: a list of ("h", level, text), ("p", text), ("table", heads, rows), ("figure", name, caption), ("code",
+# text)
+
+def summary(experiments):
+    heads = ["", "claim", "paper's number", "ours [95 %]", "verdict", "why"]
+    return heads, [[e.name, c["claim"], f"{c.get('paper', '')} ({c.get('source', '')})", interval(f), verdict, why]
+                   for e in experiments for c, f, verdict, why in judged(e)]
+
+
+def blocks(experiments, results):
+    rows = results.stages.values()
+    yield "h", 1, "The lab's report"
+    yield "p", ("Made by `dev/lab/report.py` from `results/` and `experiments/`. Losses are nats a byte; intervals are "
+                "of 95 %. A verdict is given where the whole interval lies in a range that was written down before the "
+                "run, else it is *cannot tell*. *n pairs see x*: an effect of x is found by n pairs in four of five "
+                "tries.")
+    if rows:
+        kinds = sorted({f"{r['processor']}, commit {r['commit']}, binary {r['binary']}" for r in rows})
+        yield "p", f"{len(results.stages)} stages, made by: {'; '.join(kinds)}."
+    yield ("table", *summary(experiments))
+    for e in experiments:
+        yield "h", 2, f"{e.name}: {e.spec.get('title', '')}"
+        budget = sum(lab.tokens_of(s, e.specs)[0] for s in e.specs.values()) / 1e6
+        yield "p", (f"Text {e.spec['text']}, {len(e.seeds)} seeds, {budget:.1f}M tokens in all; {e.done()} of "
+                    f"{len(e.specs)} stages are done. It is repeated by")
+        yield "code", f"make lab E={e.name}"
+        yield ("table", ["claim", "expected", "seen [95 %]", "verdict"],
+               [[c["claim"], " ".join(str(c.get("expected", "")).split()), f"{interval(f)}; {why}" if f else why,
+                 verdict]
+                for c, f, verdict, why in judged(e)])
+        heads, arms = arm_table(e)
+        if arms:
+            yield "table", heads, arms
+        if e.name == "E2" and (fitted := joint_law(e)):
+            yield "p", fitted
+        for name, (_, caption) in figures(e).items():
+            yield "figure", name, caption
+        if e.spec.get("notes"):
+            yield "p", "What this does not say: " + " ".join(e.spec["notes"].split())
+    yield "p", ("tokens: in all, the source's counted. healed after: the tokens after which the arm is first no "
+                "worse than its source continued, to the nearest validation. at equal FLOPs: against the larger "
+                "model from nothing, between its two lengths (beyond: outside of them). MaxVio and dead of training "
+                "tokens, else of validation. overlap: of the tokens that reach either of two twins, the share that "
+                "reaches both. reading: mutual information of expert and kind of text, in nats. Seconds are in "
+                "`results/stages.csv`, with the load of the machine beside them: where it is above the number of "
+                "cores they say nothing.")
+
+
+def to_markdown(parts):
+    def cell(x):
+        return str(x).replace("|", "\\|").replace("\n", " ")
+
+    out = []
+    for kind, *what in parts:
+        if kind == "h":
+            out.append(f"{'#' * what[0]} {what[1]}")
+        elif kind == "p":
+            out.append(what[0])
+        elif kind == "code":
+            out.append(f"    {what[0]}")
+        elif kind == "figure":
+            out.append(f"![{what[1]}](figures/{what[0]}.svg)")
+        elif what[1]:
+            rows = [what[0], ["---"] * len(what[0]), *what[1]]
+            out.append("\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows))
+    return "\n\n".join(out) + "\n"
+
+
+def to_html(parts, drawings):
+    sections, inside, name = [], [], ("summary", "Claims")
+    for kind, *what in parts:
+        if kind == "h" and what[0] == 2:
+            sections.append(draw.section(*name, "".join(inside)))
+            inside, name = [], (what[1].split(":")[0], what[1])
+        elif kind == "p":
+            inside.append(f"<p class=note>{html.escape(what[0]).replace('`', '')}</p>")
+        elif kind == "code":
+            inside.append(f"<pre>{html.escape(what[0])}</pre>")
+        elif kind == "figure":
+            inside.append(draw.figure(drawings[what[0]][0], html.escape(what[1])))
+        elif kind == "table" and what[1]:
+            inside.append(draw.table(*what))
+    sections.append(draw.section(*name, "".join(inside)))
+    return draw.page("The lab's report", sections)
+
+
+def routers_table(results):
+    """The table of routers, see README.md."""
+    e, rows = Experiment("routers", results), []
+    digits = ("gini", 3), ("min_max", 3), ("max_vio", 2), ("dead", 0), ("entropy", 3), ("top_gate", 3)
+    for arm in e.arms:
+        for seed in e.seeds:
+            if r := e.row(arm, seed):
+                rows.append([e.spec["arms"][arm].get("label", arm), seed, f"{float(r['loss']):.4f}"] +
+                            [f"{float(r[f'train_{k}']):.{d}f}" for k, d in digits])
+    return ["router", "seed", "validation loss", "Gini", "min/max", "MaxVio", "dead", "entropy", "top gate"], rows
+
+
+def write_page(path, parts, experiments):
+    """The page and its figures; returns the figures."""
+    drawings = {k: v for e in experiments for k, v in figures(e).items()} if draw else {}
+    if draw:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(to_html(parts, drawings))
+    return drawings
+
+
+def main():
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        results = Results(with_lab=True)
+        own = [Experiment(name, results) for name in sys.argv[1:]]
+        parts = list(blocks(own, results))
+        print(to_markdown(parts))
+        write_page(lab.ROOT / "build" / f"{own[0].spec['name']}.html", parts, own)
+        return 0
+    results = Results()
+    names = sorted((p.stem for p in (lab.HERE / "experiments").glob("*.yaml") if p.stem not in SKIPPED),
+                   key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+    experiments = [Experiment(name, results) for name in names]
+    if sys.argv[1:2] == ["--table"]:
+        table = routers_table(results) if sys.argv[2] == "routers" else summary(experiments)
+        print(to_markdown([("table", *table)]), end="")
+        return 0
+    parts = list(blocks(experiments, results))
+    text, path = to_markdown(parts), lab.HERE / "REPORT.md"
+    if sys.argv[1:] == ["--check"]:
+        old, new = ([line for line in t.splitlines() if line and (draw or not line.startswith("!["))]
+                    for t in (path.read_text() if path.is_file() else "", text))         # without draw.py no figures
+        changed = list(difflib.unified_diff(old, new, lineterm="", n=0))
+        print("\n".join(changed[:6]) or "REPORT.md is current")
+        return bool(changed)
+    path.write_text(text)
+    for name, (drawing, _) in write_page(lab.ROOT / "build/lab.html", parts, experiments).items():
+        draw.save(lab.HERE / "figures" / f"{name}.svg", drawing)
+    print(f"{path.relative_to(lab.ROOT)}" + (", build/lab.html" if draw
+                                             else "; no figures and no page without dev/report/draw.py"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

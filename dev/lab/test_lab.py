@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Checks the lab's own parts: statistics, experiments, reading of routing, stopping and going on. From the project's
+folder, after `make`:  python3 dev/lab/test_lab.py"""
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+FOLDER = tempfile.TemporaryDirectory()
+os.environ["LAB"] = FOLDER.name
+import lab                                                                              # noqa: E402, wants LAB
+import numpy                                                                            # noqa: E402
+import report                                                                           # noqa: E402
+import stats                                                                            # noqa: E402
+
+failed = passed = 0
+
+
+def check(ok, what, said=""):
+    global failed, passed
+    passed, failed = passed + bool(ok), failed + (not ok)
+    print("ok    " if ok else "FAILED", what, "" if ok else f"   {said}")
+
+
+def near(x, y, by=1e-9):
+    return all(abs(a - b) <= by for a, b in zip(x, y))
+
+
+def test_stats():
+    # by hand: mean 2, s 1, n 3: 2 +- 4.302653 / sqrt 3; t = 3.4641, p = .0742
+    check(near(stats.mean_interval([1, 2, 3]), (2, -0.484138, 4.484138, 0.074180), 1e-5), "Student's interval")
+    check(near(stats.holm([.01, .04, .03, .005]), (.03, .06, .06, .02)), "Holm's p values")
+    check(math.isclose(stats.detectable(.004, 8), .004 / math.sqrt(8) * (2.364624 + 0.896030), rel_tol=1e-5),
+          "what 8 pairs see")
+    rng, inside, hits = numpy.random.default_rng(1), 0, 0
+    for _ in range(1000):
+        low = rng.normal(1.56, .01, 8)
+        high, x = low - .035 + rng.normal(0, .004, 8), low - .02 + rng.normal(0, .004, 8)
+        _, least, most = stats.closure(low, high, x)
+        inside += least <= 4 / 7 <= most
+        _, least, most = stats.jackknife(lambda s: (low[s] - x[s]).mean() / (low[s] - high[s]).mean(), 8)
+        hits += least <= 4 / 7 <= most
+    check(930 <= inside <= 970, "Fieller's interval holds the truth in 95 of 100 tries", inside)
+    check(925 <= hits <= 975, "so does the jackknife's", hits)
+    check(stats.closure([1, 1.1, 1.2], [1, 1.11, 1.19], [1, 1.1, 1.2])[1] == -math.inf,
+          "without a gap no interval of closure")
+    check(stats.gap_is_wide([1.557, 1.574], [1.527, 1.545]) and not stats.gap_is_wide([1.557, 1.574], [1.55, 1.532]),
+          "five sigma")
+    ranges = {"yes": [-9, 0], "partial": [-.002, .002], "no": [0, 9]}
+    check([stats.verdict(-.01, -.001, ranges, .01), stats.verdict(-.01, -.001, ranges, .07),
+           stats.verdict(-.001, .001, ranges, .5),
+           stats.verdict(-.01, .01, ranges, .5)] == ["yes", "cannot tell", "partial", "cannot tell"], "verdicts")
+
+
+def refused(text, expected):
+    path = pathlib.Path(FOLDER.name) / "my.yaml"
+    path.write_text(text)
+    done = subprocess.run([sys.executable, "-c", f"import lab; lab.stages_of(lab.read_experiment('{path}'))"],
+                          cwd=lab.HERE, capture_output=True, text=True)
+    check(done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1,
+          f"refused: {expected}", done.stderr)
+
+
+def test_experiments():
+    refused("train: ''\narms: {a: {from: b}}", "'a' is from 'b'")
+    refused("train: ''\narms: {a: {from: b}, b: {from: a, train: ''}}", "itself")
+    refused("train: ''\narms: {a: {form: b}}", "unknown form")
+    refused("train: ''\narm: {}", "unknown arm")
+    refused("arms: {a: {train: ''}}", "needs train and arms")
+    refused("extends: tiny\nuse: [nothing]", "unknown nothing")
+    refused("arms: [", "my.yaml")
+    ids = {}
+    for path in (lab.HERE / "experiments").glob("*.yaml"):
+        last, specs, _ = lab.stages_of(lab.read_experiment(path.stem))
+        ids[path.stem] = last, specs
+        for claim in lab.read_experiment(path.stem).get("claims", []):
+            # names that are not there stop it
+            report.measure(report.Experiment(path.stem, report.Results()), claim)
+            if set(claim) - {"claim", "source", "paper", "expected", "measure", "verdict"} or not claim.get("expected"):
+                check(False, f"{path.stem}: {claim}")
+    check(all(n in specs for last, specs in ids.values() for n in last.values()),
+          "all arms of all experiments have stages")
+    check(ids["E7"][1][ids["E7"][0]["plain@grow", 1]]["parent"] == ids["E1"][0]["sigmoid-source", 1],
+          "E7 shares E1's source")
+    last, specs = ids["tiny"]
+    check(lab.tokens_of(specs[last["source", 1]], specs) == (10 * 256, 30 * 256)
+          and lab.tokens_of(specs[last["copy", 1]], specs) == (30 * 256, 60 * 256), "tokens of a branch, and in all")
+    known = {"upcycle": "--experts M\n", "train_moe": "--steps --experts --expert-ffn --schedule --decay-frac"}
+    left = lab.stages_of(lab.read_experiment("tiny"), known)[2]
+    check(len(left) == 2 and "--method" in left[0], "arms whose options do not exist are left out with a line", left)
+    known["upcycle"] = "--experts-max --method"
+    left = lab.stages_of(lab.read_experiment("tiny"), known)[2]
+    check(any("copy is left out until the programs have --experts" in line for line in left),
+          "... a longer name is no such option", left)
+
+
+def test_routing():
+    """Four tokens of two kinds, one layer, K 2; experts 0 and 2 are twins, and 1 and 3; nobody chooses 4."""
+    folder = pathlib.Path(FOLDER.name)
+    for kind, rows in (("a", ["0,2", "0,2"]), ("b", ["1,3", "0,1"])):
+        (folder / kind).write_text("window,position,token,layer,expert_1,expert_2\n" +
+                                   "".join(f"0,{n},0,0,{row}\n" for n, row in enumerate(rows)))
+    found, readers = lab.routing({k: folder / k for k in "ab"}, {0: [0, 1, 0, 1, 4]}, 5)
+    # twins 0, 2: 3 and 2 tokens, 2 of them the same; 1, 3: 2 and 1, one the same. Loads 3 2 2 1 0
+    check(near([found["overlap"], found["twins_together"], found["sources"]], [(2 / 3 + 1 / 2) / 2, 3 / 4, 5 / 4]),
+          "overlap, twins together, sources a token", found)
+    check(near([found["max_vio"], found["gini"], found["dead"]], [3 / 1.6 - 1, 28 / 80, 1]), "MaxVio, Gini, dead",
+          found)
+    p = numpy.array([[2, 0, 2, 0], [1, 2, 0, 1]]) / 8
+    seen = p > 0
+    independent = p.sum(0) * p.sum(1, keepdims=True)
+    check(math.isclose(found["reading"], (p[seen] * numpy.log(p[seen] / independent[seen])).sum()),
+          "what experts read", found)
+    check(readers == [(0, "a", "0.667 0.000 1.000 0.000 0.000"), (0, "b", "0.333 1.000 0.000 1.000 0.000")],
+          "shares of the kinds", readers)
+
+
+def test_report():
+    """Made-up rows of all stages: what is judged of them, and that every page can be made."""
+    rng, results = numpy.random.default_rng(1), report.Results()
+    results.stages, results.curves = {}, {}
+    effects = dict(fixed4=0.03, fixed16=0, copy=0.015, continued=0.025, random=0.015, grad2=0.0149)
+    names = [p.stem for p in (lab.HERE / "experiments").glob("*.yaml") if p.stem not in report.SKIPPED]
+    for name in names:
+        e = report.Experiment(name, results)
+        for (arm, seed), stage in sorted(e.ids.items()):
+            row = dict.fromkeys(["canary", "processor", "commit", "binary"], "x")
+            row.update(stage=stage, loss=1.5 + effects.get(arm, 0.02) + seed / 50 + rng.normal(0, 0.001), jump=0.05,
+                       tokens=2e6,
+                       total_tokens=4e6, flops=4e12 if arm in ("fixed16", "scratch-total") else 2e12,
+                       spec=json.dumps(e.specs[stage]), topk=2,
+                       **{k: rng.uniform(0.1, 1)
+                          for k in "gini max_vio dead train_gini train_max_vio twin_cosine overlap sources "
+                          "reading loss_k1 loss_k2 loss_k3 loss_k4 loss_k6 loss_k8 speed_b1 speed_b8".split()})
+            results.stages.setdefault(stage, row)
+            results.curves.setdefault(stage,
+                                      [dict(step=str(s), tokens=s * 1024, val_loss=3 - s / 1000) for s in (100, 200)])
+    judged = {c["claim"]: (verdict, f) for c, f, verdict, _ in report.judged(report.Experiment("E1", results))}
+    closure = judged["copy reaches the larger model at equal tokens in all"]
+    check(closure[0] == "partial" and closure[1]["low"] < 0.5 < closure[1]["high"], "half of the gap closed is partial",
+          closure)
+    check(judged["copy ends better than its source continued for as long"][0] == "yes"
+          and judged["grad2 selection beats uniform copies"][0] in ("partial", "cannot tell"),
+          "verdicts of made-up results",
+          {k: v[0] for k, v in judged.items()})
+    parts = list(report.blocks([report.Experiment(n, results) for n in names], results))
+    text = report.to_markdown(parts)
+    check("not run yet" not in text and "joint law" in text and "nan" not in text, "a report of all experiments",
+          [line for line in text.splitlines() if "not run yet" in line or "nan" in line][:2])
+    if report.draw:
+        drawings = {k: v for n in names for k, v in report.figures(report.Experiment(n, results)).items()}
+        page = report.to_html(parts, drawings)
+        check(len(drawings) > len(names) and page.count("<svg") == len(drawings), "and a page with all figures",
+              list(drawings))
+    some = report.Experiment("E1", results)
+    results.stages[some.ids["copy", 1]]["canary"] = "another"
+    check(len(some.together("copy", "continued")[1]) == 7, "pairs of two builds are left out")
+
+
+def test_going_on():
+    """A stage that is stopped goes on, and ends with the row of one that never was."""
+    name = lab.stages_of(lab.read_experiment("tiny"))[0]["fixed8", 1]
+    lab.plan(["tiny"])
+    command = [sys.executable, lab.HERE / "lab.py", "stage", name]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE)
+    out = lab.LAB / "run" / name
+    for _ in range(3000):
+        steps = len((out / "log.csv").read_text().splitlines()) if (out / "log.csv").is_file() else 0
+        if steps > 5 or child.poll() is not None:
+            break
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    code, done = child.wait(), lab.LAB / "done" / f"{name}.csv"
+    check(code == 143 and not done.is_file(), "a stopped stage has no row", f"exit {code}")
+    subprocess.run(command, check=True, stderr=subprocess.PIPE)
+    first = lab.rows_of(done)[0]
+    done.unlink()
+    subprocess.run(["rm", "-r", out], check=True)
+    subprocess.run(command, check=True, stderr=subprocess.PIPE)
+    second = lab.rows_of(done)[0]
+    differ = [k for k in first if first[k] != second[k] and k not in ("seconds", "load")]
+    check(not differ, "stopped and gone on with: the same row", differ)
+    check(json.loads(second["spec"])["seed"] == 1 and second["stage"] == name and float(second["loss"]) > 0,
+          "a row says what it is")
+    frozen = json.loads((lab.LAB / "bin/frozen.json").read_text())
+    (lab.LAB / "bin/frozen.json").write_text(json.dumps({**frozen, "processor": "another"}))
+    told = subprocess.run(command, capture_output=True, text=True)
+    check(told.returncode == 2 and "pairs want one kind of processor" in told.stderr,
+          "refused: another kind of processor", told.stderr)
+    (lab.LAB / "bin/frozen.json").write_text(json.dumps({**frozen, "canary": "another"}))
+    told = subprocess.run([sys.executable, lab.HERE / "lab.py", "freeze"], capture_output=True, text=True)
+    check(told.returncode == 2 and "other bytes" in told.stderr, "refused: programs that compute other bytes",
+          told.stderr)
+
+
+if __name__ == "__main__":
+    with FOLDER:
+        test_stats()
+        test_experiments()
+        test_routing()
+        test_report()
+        test_going_on()
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)
