@@ -333,25 +333,10 @@ static void rmsnorm_backward(float* dx, long ld_dx, int add, float* dweight, con
     }
 }
 
-// cos and sin of position * w_i, w_i = theta^(-2 i / HD) and a factor 1 unless rope.h says otherwise; both
-// (positions, HD / 2)
-static void rope_table(float* cosines, float* sines, int positions, const Config* c) {
-    int half = c->head_dim / 2;
-    double* w = (double*)checked_malloc(sizeof(double) * half);
-    double factor = rope_frequencies(w, &c->rope, c->head_dim, c->rope_theta);
-    #pragma omp parallel for
-    for (int t = 0; t < positions; t++)
-        for (int i = 0; i < half; i++) {
-            cosines[(long)t * half + i] = (float)(factor * cos(t * w[i]));
-            sines[(long)t * half + i] = (float)(factor * sin(t * w[i]));
-        }
-    free(w);
-}
-
 // Rotary positions (Su et al. 2021), in place, on `heads` heads of each of N = B T rows that are ld floats
 // apart. Element i of a head's first half and element i of its second half are a point in the plane (Hugging
 // Face's rotate_half), turned by position * theta^(-2 i / HD). Row n is at position start + n % T of its
-// sequence; the angles' cosines and sines are rope_table's. The gradient of a rotation is the rotation back,
+// sequence; the cosines and sines are dev/lib/memory.h's. The gradient of a rotation is the rotation back,
 // direction = -1.
 static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, const float* cosines,
                  const float* sines, int direction) {
@@ -537,6 +522,23 @@ static void softmax_router_backward(float* dlogits, const float* dgates, const f
     }
 }
 
+// Sorts the N K assignments by expert, so that each expert runs once over rows that lie together. Nothing is
+// padded and no assignment is dropped, however uneven the experts' shares. Expert -1 is none: it has no row.
+// offsets (E + 1): expert e's rows are offsets[e] .. offsets[e+1]-1
+// assignment (N K): row r serves assignment n K + k, the k-th expert of token n;  row_of (N, K): the inverse
+static void group_by_expert(int* offsets, int* assignment, int* row_of, const int* experts, int N, int K,
+                            int E) {
+    memset(offsets, 0, sizeof(int) * (E + 1));
+    for (int a = 0; a < N * K; a++) offsets[experts[a] + 1] += experts[a] >= 0;
+    for (int e = 0; e < E; e++) offsets[e + 1] += offsets[e];
+    for (int a = 0; a < N * K; a++) {           // offsets[e] serves as expert e's next free row ...
+        row_of[a] = experts[a] < 0 ? -1 : offsets[experts[a]]++;
+        if (row_of[a] >= 0) assignment[row_of[a]] = a;
+    }
+    for (int e = E; e > 0; e--) offsets[e] = offsets[e - 1];            // ... and is moved back
+    offsets[0] = 0;
+}
+
 // Left alone, a router sends everything to a few experts. The balance loss (2101.03961, eq. 4) pushes back:
 //     f_e = share of the assignments that went to expert e (a constant),  P_e = mean over tokens of p_e
 //     AUX_SWITCH: the sum over sparse layers of E sum_e f_e P_e: 1 a layer when balanced
@@ -559,23 +561,6 @@ static void balance_backward(float* dlogits, const float* lse, const float* prob
         for (int e = 0; e < E; e++)
             dlogits[(long)n * E + e] += (float)(p[e] * (aux_weight * (f[e] - mean) + z_weight * lse[n]));
     }
-}
-
-// Sorts the N K assignments by expert, so that each expert runs once over rows that lie together. Nothing is
-// padded and no assignment is dropped, however uneven the experts' shares. Expert -1 is none: it has no row.
-// offsets (E + 1): expert e's rows are offsets[e] .. offsets[e+1]-1
-// assignment (N K): row r serves assignment n K + k, the k-th expert of token n;  row_of (N, K): the inverse
-static void group_by_expert(int* offsets, int* assignment, int* row_of, const int* experts, int N, int K,
-                            int E) {
-    memset(offsets, 0, sizeof(int) * (E + 1));
-    for (int a = 0; a < N * K; a++) offsets[experts[a] + 1] += experts[a] >= 0;
-    for (int e = 0; e < E; e++) offsets[e + 1] += offsets[e];
-    for (int a = 0; a < N * K; a++) {           // offsets[e] serves as expert e's next free row ...
-        row_of[a] = experts[a] < 0 ? -1 : offsets[experts[a]]++;
-        if (row_of[a] >= 0) assignment[row_of[a]] = a;
-    }
-    for (int e = E; e > 0; e--) offsets[e] = offsets[e - 1];            // ... and is moved back
-    offsets[0] = 0;
 }
 
 // out row r (rows, H) = x (N, H) at the token that row r serves

@@ -143,6 +143,21 @@ static Model* model_plan(const Config* c, Purpose purpose, int B, int T, int pos
     return m;
 }
 
+// cos and sin of position * w_i, w_i = theta^(-2 i / HD) and a factor 1 unless rope.h says otherwise; both
+// (positions, HD / 2)
+static void rope_table(float* cosines, float* sines, int positions, const Config* c) {
+    int half = c->head_dim / 2;
+    double* w = (double*)checked_malloc(sizeof(double) * half);
+    double factor = rope_frequencies(w, &c->rope, c->head_dim, c->rope_theta);
+    #pragma omp parallel for
+    for (int t = 0; t < positions; t++)
+        for (int i = 0; i < half; i++) {
+            cosines[(long)t * half + i] = (float)(factor * cos(t * w[i]));
+            sines[(long)t * half + i] = (float)(factor * sin(t * w[i]));
+        }
+    free(w);
+}
+
 // Gives a planned model its memory.
 static void model_allocate(Model* m) {
     const Config* c = &m->config;
