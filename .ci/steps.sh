@@ -30,16 +30,22 @@ $(tail -n 25 "$log")"
     rm -f "$log"
 }
 
-side_by_side() { # two functions: the first one's steps run here, the second one's at the same time in a copy
-    local copy
-    copy=$(mktemp -d)
-    cp -R . "$copy/copy"
-    (passed=0 failed=0; cd "$copy/copy" && "$2"; echo "$passed $failed" >"$copy/counts") &
-    "$1"
+side_by_side() { # functions: the first one's steps run here, the others' at the same time in copies of the folder
+    local copies line here=$1
+    copies=$(mktemp -d)
+    shift
+    for line; do mkdir "$copies/$line" && git ls-files -z | xargs -0 cp --parents -t "$copies/$line" && \
+        cp -R build train_moe upcycle test_moe "$copies/$line"; done
+    for line; do
+        (passed=0 failed=0; cd "$copies/$line" && "$line"; echo "$passed $failed" >"$copies/$line.counts") &
+    done
+    "$here"
     wait
-    set -- $(cat "$copy/counts" || echo 0 1)
-    passed=$((passed + $1)) failed=$((failed + $2))
-    rm -rf "$copy"
+    for line; do
+        set -- $(cat "$copies/$line.counts" || echo 0 1)
+        passed=$((passed + $1)) failed=$((failed + $2))
+    done
+    rm -rf "$copies"
 }
 
 install() {
