@@ -23,9 +23,9 @@ Dimension letters, the same everywhere:
     B  sequences in a batch         H   hidden size                     E  experts in a layer
     T  positions in a sequence      I   width of an expert (or FFN)     K  experts that each token uses
     N  tokens in a batch, B T       NH  attention heads                 V  vocabulary
-    L  layers                       NKV key/value heads, HD head size
-Arrays are row-major and written with the outermost dimension first: (N, H) is N rows of H floats. `dx` is the
-gradient of the loss with respect to `x`. Functions write their first arguments and read the others.
+    L  layers                       NKV key/value heads, HD head size   S  width of the shared expert
+Arrays are row-major, outermost dimension first: (N, H) is N rows of H floats. `dx` is the gradient of the
+loss with respect to `x`. Functions write their first arguments, and scratch, the last, and read the others.
 
 The file is also a library: upcycle.c, test_moe.c and train_moe.cu define TRAIN_MOE_NO_MAIN and include it. It
 is written in the common subset of C11 (with gcc's vector types) and C++17: the CUDA compiler reads it as C++.
@@ -49,7 +49,7 @@ is written in the common subset of C11 (with gcc's vector types) and C++17: the 
 typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, DOTS1, QWEN2, QWEN2_MOE, NUM_ARCHS } Arch;
 typedef enum { QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_ROW } QKNorm;    // none; each head; all heads as one row
 typedef enum { AUX_SWITCH, AUX_HF } AuxForm;                        // two balance losses, see section 4
-typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // the last two: routers.h
+typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // LPR: latent prototypes; routers.h
 
 #define MAX_LAYERS 512
 
@@ -77,7 +77,7 @@ typedef struct {
     RopeScaling rope;
     double rms_norm_eps;
     double router_aux_loss_coef;
-    int topk_limit;                 // the largest K that training may draw, 0: num_experts_per_tok
+    int topk_limit;                 // steps may draw their K, up to this; 0: it is num_experts_per_tok
     char sparse[MAX_LAYERS];        // 1: layer l is a mixture of experts, 0: it is dense
     RouterConfig router;            // all zero: softmax top-K; else routers.h
 } Config;
@@ -94,21 +94,21 @@ static int count_sparse(const Config* c) {
     return n;
 }
 
-#include "dev/lib/random.h"       // draws that are hashes of what they are for
+#include "dev/lib/random.h"       // random numbers: each is a hash of what it is for
 
 // -----------------------------------------------------------------------------------------------------------
 // 2. Matrix products
 //
-// A linear layer needs three of them, all matrices row-major:
+// A linear layer, C numbers in and OC out, needs three of them, all matrices row-major:
 //     forward          y  = x W^T       y (rows, OC), x (rows, C), W (OC, C)
-//     backward input   dx = dy W        dx (rows, C), or dx += dy W
-//     backward weight  dW += dy^T x     dW (OC, C)
+//     backward input   dx = dy W        dx (rows, C), or dx += dy W where x has several readers
+//     backward weight  dW += dy^T x     dW (OC, C), always a sum: micro-batches add to one gradient
 //
 // The loops below are their definition, order of additions and roundings included: each sum runs over
-// k = 0, 1, 2, ..., one multiply-add at a time. dev/lib/products.h computes the same bits many times faster:
-// there, blocks, vectors and threads only decide which elements are computed when, and where a sum waits
-// while it is unfinished. So bits never depend on the number of rows, threads or experts in a call, nor on
-// the place of a row in the batch: a token generated alone equals the same token in a batch.
+// its index from 0 up, one multiply-add at a time. dev/lib/products.h computes the same bits many times
+// faster: there, blocks, vectors and threads only decide which elements are computed when, and where a sum
+// waits while it is unfinished. So bits never depend on the number of rows, threads or experts in a call, nor
+// on the place of a row in the batch: a token generated alone equals the same token in a batch.
 
 #include "dev/lib/products.h"     // fast_product, fast_block: these sums, fast
 
@@ -183,9 +183,26 @@ void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, 
     }
 }
 
+// The three products of one matrix, which all rows belong to.
+void matmul_forward(float* y, const float* x, const float* W, int rows, int C, int OC) {
+    int offsets[2] = {0, rows};
+    grouped_matmul_forward(y, x, W, 0, C, OC, 1, offsets);
+}
+
+void matmul_backward_input(float* dx, const float* dy, const float* W, int rows, int C, int OC, int add) {
+    int offsets[2] = {0, rows};
+    grouped_matmul_backward_input(dx, dy, W, 0, C, OC, 1, offsets, add);
+}
+
+void matmul_backward_weight(float* dW, const float* dy, const float* x, int rows, int C, int OC) {
+    int offsets[2] = {0, rows};
+    grouped_matmul_backward_weight(dW, dy, x, 0, C, OC, 1, offsets);
+}
+
 // The same sums for attention, by one thread, on matrices with rows and columns any number of floats apart:
 //     result(i,j) = [result(i,j) if add] + sum over k of left(i,k) right(k,j)
-// result (rows, columns), left (rows, depth), right (depth, columns); left(i,k) is left[i*left_i + k*left_k].
+// result (rows, columns), left (rows, depth), right (depth, columns); left(i,k) is left[i*left_i + k*left_k],
+// right(k,j) likewise, result(i,j) is result[i*result_i + j].
 static void multiply_block(float* result, long result_i, const float* left, long left_i, long left_k,
                            const float* right, long right_k, long right_j, int rows, int columns, int depth,
                            int add) {
@@ -203,36 +220,20 @@ static void multiply_block(float* result, long result_i, const float* left, long
         }
 }
 
-// The same for one matrix and `rows` rows.
-void matmul_forward(float* y, const float* x, const float* W, int rows, int C, int OC) {
-    int offsets[2] = {0, rows};
-    grouped_matmul_forward(y, x, W, 0, C, OC, 1, offsets);
-}
-
-void matmul_backward_input(float* dx, const float* dy, const float* W, int rows, int C, int OC, int add) {
-    int offsets[2] = {0, rows};
-    grouped_matmul_backward_input(dx, dy, W, 0, C, OC, 1, offsets, add);
-}
-
-void matmul_backward_weight(float* dW, const float* dy, const float* x, int rows, int C, int OC) {
-    int offsets[2] = {0, rows};
-    grouped_matmul_backward_weight(dW, dy, x, 0, C, OC, 1, offsets);
-}
-
 // -----------------------------------------------------------------------------------------------------------
 // 3. Layers
 
 #include "dev/lib/vector_math.h"  // fast_exp, max_of
 
 // out (N, H) = table[tokens]       table (V, H), tokens (N)
-// (Here and below, one row, as in generation, is not worth waking the other threads for.)
+// (Here and below: a token alone, one row or the few of its experts, is not worth waking other threads for.)
 static void embedding_forward(float* out, const int* tokens, const float* table, int N, int H) {
     #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) memcpy(out + (long)n * H, table + (long)tokens[n] * H, sizeof(float) * H);
 }
 
-// dtable[tokens] += dout. Two positions may hold the same token, so threads share the columns and not the
-// rows: each sum is then made by one thread, in the order of the positions.
+// dtable[tokens] += dout. Two positions may hold the same token, so threads share the columns, 16 at
+// a time, a line of the cache, and not the rows: one thread makes each sum, in the order of the positions.
 static void embedding_backward(float* dtable, const float* dout, const int* tokens, int N, int H) {
     #pragma omp parallel for
     for (int column = 0; column < H; column += 16) {
@@ -249,7 +250,7 @@ static void embedding_backward(float* dtable, const float* dout, const int* toke
 //     lse_n = log sum_v exp(logits_nv)   losses_n = lse_n - logits_n,target  logits (N, V); losses, lse (N)
 static void cross_entropy_forward(float* losses, float* lse, const float* logits, const int* targets, int N,
                                   int V) {
-#pragma omp parallel for
+    #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* logits_n = logits + (long)n * V;
         float max = max_of(logits_n, V), sum = 0;
@@ -263,7 +264,7 @@ static void cross_entropy_forward(float* losses, float* lse, const float* logits
 // The logits become their own gradient in place:  dlogits_nv = scale (exp(logits_nv - lse_n) - [v = target])
 static void cross_entropy_backward(float* logits, const float* lse, const int* targets, int N, int V,
                                    float scale) {
-#pragma omp parallel for
+    #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         float* logits_n = logits + (long)n * V;
         for (int v = 0; v < V; v++) logits_n[v] = scale * fast_exp(logits_n[v] - lse[n]);
@@ -277,7 +278,7 @@ static void cross_entropy_backward(float* logits, const float* lse, const int* t
 // rstd (N, groups) is kept for the backward pass.
 static void rmsnorm_forward(float* out, long ld_out, float* rstd, const float* x, long ld_x,
                             const float* weight, int N, int groups, int size, float eps) {
-#pragma omp parallel for if (N > 1)
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++)
         for (int g = 0; g < groups; g++) {
             const float* x_ng = x + n * ld_x + (long)g * size;
@@ -291,13 +292,13 @@ static void rmsnorm_forward(float* out, long ld_out, float* rstd, const float* x
         }
 }
 
-// Rows whose share of a norm's dweight is summed up while they are at hand. Blocks of rows are then added in
-// order, so that the number of threads changes nothing.
+// dweight is a sum over rows: first within blocks of this many, then over the blocks, in order, so that the
+// number of threads changes nothing.
 #define RMSNORM_ROWS 16
 static long rmsnorm_sums_size(int N, int size) { return (long)(N + RMSNORM_ROWS - 1) / RMSNORM_ROWS * size; }
 
-// With xhat = x rstd and s = mean(dout weight xhat):
-//     dweight += sum over rows of dout xhat        dx (+)= rstd (dout weight - xhat s)
+// With xhat = x rstd and s = rstd mean(dout weight xhat):
+//     dweight += sum over rows of dout xhat        dx (+)= rstd (dout weight - x s)
 // add = 1 adds to dx, which then is the gradient that flows past the norm on the residual stream.
 // sums: rmsnorm_sums_size(N, size) floats of scratch.
 static void rmsnorm_backward(float* dx, long ld_dx, int add, float* dweight, const float* dout, long ld_dout,
@@ -360,7 +361,7 @@ static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, 
 #define QUERY_BLOCK 64
 // rows of scores are this far apart: a power of two would map all of them to one cache set
 static long score_stride(int T) { return (T + 15) / 16 * 16 + 16; }
-// floats that attention needs for T keys: two blocks of scores for each thread
+// floats that attention needs for T keys: for each thread two blocks of scores, p and, backward, ds
 static long attention_scratch_size(int T) { return (long)thread_count() * 2 * QUERY_BLOCK * score_stride(T); }
 
 static float* attention_scratch(float* scratch, int T) {
@@ -377,7 +378,7 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
     int blocks = (Tq + QUERY_BLOCK - 1) / QUERY_BLOCK;
     float scale = 1.0f / sqrtf((float)HD);
     Work work;
-    work_deal(&work, B * NH * blocks);
+    work_deal(&work, B * NH * blocks);  // units take unequal time: who is done helps
     #pragma omp parallel
     for (int helped = 0, unit; (unit = work_take(&work, &helped)) >= 0;) {
         int b = unit / (NH * blocks), h = unit / blocks % NH, block = unit % blocks;
@@ -399,7 +400,7 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
             #pragma omp simd reduction(+ : sum)
             for (int j = 0; j < padded; j++) sum += p_i[j] = fast_exp(scale * (p_i[j] - max));
             for (int j = seen; j < keys; j++) p_i[j] = 0;
-            inverse_sums[i] = 1.0f / sum;
+            inverse_sums[i] = 1.0f / sum;       // for out, not for p: HD products a row and not `keys`
             lse[((long)b * NH + h) * Tq + first + i] = scale * max + logf(sum);
         }
         float* out_bh = out + ((long)b * Tq + first) * NH * HD + (long)h * HD;
@@ -414,7 +415,7 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
 //     ds_ij = p_ij (dp_ij - D_i) / sqrt(HD)
 //     dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
 // Here Tq = Tk = T. A thread owns a key/value head with all its query heads, so that dk and dv are sums in a
-// fixed order. dq, dk, dv have the strides of q, k, v, and are overwritten. dout (B T, NH HD).
+// fixed order. Overwrites dq and dk, whose rows are ld_dqk apart, and dv, ld_dv. dout, out (B T, NH HD).
 static void attention_backward(float* dq, float* dk, float* dv, const float* dout, const float* out,
                                const float* lse, const float* q, long ld_q, const float* k, long ld_k,
                                const float* v, long ld_v, long ld_dqk, long ld_dv, int B, int T, int NH,
@@ -467,8 +468,8 @@ static void attention_backward(float* dq, float* dk, float* dv, const float* dou
 //
 // The router scores every expert for a token, the best K are run, and their results, times gates, added up:
 //
-//     z = W_router x          p = softmax(z) over all E experts          S = the K experts with the largest p
-//     gate_e = p_e, or p_e / sum over S of p  (norm_topk_prob)          y = sum over S of gate_e f_e(x)
+//     z = W_router x          p = softmax(z) over all E experts     chosen = the K experts with the largest p
+//     gate_e = p_e, or p_e / sum over chosen of p  (norm_topk_prob)     y = sum over chosen of gate_e f_e(x)
 
 // The indices of the K largest of E scores, largest first, of equals the lowest index first.
 static void choose_topk(int* chosen, const float* scores, int E, int K) {
@@ -488,7 +489,7 @@ static void choose_topk(int* chosen, const float* scores, int E, int K) {
 // lowest index first), gates (N, K)
 static void softmax_router_forward(float* probs, float* lse, int* experts, float* gates, const float* logits,
                                    int N, int E, int K, int norm_topk) {
-#pragma omp parallel for if (N > 1)
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         const float* z = logits + (long)n * E;
         float *p = probs + (long)n * E, *gates_n = gates + (long)n * K, max = z[0], sum = 0;
@@ -497,20 +498,20 @@ static void softmax_router_forward(float* probs, float* lse, int* experts, float
         for (int e = 0; e < E; e++) sum += p[e] = fast_exp(z[e] - max);
         for (int e = 0; e < E; e++) p[e] /= sum;
         lse[n] = max + logf(sum);
-        choose_topk(experts_n, z, E, K);
+        choose_topk(experts_n, z, E, K);        // p has the same order, but ties from rounding
         float gate_sum = 0;
         for (int k = 0; k < K; k++) gate_sum += gates_n[k] = p[experts_n[k]];
         for (int k = 0; k < K && norm_topk; k++) gates_n[k] /= gate_sum;
     }
 }
 
-// dlogits (N, E) from dgates (N, K), the gradient of the gates as they were used. With S a token's experts:
-//     renormalised:  dz_e = gate_e (dgate_e - sum over S of gate_j dgate_j)  for e in S, 0 for the others
-//     otherwise:     dz_e = p_e (dgate_e [e in S] - sum over S of p_j dgate_j)  for all e
+// dlogits (N, E) from dgates (N, K), of the gates as used. With mean = sum over chosen j of gate_j dgate_j:
+//     renormalised:  dz_e = gate_e (dgate_e - mean)  for chosen e, 0 for the others
+//     otherwise:     dz_e = p_e (dgate_e [e chosen] - mean)  for all e
 static void softmax_router_backward(float* dlogits, const float* dgates, const float* probs,
                                     const int* experts, const float* gates, int N, int E, int K,
                                     int norm_topk) {
-#pragma omp parallel for
+    #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float *p = probs + (long)n * E, *gates_n = gates + (long)n * K,
                     *dgates_n = dgates + (long)n * K;
@@ -523,7 +524,7 @@ static void softmax_router_backward(float* dlogits, const float* dgates, const f
 }
 
 // Sorts the N K assignments by expert, so that each expert runs once over rows that lie together. Nothing is
-// padded and no assignment is dropped, however uneven the experts' shares. Expert -1 is none: it has no row.
+// padded and no assignment is dropped, however uneven the shares. Expert -1, a skipped gate, has no row.
 // offsets (E + 1): expert e's rows are offsets[e] .. offsets[e+1]-1
 // assignment (N K): row r serves assignment n K + k, the k-th expert of token n;  row_of (N, K): the inverse
 static void group_by_expert(int* offsets, int* assignment, int* row_of, const int* experts, int N, int K,
@@ -544,16 +545,17 @@ static void group_by_expert(int* offsets, int* assignment, int* row_of, const in
 //     AUX_SWITCH: the sum over sparse layers of E sum_e f_e P_e: 1 a layer when balanced
 //     AUX_HF: as in transformers, once over all layers' tokens, with f_e counted per token: K when balanced
 // Their gradients have one form:      dz_ne += aux_weight p_ne (f_e - sum_j f_j p_nj)
+// Their values are count_balance's, dev/lib/load.h, those of AUX_HF model_forward's.
 // The z-loss (2202.08906, eq. 5), mean over tokens of lse_n^2, lse_n = logsumexp(z_n), keeps logits small:
 //                                     dz_ne += z_weight lse_n p_ne
 
 // Adds both gradients to dlogits (N, E). aux_weight and f (E) belong to one of
 //     AUX_SWITCH: coefficient E / N, counts / (N K)
 //     AUX_HF:     coefficient E / M, counts of all layers / M,  M = N times the number of sparse layers
-// and z_weight is 2 coefficient / N. lse (N), probs (N, E).
+// and z_weight is 2 coefficient / N; a coefficient here contains the gradient's scale. lse (N), probs (N, E).
 static void balance_backward(float* dlogits, const float* lse, const float* probs, const double* f,
                              double aux_weight, double z_weight, int N, int E) {
-#pragma omp parallel for
+    #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const float* p = probs + (long)n * E;
         double mean = 0;
@@ -575,7 +577,7 @@ static void gather_rows(float* out, const float* x, const int* assignment, int r
 // transpose: each is the other's backward.
 static void combine_rows(float* out, const float* residual, const float* y, const float* gates,
                          const int* row_of, int N, int K, int H) {
-#pragma omp parallel for if (N > 1)
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         float* out_n = out + (long)n * H;
         for (int i = 0; i < H; i++) out_n[i] = residual ? residual[(long)n * H + i] : 0;
@@ -588,7 +590,7 @@ static void combine_rows(float* out, const float* residual, const float* y, cons
 }
 
 // SwiGLU (Shazeer 2020):  act = silu(g) * u,  silu(g) = g sigmoid(g)
-// gate_up (rows, 2, I): g = W_gate x, then u = W_up x; act (rows, I)
+// gate_up (rows, 2, I): g = W_gate x, then u = W_up x; act (rows, I). g is not the router's gate.
 static void swiglu_forward(float* act, const float* gate_up, int rows, int I) {
     #pragma omp parallel for if (rows > 8)
     for (int r = 0; r < rows; r++) {
@@ -603,12 +605,12 @@ static void swiglu_forward(float* act, const float* gate_up, int rows, int I) {
 // dact (rows, I) = W_down^T dy, with dy the gradient of the layer's output at the row's token:
 //     dgate = <dy, W_down act> = <dact, act>, so outputs need not have been kept (SonicMoE, 2512.14080)
 //     dgate_up: g' = gate dact u silu'(g), u' = gate dact silu(g), silu' = s (1 + g (1 - s)), s = sigmoid(g)
-// gated_act (rows, I) = gate * act is what the gradient of W_down needs: dW_down += dy^T (gate act).
+// gated_act (rows, I) = gate * act, a row of it is `act` below, serves W_down: dW_down += dy^T (gate act).
 // dgate_up may be the same memory as gate_up; dgates (N, K).
 static void swiglu_backward(float* dgate_up, float* gated_act, float* dgates, const float* dact,
                             const float* gate_up, const float* gates, const int* assignment, int rows,
                             int I) {
-#pragma omp parallel for
+    #pragma omp parallel for
     for (int r = 0; r < rows; r++) {
         const float *g = gate_up + (long)r * 2 * I, *u = g + I, *dact_r = dact + (long)r * I;
         float *dg = dgate_up + (long)r * 2 * I, *du = dg + I, *act = gated_act + (long)r * I;
@@ -743,7 +745,7 @@ struct Model {
     int positions;              // the longest sequence: T, or the capacity of the cache
     const Backend* backend;
     const char* source;         // the directory that the parameters were read from, or NULL
-    struct Json* luggage;       // its config.json: what is nobody's here must not be lost; or NULL
+    struct Json* luggage;       // its config.json, so that keys unknown here are written back; or NULL
     int reads_bytes;            // 1: its tokens are the bytes of a text, for trainer.json
     // its parameters, (layout.total) each, and the places of their tensors
     Layout layout;
@@ -767,7 +769,7 @@ struct Model {
     int* identity;              // (N)          its assignment and row_of: every token, in order
     float *cache_k, *cache_v;   // (L, positions, NKV HD)
     int cached;                 // positions in the cache
-    double loss, aux_loss, z_loss, lpr_loss;    // cross-entropy; two without coefficients, LPR's with
+    double loss, aux_loss, z_loss, lpr_loss;    // loss: cross-entropy; only LPR's with coefficients
     double *all_counts, *all_probs;     // (E)  assignments, sums of probs over all sparse layers, for AUX_HF
     // what a run adds
     Balance balance;
@@ -780,9 +782,9 @@ struct Model {
 
 #include "dev/lib/memory.h"       // model_create, model_free
 
-// Training from scratch starts from N(0, 0.02); projections that add to the residual stream from N(0, 0.02 /
-// sqrt(2 L)), so that its variance does not grow with the depth (GPT-2); norms from 1. Each tensor draws from
-// a stream of its own.
+// Training from scratch starts from N(mean, std) = N(0, 0.02); what adds to the residual stream (o_proj and
+// down_proj, Mixtral's w2) from N(0, 0.02 / sqrt(2 L)), so that its variance does not grow with the depth
+// (GPT-2); norms from 1, biases from 0. Each tensor draws from a stream of its own.
 static void model_init(Model* m, uint64_t seed) {
     for (int i = 0; i < m->layout.count; i++) {
         const Tensor* t = &m->layout.tensors[i];
@@ -805,7 +807,7 @@ static void copy_rows(float* out, long ld_out, const float* x, long ld_x, long N
     for (long n = 0; n < N; n++) memcpy(out + n * ld_out, x + n * ld_x, sizeof(float) * (size_t)width);
 }
 
-#include "dev/lib/cache.h"        // layer_keys_values
+#include "dev/lib/cache.h"        // layer_keys_values: in the layer's arrays, or in the cache
 
 // out += x, both (N, H)
 static void add_rows(float* out, const float* x, int N, int H) {
@@ -814,21 +816,23 @@ static void add_rows(float* out, const float* x, int N, int H) {
         for (int i = 0; i < H; i++) out[(long)n * H + i] += x[(long)n * H + i];
 }
 
+// In a layer's functions w and dw are its parameters and gradients, s what it keeps (saved), t scratch.
+
 // rotated = the norms of queries and keys, where the model has them: NH vectors of HD, or one of NH HD
 static void qk_norm_forward(const Model* m, int l) {
     const Config* c = &m->config;
     const LayerWeights* w = &m->weights.layers[l];
     const LayerActivations* s = &m->layers[l];
-    int N = m->batch * m->length, HD = c->head_dim, Q = c->num_heads * HD, K = c->num_kv_heads * HD;
-    long QKV = qkv_width(c), QK = Q + K;
-    int q_size = c->qk_norm == QK_NORM_ROW ? Q : HD, k_size = c->qk_norm == QK_NORM_ROW ? K : HD;
+    int N = m->batch * m->length, HD = c->head_dim, Q = c->num_heads * HD, KV = c->num_kv_heads * HD;
+    long QKV = qkv_width(c), QK = Q + KV;
+    int q_size = c->qk_norm == QK_NORM_ROW ? Q : HD, k_size = c->qk_norm == QK_NORM_ROW ? KV : HD;
     if (c->qk_norm == QK_NORM_NONE) {
         copy_rows(s->rotated, QK, s->qkv, QKV, N, QK);
         return;
     }
     float eps = (float)c->rms_norm_eps;
     rmsnorm_forward(s->rotated, QK, s->q_rstd, s->qkv, QKV, w->q_norm, N, Q / q_size, q_size, eps);
-    rmsnorm_forward(s->rotated + Q, QK, s->k_rstd, s->qkv + Q, QKV, w->k_norm, N, K / k_size, k_size, eps);
+    rmsnorm_forward(s->rotated + Q, QK, s->k_rstd, s->qkv + Q, QKV, w->k_norm, N, KV / k_size, k_size, eps);
 }
 
 // from scratch.drotated to the queries and keys of scratch.dqkv
@@ -837,9 +841,9 @@ static void qk_norm_backward(const Model* m, int l) {
     const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
     const LayerActivations* s = &m->layers[l];
     const Scratch* t = &m->scratch;
-    int N = m->batch * m->length, HD = c->head_dim, Q = c->num_heads * HD, K = c->num_kv_heads * HD;
-    long QKV = qkv_width(c), QK = Q + K;
-    int q_size = c->qk_norm == QK_NORM_ROW ? Q : HD, k_size = c->qk_norm == QK_NORM_ROW ? K : HD;
+    int N = m->batch * m->length, HD = c->head_dim, Q = c->num_heads * HD, KV = c->num_kv_heads * HD;
+    long QKV = qkv_width(c), QK = Q + KV;
+    int q_size = c->qk_norm == QK_NORM_ROW ? Q : HD, k_size = c->qk_norm == QK_NORM_ROW ? KV : HD;
     if (c->qk_norm == QK_NORM_NONE) {
         copy_rows(t->dqkv, QKV, t->drotated, QK, N, QK);
         return;
@@ -847,7 +851,7 @@ static void qk_norm_backward(const Model* m, int l) {
     rmsnorm_backward(t->dqkv, QKV, 0, dw->q_norm, t->drotated, QK, s->qkv, QKV, w->q_norm, s->q_rstd, N,
                      Q / q_size, q_size, t->norm_sums);
     rmsnorm_backward(t->dqkv + Q, QKV, 0, dw->k_norm, t->drotated + Q, QK, s->qkv + Q, QKV, w->k_norm,
-                     s->k_rstd, N, K / k_size, k_size, t->norm_sums);
+                     s->k_rstd, N, KV / k_size, k_size, t->norm_sums);
 }
 
 // x_mid = x + Wo attention(rope(qknorm(Wq n1(x))), rope(qknorm(Wk n1(x))), Wv n1(x)), in five steps
@@ -861,7 +865,7 @@ static void attention_layer_forward(Model* m, int l) {
     long QK = (long)(NH + NKV) * HD;
     // 1. attn_in = n1(x)
     rmsnorm_forward(s->attn_in, H, s->attn_rstd, s->x, H, w->attn_norm, N, 1, H, eps);
-    // 2. (q, k, v) = W_qkv attn_in; in some models + b, as ones (N, 1) times b (1, QKV)
+    // 2. (q, k, v) = W_qkv attn_in; in some models + b, as dx += dy W: dy = ones (N, 1), W = b (1, QKV)
     matmul_forward(s->qkv, s->attn_in, w->qkv, N, H, qkv_width(c));
     if (w->qkv_bias) matmul_backward_input(s->qkv, m->ones, w->qkv_bias, N, qkv_width(c), 1, 1);
     // 3. rotated = rope(qknorm(q)), rope(qknorm(k))
@@ -906,9 +910,9 @@ static void attention_layer_backward(Model* m, int l) {
 }
 
 #include "dev/lib/routers.h"      // routers other than softmax top-K
-#include "dev/lib/load.h"         // what the experts do
+#include "dev/lib/load.h"         // count_balance, and what experts did, for reports
 
-// out += gate f(ffn_in), the shared expert:  gate = sigmoid(w_gate ffn_in), or 1
+// out += gate f(ffn_in), the shared expert of Qwen2-MoE and Dots1:  gate = sigmoid(w_gate ffn_in), or 1
 static void shared_expert_forward(Model* m, int l, float* out) {
     const LayerWeights* w = &m->weights.layers[l];
     LayerActivations* s = &m->layers[l];
@@ -936,7 +940,7 @@ static void shared_expert_backward(Model* m, int l) {
     matmul_backward_weight(dw->shared_gate_up, dgate_up, s->ffn_in, N, H, 2 * S);
     matmul_backward_input(t->dnormed, dgate_up, w->shared_gate_up, N, H, 2 * S, 1);
     if (!w->shared_gate) return;
-    for (int n = 0; n < N; n++) dz[n] *= g[n] * (1.0f - g[n]);
+    for (int n = 0; n < N; n++) dz[n] *= g[n] * (1.0f - g[n]);          // until here it was dgate
     matmul_backward_weight(dw->shared_gate, dz, s->ffn_in, N, H, 1);
     matmul_backward_input(t->dnormed, dz, w->shared_gate, N, H, 1, 1);
 }
@@ -991,17 +995,18 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     Scratch* t = &m->scratch;
     int N = m->batch * m->length, H = c->hidden_size, I = layer_width(c, l);
     int E = layer_experts(c, l), K = m->topk[l];
+    long gate_up_size = (long)2 * I * H, down_size = (long)H * I;       // of one expert
     // 1. ffn_in = n2(x_mid)
     rmsnorm_forward(s->ffn_in, H, s->ffn_rstd, s->x_mid, H, w->ffn_norm, N, 1, H, (float)c->rms_norm_eps);
     // 2. z = W_router ffn_in,  p = softmax z,  gates = p of the K best
     if (c->sparse[l]) router_forward(m, l);
     else s->offsets[0] = 0, s->offsets[1] = N;
-    // 3. x_row = ffn_in of the row's token;  each expert's rows lie together
+    // 3. x_row = ffn_in (LPR: what experts_input is) of the row's token;  each expert's rows lie together
     gather_rows(t->x_rows, experts_input(m, l), s->assignment, s->offsets[E], K, H);
     // 4. (g, u) = W_gate_up x,  act = silu(g) u,  y = W_down act:  each expert on its own rows
-    grouped_matmul_forward(s->gate_up, t->x_rows, w->gate_up, 2L * I * H, H, 2 * I, E, s->offsets);
+    grouped_matmul_forward(s->gate_up, t->x_rows, w->gate_up, gate_up_size, H, 2 * I, E, s->offsets);
     swiglu_forward(t->act, s->gate_up, s->offsets[E], I);
-    grouped_matmul_forward(t->y_rows, t->act, w->down, (long)H * I, I, H, E, s->offsets);
+    grouped_matmul_forward(t->y_rows, t->act, w->down, down_size, I, H, E, s->offsets);
     // 5. out_n = x_mid_n + sum over k of gate_nk y_row(n,k)
     combine_rows(out, s->x_mid, t->y_rows, s->gates, s->row_of, N, K, H);
     if (shared_width(c, l) > 0) shared_expert_forward(m, l, out);
@@ -1016,21 +1021,22 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
     Scratch* t = &m->scratch;
     int N = m->batch * m->length, H = c->hidden_size, I = layer_width(c, l);
     int E = layer_experts(c, l), K = m->topk[l], R = s->offsets[E];
-    // 5 was  out_n = x_mid_n + sum over k of gate_nk y_row(n,k).  A row's dy: its token's dx (gates: in 4)
+    long gate_up_size = (long)2 * I * H, down_size = (long)H * I;       // of one expert
+    // 5 was  out_n = x_mid_n + sum over k of gate_nk y_row(n,k).  dy_row = dx of its token
     gather_rows(t->dy_rows, t->dx, s->assignment, R, K, H);
-    // 4 was  (g, u) = W_gate_up x,  act = silu(g) u,  y = W_down act.  x_rows had not been kept.
+    // 4 was  (g, u) = W_gate_up x,  act = silu(g) u,  y = W_down act;  x_rows was not kept, gates join here
     gather_rows(t->x_rows, experts_input(m, l), s->assignment, R, K, H);
-    grouped_matmul_backward_input(t->dact, t->dy_rows, w->down, (long)H * I, I, H, E, s->offsets, 0);
+    grouped_matmul_backward_input(t->dact, t->dy_rows, w->down, down_size, I, H, E, s->offsets, 0);
     float* dgate_up = s->gate_up;       // it is read for the last time: its gradient takes its place
     swiglu_backward(dgate_up, t->gated_act, t->dgates, t->dact, s->gate_up, s->gates, s->assignment, R, I);
-    grouped_matmul_backward_weight(dw->down, t->dy_rows, t->gated_act, (long)H * I, I, H, E, s->offsets);
-    grouped_matmul_backward_weight(dw->gate_up, dgate_up, t->x_rows, 2L * I * H, H, 2 * I, E, s->offsets);
-    grouped_matmul_backward_input(t->dx_rows, dgate_up, w->gate_up, 2L * I * H, H, 2 * I, E, s->offsets, 0);
+    grouped_matmul_backward_weight(dw->down, t->dy_rows, t->gated_act, down_size, I, H, E, s->offsets);
+    grouped_matmul_backward_weight(dw->gate_up, dgate_up, t->x_rows, gate_up_size, H, 2 * I, E, s->offsets);
+    grouped_matmul_backward_input(t->dx_rows, dgate_up, w->gate_up, gate_up_size, H, 2 * I, E, s->offsets, 0);
     // 3 was  x_row = ffn_in of the row's token.  A token's gradient is the sum over its rows.
     combine_rows(t->dnormed, NULL, t->dx_rows, NULL, s->row_of, N, K, H);
     // 2 was  z = W_router ffn_in,  p = softmax z,  gates = p of the K best
     if (c->sparse[l]) router_backward(m, l, scale);
-    if (shared_width(c, l) > 0) shared_expert_backward(m, l);
+    if (shared_width(c, l) > 0) shared_expert_backward(m, l);           // after the router: it reuses dgates
     // 1 was  ffn_in = n2(x_mid)
     rmsnorm_backward(t->dx, H, 1, dw->ffn_norm, t->dnormed, H, s->x_mid, H, w->ffn_norm, s->ffn_rstd, N, 1, H,
                      t->norm_sums);
@@ -1105,7 +1111,7 @@ static void model_backward(Model* m, float scale) {
     embedding_backward(m->dweights.embedding, t->dx, m->tokens, N, H);
 }
 
-// The 2-norm of all gradients together: the sum of fixed blocks, in order, so any number of threads agrees.
+// The 2-norm of all gradients: squares are summed by fixed blocks, in order: any number of threads agrees.
 static double gradient_norm(Model* m) {
     long total = m->layout.total, blocks = norm_blocks(m);
     #pragma omp parallel for
@@ -1144,7 +1150,7 @@ static double model_update(Model* m, const AdamW* o, double lr, long step) {
     if (o->clip > 0 && norm + 1e-6 > o->clip) scale = o->clip / (norm + 1e-6);          // as clip_grad_norm_
     float correction1 = (float)(1 - pow(o->beta1, (double)step)),
           correction2 = (float)(1 - pow(o->beta2, (double)step));
-    long matrices = m->layout.matrices, vectors = m->layout.total - matrices;
+    long matrices = m->layout.matrices, vectors = m->layout.total - matrices;     // matrices lie first
     adamw(m->params, m->grads, m->exp_avg, m->exp_avg_sq, matrices, (float)scale, (float)lr,
           (float)o->weight_decay, (float)o->beta1, (float)o->beta2, (float)o->eps, correction1, correction2);
     adamw(m->params + matrices, m->grads + matrices, m->exp_avg + matrices, m->exp_avg_sq + matrices, vectors,
@@ -1180,8 +1186,8 @@ typedef struct {
     RouterSchedule routers;             // what of a router changes from step to step, routers.h
 } Run;
 
-// The learning rate of step 0, 1, ..: a linear rise over `warmup` steps, then
-//     WSD       constant, and a linear fall to min_lr over the last decay_frac of all steps
+// The learning rate of step 0, 1, ..: a linear rise over `warmup` steps, then `lr`, except for
+//     WSD       (warmup, stable, decay)  a linear fall to min_lr over the last decay_frac of all steps
 //     COSINE    half a cosine wave down to min_lr
 static double learning_rate(const Run* r, long step) {
     if (step < r->warmup) return r->lr * (double)(step + 1) / (double)r->warmup;
@@ -1208,7 +1214,7 @@ typedef struct {
 // losses. All data are read before anything is computed: if they are bad, the model is just as the step
 // before left it.
 static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, long step) {
-    Step s = {learning_rate(run, step), NAN, seconds(), {NAN, 0, 0, 0, 0}, NULL, ""};
+    Step s = {learning_rate(run, step), NAN, seconds(), {NAN, 0, 0, 0, 0}, NULL, ""};   // seconds: the start
     long sequences = (long)run->B * run->accum;
     long first = position_after(run->begun, step, sequences, run->T).sequences;
     for (long i = 0; i < sequences && !s.problem; i++)
@@ -1217,7 +1223,7 @@ static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, lon
             s.problem = data->error;
     if (s.problem) return s;
     router_before_step(m, &run->routers, run->seed, step);
-    m->noise_step = step * run->accum;
+    m->noise_step = step * run->accum;  // the number of the pass, for LPR's noise
     m->counting_load = 1;
     for (int micro = 0; micro < run->accum; micro++) {
         long at = (long)micro * run->B * run->T;
@@ -1267,7 +1273,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
             print_sample(generator, m, &run->sampling, run->sample_tokens);
         }
         if (s.problem) exit_code = report_problem(&r, m, &s, done, 0);
-        stopping = stop_signal && !(last && r.validated == done);
+        stopping = stop_signal && !(last && r.validated == done);   // all done: nothing to stop
         if (out && stopping && r.tried < done) save_step(&r, m, done);
     }
     end_progress();

@@ -30,7 +30,8 @@ A note on words. A unit is one of the I intermediate numbers of an expert
 row u of W_gate and of W_up and column u of W_down belong together. Twins are experts made from the same one.
 Every random draw is a hash of (seed, purpose, layer, expert, matrix, element), so that order does not matter.
 
-Dimension letters are those of train_moe.c; E counts the experts of SRC (or its models), M those of DST.
+Dimension letters are those of train_moe.c; E counts the experts of SRC (or its models), M those of DST. In the
+help and in messages N is any number.
 */
 #ifndef UPCYCLE_C
 #define UPCYCLE_C
@@ -46,7 +47,7 @@ Dimension letters are those of train_moe.c; E counts the experts of SRC (or its 
 #pragma GCC diagnostic pop
 #endif
 
-#include "dev/upcycle/options.h" // what can be asked for
+#include "dev/upcycle/options.h" // `ask`: what can be asked for; asked, insists
 #include "dev/upcycle/source.h"  // where each tensor of a source lies, number formats
 
 #define MAX_SOURCES 256
@@ -54,11 +55,12 @@ Dimension letters are those of train_moe.c; E counts the experts of SRC (or its 
 typedef struct Plan Plan;
 typedef struct Target Target;
 
-// Makes rows row .. row + rows - 1 of one matrix of the result; the first call for a matrix has row = 0.
+// Makes rows row .. row + rows - 1 of one matrix of the result. writer.h calls it piece by piece, from the top:
+// what a matrix needs once is worked out at row = 0.
 typedef void (*MakeRows)(const Plan* p, Target* t, long row, long rows, float* out);
 
 enum { FROM_DENSE = 1, FROM_MOE = 2 };
-enum {
+enum { // traits
     EQUAL = 1,    // its experts compute what their sources compute
     UNLIKE = 2,   // no two of its experts are twins
     NEW_ROWS = 4, // experts without a source, and new rows of the router for them
@@ -94,8 +96,9 @@ typedef struct {
     const char* name;
     int fits;          // results that are SMALLER, LARGER or both
     int norms;         // that the utility is made of
-    double (*utility)(double w2, double g2, double v2);
-    void (*score)(Plan* p, const char* why); // of selections that are not made of those
+    double (*utility)(double w2, double g2, double v2); // of norms, section 2; or NULL
+    // makes Plan.score, or NULL: none is needed; why: what wants --calibrate, for the message if it is missing
+    void (*score)(Plan* p, const char* why);
 } Selection;
 
 struct Plan {
@@ -130,13 +133,14 @@ struct Plan {
 // One matrix of the result while it is made.
 struct Target {
     const Output* output;
-    int layer, expert, matrix, holds;
+    int layer, expert;
+    int matrix, holds;        // GATE, UP or DOWN; WEIGHTS, EXP_AVG or EXP_AVG_SQ
     long rows, cols, units;   // units: rows of gate and up, columns of down
-    int by_column;
+    int by_column;            // 1: units are columns
     uint64_t key;             // of its random draws
     View from, next;          // the source's matrix, and that of the expert after the source
     MakeRows make;
-    double mix;               // this share is taken from `next`; for moments
+    double mix;               // this share is taken from `next`, only of moments (--optimizer interpolate)
     double factor, divisor;   // all numbers are multiplied by factor / divisor
     const double* input_norm; // (cols) of --prune-weights, or NULL
     unsigned char* marked;    // from here on what methods work out at row 0: (units) 1 for those that change
@@ -153,12 +157,11 @@ static int plan_source(const Plan* p, int l, int j) { return p->source[(long)l *
 static int plan_copy(const Plan* p, int l, int j) { return p->copy[(long)l * p->M + j]; }
 
 // One stream of random numbers for each purpose, layer, expert and matrix, or the same for ALL_MATRICES
-enum { ALL_MATRICES = 3 };
+enum { ALL_MATRICES = 3 }; // after GATE, UP, DOWN
 static uint64_t stream_key(const Plan* p, const char* purpose, int layer, int expert, int matrix) {
     return random_key(random_key(p->seed, hash_string(purpose), 0, 0), (uint64_t)layer, (uint64_t)expert,
                       (uint64_t)matrix);
 }
-
 
 // -----------------------------------------------------------------------------------------------------------
 // 1. Which expert comes from which
@@ -206,9 +209,10 @@ static void place_copies(int* source, int* copy, const int* counts, int E, int M
 // -----------------------------------------------------------------------------------------------------------
 // 2. Utility
 //
-// Expert Upcycling 3.2. With g_e = dL/dw_e over the weights w_e of expert e, averaged over the calibration
-// batches before any norm is taken, and v_e Adam's second moment. Each score is formed for gate + up and for
-// down; `all` takes all three matrices as one, as the paper has it.
+// Expert Upcycling 3.2. A utility is made of w2 = ||w_e||^2, g2 = ||g_e||^2 and v2 = ||v_e||^2: the weights of
+// expert e, their gradients dL/dw_e, averaged over the calibration batches before any norm is taken, and Adam's
+// second moments. Each has a norm of gate + up and one of down; --score-on says what becomes of the two: `all`
+// takes all three matrices as one, as the paper has it.
 
 static double utility_grad2(double w2, double g2, double v2) { return (void)w2, (void)v2, g2; } // ||g_e||^2
 static double utility_weight(double w2, double g2, double v2) { return (void)g2, (void)v2, w2; } // ||w_e||^2
@@ -223,9 +227,9 @@ static double* gradient_norms(const Source* s, const char* why) {
     long H = s->config.hidden_size, I = s->config.moe_intermediate_size;
     double* norms = NEW(double, 2L * L * E);
     Feed f = feed_calibration(s, why);
-    Model* m = feed_model(&f, s->dir, FOR_TRAINING, 2);
-    for (int rows; (rows = feed_next(&f)) > 0;) {
-        model_forward(m, f.batch.tokens, f.batch.targets, rows, f.T);
+    Model* m = feed_model(&f, s->dir, FOR_TRAINING, 2); // 2: the exit code if it cannot be read
+    for (int sequences; (sequences = feed_next(&f)) > 0;) {
+        model_forward(m, f.batch.tokens, f.batch.targets, sequences, f.T);
         model_backward(m, 1.0f / (float)ask.calibrate_batches); // adds to the gradients
     }
     for (int l = 0; l < L; l++)
@@ -242,8 +246,7 @@ static double* gradient_norms(const Source* s, const char* why) {
 
 #include "dev/upcycle/selection.h" // other scores: by chance, load, router norm; what a smaller model keeps
 
-// The sources of all experts. Families are exact copies of one thing: with drop and noise half of an expert
-// still is.
+// The sources of all experts. A family is all that is copied from one thing, be it in part (drop, noise).
 static void plan_experts(Plan* p) {
     int L = p->config.num_layers, M = p->M, E = p->E, granular = is(p->method->name, "granular");
     p->source = NEW(int, L * M);
@@ -271,7 +274,7 @@ static void plan_experts(Plan* p) {
             else allocate_greedy(counts, score, E, M, (int)ask.cap);
             place_copies(source, copy, counts, E, M);
         }
-        memset(counts, 0, sizeof(int) * (size_t)E);
+        memset(counts, 0, sizeof(int) * (size_t)E); // and counted again: new experts have no source
         for (int j = 0; j < M; j++) {
             if (p->method->traits & NEW_ROWS && (p->dense || copy[j] > 0)) source[j] = -1;
             int alone = M < E || source[j] < 0 || p->method->traits & UNLIKE;
@@ -291,8 +294,8 @@ static void source_rows(const Plan* p, Target* t, long row, long rows, float* ou
     if (t->mix > 0) mix_next(t, row, rows, out, t->mix);
 }
 
-// Draws the numbers of the marked units (NULL: of all):  x = mean + std N(0, 1), or with `add`  x += std N(0,
-// 1); with share < 1 only that share of them, by lot.
+// Draws the numbers of the marked units (NULL: of all), with share < 1 only that share of them, by lot:
+//     x = mean + std N(0, 1), or with `add`  x += std N(0, 1)
 static void draw_rows(const Target* t, long row, long rows, float* out, int add, double share) {
     enum { DRAWS = 256 }; // made at a time, used or not: a loop without branches, which becomes vector code
     uint64_t lots = mix64(t->key ^ hash_string("replace"));
@@ -321,7 +324,8 @@ static void mark_dropped(const Plan* p, Target* t) {
     int matrix = is(ask.drop_indices, "shared") ? ALL_MATRICES : t->matrix;
     t->marked = draw_units(t->units, ask.drop_ratio, stream_key(p, "drop", t->layer, t->expert, matrix));
     if (t->holds != WEIGHTS) return; // moments of new numbers are 0, as mean and std are then
-    unsigned char* replaced = NEW(unsigned char, t->by_column ? t->from.cols : t->from.rows); // of the source
+    // the marks in the source's order
+    unsigned char* replaced = NEW(unsigned char, t->by_column ? t->from.cols : t->from.rows);
     for (long u = 0; u < t->units; u++) replaced[t->order ? t->order[u] : u] = t->marked[u];
     slice_statistics(&t->from, replaced, t->by_column, &t->mean, &t->std);
     free(replaced);
@@ -335,14 +339,14 @@ static void drop_rows(const Plan* p, Target* t, long row, long rows, float* out)
     draw_rows(t, row, rows, out, 0, 1);
 }
 
-// An expert of N(0, 0.02). The originals of a mixture are no targets of their method and stay.
+// An expert of N(0, --noise-std). The originals of a mixture are no targets of their method and stay.
 static void random_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     (void)p;
     t->std = t->holds == WEIGHTS ? ask.noise_std : 0;
     draw_rows(t, row, rows, out, 0, 1);
 }
 
-// Drop-Upcycling's baseline: N(0, 0.02) is added to half of the units.
+// Drop-Upcycling's baseline: N(0, 0.02) is added to half of the units. (For weights: Method.carry has the moments.)
 static void noise_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     int matrix = is(ask.drop_indices, "shared") ? ALL_MATRICES : t->matrix;
     uint64_t key = stream_key(p, "noise", t->layer, t->expert, matrix);
@@ -369,7 +373,8 @@ static void noise_replace_rows(const Plan* p, Target* t, long row, long rows, fl
 // -----------------------------------------------------------------------------------------------------------
 // 4. The router's rows
 
-// A new row: N(0, std), uniform with that standard deviation (Drop-Upcycling's), or zero.
+// A new row: N(0, std), uniform with that standard deviation (Drop-Upcycling's), or zero. Shards of a group are
+// given the same number, else it is the expert's.
 static void new_router_row(const Plan* p, float* row, int l, int number, long cols) {
     uint64_t key = stream_key(p, "router", l, number, ALL_MATRICES);
     const char* how = ask.router_init ? ask.router_init : is(p->method->name, "drop") ? "uniform" : "normal";
@@ -377,29 +382,29 @@ static void new_router_row(const Plan* p, float* row, int l, int number, long co
     double std = p->config.router.kind == ROUTER_LPR && !asked("router-std") ? 1 : ask.router_std;
     for (long c = 0; c < cols; c++) {
         uint64_t element = mix64(key ^ (uint64_t)c);
-        double uniform = sqrt(12.0) * (random_uniform(element) - 0.5);
+        double uniform = sqrt(12.0) * (random_uniform(element) - 0.5); // variance 12 / 12
         double draw = is(how, "normal") ? random_normal(element) : uniform;
         row[c] = is(how, "zero") ? 0 : (float)(std * draw);
     }
 }
 
-// All rows of a router (M, cols), which is small. From a dense SRC they are new; the G shards of a group
-// share theirs, so that the top K choose whole groups. From a mixture a copy gets its source's row, changed
-// by --router.
+// All rows of a router (M, cols), which is small: the call with row = 0 makes them, each call hands out its own.
+// From a dense SRC they are new; the shards of a group share theirs, so that the top K choose whole groups. From
+// a mixture a copy gets its source's row, changed by --router.
 static void router_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     RouterRows from;
     memset(&from, 0, sizeof from);
     if (row == 0) t->whole = NEW(float, t->rows * t->cols);
     if (row == 0 && !p->dense) from = router_rows_open(p, t->layer, &t->from);
     for (int j = 0; j < p->M && row == 0; j++) {
-        int group = is(p->method->name, "granular") ? j / p->shards : j;
+        int number = is(p->method->name, "granular") ? j / p->shards : j;
         float* w = t->whole + j * t->cols;
         from.e = plan_source(p, t->layer, j);
         from.copy = plan_copy(p, t->layer, j);
         if (p->dense || from.e < 0) {
             if (t->holds != WEIGHTS) continue; // new rows have no moments
             if (p->clusters) cluster_router_row(p, w, t->layer, j);
-            else new_router_row(p, w, t->layer, group, t->cols);
+            else new_router_row(p, w, t->layer, number, t->cols);
             continue;
         }
         memcpy(w, from.w + from.e * t->cols, sizeof(float) * (size_t)t->cols);
@@ -412,8 +417,9 @@ static void router_rows(const Plan* p, Target* t, long row, long rows, float* ou
     whole_rows(p, t, row, rows, out);
 }
 
-// The bias that sigmoid routers select by (M, 1): the paper's operator adds U(-delta, delta), delta = 0.001,
-// to that of copies; the gates do not see it. multiply adds alpha std(b) N(0, 1), as to everything of a copy.
+// The bias that sigmoid routers select by (M, 1): the paper's operator, --router bias, adds U(-delta, delta),
+// delta = --router-delta, to that of copies; the gates do not see it. --method multiply adds strength std(b) N(0, 1),
+// as to everything of a copy.
 static void correction_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     int moved = t->holds == WEIGHTS && is(p->router->name, "bias");
     float* b = t->from.stored && !is(ask.router_bias, "reset") ? view_whole(&t->from) : NULL;
@@ -435,7 +441,8 @@ static void correction_rows(const Plan* p, Target* t, long row, long rows, float
 // -----------------------------------------------------------------------------------------------------------
 // 5. The table of methods
 //
-// Who adds one writes a row and a function. Braces in `changed` are filled in by receipt.h.
+// Who adds one writes a row and a function. The columns are Method's members: name, from, make, carry, options,
+// strength, traits, made, changed, kept, paper. Braces in `made` and `changed` are filled in by receipt.h.
 
 static const Method methods[] = {
     {"copy", FROM_DENSE | FROM_MOE, source_rows, source_rows, "sources", 0, EQUAL,
