@@ -1009,6 +1009,7 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     grouped_matmul_forward(t->y_rows, t->act, w->down, down_size, I, H, E, s->offsets);
     // 5. out_n = x_mid_n + sum over k of gate_nk y_row(n,k)
     combine_rows(out, s->x_mid, t->y_rows, s->gates, s->row_of, N, K, H);
+    if (m->observe) m->observe(m, l);           // while act and y_rows are the experts'
     if (shared_width(c, l) > 0) shared_expert_forward(m, l, out);
 }
 
@@ -1059,7 +1060,6 @@ static double model_forward(Model* m, const int* tokens, const int* targets, int
         attention_layer_forward(m, l);
         ffn_layer_forward(m, l, l + 1 < c->num_layers ? m->layers[l + 1].x : m->final_in);
         if (m->counting_load && c->sparse[l]) observe_layer(m, l);
-        if (m->observe) m->observe(m, l);
     }
     if (m->balance.aux_form == AUX_HF && count_sparse(c) > 0) {
         double tokens_seen = (double)N * count_sparse(c);

@@ -669,8 +669,6 @@ static Plan* plan_create(const char* src) {
     const char* select = ask.select ? ask.select : merges ? "load" : "uniform";
     p->selection = &selections[choice_index(selection_choices.text, select)];
     refuse_selection(p, src);
-    if (p->M < p->E && p->config.num_experts_per_tok == p->M && p->M < c.num_experts_per_tok)
-        p->config.num_experts_per_tok = p->M;
 
     int correction = 0, family = is(p->method->name, "family");
     for (int l = 0; l < c.num_layers; l++) correction |= s->correction[l] >= 0;

@@ -1,7 +1,8 @@
 // data.h: texts and shards of tokens, read in windows. Compiles alone.
 //
-// Raw text, in which every byte is a token, or shards of tokens as llm.c writes them: a header of 256 int32 (magic,
-// version, number of tokens), then the tokens. Windows of T + 1 tokens start every T tokens and never cross files.
+// Raw text, in which every byte is a token or of which a tokenizer makes tokens, or shards of tokens as llm.c writes
+// them: a header of 256 int32 (magic, version, number of tokens), then the tokens. Windows of T + 1 tokens start every
+// T tokens and never cross files.
 #pragma once
 #include "random.h"
 
@@ -120,11 +121,13 @@ static int data_file_inspect(Dataset* d, DataFile* f, Part part, BytesAllowed ra
         if (length > 4 && !strcasecmp(path + length - 4, ".bin"))
             return data_error(d, "%s: magic %d at byte 0; a .bin file of tokens starts with %d (uint16) or %d "
                               "(uint32), see data/README.md", path, magic, SHARD_MAGIC_16, SHARD_MAGIC_32);
+        if (!raw_allowed && f->fd < 0)
+            return data_error(d, "this model reads tokens; name a text or token shards with --data FILE");
         if (!raw_allowed && !encode_file)
             return data_error(d, "%s: text, but this model does not read bytes; make token shards with "
                               "data/tokenize_text.py", path);
         // a text has no zeros, tokens of two or four bytes do
-        if (raw_allowed == PERHAPS_BYTES && have && memchr(header, 0, (size_t)have))
+        if (raw_allowed != BYTES && have && memchr(header, 0, (size_t)have))
             return data_error(d, "%s: no text, and no header of a token shard; data/tokenize_text.py makes shards",
                               path);
         long all = f->size;
@@ -179,7 +182,7 @@ static uint64_t data_file_hash(const DataFile* f) {
 static const char* data_advice = "";      // said behind what is wrong with a file
 
 // Opens the files of a comma-separated list of names and patterns; each pattern's files are sorted by name.
-// raw_allowed = NO_BYTES refuses text: the model has a tokenizer, or fewer than 256 tokens.
+// raw_allowed = NO_BYTES: a text becomes tokens by encode_file, and is refused without it.
 static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part, BytesAllowed raw_allowed) {
     Dataset* d = (Dataset*)checked_malloc(sizeof(Dataset));
     memset(d, 0, sizeof *d);
@@ -262,12 +265,17 @@ static void dataset_window(Dataset* d, long w, int* tokens, int* targets) {
 }
 
 // Reads all shards once before a new run starts: a token that the vocabulary does not have is better found now than in
-// the middle of the night. (A text's bytes are all in its vocabulary.)
+// the middle of the night. (Bytes are all in their vocabulary.)
 static void dataset_check(Dataset* d) {
     enum { MOST = 16384 };
     unsigned char buffer[MOST * 4];
-    for (int i = 0; i < d->num_files && !d->raw && !d->encoded; i++) {
+    for (int i = 0; i < d->num_files && !d->raw; i++) {
         const DataFile* f = &d->files[i];
+        for (long k = f->start / f->width, end = k + f->count; f->ids && k < end; k++)
+            if (f->ids[k] < 0 || f->ids[k] >= d->vocab_size)
+                die(2, "%s: its token %ld is %d by tokenizer.json; the model's vocabulary has 0 to %d", f->path, k,
+                    f->ids[k], d->vocab_size - 1);
+        if (f->ids) continue;
         for (long first = 0; first < f->count; first += MOST) {
             long n = lmin(MOST, f->count - first), offset = f->start + first * f->width;
             if (!read_at(f->fd, buffer, (size_t)(n * f->width), offset))

@@ -369,7 +369,16 @@ static void text_print(Text* t, const char* format, ...) {
     va_start(args, format);
     int n = vsnprintf(buffer, sizeof buffer, format, args);
     va_end(args);
-    text_add(t, buffer, (size_t)imin(n, (int)sizeof buffer - 1));
+    if (n < (int)sizeof buffer) {
+        text_add(t, buffer, (size_t)imax(n, 0));
+        return;
+    }
+    char* all = (char*)checked_malloc((size_t)n + 1);
+    va_start(args, format);
+    vsnprintf(all, (size_t)n + 1, format, args);
+    va_end(args);
+    text_add(t, all, (size_t)n);
+    free(all);
 }
 
 // a string with quotes and escapes

@@ -70,7 +70,7 @@ typedef struct {
     long family_start;          /* the step in which the copies were made, for trainer.json */                      \
     uint64_t noise_seed;        /* of LPR's noise, */                                                               \
     long noise_step;            /* which differs in each pass */                                                    \
-    void (*observe)(Model* m, int l);   /* NULL, or what looks at each layer after its forward pass, */             \
+    void (*observe)(Model* m, int l);   /* NULL, or what looks at each layer after its experts, */             \
     void* observer;             /* with this at hand */                                                             \
     struct Observed* observed;  /* (L)          figures for reports, load.h */                                      \
     FILE* trace;                /* NULL, or where each token's experts and gates are listed */                      \

@@ -535,9 +535,10 @@ static void config_from_options(Config* c) {
 static const char* encoder_dir;
 static const Encoder* encoder_of_model(const char* what) {
     static Encoder* encoder;
+    static const char* made_of;
     char path[PATH_SIZE];
     Error error = {""};
-    if (encoder) return encoder;
+    if (encoder && !strcmp(made_of, encoder_dir)) return encoder;
     join_path(path, encoder_dir, "tokenizer.json");
     if (access(path, F_OK))
         die(2, "%s: this model reads tokens, and %s is not there to make them; make shards with "
@@ -549,6 +550,7 @@ static const Encoder* encoder_of_model(const char* what) {
         die(2, "%s: %s: %s, which is not supported; encode the text with dev/reference/encode.py, for shards "
             "data/tokenize_text.py", what, path, error.text);
     json_free(j);
+    made_of = encoder_dir;
     return encoder;
 }
 
@@ -556,8 +558,9 @@ static int* encode_with_tokenizer(const char* path, long* count) {
     Error error = {""};
     size_t length = 0;
     const Encoder* e = encoder_of_model(path);
-    char* text = read_file(path, (size_t)1 << 31, &length, &error);
-    int* ids = text ? encode(e, text, length, 1, count, &error) : NULL;
+    char* text = read_file(path, INT_MAX, &length, &error);
+    if (!text) die(2, "%s; make shards of it with data/tokenize_text.py", error.text);
+    int* ids = encode(e, text, length, 1, count, &error);
     if (!ids) die(2, "%s: %s", path, error.text);
     free(text);
     return ids;

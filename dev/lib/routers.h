@@ -465,9 +465,10 @@ static const float* experts_input(const Model* m, int l) {
 
 // Dynamic pruning of a trained model (Lu et al. 2024, 2402.14800; online in Huang et al. 2024, 2410.06270, whose
 // protection of important tokens is left out): experts whose gate is below `share` of the token's largest are not run.
-//     S' = {e in S: gate_e >= share max of gate}         gate'_e = gate_e, or gate_e / sum over S' of gate  (norm_topk)
+//     S' = {e in S: gate_e >= share max of gate}
+//     gate'_e = gate_e, or  scaling gate_e / sum over S' of gate  (norm_topk)
 // In place: experts, gates (N, K), those left first, then -1 and 0.
-static void skip_small_gates(int* experts, float* gates, float share, int N, int K, int norm_topk) {
+static void skip_small_gates(int* experts, float* gates, float share, int N, int K, int norm_topk, float scaling) {
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         int *experts_n = experts + (long)n * K, left = 0;
@@ -479,7 +480,7 @@ static void skip_small_gates(int* experts, float* gates, float share, int N, int
             experts_n[left] = experts_n[k];
             gates_n[left++] = gates_n[k];
         }
-        for (int k = 0; k < left && left < K && norm_topk; k++) gates_n[k] /= sum;
+        for (int k = 0; k < left && left < K && norm_topk; k++) gates_n[k] = scaling * (gates_n[k] / sum);
         for (int k = left; k < K; k++) experts_n[k] = -1, gates_n[k] = 0;
     }
 }
@@ -531,7 +532,7 @@ static void variant_router_forward(Model* m, int l) {
     score_experts(m, l);
     if (c->router.skip_below > 0)
         skip_small_gates(s->experts, s->gates, (float)c->router.skip_below, m->batch * m->length, m->topk[l],
-                         c->norm_topk_prob || c->router.kind == ROUTER_LPR);
+                         c->norm_topk_prob || c->router.kind == ROUTER_LPR, gate_scaling(c));
 }
 
 // In: scratch.dgates, and in scratch.dnormed the gradient of the experts' input. Out: scratch.dnormed, that of ffn_in.

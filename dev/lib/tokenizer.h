@@ -3,7 +3,8 @@
 // Byte-pair encoding (Sennrich et al. 2016) in its two dialects: of bytes (GPT-2, Llama 3, Qwen, SmolLM) and of
 // characters with bytes for those that the vocabulary lacks (SentencePiece: Llama 2, Mistral). A text is cut at added
 // tokens, each part is normalised and cut into words, and in each word the two neighbours whose merge was learned
-// first are merged, again and again. What a tokenizer.json asks for besides is refused by name, never left out.
+// first are merged, again and again. What a tokenizer.json asks for besides is refused by name; truncation and padding,
+// which are for batches, are not done.
 #pragma once
 #include "json.h"
 #include "unicode.h"
@@ -382,8 +383,11 @@ static int add_steps(Encoder* e, const Json* j, Error* error) {
     const Json *pattern = json_get(j, "pattern"), *list = json_get(j, strcmp(type, "Sequence") ? "" : "normalizers");
     if (!strcmp(type, "Sequence")) {
         if (!list) list = json_get(j, "pretokenizers");
-        for (int i = 0; list && i < list->count; i++)
+        for (int i = 0; list && i < list->count; i++) {
+            if (i > 0 && !strcmp(json_string_of(list->items[i - 1], "type"), "ByteLevel"))
+                return set_error(error, "it has a step after ByteLevel");
             if (!add_steps(e, list->items[i], error)) return 0;
+        }
         return 1;
     }
     if (e->num_steps + 4 > 16) return set_error(error, "more steps than 16");
@@ -416,12 +420,13 @@ static int add_steps(Encoder* e, const Json* j, Error* error) {
         if (!json_get(j, "use_regex") || json_flag(j, "use_regex")) add_step(e, CUT_WORDS)->rule = &word_rules[0];
     } else if (!strcmp(type, "Metaspace")) {
         const char* scheme = json_string_of(j, "prepend_scheme");
+        const Json* add = json_get(j, "add_prefix_space");
         TextStep* replace = add_step(e, REPLACE);
         replace->what = copy_string(" ");
         replace->with = copy_string(json_string_of(j, "replacement"));
         TextStep* prepend = add_step(e, PREPEND);
         prepend->with = copy_string(replace->with);
-        prepend->when = !strcmp(scheme, "never") || (!*scheme && !json_flag(j, "add_prefix_space")) ? NEVER
+        prepend->when = !strcmp(scheme, "never") || (!*scheme && add && add->type == JSON_FALSE) ? NEVER
                         : !strcmp(scheme, "first") ? FIRST : UNLESS_THERE;
         if (!json_get(j, "split") || json_flag(j, "split"))
             add_step(e, CUT_AT_PREFIX)->with = copy_string(replace->with);
@@ -455,6 +460,19 @@ static int add_template(Encoder* e, const Json* j, Error* error) {
         }
     }
     return 1;
+}
+
+// Whether an added token of the other kind of `normalized` has this one's last bytes as its first, or holds it.
+static int overlaps_other_kind(const Json* added, const Json* a) {
+    const char* content = json_string_of(a, "content");
+    for (int i = 0; i < added->count; i++) {
+        const char* other = json_string_of(added->items[i], "content");
+        if (!*other || json_flag(added->items[i], "normalized") == json_flag(a, "normalized")) continue;
+        if (strstr(other, content)) return 1;
+        for (const char* s = content; *s; s++)
+            if (!strncmp(other, s, strlen(s))) return 1;
+    }
+    return 0;
 }
 
 static int longer_first(const void* a, const void* b) {
@@ -508,6 +526,7 @@ static int encoder_read(Encoder* e, const Json* j, Error* error) {
     }
     const char* unknown = json_string_of(model, "unk_token");
     e->unknown = *unknown ? piece_id(e, unknown, strlen(unknown)) : -1;
+    if (*unknown && e->unknown < 0) return set_error(error, "its vocabulary lacks its unk_token, %.40s", unknown);
     table_make(&e->merges, (size_t)merges->count);
     for (int i = 0; i < merges->count; i++) {           // "left right", or [left, right]
         const Json* m = merges->items[i];
@@ -528,15 +547,18 @@ static int encoder_read(Encoder* e, const Json* j, Error* error) {
         free(whole);
         free(right);
         if (id < 0) return set_error(error, "merge %d makes a piece that the vocabulary lacks", i);
-        table_put(&e->merges, (uint64_t)left_id << 32 | (uint64_t)right_id, NULL, 0, id, i);
+        uint64_t key = (uint64_t)left_id << 32 | (uint64_t)right_id;    // of a merge listed twice the last counts
+        if (!table_put(&e->merges, key, NULL, 0, id, i)) table_at(&e->merges, key, NULL, 0)->rank = i;
     }
+    if (json_contains_type(normalizer, "ByteLevel")) return set_error(error, "its normalizer is ByteLevel");
     if (!add_steps(e, normalizer, error) || !add_steps(e, json_get(j, "pre_tokenizer"), error)) return 0;
     int changes = json_contains_type(normalizer, "Prepend") || json_contains_type(normalizer, "Replace");
     e->added = (AddedToken*)checked_malloc(sizeof(AddedToken) * (size_t)(1 + (added ? added->count : 0)));
     for (int i = 0; added && i < added->count; i++) {
         const Json* a = added->items[i];
         const char* content = json_string_of(a, "content");
-        if (json_flag(a, "single_word") || (changes && json_flag(a, "normalized")))
+        // those with and without `normalized` are found one kind after the other: here all at once, so none may overlap
+        if (json_flag(a, "single_word") || (changes && json_flag(a, "normalized")) || overlaps_other_kind(added, a))
             return set_error(error, "added token \"%.40s\" is found in a way that is not supported", content);
         AddedToken token = {copy_string(content), (int)strlen(content), (int)json_whole(json_get(a, "id"), INT_MAX),
                             json_flag(a, "lstrip"), json_flag(a, "rstrip")};
@@ -689,6 +711,7 @@ static int encode_part(const Encoder* e, WordMerger* w, int step, const char* s,
     const TextStep* how = &e->steps[step];
     if (s == end) return 1;
     if (step == e->num_steps) {
+        if (end - s > INT_MAX / 4) return set_error(error, "a word of %ld bytes; cut the text up", (long)(end - s));
         encode_word(e, w, s, (size_t)(end - s), out);
         return 1;
     }
@@ -760,7 +783,7 @@ static int* encode(const Encoder* e, const char* text, size_t length, int whole,
         const char* part_end = s;
         for (const char* t = s; added && added->strip_left && t > part;) {
             for (t--; t > part && (*t & 0xC0) == 0x80;) t--;
-            if (!(class_at(t, s, &n) & SPACE)) break;
+            if (!(class_at(t, s, &n) & SPACE) || t + n != part_end) break;
             part_end = t;
         }
         ok = encode_part(e, &word, 0, part, part_end, part == text, &out, error);

@@ -61,6 +61,10 @@ static void test_bias_values(void) {
 
 // Experts with small gates left out: the references' logits, and at MU = 1 what K = 1 computes.
 static void test_skipping(void) {
+    int chosen[3] = {4, 2, 7};
+    float scaled[3] = {1, 0.9f, 0.6f};          // of a router whose gates sum to 2.5
+    skip_small_gates(chosen, scaled, 0.8f, 1, 3, 1, 2.5f);
+    check(fabs(scaled[0] + scaled[1] - 2.5) < 1e-6 && chosen[2] == -1, "gates that are scaled stay so");
     static const char* names[] = {"sigmoid", "lpr_mean", "matryoshka", "logit_norm"};
     for (EACH(i, names)) {
         Reference r = reference_open("golden_routers", names[i], of_floats);

@@ -92,14 +92,49 @@ static void test_qwen2_from_mixture(void) {
     UP(GOLDEN "dots1_shared {}/larger --force --experts 14 --topk 6 --router copy");
     double change = up_change(GOLDEN "dots1_shared", 0, r);
     check(change <= 1e-6, "Dots1 as released, 7 -> 14 experts: logits change by %.1e", change);
+    UP(GOLDEN "dots1_shared {}/larger --force --ffn-to 10");
+    change = up_change(GOLDEN "dots1_shared", 0, r);
+    check(change <= 1e-6, "Dots1 as released, --ffn-to widens the shared expert, too: logits change by %.1e", change);
     up_make("none", QWEN2_MOE, 2, 24, 1, 3, 2, 1, 5);
     UP("{}/none {}/larger --force --experts 6 --topk 4");
     change = up_change(up_path("none"), 0, r);
     check(change <= 1e-6, "a shared expert of width 0: logits change by %.1e", change);
 }
 
+// Model.observe: whether scratch.act is what the routed experts, not the shared one, have made of gate_up.
+static void act_is_the_experts(Model* m, int l) {
+    const LayerActivations* s = &m->layers[l];
+    int I = layer_width(&m->config, l), R = m->batch * m->length * m->topk[l];
+    float* act = (float*)checked_malloc(sizeof(float) * (size_t)R * I);
+    swiglu_forward(act, s->gate_up, R, I);
+    *(int*)m->observer &= same_floats(act, m->scratch.act, (long)R * I);
+    free(act);
+}
+
+static void test_qwen2_observed(void) {
+    Error error = {""};
+    Config c;
+    int tokens[12] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, ok = 1;
+    config_read(&c, GOLDEN "qwen2_moe", &error);
+    Model* m = model_create(&c, FOR_SCORING, 1, 12, 12, NULL);
+    checkpoint_load(m, GOLDEN "qwen2_moe", &error);
+    m->observe = act_is_the_experts;
+    m->observer = &ok;
+    model_forward(m, tokens, NULL, 1, 12);
+    check(ok, "what calibration looks at is the routed experts', beside a shared expert");
+    model_free(m);
+}
+
 static void test_qwen2(void) {
     up_begin();
+    test_qwen2_observed();
+    // sources with and without biases: all but the FFNs is SRC's, also where layers are added
+    up_make("plain", LLAMA, 2, 24, 40, 0, 0, 0, 1);
+    up_make("biased", QWEN2, 2, 24, 40, 0, 0, 0, 1);
+    int mixed = up_run("", "{}/biased {}/mixed --sources {}/plain --experts 4 --layers-to 3");
+    check(mixed == 0 && strstr(up_output, "as they differ in model_type"), "Qwen2 and Llama mixed: %.80s", up_output);
+    check(up_run("", "{}/biased {}/mean --sources {}/plain --experts 4 --rest mean") == 2,
+          "no mean with and without biases");
     test_qwen2_from_dense();
     test_qwen2_from_mixture();
     // a window in all layers: Qwen2-MoE has one in every second

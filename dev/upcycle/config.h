@@ -16,7 +16,8 @@ static void open_sources(Plan* p, const char* src) {
                               : a->intermediate_size != b->intermediate_size ? "intermediate_size"
                                                                              : NULL;
         if (differs) die(2, "--sources: %s has another %s than %s; FFNs must be alike", name, differs, src);
-        const char* unlike = a->num_heads != b->num_heads                       ? "num_attention_heads"
+        const char* unlike = a->qkv_bias != b->qkv_bias                         ? "model_type"
+                             : a->num_heads != b->num_heads                     ? "num_attention_heads"
                              : a->num_kv_heads != b->num_kv_heads               ? "num_key_value_heads"
                              : a->head_dim != b->head_dim                       ? "head_dim"
                              : a->vocab_size != b->vocab_size                   ? "vocab_size"
@@ -129,6 +130,7 @@ static void json_set_raw(Json* j, const char* key, const char* raw) {
     }
     free(v->raw);
     v->raw = copy_bytes(raw, strlen(raw));
+    v->number = atof(raw);
 }
 
 // Members of config.json that tell layers apart, for a model with more of them.

@@ -35,13 +35,15 @@ static void source_grow(Source* s, const Growth* g, const Config* c) {
         snprintf(name, sizeof name, "%s", t->name);
         if (in_layer) snprintf(name, sizeof name, "model.layers.%d.%s", g->source[l], t->name + at);
         View* v = &s->views[i];
-        *v = *source_find(&old, name);
+        const View* from = source_find(&old, name);
+        if (!from) continue; // only SRC has it: the rest is then SRC's
+        *v = *from;
         int ends = ends_with(name, ".o_proj.weight") || ends_with(name, ".down_proj.weight") ||
                    ends_with(name, ".w2.weight");
         int zero = in_layer && g->zero && g->is_new[l] && ends;
         long rows = t->rows, cols = tensor_is_matrix(t) ? t->cols : 1;
         if (!zero && v->rows == rows && v->cols == cols) continue;
-        v->scale = zero ? 0 : role_of(name).matrix == DOWN ? 1.0f / (float)g->times : 1;
+        v->scale = zero ? 0 : ends ? 1.0f / (float)g->times : 1;
         v->stored_rows = v->rows;
         v->stored_cols = v->cols;
         v->rows = rows;
@@ -68,7 +70,7 @@ static void plan_growth(Plan* p) {
         die(2, "--optimizer %s: the layers or widths of the moments are others; --optimizer reset fits", ask.optimizer);
     for (int i = 0; i < NUM_ASKED && stays_dense(p); i++)
         if (insists(ask_table[i].name) &&
-            (ask_table[i].use == USE_DENSE || lists("topk,router-init,router-std", ask_table[i].name)))
+            (ask_table[i].use == USE_DENSE || lists("arch,topk,router-init,router-std", ask_table[i].name)))
             die(2, "--%s is about experts, and DST has none; --experts M makes it a mixture", ask_table[i].name);
     Growth* g = p->growth = NEW(Growth, 1);
     g->from = c;
@@ -92,7 +94,7 @@ static void plan_growth(Plan* p) {
 // SRC's configuration as it is stored
 static const Config* source_config(const Plan* p) { return p->growth ? &p->growth->from : &p->sources[0]->config; }
 
-// What growth leaves as it was, for the receipt. Methods that draw weights anew fill zeroed matrices, too.
+// What growth leaves as it was, for the receipt. Methods with --noise-std fill zeroed matrices, too.
 static void growth_words(const Plan* p, char* text, size_t size) {
     const Growth* g = p->growth;
     size_t n = 0;

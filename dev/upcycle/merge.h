@@ -99,7 +99,7 @@ static void assign_units(int* order, const float* fit, long n) {
         long row = i, column = -1;
         double reached = 0;
         heed_signals();
-        for (long j = 0; j < n; j++) least[j] = INFINITY, settled[j] = 0;
+        for (long j = 0; j < n; j++) least[j] = INFINITY, before[j] = -1, settled[j] = 0;
         while (row >= 0) { // the column that is cheapest to reach; its row, if it has one, must find another
             long last = column;
             column = -1;
@@ -122,7 +122,8 @@ static void assign_units(int* order, const float* fit, long n) {
         for (; before[column] >= 0; column = before[column]) row_of[column] = row_of[before[column]];
         row_of[column] = i;
     }
-    for (long j = 0; j < n; j++) order[row_of[j]] = (int)j;
+    for (long j = 0; j < n; j++)
+        if (row_of[j] >= 0) order[row_of[j]] = (int)j; // weights that are no numbers leave some without
     free(u);
     free(row_of);
     free(settled);

@@ -296,7 +296,7 @@ static void print_layers(const Plan* p) {
         else
             printf("  layers %d-%d: ", l, last);
         if (!p->config.sparse[l]) {
-            printf("dense, as in SRC\n");
+            printf(p->growth ? "dense\n" : "dense, as in SRC\n");
             continue;
         }
         if (p->dense && p->num_sources == 1) {
