@@ -5,7 +5,7 @@
 
 Each row has the keys of a model's config.json that say what is to be computed, with small sizes. Where both programs take
 the configuration, transformers makes random weights for it; train_moe evaluates these files, upcycle makes a mixture of
-them (or twice the experts, twice as many for a token), and transformers evaluates both. Nothing here says what is
+them (or twice the experts, twice as many for a token, as copies), and transformers evaluates both. Nothing here says what is
 supported: the programs do.
 """
 import json
@@ -166,7 +166,8 @@ def row(name, config, folder):
         return f"| {name} | no | {reference:.6f} | | {said.removeprefix('train_moe: ')} |", 0, 1
     experts = next((config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in config), 0)
     count = (2 * experts, 2 * config["num_experts_per_tok"]) if experts else (4, 2)
-    code, said = run("upcycle", directory, result, "--experts", count[0], "--topk", count[1])
+    exact = ["--router", "copy"] if experts else []     # dots1's usual choice moves the bias of the copies
+    code, said = run("upcycle", directory, result, "--experts", count[0], "--topk", count[1], *exact)
     if code:
         return f"| {name} | yes | {reference:.6f} | {abs(ours - reference):.0e} | {said.splitlines()[-1]} |", 0, 1
     after, ours_after = loss_of(result, tokens), our_loss(result, shard)[0]
