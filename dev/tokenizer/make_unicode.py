@@ -1,9 +1,13 @@
 #!/usr/bin/env python3
-"""Writes dev/lib/unicode.h, what tokenizers ask of Unicode's characters, from Python's own table. With --check: says
-whether the file is that, for this version of Unicode."""
+"""Writes dev/lib/unicode.h, what tokenizers ask of Unicode's characters: letters and numbers as the expressions of
+`tokenizers` find them, the rest from Python's own table. With --check: says whether the file is that, for these
+versions."""
 import pathlib
 import sys
 import unicodedata
+
+import tokenizers
+from tokenizers import Regex, pre_tokenizers
 
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+-"
 
@@ -37,14 +41,22 @@ def second_in_composition():
 
 seconds = second_in_composition()
 surrogate = range(0xD800, 0xE000)
-VERSION = unicodedata.unidata_version
-text = f"""// unicode.h: what tokenizers ask of characters, of Unicode {VERSION}. Made by dev/tokenizer/make_unicode.py.
+
+
+def found_by(expression):
+    """Whether an expression finds a character."""
+    cut = pre_tokenizers.Split(Regex(expression), "removed")
+    return lambda c: ord(c) not in surrogate and not cut.pre_tokenize_str(c)
+
+
+text = f"""// unicode.h: what tokenizers ask of characters. Made by dev/tokenizer/make_unicode.py with tokenizers
+// {tokenizers.__version__} and Unicode {unicodedata.unidata_version}.
 #pragma once
 
 // Each text is the lengths of the runs of characters that are not and are of a kind, in turns, from U+0000 on. Numbers
 // are written in base 32, lowest digit first: digits 0 to 31 of "A-Za-z0-9+-" end a number, 32 to 63 are followed.
-""" + table("unicode_letters", lambda c: unicodedata.category(c)[0] == "L", "\\p{L}") \
-    + table("unicode_numbers", lambda c: unicodedata.category(c)[0] == "N", "\\p{N}") \
+""" + table("unicode_letters", found_by(r"\p{L}"), "\\p{L}") \
+    + table("unicode_numbers", found_by(r"\p{N}"), "\\p{N}") \
     + table("unicode_marks", lambda c: unicodedata.combining(c) != 0, "combining: their order matters to NFC") \
     + table("unicode_not_nfc", lambda c: ord(c) not in surrogate and
             (c in seconds or unicodedata.normalize("NFC", c) != c), "what NFC changes, or may change after others")
