@@ -39,7 +39,7 @@ typedef struct {
     // others, too, and only the losses are compared.
     double other_choices;
 } Tolerances;
-static const Tolerances of_floats = {1e-5, 1e-5, 3e-6, 1e-5, 1e-4, 1e-3, 0};
+static const Tolerances of_floats = {1e-5, 1e-5, 1e-6, 1e-5, 1e-4, 1e-3, 0};
 
 // What the reference says of one model, and the model that must say the same.
 typedef struct {

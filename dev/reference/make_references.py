@@ -150,7 +150,7 @@ MODELS = {
                     num_attention_heads=2, num_key_value_heads=1, num_experts=5, num_experts_per_tok=3,
                     norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[1], rms_norm_eps=1e-5,
                     qkv_bias=False, tie_word_embeddings=True),
-        rope=("new", 20000.0), T=10, seed=5, aux=0.02, aux_form="hf", lr=3e-3),
+        rope=("new", 20000.0), T=10, seed=7, aux=0.02, aux_form="hf", lr=3e-3),
 }
 DEFAULTS = dict(aux=0.0, aux_form="switch", z_loss=0.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0,
                 unused=[], seed=0)
