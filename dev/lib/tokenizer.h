@@ -174,8 +174,9 @@ static void tokenizer_close(Tokenizer* t) {
 // ---- classes of characters -------------------------------------------------------------------------------------
 
 enum { LETTER = 1, NUMBER = 2, SPACE = 4, MARK = 8, NOT_NFC = 16 };
-static unsigned char* character_classes;            // (0x110000) made at first use
+static unsigned char* character_classes;            // (0x110001) made at first use; the last: bytes that are no UTF-8
 
+// Marks the characters that a text of unicode.h lists.
 static void classes_add(const char* runs, int class_) {
     long c = 0;
     for (int inside = 0; *runs; inside = !inside) {
@@ -261,7 +262,7 @@ static const char* run_of(const char* s, const char* end, int classes, int not_o
 
 // The end of the word that begins at s.
 static const char* word_end(const char* s, const char* end, const WordRule* r) {
-    enum { NONE = LETTER | NUMBER | SPACE };
+    enum { LISTED = LETTER | NUMBER | SPACE };          // what [^\s\p{L}\p{N}] leaves out
     int n, after_n, contraction = contraction_at(s, end, r->capitals), first = class_at(s, end, &n);
     if (contraction) return s + contraction;
     int second = class_at(s + n, end, &after_n), line_end = *s == '\n' || *s == '\r';
@@ -270,9 +271,9 @@ static const char* word_end(const char* s, const char* end, const WordRule* r) {
     if (before && second & LETTER) return run_of(s + n, end, LETTER, 0, LONG_MAX);
     const char* t = r->digits == 0 && *s == ' ' && second & NUMBER ? s + n : s;
     if (class_at(t, end, &n) & NUMBER) return run_of(t, end, NUMBER, 0, r->digits ? r->digits : LONG_MAX);
-    t = *s == ' ' && s + 1 < end && !(second & NONE) ? s + 1 : s;
-    if (!(class_at(t, end, &n) & NONE)) {
-        t = run_of(t, end, NONE, 1, LONG_MAX);
+    t = *s == ' ' && s + 1 < end && !(second & LISTED) ? s + 1 : s;
+    if (!(class_at(t, end, &n) & LISTED)) {
+        t = run_of(t, end, LISTED, 1, LONG_MAX);
         while (r->lines && t < end && (*t == '\n' || *t == '\r')) t++;
         return t;
     }
@@ -293,7 +294,7 @@ typedef struct {
 } HashPlace;
 
 typedef struct {
-    HashPlace* places;                  // (size), size a power of two above twice the entries
+    HashPlace* places;              // (size), size a power of two, at least twice the entries
     size_t size;
 } HashTable;
 
@@ -349,7 +350,7 @@ static HashPlace* table_at(const HashTable* t, uint64_t key, const char* piece, 
     }
 }
 
-// Keeps what is there already: 0.
+// A new entry; 0 if there is one already, which stays.
 static int table_put(HashTable* t, uint64_t key, const char* piece, int length, int id, int rank) {
     HashPlace *p = table_at(t, key, piece, length), place = {key, piece, length, id, rank};
     if (p->id >= 0) return 0;
@@ -499,19 +500,9 @@ static char* piece_bytes(const Encoder* e, const char* key, int* length) {
     return out;
 }
 
-static int encoder_read(Encoder* e, const Json* j, Error* error) {
-    const Json *model = json_get(j, "model"), *vocab = json_get(model, "vocab"), *merges = json_get(model, "merges");
-    const Json *added = json_get(j, "added_tokens"), *normalizer = json_get(j, "normalizer");
-    const char* type = json_string_of(model, "type");
-    if (*type && strcmp(type, "BPE")) return set_error(error, "its model is %.40s, not BPE", type);
-    if (!vocab || vocab->type != JSON_OBJECT || !merges || merges->type != JSON_ARRAY)
-        return set_error(error, "its model has no vocab and merges");
-    if (!json_absent(json_get(model, "dropout"))) return set_error(error, "it drops merges at random");
-    if (*json_string_of(model, "continuing_subword_prefix") || *json_string_of(model, "end_of_word_suffix"))
-        return set_error(error, "its pieces have a prefix or suffix");
-    e->bytes_first = json_contains_type(json_get(j, "pre_tokenizer"), "ByteLevel");
-    e->fuse_unknown = json_flag(model, "fuse_unk");
-    e->ignore_merges = json_flag(model, "ignore_merges");
+// The vocabulary, and what stands for a character that it lacks.
+static int read_vocabulary(Encoder* e, const Json* model, Error* error) {
+    const Json* vocab = json_get(model, "vocab");
     table_make(&e->pieces, (size_t)vocab->count);
     for (int i = 0; i < vocab->count; i++) {
         int length, id = (int)json_whole(vocab->items[i], INT_MAX);
@@ -527,8 +518,16 @@ static int encoder_read(Encoder* e, const Json* j, Error* error) {
     const char* unknown = json_string_of(model, "unk_token");
     e->unknown = *unknown ? piece_id(e, unknown, strlen(unknown)) : -1;
     if (*unknown && e->unknown < 0) return set_error(error, "its vocabulary lacks its unk_token, %.40s", unknown);
+    e->fuse_unknown = json_flag(model, "fuse_unk");
+    return 1;
+}
+
+// The merges, in the order in which they were learned: "left right", or [left, right].
+static int read_merges(Encoder* e, const Json* model, Error* error) {
+    const Json* merges = json_get(model, "merges");
+    e->ignore_merges = json_flag(model, "ignore_merges");
     table_make(&e->merges, (size_t)merges->count);
-    for (int i = 0; i < merges->count; i++) {           // "left right", or [left, right]
+    for (int i = 0; i < merges->count; i++) {
         const Json* m = merges->items[i];
         const char *text = m->type == JSON_STRING ? m->string : "", *space = strchr(text, ' ');
         int pair = m->type == JSON_ARRAY && m->count == 2 && m->items[0]->type == JSON_STRING &&
@@ -550,8 +549,11 @@ static int encoder_read(Encoder* e, const Json* j, Error* error) {
         uint64_t key = (uint64_t)left_id << 32 | (uint64_t)right_id;    // of a merge listed twice the last counts
         if (!table_put(&e->merges, key, NULL, 0, id, i)) table_at(&e->merges, key, NULL, 0)->rank = i;
     }
-    if (json_contains_type(normalizer, "ByteLevel")) return set_error(error, "its normalizer is ByteLevel");
-    if (!add_steps(e, normalizer, error) || !add_steps(e, json_get(j, "pre_tokenizer"), error)) return 0;
+    return 1;
+}
+
+static int read_added(Encoder* e, const Json* j, Error* error) {
+    const Json *added = json_get(j, "added_tokens"), *normalizer = json_get(j, "normalizer");
     int changes = json_contains_type(normalizer, "Prepend") || json_contains_type(normalizer, "Replace");
     e->added = (AddedToken*)checked_malloc(sizeof(AddedToken) * (size_t)(1 + (added ? added->count : 0)));
     for (int i = 0; added && i < added->count; i++) {
@@ -566,7 +568,24 @@ static int encoder_read(Encoder* e, const Json* j, Error* error) {
         else free(token.content);
     }
     qsort(e->added, (size_t)e->num_added, sizeof(AddedToken), longer_first);
-    return add_template(e, json_get(j, "post_processor"), error);
+    return 1;
+}
+
+static int encoder_read(Encoder* e, const Json* j, Error* error) {
+    const Json *model = json_get(j, "model"), *vocab = json_get(model, "vocab"), *merges = json_get(model, "merges");
+    const Json *normalizer = json_get(j, "normalizer");
+    const char* type = json_string_of(model, "type");
+    if (*type && strcmp(type, "BPE")) return set_error(error, "its model is %.40s, not BPE", type);
+    if (!vocab || vocab->type != JSON_OBJECT || !merges || merges->type != JSON_ARRAY)
+        return set_error(error, "its model has no vocab and merges");
+    if (!json_absent(json_get(model, "dropout"))) return set_error(error, "it drops merges at random");
+    if (*json_string_of(model, "continuing_subword_prefix") || *json_string_of(model, "end_of_word_suffix"))
+        return set_error(error, "its pieces have a prefix or suffix");
+    if (json_contains_type(normalizer, "ByteLevel")) return set_error(error, "its normalizer is ByteLevel");
+    e->bytes_first = json_contains_type(json_get(j, "pre_tokenizer"), "ByteLevel");
+    return read_vocabulary(e, model, error) && read_merges(e, model, error) && add_steps(e, normalizer, error) &&
+           add_steps(e, json_get(j, "pre_tokenizer"), error) && read_added(e, j, error) &&
+           add_template(e, json_get(j, "post_processor"), error);
 }
 
 static void encoder_free(Encoder* e) {
@@ -620,15 +639,16 @@ typedef struct {
 
 typedef struct {
     Symbol* symbols;
-    Merging* heap;                    // (num_heap), heap[0] is the best
+    Merging* heap;                  // (num_heap), heap[0] is the best
     int num_symbols, room, num_heap;
 } WordMerger;
 
 static int merge_less(Merging a, Merging b) { return a.rank != b.rank ? a.rank < b.rank : a.at < b.at; }
 
-static void word_offer(const Encoder* e, WordMerger* w, int at) {     // the merge of a symbol and the next one, if any
+// Adds the merge of a symbol and the one after it, if there is one, to the heap.
+static void word_offer(const Encoder* e, WordMerger* w, int at) {
     const Symbol* s = &w->symbols[at];
-    if (at < 0 || s->after < 0) return;
+    if (s->after < 0) return;
     uint64_t key = (uint64_t)s->id << 32 | (uint64_t)w->symbols[s->after].id;
     const HashPlace* p = table_at(&e->merges, key, NULL, 0);
     if (p->id < 0) return;
@@ -638,6 +658,7 @@ static void word_offer(const Encoder* e, WordMerger* w, int at) {     // the mer
     w->heap[i] = m;
 }
 
+// Takes the best merge from the heap.
 static Merging word_best(WordMerger* w) {
     Merging best = w->heap[0], last = w->heap[--w->num_heap];
     int i = 0;
@@ -656,7 +677,8 @@ static void word_add(WordMerger* w, int id) {
     w->symbols[w->num_symbols++] = s;
 }
 
-// The tokens of one word.
+// The tokens of one word: symbols for its bytes or characters, then the best merge of two neighbours, until there is
+// none.
 static void encode_word(const Encoder* e, WordMerger* w, const char* s, size_t n, Ids* out) {
     int whole = e->ignore_merges ? piece_id(e, s, n) : -1;
     if (whole >= 0) {
