@@ -183,4 +183,8 @@ static void test_json(void) {
     check(mended && !strcmp(mended->string, "a\xEF\xBF\xBDz\xEF\xBF\xBD"), "bytes that are not UTF-8 are replaced");
     free(broken.data);
     free(t.data);
+    Text long_one = {NULL, 0, 0};
+    text_print(&long_one, "%03000d", 7);
+    check(long_one.length == 3000 && long_one.data[2999] == '7', "a long value is written whole");
+    free(long_one.data);
 }

@@ -35,21 +35,25 @@ static void test_tokenizer_cases(void) {
     }
 }
 
+#define MODEL(vocab, merges) "{\"model\": {\"vocab\": {" vocab "}, \"merges\": [" merges "]}"
+#define AB MODEL("\"a\": 0, \"b\": 1, \"ab\": 2", "\"a b\"")
+
 static void test_tokenizer_refusals(void) {
-#define TOKENIZER(parts) \
-    "{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0, \"b\": 1, \"ab\": 2}, \"merges\": [\"a b\"]}" parts "}"
     static const struct {
         const char *json, *says;
     } cases[] = {
         {"{\"model\": {\"type\": \"Unigram\", \"vocab\": []}}", "its model is Unigram, not BPE"},
-        {TOKENIZER(", \"normalizer\": {\"type\": \"Lowercase\"}"), "it asks for \"Lowercase\""},
-        {TOKENIZER(", \"pre_tokenizer\": {\"type\": \"Split\", \"pattern\": {\"Regex\": \"x+\"}}"),
+        {AB ", \"normalizer\": {\"type\": \"Lowercase\"}}", "it asks for \"Lowercase\""},
+        {AB ", \"normalizer\": {\"type\": \"ByteLevel\"}}", "its normalizer is ByteLevel"},
+        {AB ", \"pre_tokenizer\": {\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"ByteLevel\"}, "
+            "{\"type\": \"Digits\"}]}}", "it has a step after ByteLevel"},
+        {AB ", \"pre_tokenizer\": {\"type\": \"Split\", \"pattern\": {\"Regex\": \"x+\"}}}",
          "it cuts words by an expression of its own, x+"},
-        {TOKENIZER(", \"post_processor\": {\"type\": \"BertProcessing\"}"), "it asks for \"BertProcessing\""},
-        {TOKENIZER(", \"added_tokens\": [{\"id\": 3, \"content\": \"q\", \"single_word\": true}]"),
-         "added token \"q\""},
-        {"{\"model\": {\"vocab\": {\"a\": 0}, \"merges\": [\"a a\"]}}",
-         "merge 0 makes a piece that the vocabulary lacks"},
+        {AB ", \"post_processor\": {\"type\": \"BertProcessing\"}}", "it asks for \"BertProcessing\""},
+        {AB ", \"added_tokens\": [{\"id\": 3, \"content\": \"q\", \"single_word\": true}]}", "added token \"q\""},
+        {AB ", \"added_tokens\": [{\"id\": 3, \"content\": \"bq\"}, {\"id\": 4, \"content\": \"qa\", "
+            "\"normalized\": true}]}", "added token \"bq\""},
+        {MODEL("\"a\": 0", "\"a a\"") "}", "merge 0 makes a piece that the vocabulary lacks"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         Error error = {""};
@@ -57,26 +61,98 @@ static void test_tokenizer_refusals(void) {
         check(!e && strstr(error.text, cases[i].says), "refused: %s", error.text);
         encoder_free(e);
     }
-    // characters that the vocabulary lacks are left out; tokens are found before words are cut
+}
+
+// What tokenizers that people have do not show: the ids are those of `tokenizers`, but for bytes that are no UTF-8.
+static void test_tokenizer_details(void) {
+#define ADDED(how) ", \"added_tokens\": [{\"id\": 7, \"content\": \"ba\", " how "}]}"
+#define NFC AB ", \"normalizer\": {\"type\": \"NFC\"}}"
+    static const struct {
+        const char *what, *json, *text;
+        long count;                     // -1: refused
+        int ids[4];
+    } cases[] = {
+        {"an added token goes before words, and takes the space behind it", AB ADDED("\"rstrip\": true"), "abxba  ab",
+         3, {2, 7, 2}},
+        {"or before it", MODEL("\"a\": 0, \" \": 1", "") ADDED("\"lstrip\": true"), "a \xE3\x80\x80 ba", 2, {0, 7}},
+        {"but no byte that is no UTF-8",
+         "{\"model\": {\"byte_fallback\": true, \"vocab\": {\"a\": 0, \" \": 1, \"<0x80>\": 2}, \"merges\": []}"
+         ADDED("\"lstrip\": true"), "a \x80\x62\x61", 4, {0, 1, 2, 7}},
+        {"what the vocabulary lacks is left out", AB "}", "xax", 1, {0}},
+        {"an empty text has no tokens", AB "}", "", 0, {0}},
+        {"of a merge listed twice the last counts",
+         MODEL("\"a\": 0, \"b\": 1, \"ab\": 2, \"ba\": 3", "\"a b\", \"b a\", \"a b\"") "}", "aba", 2, {0, 3}},
+        {"Metaspace puts a space first", MODEL("\"_\": 0, \"a\": 1, \"_a\": 2", "\"_ a\"")
+         ", \"pre_tokenizer\": {\"type\": \"Metaspace\", \"replacement\": \"_\"}}", "a a", 2, {2, 2}},
+        {"a mark that NFC would join is refused", NFC, "ae\xCC\x81", -1, {0}},
+        {"so are two marks", NFC, "\xD8\xA8\xD9\x91\xD9\x8E", -1, {0}},
+        {"but not one", NFC, "b\xD9\x91" "a", 2, {1, 0}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        Error error = {""};
+        long count = -1;
+        Encoder* e = encoder_of(cases[i].json, &error);
+        int* ids = e ? encode(e, cases[i].text, strlen(cases[i].text), 1, &count, &error) : NULL;
+        int same = cases[i].count < 0 ? e && !ids && strstr(error.text, "form NFC") != NULL
+                                      : ids && count == cases[i].count &&
+                                            !memcmp(ids, cases[i].ids, sizeof(int) * (size_t)count);
+        check(same, "%s %s", cases[i].what, error.text);
+        free(ids);
+        encoder_free(e);
+    }
+}
+
+// A text for a model with a tokenizer, by the programs.
+static void test_tokenizer_models(void) {
+    const char *text = "dev/tokenizer/cases/text.txt", *json = "dev/tokenizer/cases/smollm/tokenizer.json";
+    write_shard(temp("tokens.bin"), SHARD_MAGIC_16, 1, 200, 2, 200, 0);
+    for (int vocabulary = 300; vocabulary <= 330; vocabulary += 30) {
+        int code = run_program("--data %s --val none --vocab %d --layers 1 --hidden 32 --experts 2 --steps 1 --batch 1 "
+                               "--seq 16 --out %s", temp("tokens.bin"), vocabulary,
+                               temp(vocabulary == 300 ? "few" : "tokenized"));
+        check(code == 0, "a model of %d tokens: %s", vocabulary, ran.err);
+    }
+    copy_file(json, temp("few/tokenizer.json"));
+    copy_file(json, temp("tokenized/tokenizer.json"));
+    // bits per byte: of the bytes that the targets print
     Error error = {""};
-    long count = 0;
-    Encoder* e =
-        encoder_of(TOKENIZER(", \"added_tokens\": [{\"id\": 7, \"content\": \"ba\", \"rstrip\": true}]"), &error);
-    int *ids = encode(e, "abxba  ab", 9, 1, &count, &error), expected[] = {2, 7, 2};
-    check(count == 3 && !memcmp(ids, expected, sizeof expected), "an added token is cut out, with the space behind it");
+    Config c;
+    config_read(&c, temp("tokenized"), &error);
+    check(reads_bytes(&c, temp("tokenized")) == NO_BYTES && encode_file, "the model has a tokenizer for texts");
+    long count = 0, tokens = 0, windows;
+    int* ids = encode_file(text, &count);
+    Tokenizer* t = tokenizer_open(temp("tokenized"), c.vocab_size);
+    double bytes = 0, loss = 0, bits = 0;
+    windows = (count - 1) / 16;
+    for (long k = 1; k <= windows * 16; k++) bytes += t->pieces[ids[k]] ? t->lengths[ids[k]] : 0;
+    tokenizer_close(t);
+    int code = run_program("--model %s --data %s --eval --seq 16", temp("tokenized"), text);
+    const char* line = strstr(ran.out, "\nloss ");
+    int read = sscanf(line ? line : "", "\nloss %lf | perplexity %*f | bits per byte %lf | %ld", &loss, &bits, &tokens);
+    check(code == 0 && read == 3 && tokens == windows * 16 &&
+              fabs(bits - loss / M_LN2 * (double)tokens / bytes) < 1e-4, "--eval of a text: %s%s", ran.out, ran.err);
+    // training on all but the last tenth of its tokens
+    Dataset *train = dataset_open(text, 8, 330, TRAIN_PART, NO_BYTES),
+            *val = dataset_open(text, 8, 330, VAL_PART, NO_BYTES);
+    int window[8], targets[8];
+    dataset_window(val, 0, window, targets);
+    check(train->files[0].count + val->files[0].count == count &&
+              !memcmp(window, ids + train->files[0].count, sizeof window), "the last tenth of its tokens is kept");
+    dataset_close(train);
+    dataset_close(val);
     free(ids);
-    ids = encode(e, "", 0, 1, &count, &error);
-    check(ids && count == 0, "an empty text has no tokens");
-    free(ids);
-    encoder_free(e);
-    // Qwen's form: a mark that would join the letter before it is not accepted
-    e = encoder_of(TOKENIZER(", \"normalizer\": {\"type\": \"NFC\"}"), &error);
-    check(!encode(e, "ae\xCC\x81", 4, 1, &count, &error) && strstr(error.text, "U+0301"), "not in form NFC: %s",
-          error.text);
-    encoder_free(e);
+    encode_file = NULL;
+    code = run_program("--model %s --data %s --steps 1 --batch 1 --seq 8 --out %s", temp("tokenized"), text,
+                       temp("on"));
+    check(code == 0 && exists(temp("on/model.safetensors")), "training goes on with a text: %s", ran.err);
+    code = run_program("--model %s --data %s --steps 1 --batch 1 --seq 8 --out %s", temp("few"), text, temp("on2"));
+    check(code == 2 && strstr(ran.err, "by tokenizer.json; the model's vocabulary has 0 to 299"),
+          "tokens that the model lacks are found before the start: %s", ran.err);
 }
 
 static void test_tokenizer(void) {
     test_tokenizer_cases();
     test_tokenizer_refusals();
+    test_tokenizer_details();
+    test_tokenizer_models();
 }
