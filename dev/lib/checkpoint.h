@@ -444,7 +444,13 @@ static int config_read(Config* c, const char* dir, Error* error) {
     if (!access(path, F_OK))
         return set_error(error, "%s holds a save that was interrupted while it moved in; --resume --out %s finishes it",
                          dir, dir);
-    join_path(path, dir, "config.json");
+    if (access(join_path(path, dir, "config.json"), F_OK)) {
+        char model[PATH_SIZE], index[PATH_SIZE];
+        join_path(model, dir, "model.safetensors");
+        join_path(index, dir, "model.safetensors.index.json");
+        if (access(model, F_OK) && access(index, F_OK)) explain_missing(dir, error);    // an adapter, a GGUF file
+        if (error->text[0]) return 0;
+    }
     Json* j = json_read(path, error);
     if (j && !config_from_json(c, j, &inner)) set_error(error, "%s: %s", path, inner.text);
     json_free(j);

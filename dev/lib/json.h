@@ -6,7 +6,7 @@
 #include "util.h"
 
 typedef struct {
-    char text[512];                 // empty: no error
+    char text[1024];                // empty: no error
 } Error;
 
 #if defined(__GNUC__)

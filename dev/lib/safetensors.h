@@ -241,7 +241,7 @@ static SafeTensors* safetensors_open(const char* path, Error* error) {
 }
 
 // What a folder without model.safetensors holds instead, and what makes one of it. In a remedy @ is the folder, # the
-// file; the first row that fits counts.
+// file; the first row that fits counts. (Tried: all but the last two.)
 static void explain_missing(const char* dir, Error* error) {
 #define WITH_TRANSFORMERS "python3 -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('@'"
     static const struct { const char *pattern, *what, *remedy; } others[] = {
@@ -249,11 +249,13 @@ static void explain_missing(const char* dir, Error* error) {
         {"adapter_model.*", "an adapter", "python3 -c \"from peft import AutoPeftModelForCausalLM as M; "
          "M.from_pretrained('@').merge_and_unload().save_pretrained('OUT')\""},
         {"pytorch_model*.bin", "PyTorch's format", WITH_TRANSFORMERS ").save_pretrained('OUT')\""},
-        {"*.gguf", "a GGUF file", WITH_TRANSFORMERS ", gguf_file='#').save_pretrained('OUT')\""},
-        {"consolidated*.pth", "Meta's format", "python3 -m transformers.models.llama.convert_llama_weights_to_hf "
-         "--input_dir @ --output_dir OUT"},
-        {"consolidated*.safetensors", "Mistral's format", "python3 -m transformers.models.mistral."
-         "convert_mistral_weights_to_hf --input_dir @ --output_dir OUT"}};
+        {"*.gguf", "a GGUF file", "pip install gguf accelerate && python3 -c \"from transformers import "
+         "AutoModelForCausalLM as M; m = M.from_pretrained('@', gguf_file='#'); m.hf_quantizer = None; "
+         "del m.config.quantization_config; m.save_pretrained('OUT')\""},
+        {"consolidated*.pth", "Meta's format", "python3 src/transformers/models/llama/convert_llama_weights_to_hf.py "
+         "--input_dir @ --output_dir OUT, in transformers' repository"},
+        {"consolidated*.safetensors", "Mistral's format", "python3 src/transformers/models/mistral/"
+         "convert_mistral_weights_to_hf.py --input_dir @ --output_dir OUT, in transformers' repository"}};
     int best = (int)(sizeof others / sizeof others[0]);
     char found[256] = "";
     DIR* d = opendir(dir);

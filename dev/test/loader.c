@@ -109,11 +109,11 @@ static void test_other_formats(void) {
         {"pytorch_model.bin", "pytorch_model.bin is PyTorch's format", "@').save_pretrained('OUT')"},
         {"pytorch_model-00002-of-00002.bin", "is PyTorch's format", "@').save_pretrained('OUT')"},
         {"training_args.bin", "No such file", ""},
-        {"tiny-q8_0.gguf", "tiny-q8_0.gguf is a GGUF file", "@', gguf_file='tiny-q8_0.gguf')"},
+        {"tiny-q8_0.gguf", "tiny-q8_0.gguf is a GGUF file", "'@', gguf_file='tiny-q8_0.gguf')"},
         {"adapter_model.safetensors pytorch_model.bin", "adapter_model.safetensors is an adapter",
          "merge_and_unload()"},
-        {"consolidated.00.pth", "Meta's format", "convert_llama_weights_to_hf --input_dir @ --output_dir"},
-        {"consolidated.safetensors", "Mistral's format", "convert_mistral_weights_to_hf --input_dir @"},
+        {"consolidated.00.pth", "Meta's format", "convert_llama_weights_to_hf.py --input_dir @ --output_dir"},
+        {"consolidated.safetensors", "Mistral's format", "convert_mistral_weights_to_hf.py --input_dir @"},
         {"model-00001-of-00002.safetensors", "shards, but not their model.safetensors.index.json",
          "download that file"}};
     for (EACH(i, folders)) {
@@ -130,7 +130,12 @@ static void test_other_formats(void) {
                  at ? made : "", at ? at + 1 : "");
         check_load_refused(folders[i].files, made, folders[i].expected);
         check_load_refused(folders[i].files, made, command);
+        unlink(temp("foreign/config.json"));        // these often come without
+        int code = run_program("--model %s --prompt a", temp("foreign"));
+        check(code == 2 && error_lines() == 1 && strstr(ran.err, folders[i].expected), "without config.json: %s",
+              ran.err);
     }
+    copy_file(GOLDEN "llama/config.json", temp("foreign/config.json"));
     write_text(temp("foreign/model.safetensors"), "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n");
     check_load_refused("a git-lfs pointer", temp("foreign"), "git lfs pull");
 }
