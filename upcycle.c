@@ -430,7 +430,7 @@ static void correction_rows(const Plan* p, Target* t, long row, long rows, float
         out[j - row] = b && e >= 0 ? b[e] : 0;
         if (std > 0 && plan_copy(p, t->layer, (int)j) > 0)
             out[j - row] += (float)(strength(p) * std *
-                                    random_normal(stream_key(p, "bias", t->layer, (int)j, 0)));
+                                    random_normal(stream_key(p, "bias noise", t->layer, (int)j, 0)));
         if (!moved || e < 0 || plan_copy(p, t->layer, (int)j) == 0) continue;
         double u = random_uniform(stream_key(p, "bias", t->layer, (int)j, 0));
         out[j - row] += (float)(router_strength(p) * (2 * u - 1));

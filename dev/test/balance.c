@@ -65,6 +65,11 @@ static void test_skipping(void) {
     float scaled[3] = {1, 0.9f, 0.6f};          // of a router whose gates sum to 2.5
     skip_small_gates(chosen, scaled, 0.8f, 1, 3, 1, 2.5f);
     check(fabs(scaled[0] + scaled[1] - 2.5) < 1e-6 && chosen[2] == -1, "gates that are scaled stay so");
+    // an expert that is skipped has no row: what lies before the rows is not read, not even times 0
+    float lying[2] = {NAN, 3}, out, gates[2] = {2, 0};
+    int rows[2] = {0, -1};
+    combine_rows(&out, NULL, lying + 1, gates, rows, 1, 2, 1);
+    check(out == 6, "the combination of one of two experts: %g", out);
     static const char* names[] = {"sigmoid", "lpr_mean", "matryoshka", "logit_norm"};
     for (EACH(i, names)) {
         Reference r = reference_open("golden_routers", names[i], of_floats);

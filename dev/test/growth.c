@@ -233,6 +233,7 @@ static void test_up_depth(void) {
     UP("{}/w {}/wide --layers-to 5");
     Json* k = keep_json(saved_luggage(up_path("wide")));
     check(!strcmp(json_raw(k, "max_window_layers"), "5"), "max_window_layers grows: no layer gets a window");
+    UP("{}/w {}/wider --layers-to 5 --experts 4");      // with another class, the windows are looked at once more
     add_members(up_path("w"), "\"layer_types\": [\"full_attention\", \"full_attention\"]");
     UP("{}/w {}/typed --layers-to 3 --experts 2");
     const Json* types = json_get(keep_json(saved_luggage(up_path("typed"))), "layer_types");
