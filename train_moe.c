@@ -659,20 +659,21 @@ typedef struct {
 // the structures below and, in dev/lib/memory.h, the memory. Dimension letters as above, R = N K rows of
 // experts; for a dense layer E = K = 1. D is the latent dimension of LPR. `sparse`, `training` and what else
 // stands as a factor is 1 or 0: an array that a model does not need has no elements.
+typedef float Real;             // of activations; on a GPU, which has the first table too, also bfloat16
 
 // What each layer keeps for its backward pass.
 #define LAYER_ARRAYS(ARRAY)                                                                                 \
-    ARRAY(float, x, N * H)                          /* the residual stream as it enters the layer */        \
-    ARRAY(float, attn_in, N * H)                    /* n1(x) */                                             \
+    ARRAY(Real, x, N * H)                           /* the residual stream as it enters the layer */        \
+    ARRAY(Real, attn_in, N * H)                     /* n1(x) */                                             \
     ARRAY(float, attn_rstd, N)                                                                              \
-    ARRAY(float, qkv, N * (NH + 2 * NKV) * HD)                                                              \
+    ARRAY(Real, qkv, N * (NH + 2 * NKV) * HD)                                                               \
     ARRAY(float, q_rstd, N * NH)                    /* (N, NH) per head, (N) per row */                     \
     ARRAY(float, k_rstd, N * NKV)                   /* (N, NKV) per head, (N) per row */                    \
-    ARRAY(float, rotated, N * (NH + NKV) * HD)      /* queries and keys, normed and rotated */              \
-    ARRAY(float, attn, N * NH * HD)                                                                         \
+    ARRAY(Real, rotated, N * (NH + NKV) * HD)       /* queries and keys, normed and rotated */              \
+    ARRAY(Real, attn, N * NH * HD)                                                                          \
     ARRAY(float, lse, B * NH * T)                   /* (B, NH, T) */                                        \
-    ARRAY(float, x_mid, N * H)                      /* the residual stream after attention */               \
-    ARRAY(float, ffn_in, N * H)                     /* n2(x_mid) */                                         \
+    ARRAY(Real, x_mid, N * H)                       /* the residual stream after attention */               \
+    ARRAY(Real, ffn_in, N * H)                      /* n2(x_mid) */                                         \
     ARRAY(float, ffn_rstd, N)                                                                               \
     ARRAY(float, router_logits, sparse * N * E)     /* z */                                                 \
     ARRAY(float, router_lse, sparse * N)            /* logsumexp(z) */                                      \
@@ -682,8 +683,8 @@ typedef struct {
     ARRAY(int, offsets, E + 1)                      /* these three: see group_by_expert */                  \
     ARRAY(int, assignment, sparse * R)              /* of a dense layer: Model.identity */                  \
     ARRAY(int, row_of, sparse * R)                  /* (N, K); of a dense layer: Model.identity */          \
-    ARRAY(float, gate_up, R * 2 * I)                /* (R, 2, I) */                                         \
-    ARRAY(float, shared_gate_up, N * 2 * S)         /* (N, 2, S) of the shared expert, and */                \
+    ARRAY(Real, gate_up, R * 2 * I)                 /* (R, 2, I) */                                         \
+    ARRAY(Real, shared_gate_up, N * 2 * S)          /* (N, 2, S) of the shared expert, and */                \
     ARRAY(float, shared_gates, gated * N)           /* its gates; without them: Model.ones */               \
     ROUTER_LAYER_ARRAYS(ARRAY)
 

@@ -164,7 +164,8 @@ typedef struct {
     size_t used;
 } Arena;
 
-static void* take(Arena* a, size_t bytes) {
+static void* take(Arena* a, size_t bytes) {         // NULL for none
+    if (!bytes) return NULL;
     char* p = a->base ? a->base + a->used : NULL;
     a->used += (bytes + 63) / 64 * 64 + ARRAY_GAP;
     if (p) {

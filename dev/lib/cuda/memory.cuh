@@ -3,18 +3,14 @@
 // train_moe.cu.
 #pragma once
 
-// What a layer keeps for the backward pass; shapes as in LayerActivations.
+// What a layer keeps for the backward pass: train_moe.c's arrays, and
 template <class Real> struct GpuLayer {
-    Real *x, *attn_in, *qkv, *rotated, *attn, *x_mid, *ffn_in, *gate_up;
-    float *attn_rstd, *q_rstd, *k_rstd, *lse, *ffn_rstd;
-    int *offsets, *experts, *assignment, *token, *row_of;
-    int2* tiles;                    // see gpu_group_by_expert
-    float *router_raw, *router_logits, *router_lse, *probs, *gates;
-    Real* experts_in;               // (N, H)       what the experts read: ffn_in, or LPR's sum
-    Real* shared_gate_up;           // (N, 2, S) of the shared expert, all of whose N rows are one group:
-    int* shared_offsets;
+    LAYER_ARRAYS(MEMBER)
+    int* token;                     // (R)          where the rows of experts come from, and
+    int2* tiles;                    // what blocks do with them, see gpu_group_by_expert
+    int* shared_offsets;            // the same for the shared expert, all of whose N rows are one group
     int2* shared_tiles;
-    float* shared_gates;            // (N)          sigmoids, or NULL: ones
+    Real* experts_in;               // (N, H)       what the experts read: ffn_in, or LPR's sum
     LprLayer lpr;
 };
 
@@ -74,42 +70,19 @@ static int most_tiles(long rows, int E) { return (int)(rows / GROUP_ROWS) + E; }
 
 template <class Real> static void gpu_take_layer(Arena* a, GpuLayer<Real>* s, const Model* m, int l) {
     const Config* c = &m->config;
-    long N = (long)m->B * m->T, H = c->hidden_size, HD = c->head_dim, NH = c->num_heads, NKV = c->num_kv_heads;
-    long E = layer_experts(c, l), K = c->sparse[l] ? most_topk(c) : 1, I = layer_width(c, l);
-    s->x = take_reals<Real>(a, N * H);
-    s->attn_in = take_reals<Real>(a, N * H);
-    s->attn_rstd = take_floats(a, N);
-    s->qkv = take_reals<Real>(a, N * qkv_width(c));
-    s->q_rstd = take_floats(a, N * NH);
-    s->k_rstd = take_floats(a, N * NKV);
-    s->rotated = take_reals<Real>(a, N * (NH + NKV) * HD);
-    s->attn = take_reals<Real>(a, N * NH * HD);
-    s->lse = take_floats(a, N * NH);
-    s->x_mid = take_reals<Real>(a, N * H);
-    s->ffn_in = take_reals<Real>(a, N * H);
-    s->ffn_rstd = take_floats(a, N);
-    if (m->purpose == FOR_TRAINING) s->gate_up = take_reals<Real>(a, N * K * 2 * I);
-    s->offsets = take_ints(a, E + 1);
-    s->tiles = (int2*)take(a, sizeof(int2) * (size_t)most_tiles(N * K, (int)E));
+    long B = m->B, T = m->T, N = B * T, H = c->hidden_size, HD = c->head_dim, NH = c->num_heads;
+    long NKV = c->num_kv_heads, E = layer_experts(c, l), sparse = c->sparse[l], K = sparse ? most_topk(c) : 1;
+    long shared = shared_width(c, l) > 0, gated = shared && c->arch == QWEN2_MOE, training = m->purpose == FOR_TRAINING;
+    long R = N * K, I = training * layer_width(c, l), S = training * shared_width(c, l), D = c->router.lpr_latent_dim;
+    long lpr = 0;                   // its arrays are others than the CPU's, see below
+    LAYER_ARRAYS(TAKE)
+    if (c->router.logit_norm <= 0) s->router_raw = s->router_logits;
+    s->token = take_ints(a, sparse * R);
+    s->tiles = (int2*)take(a, sizeof(int2) * (size_t)most_tiles(R, (int)E));
+    s->shared_offsets = take_ints(a, 2 * shared);
+    s->shared_tiles = (int2*)take(a, sizeof(int2) * (size_t)(shared * most_tiles(N, 1)));
     s->experts_in = s->ffn_in;
-    if (!c->sparse[l]) return;
-    s->router_logits = take_floats(a, N * E);
-    s->router_raw = c->router.logit_norm > 0 ? take_floats(a, N * E) : s->router_logits;
-    s->router_lse = take_floats(a, N);
-    s->probs = take_floats(a, N * E);
-    s->gates = take_floats(a, N * K);
-    s->experts = take_ints(a, N * K);
-    s->assignment = take_ints(a, N * K);
-    s->token = take_ints(a, N * K);
-    s->row_of = take_ints(a, N * K);
-    if (shared_width(c, l) > 0) {
-        if (m->purpose == FOR_TRAINING) s->shared_gate_up = take_reals<Real>(a, N * 2 * shared_width(c, l));
-        s->shared_offsets = take_ints(a, 2);
-        s->shared_tiles = (int2*)take(a, sizeof(int2) * (size_t)most_tiles(N, 1));
-        if (c->arch == QWEN2_MOE) s->shared_gates = take_floats(a, N);
-    }
-    if (c->router.kind == ROUTER_LPR) {
-        long D = c->router.lpr_latent_dim;
+    if (sparse && c->router.kind == ROUTER_LPR) {
         s->experts_in = take_reals<Real>(a, N * H);
         s->lpr.encoded = take_floats(a, N * 2 * D);
         s->lpr.read_out = take_floats(a, N * D);
