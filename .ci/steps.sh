@@ -70,7 +70,7 @@ install() {
     # torch first and alone: a range that another package asks for would bring the build for GPUs
     python3 -c 'import torch' 2>/dev/null || python3 -m pip install -q torch==2.13.0 || return 1
     python3 -m pip install -q -r dev/reference/requirements.txt -r data/requirements.txt \
-        -r dev/lab/requirements.txt || return 1
+        -r dev/lab/requirements.txt -r dev/scale/requirements.txt || return 1
     # cuBLAS: its headers for the stand-in, and for nvcc where the toolkit comes without
     [ -d "$CUBLAS" ] || python3 -m pip install -q --no-deps --target "${CUBLAS%/nvidia/cu13}" 'nvidia-cublas==13.1.*'
 }
