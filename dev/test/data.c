@@ -212,7 +212,8 @@ static void test_no_text(void) {
                  {"PAR1", "Parquet", 4},                     {"MMIDIDX\0\0", "index of a Megatron", 9},
                  {"\xfd" "7zXZ\0", "unxz", 6},               {"BZh91AY&SY", "bunzip2", 10},
                  {"7z\xbc\xaf\x27\x1c", "7z", 6},            {"ARROW1", "Arrow", 6},
-                 {"\x89HDF", "HDF5", 4},                     {"%PDF-1.4", "pdftotext", 8}};
+                 {"\x89HDF", "HDF5", 4},                     {"%PDF-1.4", "pdftotext", 8},
+                 {"\xff\xff\xff\xff\x10", "an Arrow stream", 5}};
     char bytes[600];
     int all = sizeof files / sizeof files[0] == sizeof not_text / sizeof not_text[0];
     for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
