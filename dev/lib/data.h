@@ -194,9 +194,11 @@ static int data_file_open(Dataset* d, DataFile* f, const char* path, Part part, 
         f->fd = open(path, O_RDONLY);
         if (f->fd < 0)
             return data_error(d, "%s: %s; expected a text or a .bin file of tokens", path, strerror(errno));
-        if (fstat(f->fd, &st) || !S_ISREG(st.st_mode))
-            return data_error(d, "%s: not a regular file%s", path, S_ISDIR(st.st_mode) ? "; name those in it; of tables "
-                              "(*.parquet, *.arrow) data/tokenize_text.py makes shards" : "");
+        if (fstat(f->fd, &st)) return data_error(d, "%s: %s", path, strerror(errno));
+        if (S_ISDIR(st.st_mode))
+            return data_error(d, "%s: a directory; name the files in it (of *.parquet and *.arrow "
+                              "data/tokenize_text.py makes shards)", path);
+        if (!S_ISREG(st.st_mode)) return data_error(d, "%s: not a regular file", path);
         f->size = (long)st.st_size;
     } else if (embedded_size == 0) {
         return data_error(d, "this build has no embedded text: build with `make`, or name a text with --data FILE");

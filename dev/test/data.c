@@ -197,7 +197,8 @@ static void test_data_errors(void) {
     check_data_error("pattern without a match", temp("absent*.txt"), "", "No such file", "absent*.txt");
     snprintf(list, sizeof list, "%s,", text);
     check_data_error("a comma too many", list, "", "No such file", "");
-    check_data_error("directory", temp_dir, "", "not a regular file", temp_dir);
+    check_data_error("directory", temp_dir, "", "a directory; name the files in it", temp_dir);
+    check_data_error("device", "/dev/null", "", "not a regular file", "/dev/null");
     snprintf(list, sizeof list, "--val %s", temp("absent.txt"));
     check_data_error("missing --val", text, list, "No such file", "absent.txt");
 }

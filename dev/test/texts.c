@@ -62,6 +62,15 @@ static void test_new_tokenizer(void) {
     check(code == 0 && strstr(ran.out, "bits per byte"), "--eval of a text");
     code = run_program("--model %s --prompt the --tokens 8", IN("new"));
     check(code == 0 && !strncmp(ran.out, "the", 3), "--prompt with a text");
+    // a model that does not move, so that its sample in training is that of what was saved
+    code = run_program("--tokenizer %s --data " CASE_TEXT " " TINY " --lr 0 --steps 2 --sample-every 1 --tokens 12 "
+                       "--temperature 0 --out %s", IN("tok"), IN("still"));
+    char in_training[1024] = "";
+    sample = strstr(ran.out, "a sample:\n");
+    snprintf(in_training, sizeof in_training, "%.1000s", sample ? sample + strlen("a sample:\n") : "");
+    code |= run_program("--model %s --tokens 12 --temperature 0", IN("still"));
+    check(code == 0 && *ran.out && !strncmp(in_training, ran.out, strlen(ran.out)),
+          "a sample in training goes on from the begin of a text");
     // stopped after two steps, and gone on
     static const char* saved[] = {"model.safetensors", "trainer/optimizer.safetensors", "config.json",
                                   "generation_config.json", "tokenizer_config.json", "tokenizer.json"};
@@ -138,6 +147,9 @@ static void test_tokenizer_misuse(void) {
     run_program(run, IN("unigram"), "", IN("none"));
     refused("no BPE", "its model is Unigram, not BPE, which is not supported; encode the text with "
                       "dev/reference/encode.py");
+    run_program("--tokenizer %s --data %s " TINY " --steps 1 --vocab 60 --out %s", IN("unigram"), IN("tokens.bin"),
+                IN("none"));
+    refused("too few for an added token", "has ids up to 60, so it must be at least 61");
     check(!exists(IN("none")), "nothing is written");
     int code = run_program("--tokenizer %s --data %s " TINY " --steps 1 --vocab 330 --out %s", IN("unigram"),
                            IN("tokens.bin"), IN("from_unigram"));
