@@ -368,6 +368,7 @@ static void test_matmul(void) {
 #include "dev/test/growth.c"
 #include "dev/test/loader.c"
 #include "dev/test/tokenizer.c"
+#include "dev/test/texts.c"
 #ifdef TEST_GPU
 #include "dev/test/gpu.c"
 #endif
@@ -383,7 +384,7 @@ static const struct {
     {"matmul", test_matmul}, {"gradients", test_gradients}, {"golden", test_golden}, {"routers", test_golden_routers},
     {"families", test_families}, {"load figures", test_load_figures}, {"experts", test_experts},
     {"cache", test_cache}, {"schedule", test_schedule}, {"json", test_json}, {"checkpoints", test_checkpoints},
-    {"luggage", test_luggage}, {"tokenizer", test_tokenizer},
+    {"luggage", test_luggage}, {"tokenizer", test_tokenizer}, {"texts", test_texts},
     {"loader", test_loader}, {"data", test_data}, {"sampling", test_sampling},
     {"command line", test_command_line}, {"terminal", test_terminal}, {"determinism", test_determinism},
     {"balance", test_balance}, {"disk full", test_disk_full}, {"upcycle formats", test_up_formats},

@@ -745,7 +745,7 @@ struct Model {
     int B, T;                   // the largest batch; a shorter one may be given
     int positions;              // the longest sequence: T, or the capacity of the cache
     const Backend* backend;
-    const char* source;         // the directory that the parameters were read from, or NULL
+    const char *source, *tokenizer;     // the directories of its parameters and of its tokenizer, or NULL
     struct Json* luggage;       // its config.json, so that keys unknown here are written back; or NULL
     int reads_bytes;            // 1: its tokens are the bytes of a text, for trainer.json
     // its parameters, (layout.total) each, and the places of their tensors

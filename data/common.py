@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 JSONL = (".jsonl", ".ndjson")
+TABLES = (".parquet", ".arrow")
 
 
 def fail(message, code=2):
@@ -181,7 +182,7 @@ def text_blocks(path, f, errors):
             yield decoder.decode(data, final=not data)
         except UnicodeDecodeError as e:
             if offset == 0 and data.startswith(b"PAR1"):
-                fail(f"{path}: a parquet file; tokenize_text.py --dataset FOLDER reads the folder it is in")
+                fail(f"{path}: a Parquet table; give it a name that ends with .parquet")
             fail(f"{path}: not UTF-8 at byte {offset - pending + e.start:,}; convert it, or use --errors replace")
         if not data:
             return
@@ -206,13 +207,15 @@ def field_of(record, field, where, errors):
 
 
 def read_files(paths, size, split_on=None, field="text", errors="strict", progress=None):
-    """Pieces of all files: JSON lines have a document a line, text files are split at `split_on`."""
+    """Pieces of all files: JSON lines and tables have a document a line, text files are split at `split_on`."""
     before = 0
     for path in paths:
         with open(path, "rb") as f:
             position = f.tell if f.seekable() else (lambda: 0)      # a pipe such as <(zcat text.gz) has none
             if path.endswith(JSONL):
                 stream = json_lines(path, f, size, field, errors)
+            elif path.endswith(TABLES):
+                stream = table_rows(path, f, size, field, errors)
             else:
                 stream = pieces(text_blocks(path, f, errors), size, split_on)
             for piece in stream:
@@ -233,6 +236,40 @@ def json_lines(path, f, size, field, errors):
         yield from pieces([field_of(record, field, f"{path}, line {number}", errors)], size)
 
 
+def table_rows(path, f, size, field, errors):
+    """A column of a Parquet file, or of an Arrow file or stream: a Hugging Face data set's files are the latter."""
+    arrow = need("pyarrow", "a table")
+    try:
+        if path.endswith(".parquet"):
+            from pyarrow import parquet
+            table = parquet.ParquetFile(f)
+            names, batches = table.schema_arrow.names, lambda: table.iter_batches(1000, columns=[field])
+        else:
+            from pyarrow import ipc
+            stream = f.read(4) == b"\xff\xff\xff\xff"
+            f.seek(0)
+            table = ipc.open_stream(f) if stream else ipc.open_file(f)
+            names = table.schema.names
+            batches = lambda: table if stream else map(table.get_batch, range(table.num_record_batches))
+        if field not in names:
+            fail(f"{path}: no column '{field}'; there are: {', '.join(names) or 'none'} (see --field)")
+        number = 0
+        for batch in batches():
+            for text in batch.column(names.index(field) if batch.num_columns > 1 else 0).to_pylist():
+                number += 1
+                yield from pieces([field_of({field: text}, field, f"{path}, row {number}", errors)], size)
+    except arrow.ArrowException as e:
+        fail(f"{path}: not a table that pyarrow reads ({' '.join(str(e).split())})")
+
+
+def files_in(folder):
+    """A pattern of files in it, for a message."""
+    for ending in (*TABLES, *JSONL):
+        for path in sorted(Path(folder).rglob("*" + ending), key=lambda p: (p.parent.name != "train", p)):
+            return f"{path.parent}/*{ending}"
+    return os.path.join(folder, "*.txt")
+
+
 def check_files(paths):
     """Found out before any work is done. Returns the bytes there are."""
     total = 0
@@ -240,9 +277,9 @@ def check_files(paths):
         if not os.path.exists(path):
             fail(f"{path}: no such file")
         if os.path.isdir(path):
-            fail(f"{path}: a folder; name the files in it, for example {os.path.join(path, '*.txt')}")
+            fail(f"{path}: a folder; name the files in it, for example {files_in(path)}")
         if path.endswith(".bin"):
-            fail(f"{path}: *.bin is a token shard; expected text or JSON lines")
+            fail(f"{path}: *.bin is a token shard; expected text, JSON lines or tables")
         if not os.access(path, os.R_OK):
             fail(f"{path}: you may not read this file")
         total += os.path.getsize(path)

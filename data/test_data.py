@@ -201,12 +201,53 @@ def test_dataset(d):
             "--out", d / "ds/y", "--dataset", d / "set", "--split", "nonsense")
 
 
+def test_tables(d):
+    """Parquet and Arrow files, and folders of a data set, give the shards of the same rows as JSON lines."""
+    if not importlib.util.find_spec("datasets"):
+        skip("tables", "the package datasets is not installed")
+        return
+    import datasets
+    import pyarrow.feather
+    import pyarrow.parquet
+    datasets.disable_progress_bars()
+    rows = [f"row {i}: {generate(20, i)}" for i in range(2500)]
+    base = ("tokenize_text.py", "--tokenizer", d / "tok", "--field", "body")
+    (d / "tables/saved").mkdir(parents=True)
+    (d / "tables/rows.jsonl").write_text("".join(json.dumps({"id": i, "body": r}) + "\n" for i, r in enumerate(rows)))
+    table = pyarrow.table({"id": list(range(len(rows))), "body": rows})
+    pyarrow.parquet.write_table(table, d / "tables/rows.parquet", row_group_size=700)
+    pyarrow.feather.write_feather(table, d / "tables/rows.arrow", compression="uncompressed")
+    saved = datasets.DatasetDict({"train": datasets.Dataset(table)})
+    saved.save_to_disk(d / "tables/dict")
+    saved["train"].save_to_disk(d / "tables/one", num_shards=3)
+    works("rows as JSON lines", *base, "--out", d / "tables/jsonl", d / "tables/rows.jsonl")
+    wanted = read_shard(d / "tables/jsonl_train_000000.bin")
+    for name, *files in (("parquet", d / "tables/rows.parquet"), ("arrow", d / "tables/rows.arrow"),
+                         ("dict", *sorted((d / "tables/dict/train").glob("*.arrow"))),
+                         ("one", *sorted((d / "tables/one").glob("*.arrow")))):
+        works(f"a table: {name}", *base, "--out", d / f"tables/out_{name}", *files)
+        check("... the same tokens", read_shard(d / f"tables/out_{name}_train_000000.bin") == wanted)
+    works("a tokenizer of a table", "train_bpe.py", "--vocab-size", 300, "--field", "body", "--out", d / "tables/tok",
+          d / "tables/rows.parquet")
+    for name, expected, *args in (
+            ("a column that a table lacks", "no column 'text'; there are: id, body", *base[:3],
+             d / "tables/rows.parquet"),
+            ("a column of numbers", "row 1: field 'id' is int", *base[:3], "--field", "id", d / "tables/rows.arrow"),
+            ("a folder of tables", f"for example {d / 'tables/one'}/*.arrow", *base, d / "tables/one"),
+            ("--dataset with a folder of save_to_disk", f"without --dataset: {d / 'tables/dict/train'}/*.arrow", *base,
+             "--dataset", d / "tables/dict"),
+            ("--dataset with a file", "name it without --dataset", *base, "--dataset", d / "tables/rows.parquet")):
+        refused(name, expected, d, *args, "--out", d / "tables/no")
+    (d / "rows.parquet").write_bytes(b"PAR1\x15\x04\xff\xfe" + bytes(100))
+    refused("a broken table", "not a table", d, *base, "--out", d / "tables/no", d / "rows.parquet")
+
+
 def test_refusals(d):
     (d / "latin1.txt").write_bytes(b"fine\n" * 300000 + b"caf\xe9 \n")
     (d / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     (d / "broken.jsonl").write_text('{"text": "a"}\n{"text"\n')
     (d / "empty.txt").write_text("")
-    (d / "rows.parquet").write_bytes(b"PAR1\x15\x04\xff\xfe" + bytes(100))
+    (d / "rows").write_bytes(b"PAR1\x15\x04\xff\xfe" + bytes(100))
     (d / "notes.json").write_text("{}")
     (d / "x.bin").write_bytes(b"GGUF" + bytes(2000))
     base = ("tokenize_text.py", "--tokenizer", d / "tok", "--out", d / "new/folder/x")
@@ -215,7 +256,7 @@ def test_refusals(d):
             ("a folder as input", "a folder", *base, d),
             ("no input", "nothing to do", *base),
             ("text that is not UTF-8", "byte 1,500,003", *base, d / "latin1.txt"),
-            ("a parquet file", "--dataset FOLDER", *base, d / "rows.parquet"),
+            ("a table that is not called so", "ends with .parquet", *base, d / "rows"),
             ("an empty text", "no text", *base, d / "empty.txt"),
             ("a field that is no string", "line 2: field 'text' is int", *base, d / "bad.jsonl"),
             ("a field that is missing", "there are: text", *base, "--field", "body", d / "bad.jsonl"),
@@ -377,6 +418,7 @@ def main():
             test_round_trip(tokenizers, d)
             test_eos(tokenizers, d)
             test_dataset(d)
+            test_tables(d)
             test_refusals(d)
             test_interrupt(d)
             if importlib.util.find_spec("transformers"):

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import FORMATS, HEADER, MAX_TOKENS, Outputs, Parser, Progress, check_files, count, fail, field_of
+from common import FORMATS, HEADER, MAX_TOKENS, Outputs, Parser, Progress, check_files, count, fail, field_of, files_in
 from common import load_tokenizer, need, pieces, read_files, run
 
 DESCRIPTION = """\
@@ -16,7 +16,8 @@ Turns text into shards of tokens for `train_moe --data`, with any tokenizer.json
   tokenize_text.py --tokenizer DIR --out tokens/web  --field content web.jsonl
   tokenize_text.py --tokenizer DIR --out tokens/fw   --dataset HuggingFaceFW/fineweb-edu --config sample-10BT
 
-A file *.jsonl or *.ndjson has a document a line, every other file is plain UTF-8 text. Written are
+A file *.jsonl or *.ndjson has a document a line, *.parquet and *.arrow have one a row, every other file is plain UTF-8
+text. A folder that save_to_disk of `datasets` wrote: name its *.arrow files. Written are
 PREFIX_train_000000.bin, ... and, with --val-tokens, PREFIX_val_000000.bin: 256 int32 (magic, version, number of
 tokens), then uint16 tokens; uint32 when the vocabulary is larger than 65,536. No BOS or other special tokens are
 added, except the separator after each document. Memory stays bounded however large the input is."""
@@ -27,7 +28,7 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 def options():
     p = Parser(DESCRIPTION)
-    p.add_argument("inputs", nargs="*", metavar="FILE", help="text files or JSON lines")
+    p.add_argument("inputs", nargs="*", metavar="FILE", help="text files, JSON lines, *.parquet, *.arrow")
     p.add_argument("--tokenizer", required=True, metavar="DIR", help="a tokenizer.json, or the folder that has one")
     p.add_argument("--out", required=True, metavar="PREFIX", help="where the shards go, for example tokens/mine")
     p.add_argument("--name", default="train", choices=("train", "val"),
@@ -41,8 +42,8 @@ def options():
                    "(default: the tokenizer's end-of-text token if it names one, else none)")
     p.add_argument("--split-on", metavar="TEXT", help="a text file is many documents with TEXT between them, for "
                    "example '<|endoftext|>'; white space around each is removed (default: one document a file)")
-    p.add_argument("--field", default="text", metavar="KEY", help="where the text is in JSON lines and data sets "
-                   "(default: text)")
+    p.add_argument("--field", default="text", metavar="KEY",
+                   help="where the text is in JSON lines, tables and data sets (default: text)")
     p.add_argument("--dataset", metavar="NAME", help="a Hugging Face data set, or a folder with one, instead of files")
     p.add_argument("--config", metavar="C", help="the data set's configuration")
     p.add_argument("--split", default="train", metavar="S", help="the data set's split (default: train)")
@@ -127,6 +128,11 @@ class Shards:
 
 def read_dataset(args, progress):
     datasets = need("datasets", "--dataset")
+    if os.path.isfile(args.dataset):
+        fail(f"--dataset {args.dataset}: a file; name it without --dataset")
+    if any(os.path.exists(os.path.join(args.dataset, name)) for name in ("state.json", "dataset_dict.json")):
+        fail(f"--dataset {args.dataset}: save_to_disk wrote it; name its files without --dataset: "
+             f"{files_in(args.dataset)}")
     try:
         rows = datasets.load_dataset(args.dataset, args.config, split=args.split, streaming=True)
     except Exception as e:                          # a wrong name, configuration or split; no network: any class at all

@@ -18,13 +18,15 @@ END = "<|endoftext|>"
 
 def main():
     p = Parser(DESCRIPTION)
-    p.add_argument("inputs", nargs="+", metavar="FILE", help="text files, or JSON lines (*.jsonl, *.ndjson)")
+    p.add_argument("inputs", nargs="+", metavar="FILE",
+                   help="text files, JSON lines (*.jsonl, *.ndjson) or tables (*.parquet, *.arrow)")
     p.add_argument("--vocab-size", type=count, required=True, metavar="N",
                    help=f"number of tokens: 256 bytes, {END}, and N - 257 merges")
     p.add_argument("--out", required=True, metavar="DIR", help="the folder for the tokenizer")
     p.add_argument("--min-frequency", type=count, default=2, metavar="N",
                    help="merge only pairs seen this often (default: 2)")
-    p.add_argument("--field", default="text", metavar="KEY", help="where the text is in JSON lines (default: text)")
+    p.add_argument("--field", default="text", metavar="KEY",
+                   help="where the text is in JSON lines and tables (default: text)")
     p.add_argument("--errors", default="strict", choices=("strict", "replace"),
                    help="bytes that are not UTF-8: stop, or replace them by U+FFFD (default: strict)")
     p.add_argument("--force", action="store_true", help="replace a tokenizer that is there already")

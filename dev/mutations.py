@@ -117,17 +117,33 @@ MUTATIONS = [
     ('if (json_contains_type(normalizer, "ByteLevel")) return set_error(error, "its normalizer is ByteLevel");', ""),
     ('return set_error(error, "it has a step after ByteLevel");', "{}"),
     ("(!*scheme && add && add->type == JSON_FALSE) ? NEVER", "!*scheme ? NEVER"),
-    ("if (!raw_allowed) f->ids = encode_file(path, &all), f->width = (int)sizeof(int);",
-     "if (!raw_allowed) f->ids = encode_file(path, &all), f->width = 1;"),
+    ("if (!raw_allowed) f->ids = encoded_take(path, &all), f->width = (int)sizeof(int);",
+     "if (!raw_allowed) f->ids = encoded_take(path, &all), f->width = 1;"),
     ("bytes += t->lengths[d->files[i].ids[k]];", "bytes += 1;"),
     ("if (f->ids[k] < 0 || f->ids[k] >= d->vocab_size)", "if (0)"),
+    # the tokenizer of a new model, prompts from standard input
+    ("if (*vocab_size < size)", "if (0)"),
+    ("if (id >= size) size = id + 1;", ""),
+    ("found = id >= 0 || (i < 2 && are_ids(ids, size));", "found = id >= 0;"),
+    ("json_whole(j, size - 1) >= 0;", "json_whole(j, INT_MAX) >= 0;"),
+    ("if (json_get(name, \"content\")) name = json_get(name, \"content\");", ""),
+    ("if (tokenizer) m->luggage = luggage_new(c->arch, tokens.data);", ""),
+    ("tokenizer_add_ends(tokenizer, trained->luggage);\n", "\n"),
+    ('if (!m->source) unlink(join_path(path, dir, "upcycle.json"));', ""),
+    ("if (tokenizer && !m->reads_bytes) tokenizer_hash(tokenizer, run_tokenizer);", ""),
+    ("!tokenizer_is_bytes(out);", "0;"),
+    ("if (!same_tokenizer(options.tokenizer, dir))", "if (0)"),
+    ("if (!e || --e->users > 0) return;", "if (!e) return;"),
+    ("while (e && strcmp(e->path, path)) e = e->next;", "e = NULL;"),
+    ("if (!typed && t->length && t->data[t->length - 1] == '\\n') t->length--;", ""),
+    ("while ((ch = getchar()) != EOF && !(typed && ch == '\\n')) {", "while ((ch = getchar()) != EOF && ch != '\\n') {"),
     # long values in json, experts that are skipped
     ("    text_add(t, all, (size_t)n);\n", "    text_add(t, all, 1023);\n"),
     ("gates_n[k] = scaling * (gates_n[k] / sum);", "gates_n[k] = gates_n[k] / sum;"),
 ]
 
-GROUPS = ["tokenizer", "golden", "routers", "balance", "families", "gradients", "matmul", "checkpoints", "loader", "luggage",
-          "json", "data", "command line", "determinism"]
+GROUPS = ["tokenizer", "texts", "golden", "routers", "balance", "families", "gradients", "matmul", "checkpoints", "loader",
+          "luggage", "json", "data", "command line", "determinism"]
 
 
 def main():

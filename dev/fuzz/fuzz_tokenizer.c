@@ -8,6 +8,7 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const uint8_t* zero = (const uint8_t*)memchr(data, 0, size);
     size_t json = zero ? (size_t)(zero - data) : size;
     Json* j = json_parse((const char*)data, json, &error);
+    if (tokenizer_size(j) < 0) abort();
     Encoder* e = j ? encoder_make(j, &error) : NULL;
     if (e && zero) {
         long count = 0, again = 0;

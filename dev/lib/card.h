@@ -4,12 +4,13 @@
 
 // ---- the tokenizer of a byte model ----------------------------------------------------------------------------------
 
-static int has_tokenizer(const char* dir) {
-    static const char* signs[] = {"tokenizer.json", "tokenizer.model", "vocab.json"};
+static int holds(const char* dir, const char* name) {
     char path[PATH_SIZE];
-    int found = 0;
-    for (int i = 0; i < 3; i++) found |= !access(join_path(path, dir, signs[i]), F_OK);
-    return found;
+    return !access(join_path(path, dir, name), F_OK);
+}
+
+static int has_tokenizer(const char* dir) {
+    return holds(dir, "tokenizer.json") || holds(dir, "tokenizer.model") || holds(dir, "vocab.json");
 }
 
 // Writes a file of a directory that will be moved into `out`, if `out` does not have the same already.
@@ -63,11 +64,25 @@ static int write_byte_tokenizer(const char* out, const char* dir, Error* error) 
 }
 
 // generation_config.json of a new model: greedy, to the longest text that the model is meant for.
-static int write_generation_config(const Config* c, const char* out, const char* dir, Error* error) {
+static int write_generation_config(const Model* m, const char* out, const char* dir, Error* error) {
+    static const char* keys[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
     Text t = {NULL, 0, 0};
-    text_print(&t, "{\n  \"bos_token_id\": null,\n  \"eos_token_id\": null,\n  \"pad_token_id\": null,\n"
-               "  \"max_length\": %d\n}\n", c->max_position_embeddings);
+    for (int i = 0; i < 3; i++) {
+        const char* ids = json_raw(m->luggage, keys[i]);
+        text_print(&t, "%s\n  \"%s\": ", i ? "," : "{", keys[i]);
+        text_add(&t, ids ? ids : "null", ids ? strlen(ids) : 4);
+    }
+    text_print(&t, ",\n  \"max_length\": %d\n}\n", m->config.max_position_embeddings);
     return write_text_file(out, dir, "generation_config.json", &t, error);
+}
+
+// tokenizer_config.json beside a tokenizer.json that came without one: transformers would take the model's own class,
+// and that cut words by its own rule.
+static int write_tokenizer_config(const char* out, const char* dir, Error* error) {
+    Text t = {NULL, 0, 0};
+    text_print(&t, "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n"
+               "  \"clean_up_tokenization_spaces\": false\n}\n");
+    return write_text_file(out, dir, "tokenizer_config.json", &t, error);
 }
 
 // ---- which programs open a model ------------------------------------------------------------------------------------
@@ -287,7 +302,8 @@ static int write_readme(const Config* c, int bytes, const char* from, const char
     card_engines(&t, c);
     text_print(&t,
                "\n## Files\n\n`trainer.json` and `trainer/`, where they are, serve `train_moe --resume` alone. "
-               "`README.source.md` and a licence\ncame with the model that this one was made from.\n");
+               "`README.source.md` and a licence\ncame with the model, or "
+               "the tokenizer, that this one was made from.\n");
     json_free(receipt);
     free(card);
     free(commands.data);
@@ -299,6 +315,8 @@ static int write_card(const Model* m, const char* out, const char* dir, Error* e
     const Config* c = &m->config;
     return (!m->source || !strcmp(m->source, out) || carry_card(m->source, dir, error)) &&
            (!m->reads_bytes || c->vocab_size < 256 || has_tokenizer(dir) || write_byte_tokenizer(out, dir, error)) &&
-           (m->source || write_generation_config(c, out, dir, error)) &&
+           (m->source || holds(dir, "generation_config.json") || write_generation_config(m, out, dir, error)) &&
+           (m->source || !m->tokenizer || holds(dir, "tokenizer_config.json") ||
+            write_tokenizer_config(out, dir, error)) &&
            write_readme(c, m->reads_bytes, m->source, out, out, dir, error);
 }

@@ -191,8 +191,9 @@ static void key_to_json(Text* t, const Key* k, double x) {
     }
 }
 
-// What a new model has: of the keys that travel, those with one value, and no window and no special tokens.
-static Json* luggage_new(Arch arch) {
+// What a new model has: of the keys that travel, those with one value, no window, and the special tokens `tokens`
+// (members of an object; NULL: none).
+static Json* luggage_new(Arch arch, const char* tokens) {
     Text t = {NULL, 0, 0};
     Error error = {""};
     text_print(&t, "{");
@@ -204,8 +205,8 @@ static Json* luggage_new(Arch arch) {
         key_to_json(&t, k, k->least);
         text_print(&t, ", ");
     }
-    text_print(&t, "\"sliding_window\": null, \"bos_token_id\": null, \"eos_token_id\": null, "
-                   "\"pad_token_id\": null}");
+    if (!tokens) tokens = "\"bos_token_id\": null, \"eos_token_id\": null, \"pad_token_id\": null";
+    text_print(&t, "\"sliding_window\": null, %s}", tokens);
     Json* j = json_parse(t.data, t.length, &error);
     free(t.data);
     return j;
@@ -369,7 +370,7 @@ static int key_is_owned(const Config* c, const char* name) {
 // The reverse: the model's numbers, under the names of older and newer versions of transformers, and its luggage (NULL:
 // a new model's). dtype names the format of most of its numbers.
 static void config_to_json(Text* t, const Config* c, const Json* luggage, const char* dtype) {
-    Json* made = luggage ? NULL : luggage_new(c->arch);
+    Json* made = luggage ? NULL : luggage_new(c->arch, NULL);
     int ordinary = is_ordinary(c), first = 0;
     const char* model_type = archs[c->arch].model_type;
     if (!luggage) luggage = made;
@@ -530,7 +531,7 @@ static int checkpoint_load(Model* m, const char* dir, Error* error) {
     if (!load_tensors(m, s, m->params, "", &inner)) set_error(error, "%s: %s", dir, inner.text);
     else if (!notes_were_said) safetensors_say_notes(s, dir);
     safetensors_close(s);
-    m->source = dir;
+    m->source = m->tokenizer = dir;
     if (m->purpose == FOR_TRAINING && !error->text[0]) m->luggage = luggage_read(dir, error);
     if (!error->text[0] && families_load(m, dir, error) && m->config.router.family_penalty > 0) {
         if (!m->has_families)
@@ -690,7 +691,8 @@ static int save_files(const Model* m, const char* out, const char* dir, long ste
     ok = ok && flush_directory(join_path(path, dir, "trainer"), error);
     free(tensors);
     free(names);
-    ok = ok && (!m->source || copy_travelling_files(m->source, dir, error));
+    ok = ok && (!m->tokenizer || copy_travelling_files(m->tokenizer, dir, error));
+    if (!m->source) unlink(join_path(path, dir, "upcycle.json"));       // not the history of a new model
     return ok && write_card(m, out, dir, error) && flush_directory(dir, error);
 }
 

@@ -27,7 +27,7 @@ typedef struct {
     char* path;
     int fd;                 // -1: the embedded text
     int width;              // bytes in a token: 1 raw text, 2 or 4 in shards
-    int* ids;               // the tokens of a text that was encoded, or NULL: they are read from the file
+    int* ids;               // the tokens of a text that was encoded (encoded_take), or NULL: the file has them
     long size;              // bytes of the whole file
     long start;             // where this part's tokens start in it
     long count;             // tokens in this part
@@ -69,6 +69,42 @@ static void warn_of_bytes(const char* text, int vocab_size) {
 // The tokens of a text, for models with a tokenizer; NULL where nobody can make them. Ends the program if it fails.
 static int* (*encode_file)(const char* path, long* count) = NULL;
 
+// A text that was encoded, while files use it: those of its training and its validation part share the tokens.
+typedef struct EncodedText {
+    char* path;
+    int *ids, users;
+    long count;
+    struct EncodedText* next;
+} EncodedText;
+static EncodedText* encoded_texts;
+
+static int* encoded_take(const char* path, long* count) {
+    EncodedText* e = encoded_texts;
+    while (e && strcmp(e->path, path)) e = e->next;
+    if (!e) {
+        EncodedText made = {copy_string(path), NULL, 0, 0, encoded_texts};
+        made.ids = encode_file(path, &made.count);
+        e = encoded_texts = (EncodedText*)checked_malloc(sizeof *e);
+        *e = made;
+    }
+    e->users++;
+    *count = e->count;
+    return e->ids;
+}
+
+static void encoded_drop(const int* ids) {
+    EncodedText** at = &encoded_texts;
+    while (*at && (*at)->ids != ids) at = &(*at)->next;
+    EncodedText* e = *at;
+    if (!e || --e->users > 0) return;
+    *at = e->next;
+    free(e->path);
+    free(e->ids);
+    free(e);
+}
+
+#define TABLE_ADVICE "data/tokenize_text.py --tokenizer DIR --out NAME FILE.. makes shards of a column of such files"
+
 // What is plainly no text, by its first bytes, and what makes a text or token shards of it.
 static const struct {
     const char *magic, *what, *advice;
@@ -80,8 +116,9 @@ static const struct {
     {"BZh91AY&SY", "compressed by bzip2", "bunzip2 it first"},
     {"PK\3\4", "a zip archive", "unzip it first"},
     {"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"},
-    {"PAR1", "a Parquet table", "data/tokenize_text.py reads data sets; or write its column of text to a file"},
-    {"ARROW1", "an Arrow table", "data/tokenize_text.py reads data sets; or write its column of text to a file"},
+    {"PAR1", "a Parquet table", TABLE_ADVICE},
+    {"ARROW1", "an Arrow table", TABLE_ADVICE},
+    {"\xff\xff\xff\xff", "an Arrow stream", TABLE_ADVICE},         // as datasets saves a folder
     {"MMIDIDX", "the index of a Megatron data set", "data/tokenize_text.py makes token shards of the text"},
     {"\x89HDF", "an HDF5 file", "write its text or tokens to a file"},
     {"%PDF-", "a PDF", "pdftotext makes a text of it"},
@@ -132,7 +169,7 @@ static int data_file_inspect(Dataset* d, DataFile* f, Part part, BytesAllowed ra
                               path);
         long all = f->size;
         f->width = 1;
-        if (!raw_allowed) f->ids = encode_file(path, &all), f->width = (int)sizeof(int);
+        if (!raw_allowed) f->ids = encoded_take(path, &all), f->width = (int)sizeof(int);
         const char* unit = f->ids ? "tokens" : "bytes";
         long val = all / 10 > T + 1 ? all / 10 : T + 1;    // the last tenth, at least one window
         f->start = (part == VAL_PART ? all - val : 0) * f->width;
@@ -157,7 +194,11 @@ static int data_file_open(Dataset* d, DataFile* f, const char* path, Part part, 
         f->fd = open(path, O_RDONLY);
         if (f->fd < 0)
             return data_error(d, "%s: %s; expected a text or a .bin file of tokens", path, strerror(errno));
-        if (fstat(f->fd, &st) || !S_ISREG(st.st_mode)) return data_error(d, "%s: not a regular file", path);
+        if (fstat(f->fd, &st)) return data_error(d, "%s: %s", path, strerror(errno));
+        if (S_ISDIR(st.st_mode))
+            return data_error(d, "%s: a directory; name the files in it (of *.parquet and *.arrow "
+                              "data/tokenize_text.py makes shards)", path);
+        if (!S_ISREG(st.st_mode)) return data_error(d, "%s: not a regular file", path);
         f->size = (long)st.st_size;
     } else if (embedded_size == 0) {
         return data_error(d, "this build has no embedded text: build with `make`, or name a text with --data FILE");
@@ -223,7 +264,7 @@ static void dataset_close(Dataset* d) {
     for (int i = 0; i < d->num_files; i++) {
         if (d->files[i].fd >= 0) close(d->files[i].fd);
         free(d->files[i].path);
-        free(d->files[i].ids);
+        encoded_drop(d->files[i].ids);
     }
     free(d->files);
     free(d->buffer);

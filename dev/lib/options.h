@@ -1,5 +1,6 @@
 // options.h: the command line: one table of options, and what they ask for. Needs everything above.
 #pragma once
+#include "texts.h"
 
 // Everything that can be given. Text is NULL, a number is UNSET, where nothing was given and the default depends on
 // more.
@@ -13,7 +14,7 @@ static struct {
     // model from scratch
     long layers, hidden, heads, kv_heads, head_dim, ffn, experts, topk, expert_ffn, vocab, dense, tie, norm_topk,
         sparse_step;
-    const char *qk_norm, *arch;
+    const char *qk_norm, *arch, *tokenizer;
     // router
     double aux, z_loss, bias_rate, logit_norm, family_penalty, skip_below;
     const char *aux_form, *router, *topk_range, *lpr_align_form, *bias_rule, *fixed_router;
@@ -91,6 +92,8 @@ static Option option_table[] = {
      0},
     {"dense", OPT_FLAG, USE_SHAPE, &options.dense, 0, 0, "0", "", "as --experts 0", 0},
     {"vocab", OPT_WHOLE, USE_SHAPE, &options.vocab, 1, 1 << 24, NULL, "V", "vocabulary (text: 256)", 0},
+    {"tokenizer", OPT_TEXT, USE_SHAPE, &options.tokenizer, 0, 0, NULL, "DIR", "take tokenizer and vocabulary from it",
+     0},
     {"tie", OPT_FLAG, USE_SHAPE, &options.tie, 0, 0, "0", "", "LM head = embedding", 0},
     {"qk-norm", OPT_CHOICE, USE_SHAPE, &options.qk_norm, 0, 0, NULL, "none|head|row", "(the class's)", 0},
     {"norm-topk", OPT_WHOLE, USE_SHAPE, &options.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1; olmoe: 0)", 0},
@@ -142,7 +145,7 @@ static Option option_table[] = {
     {"load", OPT_FLAG, USE_OTHER, &options.load, 0, 0, "0", "", "and each layer's load", 0},
     {"trace", OPT_TEXT, USE_OTHER, &options.trace, 0, 0, NULL, "F.csv", "and each token's experts", 0},
     {"dump", OPT_TEXT, USE_OTHER, &options.dump, 0, 0, NULL, "F", "logits, gradients of a batch", 0},
-    {"prompt", OPT_TEXT, USE_OTHER, &options.prompt, 0, 0, NULL, "TEXT", "continue this", 0},
+    {"prompt", OPT_TEXT, USE_OTHER, &options.prompt, 0, 0, NULL, "TEXT", "continue this; - reads standard input", 0},
     {"prompt-ids", OPT_TEXT, USE_OTHER, &options.prompt_ids, 0, 0, NULL, "1,2,..", "the same as tokens", 0},
     {"tokens", OPT_WHOLE, USE_OTHER, &options.tokens, 0, 1 << 24, "256", "N", "to generate in a sample", 0},
     {"temperature", OPT_REAL, USE_OTHER, &options.temperature, 0, 100, "0.8", "X",
@@ -312,6 +315,7 @@ static void options_parse(int argc, char** argv) {
 static Position begun;                      // where this process began
 static const char* run_origin = NULL;       // the --model that the run was begun with; "": none; NULL: nobody knows
 static Text run_files;                      // its data, as trainer.json lists them
+static char run_tokenizer[20];              // the hash of its tokenizer.json; "": its tokens are bytes, or unknown
 
 // "key": [{"file", "bytes", "hash"}, ..]: by what a resume knows its data.
 static void files_to_json(Text* t, const char* key, const Dataset* d) {
@@ -337,6 +341,7 @@ static void trainer_to_json(Text* t, const Model* m, long step) {
         text_json_string(t, run_origin);
         text_print(t, ",\n");
     }
+    if (*run_tokenizer) text_print(t, "  \"tokenizer\": \"%s\",\n", run_tokenizer);
     if (run_files.length) text_add(t, run_files.data, run_files.length);
     text_print(t, "  \"options\": {");
     for (int i = 0, listed = 0; i < NUM_OPTIONS; i++) {
@@ -531,64 +536,6 @@ static void config_from_options(Config* c) {
             c->num_layers);
 }
 
-// The tokenizer of the model in encoder_dir, made when a text is first met; it ends the program if it cannot be.
-static const char* encoder_dir;
-static const Encoder* encoder_of_model(const char* what) {
-    static Encoder* encoder;
-    static const char* made_of;
-    char path[PATH_SIZE];
-    Error error = {""};
-    if (encoder && !strcmp(made_of, encoder_dir)) return encoder;
-    join_path(path, encoder_dir, "tokenizer.json");
-    if (access(path, F_OK))
-        die(2, "%s: this model reads tokens, and %s is not there to make them; make shards with "
-            "data/tokenize_text.py, or give --prompt-ids", what, path);
-    Json* j = json_read(path, &error);
-    if (!j) die(2, "%s", error.text);
-    encoder = encoder_make(j, &error);
-    if (!encoder)
-        die(2, "%s: %s: %s, which is not supported; encode the text with dev/reference/encode.py, for shards "
-            "data/tokenize_text.py", what, path, error.text);
-    json_free(j);
-    made_of = encoder_dir;
-    return encoder;
-}
-
-static int* encode_with_tokenizer(const char* path, long* count) {
-    Error error = {""};
-    size_t length = 0;
-    const Encoder* e = encoder_of_model(path);
-    char* text = read_file(path, INT_MAX, &length, &error);
-    if (!text) die(2, "%s; make shards of it with data/tokenize_text.py", error.text);
-    int* ids = encode(e, text, length, 1, count, &error);
-    if (!ids) die(2, "%s: %s", path, error.text);
-    free(text);
-    return ids;
-}
-
-// Whether the tokens of the model in `dir` are bytes: a tokenizer tells; never with fewer tokens than bytes, always
-// with 256. Otherwise the run that made the model told, or the upcycle after it, or nobody.
-static BytesAllowed reads_bytes(const Config* c, const char* dir) {
-    static const char* records[] = {"trainer.json", "upcycle.json"};
-    char path[PATH_SIZE];
-    Error ignored = {""};
-    if (c->vocab_size < 256) return NO_BYTES;
-    if (has_tokenizer(dir)) {
-        if (tokenizer_is_bytes(dir)) return BYTES;
-        encoder_dir = dir;
-        encode_file = encode_with_tokenizer;
-        return NO_BYTES;
-    }
-    if (c->vocab_size == 256) return BYTES;
-    long told = -1;
-    for (int i = 0; i < 2 && told < 0; i++) {
-        Json* record = access(join_path(path, dir, records[i]), F_OK) ? NULL : json_read(path, &ignored);
-        told = json_whole(json_get(record, "reads_bytes"), 1);
-        json_free(record);
-    }
-    return told == 0 ? NO_BYTES : told == 1 ? BYTES : PERHAPS_BYTES;
-}
-
 // Longer sequences than the model was made for are computed all the same, but not in silence.
 static void check_length(Config* c, const char* dir, int T) {
     int window = sliding_window(dir, c);
@@ -601,6 +548,18 @@ static void check_length(Config* c, const char* dir, int T) {
     fprintf(stderr, "%s: warning: --seq %d goes beyond the model's max_position_embeddings, %d\n", program_name, T,
             c->max_position_embeddings);
     if (c->rope.type == ROPE_DEFAULT) c->max_position_embeddings = T;       // what others are stretched from stays
+}
+
+// The run in OUT goes on with the tokens that it began with, or not at all.
+static void check_tokenizer(const Json* state, const char* out) {
+    const Json* was = json_get(state, "tokenizer");
+    char hash[20];
+    int other = was ? was->type != JSON_STRING || strcmp(was->string, tokenizer_hash(out, hash))
+                    : json_whole(json_get(state, "reads_bytes"), 1) == 1 && holds(out, "tokenizer.json") &&
+                          !tokenizer_is_bytes(out);
+    if (other)
+        die(2, "%s/tokenizer.json is not the one that the run began with; put that back, or begin a run with --model "
+            "and another --out", out);
 }
 
 static void print_model(const Model* m) {
@@ -754,59 +713,95 @@ static int run_dump(Config* c) {
     return 0;
 }
 
-static int run_prompt(Config* c) {
-    Tokenizer* tokenizer = tokenizer_open(options.model, c->vocab_size);
-    int prompt = 0, tokens = (int)options.tokens;
-    const char* given = options.prompt ? options.prompt : options.prompt_ids;
-    int* ids = (int*)checked_malloc(sizeof(int) * ((given ? strlen(given) : 1) + (size_t)tokens + 1));
-    if (!given) {
-        ids[prompt++] = first_token(c, tokenizer);
-    } else if (options.prompt_ids) {
-        for (const char* s = options.prompt_ids; *s;) {
-            char* end;
-            long id = strtol(s, &end, 10);
-            if (end == s || (*end && *end != ',') || id < 0 || id >= c->vocab_size)
-                die(2, "--prompt-ids: expected numbers from 0 to %d with commas between them, found %.20s",
-                    c->vocab_size - 1, s);
-            ids[prompt++] = (int)id;
-            s = *end ? end + 1 : end;
-        }
-    } else {
-        if (c->vocab_size < 256)
-            die(2, "--prompt: this model's vocabulary has %d tokens, too few for bytes; give --prompt-ids",
-                c->vocab_size);
-        BytesAllowed bytes = reads_bytes(c, options.model);
-        if (bytes == NO_BYTES) {
-            if (!encode_file) die(2, "--prompt: this model reads tokens, but has no tokenizer; give --prompt-ids");
-            long count = 0;
-            Error error = {""};
-            int* encoded =
-                encode(encoder_of_model("--prompt"), options.prompt, strlen(options.prompt), 1, &count, &error);
-            if (!encoded) die(2, "--prompt: %s", error.text);
-            free(ids);
-            ids = (int*)checked_malloc(sizeof(int) * ((size_t)count + (size_t)tokens + 1));
-            memcpy(ids, encoded, sizeof(int) * (size_t)count);
-            prompt = (int)count;
-            free(encoded);
-            for (int i = 0; i < prompt; i++)
-                if (ids[i] < 0 || ids[i] >= c->vocab_size)
-                    die(2, "--prompt: token %d is %d; the vocabulary has 0 to %d", i, ids[i], c->vocab_size - 1);
-        }
-        if (bytes == PERHAPS_BYTES) warn_of_bytes("--prompt", c->vocab_size);
-        for (const char* s = options.prompt; *s && bytes != NO_BYTES; s++) ids[prompt++] = (unsigned char)*s;
+// The tokens of a prompt, *count of them, with room for `more` behind them; the caller frees them.
+static int* prompt_tokens(const Config* c, const char* text, size_t length, int more, int* count) {
+    BytesAllowed bytes = reads_bytes(c, options.model);
+    if (bytes == NO_BYTES && !encode_file)
+        die(2, "--prompt: this model reads tokens%s, but has no tokenizer; give --prompt-ids",
+            c->vocab_size < 256 ? ", too few for bytes" : "");
+    if (bytes == PERHAPS_BYTES) warn_of_bytes("--prompt", c->vocab_size);
+    Error error = {""};
+    long n = (long)length;
+    int* encoded = bytes ? NULL : encode(encoder_of_model("--prompt"), text, length, 1, &n, &error);
+    if (!bytes && !encoded) die(2, "--prompt: %s", error.text);
+    if (n == 0) die(2, "the prompt is empty; give at least one token to go on from");
+    int* ids = (int*)checked_malloc(sizeof(int) * ((size_t)n + (size_t)more));
+    for (long i = 0; i < n; i++) {
+        ids[i] = encoded ? encoded[i] : (unsigned char)text[i];
+        if (ids[i] < 0 || ids[i] >= c->vocab_size)
+            die(2, "--prompt: token %ld is %d; the vocabulary has 0 to %d", i, ids[i], c->vocab_size - 1);
     }
-    if (prompt == 0) die(2, "the prompt is empty; give at least one token to go on from");
-    int positions = imin(prompt + tokens, c->max_position_embeddings);
+    free(encoded);
+    *count = (int)n;
+    return ids;
+}
+
+// The next prompt of standard input: a line that somebody types there, otherwise all of it, without the newline at its
+// end. 0 if there is no more.
+static int read_prompt(Text* t, int typed) {
+    int ch = 0;
+    t->length = 0;
+    text_add(t, "", 0);
+    if (typed) fprintf(stderr, "> ");
+    while ((ch = getchar()) != EOF && !(typed && ch == '\n')) {
+        char byte = (char)ch;
+        text_add(t, &byte, 1);
+    }
+    if (!typed && t->length && t->data[t->length - 1] == '\n') t->length--;
+    if (typed && ch == EOF) fprintf(stderr, "\n");
+    return t->length > 0 || ch == '\n';
+}
+
+static int* ids_from_option(const Config* c, int more, int* count) {
+    int* ids = (int*)checked_malloc(sizeof(int) * (strlen(options.prompt_ids) + (size_t)more));
+    for (const char* s = options.prompt_ids; *s;) {
+        char* end;
+        long id = strtol(s, &end, 10);
+        if (end == s || (*end && *end != ',') || id < 0 || id >= c->vocab_size)
+            die(2, "--prompt-ids: expected numbers from 0 to %d with commas between them, found %.20s",
+                c->vocab_size - 1, s);
+        ids[(*count)++] = (int)id;
+        s = *end ? end + 1 : end;
+    }
+    if (*count == 0) die(2, "the prompt is empty; give at least one token to go on from");
+    return ids;
+}
+
+// Continues --prompt, --prompt-ids or nothing; with --prompt - what standard input has, line after line if somebody
+// types it. No template is put around a prompt.
+static int run_prompt(Config* c) {
+    enum { TYPED_POSITIONS = 1024 };        // room for a line
+    Tokenizer* tokenizer = tokenizer_open(options.model, c->vocab_size);
+    Text text = {NULL, 0, 0};
+    int reading = options.prompt && !strcmp(options.prompt, "-"), typed = reading && isatty(0);
+    int tokens = (int)options.tokens, prompt = 0, *ids = NULL;
+    if (options.prompt_ids) ids = ids_from_option(c, tokens, &prompt);
+    else if (reading && !typed) read_prompt(&text, 0);
+    else if (options.prompt) text_add(&text, options.prompt, strlen(options.prompt));
+    if (options.prompt && !typed) ids = prompt_tokens(c, text.data, text.length, tokens, &prompt);
+    if (!options.prompt && !ids) {
+        ids = (int*)checked_malloc(sizeof(int) * ((size_t)tokens + 1));
+        ids[prompt++] = first_token(c, tokenizer);
+    }
+    int positions = imin((typed ? TYPED_POSITIONS : prompt) + tokens, c->max_position_embeddings);
     int window = sliding_window(options.model, c);
     if (window && window < positions)
         die(2, "--tokens %d: the model has sliding_window %d, which is not supported; ask for fewer", tokens, window);
     Model* g = load_model(c, options.model, FOR_GENERATION, 1, imin(positions, 256), positions);
     Sampling how = {options.temperature, options.top_p, (int)options.top_k, (uint64_t)options.seed};
-    signal(SIGINT, on_signal);
-    double start = seconds();
-    int made = generate(g, tokenizer, ids, prompt, tokens, &how, stdout);
-    fprintf(stderr, "%d tokens, %.1f tokens/s%s\n", made, made / (seconds() - start), sample_of(c, tokenizer));
-    free(ids);
+    while (!typed || read_prompt(&text, 1)) {
+        if (typed && !text.length) continue;
+        if (typed) ids = prompt_tokens(c, text.data, text.length, tokens, &prompt);
+        signal(SIGINT, on_signal);
+        double start = seconds();
+        int made = generate(g, tokenizer, ids, prompt, tokens, &how, stdout);
+        fprintf(stderr, "%d tokens, %.1f tokens/s%s\n", made, made / (seconds() - start), sample_of(c, tokenizer));
+        free(ids);
+        how.seed++;
+        if (!typed || stop_signal) break;
+        signal(SIGINT, SIG_DFL);
+    }
+    free(text.data);
     tokenizer_close(tokenizer);
     model_free(g);
     return stop_signal ? 130 : 0;
@@ -852,9 +847,12 @@ static int run_train(Config* c) {
     int B = (int)options.batch, T = (int)options.seq, demonstration = !options.data && !options.out && !options.model;
     Error error = {""};
     signal(SIGPIPE, SIG_IGN); // that nobody reads what is printed (`| head`) is no reason to lose the work
-    if (options.resume) options.model = options.out;
+    if (options.resume) options.model = options.out, check_tokenizer(trainer_state, options.out);
     check_length(c, options.model, T);
-    BytesAllowed bytes_are_tokens = options.model                                    ? reads_bytes(c, options.model)
+    const char* tokenizer = options.model ? options.model : options.tokenizer;
+    Text tokens = {NULL, 0, 0};
+    if (!options.model && tokenizer) take_tokenizer(tokenizer, &c->vocab_size, &tokens);
+    BytesAllowed bytes_are_tokens = tokenizer                                        ? reads_bytes(c, tokenizer)
                                     : c->vocab_size == 0 || c->vocab_size >= 256 ? BYTES
                                                                                    : NO_BYTES;
     if (!options.data) options.data = "<embedded>";
@@ -864,11 +862,11 @@ static int run_train(Config* c) {
     int split = !options.val;
     Dataset *data = dataset_open(options.data, T, INT_MAX, split ? TRAIN_PART : WHOLE, bytes_are_tokens), *val = NULL;
     if (c->vocab_size == 0 && !data->raw)
-        die(2, "--vocab is missing: token shards do not say how many tokens there are");
+        die(2, "--vocab is missing: token shards do not say how many tokens there are; --tokenizer DIR does, too");
     if (c->vocab_size == 0) c->vocab_size = 256;
     if (data->raw && !options.model && c->vocab_size > 256)
         die(2, "%s: has no header of a token shard, and of its bytes there are 256, not --vocab %d; make shards with "
-            "data/tokenize_text.py, or leave out --vocab", data->files[0].path, c->vocab_size);
+            "data/tokenize_text.py, give --tokenizer, or leave out --vocab", data->files[0].path, c->vocab_size);
     data->vocab_size = c->vocab_size;
     data_advice = option_given("val") ? "" : stored;
     if (split && (data->raw || data->encoded))
@@ -959,14 +957,16 @@ static int run_train(Config* c) {
     m->balance = balance_from_options(c);
     m->family_start = run.routers.family_start;
     // what a model's tokens mean does not change when training goes on with other data
-    m->reads_bytes = data->raw || (options.model && bytes_are_tokens == BYTES);
+    m->reads_bytes = data->raw || (tokenizer && bytes_are_tokens == BYTES);
     for (int l = 0; l < c->num_layers; l++) m->aux_coefficients[l] = m->balance.aux;
-    if (!options.model) model_init(m, run.seed);
-    else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);
+    if (!options.model) {
+        model_init(m, run.seed);
+        m->tokenizer = tokenizer;
+        if (tokenizer) m->luggage = luggage_new(c->arch, tokens.data);
+    } else if (!checkpoint_load(m, options.model, &error)) die(2, "%s", error.text);
     if (options.resume && !optimizer_load(m, options.out, &error)) die(2, "%s", error.text);
     if (c->router.fixed) run.routers.fixed = fix_routers(m, blocks);
     m->backend->send(m, PARAMETERS | (options.resume ? MOMENTS : 0));
-    if (generator) generator->source = m->source;
     if (options.out && !options.resume) open_out(options.out);      // not before everything else is known to be right
     if (!options.resume && option_given("resume"))
         fprintf(stderr, "%s: there is no run in %s to go on with, so this begins one\n", program_name, options.out);
@@ -983,6 +983,7 @@ static int run_train(Config* c) {
         trainer_restore(m, trainer_state);
         tell_changes(trainer_state, options.out, data, val);
     }
+    if (tokenizer && !m->reads_bytes) tokenizer_hash(tokenizer, run_tokenizer);
     run_files.length = 0;
     files_to_json(&run_files, "data_files", data);
     if (val && !split) files_to_json(&run_files, "val_files", val);
@@ -993,6 +994,7 @@ static int run_train(Config* c) {
     if (generator) model_free(generator);
     model_free(m);
     free(run.routers.fixed);
+    free(tokens.data);
     json_free(trainer_state);
     return code ? code : stop_signal ? 128 + stop_signal : 0;
 }
@@ -1002,6 +1004,12 @@ static int run_train(Config* c) {
 
 // An option that describes a model must agree with the one in `dir`.
 static void check_shape(const Option* o, const Config* c, const char* dir) {
+    if (o->value == &options.tokenizer) {
+        if (!same_tokenizer(options.tokenizer, dir))
+            die(2, "--tokenizer %s: its tokenizer.json is not that of the model in %s; leave it out", options.tokenizer,
+                dir);
+        return;
+    }
     int dense = c->num_experts == 0, step = (int)options.sparse_step, l = 0;
     while (l < c->num_layers && c->sparse[l] == (!dense && (l + 1) % step == 0)) l++;
     const struct {

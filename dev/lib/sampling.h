@@ -178,7 +178,8 @@ static void print_sample(Model* generator, const Model* trained, const Sampling*
     memcpy(generator->family, trained->family,
            sizeof(int) * (size_t)trained->config.num_layers * (size_t)trained->config.num_experts);
     generator->backend->send(generator, 0);
-    Tokenizer* tokenizer = tokenizer_open(generator->source, generator->config.vocab_size);
+    Tokenizer* tokenizer = tokenizer_open(trained->tokenizer, generator->config.vocab_size);
+    tokenizer_add_ends(tokenizer, trained->luggage);
     int* ids = (int*)checked_malloc(sizeof(int) * (size_t)(tokens + 1));
     ids[0] = first_token(&generator->config, tokenizer);
     printf("\na sample%s:\n", sample_of(&generator->config, tokenizer));

@@ -113,6 +113,12 @@ static void tokenizer_add_eos(Tokenizer* t, const Json* j) {
     for (int i = 0; j && j->type == JSON_ARRAY && i < j->count; i++) tokenizer_add_eos(t, j->items[i]);
 }
 
+// Takes the begin and, if there are none yet, the ends of sequence from a config.json.
+static void tokenizer_add_ends(Tokenizer* t, const Json* j) {
+    if (t->num_eos == 0) tokenizer_add_eos(t, json_get(j, "eos_token_id"));
+    t->bos = imax(0, (int)json_whole(json_get(j, "bos_token_id"), INT_MAX));
+}
+
 // Reads DIR's tokenizer.json, if any, and the end-of-sequence tokens; dir may be NULL.
 static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
     Tokenizer* t = (Tokenizer*)checked_malloc(sizeof(Tokenizer));
@@ -125,11 +131,9 @@ static Tokenizer* tokenizer_open(const char* dir, int vocab_size) {
     for (int i = 0; dir && i < 2; i++) {
         join_path(path, dir, eos_files[i]);
         Json* j = access(path, F_OK) ? NULL : json_read(path, &error);
-        if (t->num_eos == 0) tokenizer_add_eos(t, json_get(j, "eos_token_id"));
-        t->bos = (int)json_whole(json_get(j, "bos_token_id"), INT_MAX);
+        tokenizer_add_ends(t, j);
         json_free(j);
     }
-    t->bos = imax(t->bos, 0);
     join_path(path, dir ? dir : "", "tokenizer.json");
     if (!dir || access(path, F_OK)) return t;
     Json* j = json_read(path, &error);

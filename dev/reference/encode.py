@@ -34,7 +34,10 @@ def main():
     if (args.text is None) == (args.file is None):
         parser.error("give a text or --file, one of them")
     tokenizer = read_tokenizer(args.directory)
-    text = args.text if args.file is None else open(args.file, encoding="utf-8", newline="").read()
+    try:
+        text = args.text if args.file is None else open(args.file, encoding="utf-8", newline="").read()
+    except (OSError, UnicodeDecodeError):
+        parser.exit(2, f"encode.py: {args.file}: no UTF-8 text; data/tokenize_text.py reads JSON lines and tables, too\n")
     ids = tokenizer.encode(text).ids
     if args.out:
         write_shard(args.out, ids, tokenizer.get_vocab_size())

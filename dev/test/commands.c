@@ -408,7 +408,7 @@ static void test_command_line(void) {
     if (config_read(&c, temp("window"), &error)) {
         c.arch = MISTRAL;
         c.max_position_embeddings = 1000;
-        Json* k = luggage_new(MISTRAL);
+        Json* k = luggage_new(MISTRAL, NULL);
         json_set_raw(k, "sliding_window", "64");
         config_to_json(&t, &c, k, "float32");
         write_text(temp("window/config.json"), t.data);

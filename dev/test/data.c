@@ -197,7 +197,8 @@ static void test_data_errors(void) {
     check_data_error("pattern without a match", temp("absent*.txt"), "", "No such file", "absent*.txt");
     snprintf(list, sizeof list, "%s,", text);
     check_data_error("a comma too many", list, "", "No such file", "");
-    check_data_error("directory", temp_dir, "", "not a regular file", temp_dir);
+    check_data_error("directory", temp_dir, "", "a directory; name the files in it", temp_dir);
+    check_data_error("device", "/dev/null", "", "not a regular file", "/dev/null");
     snprintf(list, sizeof list, "--val %s", temp("absent.txt"));
     check_data_error("missing --val", text, list, "No such file", "absent.txt");
 }
@@ -212,7 +213,8 @@ static void test_no_text(void) {
                  {"PAR1", "Parquet", 4},                     {"MMIDIDX\0\0", "index of a Megatron", 9},
                  {"\xfd" "7zXZ\0", "unxz", 6},               {"BZh91AY&SY", "bunzip2", 10},
                  {"7z\xbc\xaf\x27\x1c", "7z", 6},            {"ARROW1", "Arrow", 6},
-                 {"\x89HDF", "HDF5", 4},                     {"%PDF-1.4", "pdftotext", 8}};
+                 {"\x89HDF", "HDF5", 4},                     {"%PDF-1.4", "pdftotext", 8},
+                 {"\xff\xff\xff\xff\x10", "an Arrow stream", 5}};
     char bytes[600];
     int all = sizeof files / sizeof files[0] == sizeof not_text / sizeof not_text[0];
     for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
