@@ -8,6 +8,7 @@
 # make lab E=NAME   runs an experiment of dev/lab, or goes on with it
 # make train_moe_cu   builds the GPU program with nvcc;  make test_gpu   runs every check of it on this machine's GPU
 # make test_standin   runs the checks of the GPU program without a GPU, on a stand-in; STANDIN=WORD: only some groups
+# make cut     kernels and functions as files that compile alone, in build/cut/;  make test_cut   tests them (dev/cut)
 # make test_ptx   executes nvcc's PTX of the tensor-core kernels without a GPU, in an interpreter; PTX=--short: a part
 
 CC     ?= cc
@@ -162,6 +163,13 @@ build/%_single.c: %.c $(UPCYCLE) $(LIB) build/embedded.h
 
 single: build/train_moe_single.c build/upcycle_single.c
 
+# Kernels and functions, each with what it needs, a manual, a test and a benchmark; CUT=cpu, gpu or a NAME: some
+cut:
+	python3 dev/cut/cut.py
+
+test_cut:
+	NVCC="$(NVCC)" CUDA_TOP="$(if $(NVCC),$(CUDA_TOP))" python3 dev/cut/test_cut.py $(CUT)
+
 run: train_moe upcycle
 	dev/story.sh
 
@@ -214,4 +222,4 @@ references:
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu
 
-.PHONY: all single run test test_gpu test_standin test_ptx bench products lessons picture lab references clean
+.PHONY: all single cut test_cut run test test_gpu test_standin test_ptx bench products lessons picture lab references clean
