@@ -66,7 +66,8 @@ template <class T> static void test(long n, int shift, float clip, int finite) {
     }
     gpu_gradient_norm(norm.gpu(), parts.gpu(), grad.gpu(), n, test_stream);
     gpu_adamw(copied ? copy.gpu() : (T*)NULL, w.gpu(), grad.gpu(), m.gpu(), v.gpu(), n, norm.gpu(), clip, (float)lr,
-              (float)decay, (float)beta1, (float)beta2, (float)eps, (float)correction1, (float)correction2, test_stream);
+              (float)decay, (float)beta1, (float)beta2, (float)eps, (float)correction1, (float)correction2,
+              test_stream);
     if (finite) compare("the norm", norm, {sqrt(squares)}, {0}, 1e-6, 0);
     else check(norm.fetch() && isnan(norm.x[0]), "the norm of what is not finite");
     compare("w", w, want_w, size_w, 1e-6, 1e-6);

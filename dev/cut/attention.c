@@ -11,9 +11,9 @@ attention.c: causal attention with grouped queries in fp32, forward and backward
 
 Shapes     B sequences; NH query heads, NKV key and value heads that divide them: query head h uses h / (NH / NKV); any
            head size HD. out, dout (B Tq, NH HD); lse (B, NH, Tq).
-Layout     Row n of q begins at q + n ld_q, its heads one after the other; k and v likewise with ld_k and ld_v, Tk rows a
-           sequence. So q, k and v may be parts of one matrix (N, (NH + 2 NKV) HD), and their gradients of another: rows
-           of dq and dk lie ld_dqk apart, those of dv ld_dv. Gradients are overwritten.
+Layout     Row n of q begins at q + n ld_q, its heads one after the other; k and v likewise with ld_k and ld_v, Tk rows
+           a sequence. So q, k and v may be parts of one matrix (N, (NH + 2 NKV) HD), and their gradients of another:
+           rows of dq and dk lie ld_dqk apart, those of dv ld_dv. Gradients are overwritten.
 Lengths    The Tq queries are the last Tq of Tk positions: Tq = Tk in training, Tq < Tk with a cache. The backward pass
            wants Tq = Tk = T.
 Scratch    attention_scratch_size(Tk) floats: for each thread two blocks of 64 rows of scores.
@@ -87,12 +87,13 @@ static void test_forward(int B, int Tq, int Tk, int NH, int NKV, int HD) {
 static void test_backward(int B, int T, int NH, int NKV, int HD) {
     long ld = (NH + 2L * NKV) * HD, N = (long)B * T;
     float *qkv = numbers(N * ld, 2), *dqkv = numbers(N * ld, 2), *out = numbers(N * NH * HD, 0);
-    float *dout = numbers(N * NH * HD, 0.5), *lse = numbers(N * NH, 0), *scratch = numbers(attention_scratch_size(T), 0);
+    float *dout = numbers(N * NH * HD, 0.5), *lse = numbers(N * NH, 0),
+          *scratch = numbers(attention_scratch_size(T), 0);
     const float *q = qkv, *k = q + NH * HD, *v = k + NKV * HD;
     double *want = zeros(N * ld), *size = zeros(N * ld), *p = zeros(T), scores;
     attention_forward(out, lse, q, ld, k, ld, v, ld, B, T, T, NH, NKV, HD, scratch);
-    attention_backward(dqkv, dqkv + NH * HD, dqkv + (NH + NKV) * HD, dout, out, lse, q, ld, k, ld, v, ld, ld, ld, B, T, NH,
-                       NKV, HD, scratch);
+    attention_backward(dqkv, dqkv + NH * HD, dqkv + (NH + NKV) * HD, dout, out, lse, q, ld, k, ld, v, ld, ld, ld, B, T,
+                       NH, NKV, HD, scratch);
     for (long row = 0; row < N * NH; row++) {
         long n = row / NH, h = row % NH, b = n / T, i = n % T, q_at = n * ld + h * HD;
         long k_at = b * T * ld + (NH + h / (NH / NKV)) * HD, v_at = k_at + NKV * HD;
@@ -128,15 +129,16 @@ static void bench(int N) {
     int T = N < 1024 ? N : 1024, B = N / T, NH = 8, NKV = 4, HD = 64;
     long ld = (NH + 2L * NKV) * HD, rows = (long)B * T;
     float *qkv = numbers(rows * ld, 1), *dqkv = numbers(rows * ld, 1), *out = numbers(rows * NH * HD, 0);
-    float *dout = numbers(rows * NH * HD, 1), *lse = numbers(rows * NH, 0), *scratch = numbers(attention_scratch_size(T), 0);
+    float *dout = numbers(rows * NH * HD, 1), *lse = numbers(rows * NH, 0),
+          *scratch = numbers(attention_scratch_size(T), 0);
     const float *q = qkv, *k = q + NH * HD, *v = k + NKV * HD;
     double flops = 2.0 * rows * T * NH * HD;            // two products over half of the square; backward five
     printf("fp32, %d sequences of %d, %d query heads of %d, %d key and value heads\n", B, T, NH, HD, NKV);
     while (time_again()) attention_forward(out, lse, q, ld, k, ld, v, ld, B, T, T, NH, NKV, HD, scratch);
     print_time("forward", flops, "GFLOP/s");
     while (time_again())
-        attention_backward(dqkv, dqkv + NH * HD, dqkv + (NH + NKV) * HD, dout, out, lse, q, ld, k, ld, v, ld, ld, ld, B, T,
-                           NH, NKV, HD, scratch);
+        attention_backward(dqkv, dqkv + NH * HD, dqkv + (NH + NKV) * HD, dout, out, lse, q, ld, k, ld, v, ld, ld, ld, B,
+                           T, NH, NKV, HD, scratch);
     print_time("backward", flops * 2.5, "GFLOP/s");
     free(qkv), free(dqkv), free(out), free(dout), free(lse), free(scratch);
 }

@@ -181,7 +181,9 @@ def select(items, where, names, own):
             waiting += uses(item)
             while group and not group.wanted:
                 group.wanted = True
-                waiting += [] if group.guard else [word for other in items if other.kind == "if" and other.group is group for word in uses(other)]
+                if not group.guard:
+                    waiting += [word for other in items if other.kind == "if" and other.group is group
+                                for word in uses(other)]
                 group = group.parent
     following = None
     for item in reversed(items):
@@ -247,8 +249,7 @@ def cut(name, programs):
         if (m := INCLUDE.match(line)):
             out += emit(support[m.group(1)][0])
         elif n == marks[0]:
-            out += [f"// Cut from {program} by dev/cut/cut.py: these are its lines, and this is not the place to change them.",
-                    "", *text]
+            out += [f"// Cut from {program} by dev/cut/cut.py: its lines, which are to be changed there.", "", *text]
         elif n not in marks:
             out.append(line)
     out += ["", "/*", *(ROOT / "LICENSE").read_text().splitlines(), "*/"]

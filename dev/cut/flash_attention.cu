@@ -22,8 +22,8 @@ Alignment  Where HD and the strides are multiples of 8 and all pointers of 16 by
 Scratch    D (B, NH, T) floats in the backward pass. Gradients are overwritten, not added to.
 Stream     The last argument, 0 by default. Nothing is allocated, nothing waits for the device. A failed call ends the
            program: `die`.
-Results    There are no atomic additions: the same input gives the same bits, and a query's result does not depend on Tq.
-           The price is 7 products of tiles in the backward pass where 5 would do.
+Results    There are no atomic additions: the same input gives the same bits, and a query's result does not depend on
+           Tq. The price is 7 products of tiles in the backward pass where 5 would do.
 Before     the projection to q, k, v, norms and rotary positions. After: the projection of out. Masks other than the
            causal one, dropout and windows are not here.
 Speed      unmeasured: no GPU has run this file yet. It was tested on a CPU that executes CUDA C++, and its inline
@@ -43,8 +43,8 @@ project's, and so are the dimension letters. The test compares with plain loops 
 
 typedef std::vector<double> Doubles;
 
-// The plain version, for head h of sequence b and query i of Tq: p (Tk), the logarithm of the denominator, and the size of
-// each score. Pointers are to the whole arrays.
+// The plain version, for head h of sequence b and query i of Tq: p (Tk), the logarithm of the denominator, and the size
+// of each score. Pointers are to the whole arrays.
 template <class T>
 static double plain_scores(Doubles& p, Doubles& size, const T* q, long ld_q, const T* k, long ld_k, int b, int h, int i,
                            int Tq, int Tk, int group, int HD) {
@@ -65,8 +65,8 @@ static double plain_scores(Doubles& p, Doubles& size, const T* q, long ld_q, con
     return max + log(sum);
 }
 
-// Errors, as shares of the terms: bf16 rounds p and ds before they are summed. A score of size s is off by 1e-6 s, and p
-// by that share of itself.
+// Errors, as shares of the terms: bf16 rounds p and ds before they are summed. A score of size s is off by 1e-6 s, and
+// p by that share of itself.
 template <class T> static double terms_unit() { return sizeof(T) == 2 ? 1.0 / 200 : 3e-6; }
 
 template <class T> static void test_forward(int B, int Tq, int Tk, int NH, int NKV, int HD, int shift) {
@@ -105,8 +105,8 @@ template <class T> static void test_backward(int B, int length, int NH, int NKV,
     const T *q = qkv.gpu(), *k = q + NH * HD, *v = k + NKV * HD;
     T *dq = dqkv.gpu(), *dk = dq + NH * HD, *dv = dk + NKV * HD;
     gpu_attention_forward(out.gpu(), lse.gpu(), q, ld, k, ld, v, ld, B, length, length, NH, NKV, HD, test_stream);
-    gpu_attention_backward(dq, dk, dv, D.gpu(), dout.gpu(), out.gpu(), lse.gpu(), q, ld, k, ld, v, ld, ld, ld, B, length,
-                           NH, NKV, HD, test_stream);
+    gpu_attention_backward(dq, dk, dv, D.gpu(), dout.gpu(), out.gpu(), lse.gpu(), q, ld, k, ld, v, ld, ld, ld, B,
+                           length, NH, NKV, HD, test_stream);
     check(out.fetch() && lse.fetch() && D.fetch(), "the backward pass keeps to its arrays");
     Doubles want(dqkv.n), size(dqkv.n), p(length), s(length);
     for (int b = 0; b < B; b++)
@@ -156,13 +156,15 @@ static void bench(int N) {
         bf16 *dq = dqkv.gpu(), *dk = dq + NH * HD, *dv = dk + NKV * HD;
         double flops = 2.0 * rows * length * NH * HD;       // two products over half of the square; backward five
         char name[2][64];
-        for (int i = 0; i < 2; i++) snprintf(name[i], sizeof name[i], "%s, heads of %d", i ? "backward" : "forward", HD);
+        for (int i = 0; i < 2; i++)
+            snprintf(name[i], sizeof name[i], "%s, heads of %d", i ? "backward" : "forward", HD);
         time_of(name[0], flops, "TFLOP/s", [&] {
-            gpu_attention_forward(out.gpu(), lse.gpu(), q, ld, k, ld, v, ld, B, length, length, NH, NKV, HD, test_stream);
+            gpu_attention_forward(out.gpu(), lse.gpu(), q, ld, k, ld, v, ld, B, length, length, NH, NKV, HD,
+                                  test_stream);
         });
         time_of(name[1], flops * 2.5, "TFLOP/s", [&] {
-            gpu_attention_backward(dq, dk, dv, D.gpu(), dout.gpu(), out.gpu(), lse.gpu(), q, ld, k, ld, v, ld, ld, ld, B,
-                                   length, NH, NKV, HD, test_stream);
+            gpu_attention_backward(dq, dk, dv, D.gpu(), dout.gpu(), out.gpu(), lse.gpu(), q, ld, k, ld, v, ld, ld, ld,
+                                   B, length, NH, NKV, HD, test_stream);
         });
     }
 }

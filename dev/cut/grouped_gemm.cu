@@ -119,7 +119,8 @@ static void dot(double* sum, double* size, const T* a, long step_a, const T* b, 
 template <class T> static void test(int N, int K, int E, int C, int OC, int shift) {
     Problem p(N, K, E);
     int R = p.R, parts = gpu_dgate_parts<T>(OC);
-    Array<T> x((long)N * C, shift), W((long)E * OC * C, shift), up_W((long)E * 2 * OC * C, shift), y((long)R * OC, shift);
+    Array<T> x((long)N * C, shift), W((long)E * OC * C, shift), up_W((long)E * 2 * OC * C, shift),
+        y((long)R * OC, shift);
     Array<T> dy((long)N * OC, shift), dy_rows((long)R * OC, shift), dx((long)R * C, shift), dx_rows((long)R * C, shift);
     Array<T> gate_up((long)R * 2 * OC, shift), act((long)R * OC, shift), gated((long)R * OC, shift);
     Array<T> dout((long)N * C, shift), down((long)E * C * OC, shift);
@@ -220,8 +221,8 @@ static void bench(int N) {
     double flops = 2.0 * p.R * C * OC;
     printf("bf16, %d tokens, %d of %d experts (%d, %d), %s\n", N, K, E, OC, C, gpu_has_wgmma() ? "wgmma" : "mma.sync");
     time_of("forward, gathered", flops, "TFLOP/s", [&] {
-        gpu_grouped_forward(y.gpu(), x.gpu(), p.token.gpu(), W.gpu(), p.offsets.gpu(), p.tiles.gpu(), p.max_tiles, C, OC,
-                            test_stream);
+        gpu_grouped_forward(y.gpu(), x.gpu(), p.token.gpu(), W.gpu(), p.offsets.gpu(), p.tiles.gpu(), p.max_tiles, C,
+                            OC, test_stream);
     });
     time_of("dX", flops, "TFLOP/s", [&] {
         gpu_grouped_dx(dx.gpu(), y.gpu(), (const int*)NULL, W.gpu(), p.offsets.gpu(), p.tiles.gpu(), p.max_tiles, C, OC,

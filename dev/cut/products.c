@@ -13,9 +13,9 @@ products.c: y = x W^T and its two gradients in fp32, for one matrix or for the m
 Shapes     x (rows, C), W (OC, C), y (rows, OC), row-major without gaps; W_e is (OC, C) and begins at W + e
            weight_stride. Rows offsets[e] .. offsets[e+1]-1 belong to expert e of E; offsets (E + 1), and an expert may
            have no rows. Any sizes, any alignment of floats.
-Sums       Each element is one chain of multiply-adds in the order of its index, as the plain loops in the same functions
-           write it (plain_products = 1 lets them compute): the bits depend neither on the number of threads nor on the
-           other rows, so that a row alone gives what it gives in a batch.
+Sums       Each element is one chain of multiply-adds in the order of its index, as the plain loops in the same
+           functions write it (plain_products = 1 lets them compute): the bits depend neither on the number of threads
+           nor on the other rows, so that a row alone gives what it gives in a batch.
 Memory     Each thread keeps 600 to 800 KB of scratch from its first product on.
 Before     gathering rows by expert (routing.c). After: SwiGLU, and adding up each token's rows.
 
@@ -76,9 +76,10 @@ static void test(int E, int rows, int C, int OC) {
                         long at = which == 2 ? ((long)e * OC + i) * C + j : (first + i) * J + j;
                         double sum = add ? start[at] : 0, size = fabs(sum);
                         for (long k = 0; k < depth; k++) {
-                            double term = which == 0   ? (double)left[(first + i) * C + k] * W[j * C + k]
-                                          : which == 1 ? (double)left[(first + i) * OC + k] * W[k * C + j]
-                                                       : (double)left[(first + k) * OC + i] * right[(first + k) * C + j];
+                            double term = (double)left[which == 2 ? (first + k) * OC + i : (first + i) * depth + k] *
+                                          (which == 0   ? W[j * C + k]
+                                           : which == 1 ? W[k * C + j]
+                                                        : right[(first + k) * C + j]);
                             sum += term;
                             size += fabs(term);
                         }

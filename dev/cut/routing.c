@@ -57,7 +57,8 @@ static void test(int N, int E, int K, int H, int norm_topk, int steps) {
         compare(lse[n], log(sum), 3);
         for (int k = 0; k < K; k++) {               // as many are better as come before
             int e = experts[n * K + k], better = 0;
-            for (int i = 0; i < E; i++) better += z[n * E + i] > z[n * E + e] || (z[n * E + i] == z[n * E + e] && i < e);
+            for (int i = 0; i < E; i++)
+                better += z[n * E + i] > z[n * E + e] || (z[n * E + i] == z[n * E + e] && i < e);
             right &= better == k;
             chosen += exp((double)z[n * E + e]) / sum;
         }
@@ -128,7 +129,8 @@ static void bench(int N) {
     int E = 64, K = 8, H = 512, R = N * K;
     int *experts = integers(R), *offsets = integers(E + 1), *assignment = integers(R), *row_of = integers(R);
     float *z = numbers((long)N * E, 3), *probs = numbers((long)N * E, 0), *lse = numbers(N, 0), *gates = numbers(R, 0);
-    float *dgates = numbers(R, 1), *dz = numbers((long)N * E, 0), *x = numbers((long)N * H, 1), *y = numbers((long)R * H, 0);
+    float *dgates = numbers(R, 1), *dz = numbers((long)N * E, 0), *x = numbers((long)N * H, 1),
+          *y = numbers((long)R * H, 0);
     printf("%d tokens of %d numbers, %d of %d experts\n", N, H, K, E);
     while (time_again()) softmax_router_forward(probs, lse, experts, gates, z, N, E, K, 1);
     print_time("router", 1e3 * N, "Mtoken/s");

@@ -1,5 +1,5 @@
-// test.cuh: what stands between the kernels and the test in the files for GPUs: arrays on both sides, comparisons, times.
-// cut.py writes into each what it needs of it.
+// test.cuh: what stands between the kernels and the test in the files for GPUs: arrays on both sides, comparisons,
+// times. cut.py writes into each what it needs of it.
 #pragma once
 
 static int passed, failed;

@@ -11,8 +11,8 @@ topk_routing.cu: the softmax top-K router of a mixture of experts and the groupi
     gpu_balance_weights           f_e, the experts' shares, for the gradient of the balance loss
     gpu_softmax_router_backward   dz from the gradient of the gates, with those of the balance loss and the z-loss
 
-Shapes     z, probs, dz (N, E) floats; lse (N); experts (N, K) ints, best first, of equals the lowest index first; gates,
-           dgates (N, K), gates divided by their sum if norm_topk. 1 <= K <= E, any E.
+Shapes     z, probs, dz (N, E) floats; lse (N); experts (N, K) ints, best first, of equals the lowest index first;
+           gates, dgates (N, K), gates divided by their sum if norm_topk. 1 <= K <= E, any E.
 Grouping   offsets (E + 1): rows offsets[e] .. offsets[e+1]-1 belong to expert e. assignment (N K): row r serves
            assignment n K + k, the k-th expert of token n. row_of (N, K): the inverse. token (N K): n. tiles (max_tiles
            >= N K / 128 + E): {expert, first row} for every 128 rows of an expert, then {-1, 0}: what grouped_gemm.cu
@@ -78,8 +78,8 @@ static void test(int N, int E, int K, int norm_topk, int steps) {
     compare_exactly("experts", experts, want_experts);
     compare("gates", gates, want_gates, want_gates, 2e-6, 0);
 
-    gpu_group_by_expert(offsets.gpu(), tiles.gpu(), max_tiles, assignment.gpu(), token.gpu(), row_of.gpu(), counts.gpu(),
-                        experts.gpu(), N, K, E, test_stream);
+    gpu_group_by_expert(offsets.gpu(), tiles.gpu(), max_tiles, assignment.gpu(), token.gpu(), row_of.gpu(),
+                        counts.gpu(), experts.gpu(), N, K, E, test_stream);
     std::vector<int> want_offsets(1), want_assignment, want_token, want_rows(R);
     std::vector<int2> want_tiles;
     for (int e = 0; e < E; e++) {
