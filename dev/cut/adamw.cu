@@ -77,8 +77,8 @@ template <class T> static void test(long n, int shift, float clip, int finite) {
     if (copied && finite) compare("the copy", copy, want_w, size_w, 1.0 / 250, 1e-6);
 }
 
-static void bench(int tokens) {
-    long n = tokens * 1024L;
+static void bench(int thousands) {
+    long n = thousands * 1024L;
     Array<float> w(n), grad(n), m(n), v(n), norm(1);
     Array<bf16> copy(n);
     Array<double> parts(GRADIENT_NORM_PARTS);
@@ -93,7 +93,7 @@ static void bench(int tokens) {
 }
 
 int main(int argc, char** argv) {
-    int thousands = tokens_to_time(argc, argv, 65536);
+    int thousands = size_to_time(argc, argv, 65536);
     if (thousands) {
         bench(thousands);
         return 0;

@@ -94,7 +94,7 @@ template <class T> static void test_all() {
 }
 
 int main(int argc, char** argv) {
-    int tokens = tokens_to_time(argc, argv, 16384);
+    int tokens = size_to_time(argc, argv, 16384);
     if (tokens) {
         bench(tokens);
         return 0;

@@ -22,9 +22,9 @@ Gathering  With `token` (R), row r of x (or dy) is row token[r] of a matrix (N, 
 tiles      A list (max_tiles) of {expert, first row} for every 128 rows of each expert, then {-1, 0}; max_tiles =
            R / 128 + E is always enough. topk_routing.cu makes offsets, tiles and token on the device; make_tiles below
            makes tiles on the host. Without experts: E = 1, offsets {0, R}.
-Layout     Row-major, without gaps. Any sizes, any address that suits the type. Where rows begin at multiples of 16
-           bytes (C a multiple of 8 in bf16), operands are copied 16 bytes at a time by cp.async; else number by number,
-           which is many times slower.
+Layout     Row-major, without gaps. Any sizes, any address that suits the type. In bf16, operands whose rows begin at
+           multiples of 16 bytes (widths that are multiples of 8) are copied 16 bytes at a time by cp.async, others
+           number by number, which is many times slower.
 Stream     The last argument, 0 by default. Nothing is allocated, nothing waits for the device. A failed call ends the
            program: `die`.
 Results    There are no atomic additions: the same input gives the same bits.
@@ -235,7 +235,7 @@ static void bench(int N) {
 }
 
 int main(int argc, char** argv) {
-    int tokens = tokens_to_time(argc, argv, 16384);
+    int tokens = size_to_time(argc, argv, 16384);
     if (tokens) {
         bench(tokens);
         return 0;

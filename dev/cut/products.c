@@ -16,7 +16,7 @@ Shapes     x (rows, C), W (OC, C), y (rows, OC), row-major without gaps; W_e is 
 Sums       Each element is one chain of multiply-adds in the order of its index, as the plain loops in the same
            functions write it (plain_products = 1 lets them compute): the bits depend neither on the number of threads
            nor on the other rows, so that a row alone gives what it gives in a batch.
-Memory     Each thread keeps 600 to 800 KB of scratch from its first product on.
+Memory     Each thread keeps 0.5 to 0.8 MB of scratch from its first product on.
 Before     gathering rows by expert (routing.c). After: SwiGLU, and adding up each token's rows.
 
 Cut out of the mixture-of-experts trainer train_moe.c and dev/lib/products.h, whose comments it keeps. The test compares
@@ -115,7 +115,7 @@ static void bench(int rows) {
 }
 
 int main(int argc, char** argv) {
-    int tokens = tokens_to_time(argc, argv, 2048);
+    int tokens = size_to_time(argc, argv, 2048);
     if (tokens) {
         bench(tokens);
         return 0;

@@ -147,7 +147,7 @@ static void bench(int N) {
 }
 
 int main(int argc, char** argv) {
-    int tokens = tokens_to_time(argc, argv, 4096);
+    int tokens = size_to_time(argc, argv, 4096);
     if (tokens) {
         bench(tokens);
         return 0;

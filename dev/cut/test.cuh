@@ -114,11 +114,11 @@ static void time_of(const char* what, double amount, const char* unit, Call call
 #endif
 }
 
-// ./PROGRAM tests, ./PROGRAM --bench [TOKENS] times. Returns 0, or with how many tokens to time.
-static int tokens_to_time(int argc, char** argv, int usual) {
+// ./PROGRAM tests, ./PROGRAM --bench [SIZE] times. Returns 0, or the size to time.
+static int size_to_time(int argc, char** argv, int usual) {
     int n = argc == 3 ? atoi(argv[2]) : usual;
     if (argc > 3 || (argc > 1 && strcmp(argv[1], "--bench")) || n < 1)
-        die(2, "%s: no argument tests, --bench [%d] times with so many tokens", argv[0], usual);
+        die(2, "%s: no argument tests, --bench [%d] times, of that size", argv[0], usual);
     CHECK(cudaStreamCreateWithFlags(&test_stream, cudaStreamNonBlocking));
     return argc > 1 ? n : 0;
 }

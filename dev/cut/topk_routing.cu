@@ -161,7 +161,7 @@ static void bench(int N) {
 }
 
 int main(int argc, char** argv) {
-    int tokens = tokens_to_time(argc, argv, 16384);
+    int tokens = size_to_time(argc, argv, 16384);
     if (tokens) {
         bench(tokens);
         return 0;
