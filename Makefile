@@ -2,13 +2,13 @@
 # make run     trains, upcycles and trains on: the whole story on this project's own source files, in a few minutes
 # make test    runs every check
 # make single  each program as one file in build/;  make PLAIN=1  products by the plain loops of train_moe.c
+# make cut     kernels and functions as files that compile alone, in build/cut/;  make test_cut  compiles and runs them
 # make bench   how fast training is;  make products BLAS="LIBRARY.so ..."   matrix products beside those of libraries
 # make lessons six small programs about mixtures of experts;  make picture   a page that shows runs
 # make references   makes what the tests compare with anew, with PyTorch and transformers, and compares
 # make lab E=NAME   runs an experiment of dev/lab, or goes on with it
 # make train_moe_cu   builds the GPU program with nvcc;  make test_gpu   runs every check of it on this machine's GPU
 # make test_standin   runs the checks of the GPU program without a GPU, on a stand-in; STANDIN=WORD: only some groups
-# make cut     kernels and functions as files that compile alone, in build/cut/;  make test_cut   tests them (dev/cut)
 # make test_ptx   executes nvcc's PTX of the tensor-core kernels without a GPU, in an interpreter; PTX=--short: a part
 
 CC     ?= cc
