@@ -29,7 +29,7 @@ BUGS = {
     "grouped_gemm.cu": [
         ("real ? width - column : 0", "width - column"),
         ("s * (1.0f + g[j] * (1.0f - s));", "s * (1.0f - g[j] * (1.0f - s));"),
-        ("if (add) load4(v, p, count, vector);", ""),
+        ("if (r >= 0 && from.token) r = from.token[r];", ""),
     ],
     "flash_attention.cu": [
         ("ds[r] = p[r] * (ds[r] - dot_i);", "ds[r] = p[r] * (ds[r] + dot_i);"),
