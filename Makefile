@@ -2,6 +2,7 @@
 # make run     trains, upcycles and trains on: the whole story on this project's own source files, in a few minutes
 # make test    runs every check
 # make single  each program as one file in build/;  make PLAIN=1  products by the plain loops of train_moe.c
+# make cut     kernels and functions as files that compile alone, in build/cut/;  make test_cut  compiles and runs them
 # make bench   how fast training is;  make products BLAS="LIBRARY.so ..."   matrix products beside those of libraries
 # make lessons six small programs about mixtures of experts;  make picture   a page that shows runs
 # make references   makes what the tests compare with anew, with PyTorch and transformers, and compares
@@ -162,6 +163,13 @@ build/%_single.c: %.c $(UPCYCLE) $(LIB) build/embedded.h
 
 single: build/train_moe_single.c build/upcycle_single.c
 
+# Kernels and functions, each with what it needs, a manual, a test and a benchmark; CUT=cpu, gpu or a NAME: some
+cut:
+	python3 dev/cut/cut.py
+
+test_cut:
+	NVCC="$(NVCC)" CUDA_TOP="$(if $(NVCC),$(CUDA_TOP))" python3 dev/cut/test_cut.py $(CUT)
+
 run: train_moe upcycle
 	dev/story.sh
 
@@ -214,4 +222,4 @@ references:
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu
 
-.PHONY: all single run test test_gpu test_standin test_ptx bench products lessons picture lab references clean
+.PHONY: all single cut test_cut run test test_gpu test_standin test_ptx bench products lessons picture lab references clean

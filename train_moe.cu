@@ -25,7 +25,7 @@ once more for tensor cores, router variants, the layout of memory, copies to and
 
 Dimension letters are those of train_moe.c. A kernel takes pointers and sizes and nothing else; the function that
 starts it, whose name begins with gpu_, stands below it and says what it computes; its last argument is the stream, 0 by
-default. Each can be copied out with sections 1 and 2 and the headers that these include.
+default. `make cut` copies the main ones out, each into a file that compiles alone (dev/cut).
 
 Figures of every kernel, and the same products and attention as a lesson in steps, are in dev/cuda.
 */

@@ -25,7 +25,8 @@ many. The TFLOP/s printed are these numbers divided by the time, whatever else a
 
 In the project's directory, on Hopper; on others with -arch=native (dev/cuda/lessons.sh checks it without a GPU):
 
-    nvcc -std=c++17 -O3 -arch=sm_90a -diag-suppress 177 -I. dev/cuda/attention.cu -o attention -lcublas
+    nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -diag-suppress 177 -I. dev/cuda/attention.cu \
+        -o attention -lcublas
 */
 #define TRAIN_MOE_NO_MAIN
 #include "../../train_moe.cu"

@@ -27,7 +27,8 @@ cache, at about 6 TB/s. So 32 operations per byte allow 190 TFLOP/s, and 133 wou
 
 In the project's directory, on Hopper; on others with -arch=native (dev/cuda/lessons.sh checks it without a GPU):
 
-    nvcc -std=c++17 -O3 -arch=sm_90a -diag-suppress 177 -I. dev/cuda/grouped_gemm.cu -o grouped_gemm -lcublas
+    nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -diag-suppress 177 -I. dev/cuda/grouped_gemm.cu \
+        -o grouped_gemm -lcublas
 */
 #define TRAIN_MOE_NO_MAIN
 #include "../../train_moe.cu"

@@ -48,7 +48,7 @@ static inline float exp2_fast(float x) { return exp2f(x); }
 // that: wgmma_compiled tells what this pass of the compiler makes, gpu_has_wgmma() what will run.
 #ifdef __CUDACC__
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#error "sm_90 has no wgmma, which is most of a Hopper's speed: compile for sm_90a (-arch=native does not)"
+#error "sm_90 has no wgmma: compile for sm_90a, -gencode arch=compute_90a,code=sm_90a (-arch= makes sm_90, too)"
 #endif
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool wgmma_compiled = true;
