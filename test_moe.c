@@ -366,6 +366,7 @@ static void test_matmul(void) {
 #include "dev/test/engines.c"
 #include "dev/test/luggage.c"
 #include "dev/test/growth.c"
+#include "dev/test/shared.c"
 #include "dev/test/loader.c"
 #include "dev/test/tokenizer.c"
 #ifdef TEST_GPU
@@ -393,9 +394,10 @@ static const struct {
     {"upcycle operators", test_up_operators}, {"upcycle routers", test_up_routers},
     {"upcycle utility", test_up_utility}, {"upcycle optimizer", test_up_optimizer},
     {"upcycle pruning", test_up_pruning}, {"upcycle cluster", test_up_cluster}, {"upcycle files", test_up_files},
-    {"upcycle merge", test_up_merge}, {"upcycle safety", test_up_safety}, {"upcycle LPR pruning", test_up_pruning_lpr},
-    {"upcycle records", test_up_records}, {"engines", test_engines}, {"upcycle refusals", test_up_refusals},
-    {"upcycle receipt", test_up_receipt}, {"upcycle growth", test_up_growth}, {"qwen2", test_qwen2}};
+    {"upcycle merge", test_up_merge}, {"upcycle shared", test_up_shared}, {"upcycle safety", test_up_safety},
+    {"upcycle LPR pruning", test_up_pruning_lpr}, {"upcycle records", test_up_records}, {"engines", test_engines},
+    {"upcycle refusals", test_up_refusals}, {"upcycle receipt", test_up_receipt}, {"upcycle growth", test_up_growth},
+    {"qwen2", test_qwen2}};
 
 int main(int argc, char** argv) {
     if (argc > 1 && !strcmp(argv[1], "--as-train-moe")) {
