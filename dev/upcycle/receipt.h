@@ -176,6 +176,8 @@ static void find_properties(const Plan* p, Findings* f) {
         {family,
          "kept exactly{up to} while train_moe's family penalty is infinite (t = 0 of --family-steps), for every K; "
          "only train_moe opens it until the penalty has ended"},
+        {from->router.kind == ROUTER_DYNAMIC,
+         NOT_KEPT "how many experts a token gets depends on the entropy over all of them, {M} instead of {E}"},
         {!twins, NOT_KEPT "copies differ from their sources"},
         {!plain_router, NOT_KEPT "routing changes (--router {router})"},
         {one && sigmoid && biased,
