@@ -217,6 +217,7 @@ references:
 	python3 dev/reference/make_references.py --check
 	python3 dev/reference/make_router_references.py --check
 	python3 dev/reference/make_shrinking_references.py --check
+	python3 dev/reference/make_shared_references.py --check
 	python3 dev/reference/make_growth_references.py --check
 
 clean:

@@ -49,7 +49,7 @@ is written in the common subset of C11 (with gcc's vector types) and C++17: the 
 typedef enum { LLAMA, MISTRAL, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, DOTS1, QWEN2, QWEN2_MOE, NUM_ARCHS } Arch;
 typedef enum { QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_ROW } QKNorm;    // none; each head; all heads as one row
 typedef enum { AUX_SWITCH, AUX_HF } AuxForm;                        // two balance losses, see section 4
-typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR } Router; // LPR: latent prototypes; routers.h
+typedef enum { ROUTER_SOFTMAX, ROUTER_SIGMOID, ROUTER_LPR, ROUTER_DYNAMIC } Router; // see routers.h
 
 #define MAX_LAYERS 512
 
@@ -516,9 +516,9 @@ static void softmax_router_backward(float* dlogits, const float* dgates, const f
         const float *p = probs + (long)n * E, *gates_n = gates + (long)n * K,
                     *dgates_n = dgates + (long)n * K;
         float *dz = dlogits + (long)n * E, mean = 0;
-        for (int k = 0; k < K; k++) mean += gates_n[k] * dgates_n[k];
+        for (int k = 0; k < K && experts[(long)n * K + k] >= 0; k++) mean += gates_n[k] * dgates_n[k];
         for (int e = 0; e < E; e++) dz[e] = norm_topk ? 0 : -p[e] * mean;
-        for (int k = 0; k < K; k++)
+        for (int k = 0; k < K && experts[(long)n * K + k] >= 0; k++)        // -1: a token gets fewer
             dz[experts[(long)n * K + k]] += gates_n[k] * (norm_topk ? dgates_n[k] - mean : dgates_n[k]);
     }
 }
@@ -770,7 +770,7 @@ struct Model {
     int* identity;              // (N)          its assignment and row_of: every token, in order
     float *cache_k, *cache_v;   // (L, positions, NKV HD)
     int cached;                 // positions in the cache
-    double loss, aux_loss, z_loss, lpr_loss;    // loss: cross-entropy; only LPR's with coefficients
+    double loss, aux_loss, z_loss, lpr_loss;    // loss: cross-entropy; lpr_loss: of other routers, weighted
     double *all_counts, *all_probs;     // (E)  assignments, sums of probs over all sparse layers, for AUX_HF
     // what a run adds
     Balance balance;

@@ -65,7 +65,8 @@ enum { // traits
     UNLIKE = 2,   // no two of its experts are twins
     NEW_ROWS = 4, // experts without a source, and new rows of the router for them
     SHARE = 8,    // --strength is a share, 0 to 1
-    MERGES = 16   // makes fewer experts, each from several
+    MERGES = 16,  // makes fewer experts, each from several
+    PARTS = 32    // shares the FFN's units out, some to a shared expert
 };
 typedef struct {
     const char* name;
@@ -110,7 +111,7 @@ struct Plan {
     const RouterOperator* router;
     const Selection* selection;
     int dense, carries;           // 1: SRC is dense; AdamW's moments are carried over
-    int E, M, shards;             // experts of SRC and of the result; parts that an FFN is cut into
+    int E, M, shards, num_shared; // experts of SRC, of the result; parts of an FFN; those in a shared expert
     uint64_t seed;
     Config config;                // of the result
     Json* luggage;                // what its config.json says besides
@@ -118,7 +119,7 @@ struct Plan {
     int *source, *copy;           // (L, M): the expert it comes from or -1; its copy number, 0 = original
     int* family;                  // (L, M): experts that are copies of one thing share it
     int* copies;                  // (L, E): experts made from each
-    int* units;                   // (L, M, I): of domains, the source's units in each expert; or NULL
+    int* units;                   // (L, M + num_shared, I): the source's units in each expert, or NULL
     int* group;                   // (L, E): of merge, the expert of the result that it becomes part of; or NULL
     struct Merged* merged;        // the expert that merge made last
     double* score;                // (L, E), or NULL
@@ -368,6 +369,7 @@ static void noise_replace_rows(const Plan* p, Target* t, long row, long rows, fl
 #include "dev/upcycle/operators.h" // ten further methods and operators for the router's rows
 #include "dev/upcycle/cluster.h"   // cluster-aware upcycling
 #include "dev/upcycle/merge.h"     // several experts become one
+#include "dev/upcycle/shared.h"    // importance, marks: a shared expert and routed ones
 #include "dev/upcycle/moments.h"   // AdamW's moments
 
 // -----------------------------------------------------------------------------------------------------------
@@ -403,7 +405,7 @@ static void router_rows(const Plan* p, Target* t, long row, long rows, float* ou
         from.copy = plan_copy(p, t->layer, j);
         if (p->dense || from.e < 0) {
             if (t->holds != WEIGHTS) continue; // new rows have no moments
-            if (p->clusters) cluster_router_row(p, w, t->layer, j);
+            if (p->clusters && p->clusters->centroids) cluster_router_row(p, w, t->layer, j);
             else new_router_row(p, w, t->layer, number, t->cols);
             continue;
         }
@@ -444,6 +446,9 @@ static void correction_rows(const Plan* p, Target* t, long row, long rows, float
 // Who adds one writes a row and a function. The columns are Method's members: name, from, make, carry, options,
 // strength, traits, made, changed, kept, paper. Braces in `made` and `changed` are filled in by receipt.h.
 
+#define SHARED_AND_ROUTED                                                                                   \
+    "not kept: {shared} of {G} parts of the FFN are shared, and of the others a token sees {K} of {M}",     \
+    "K = M and a zero router" // changed, kept
 static const Method methods[] = {
     {"copy", FROM_DENSE | FROM_MOE, source_rows, source_rows, "sources", 0, EQUAL,
      "all {M} experts are the FFN",
@@ -470,6 +475,10 @@ static const Method methods[] = {
      "{M} experts, each the FFN's units that are most active on one text",
      "not kept: every expert holds {share} % of the FFN's units, those most active on its text", "no",
      "2410.19123"},
+    {"importance", FROM_DENSE, important_rows, important_rows, "shared", 0, UNLIKE | PARTS,
+     "{M} experts of the FFN's units, dealt out by importance", SHARED_AND_ROUTED, "2204.07675"},
+    {"marks", FROM_DENSE, marked_rows, marked_rows, "shared,marks", 0, UNLIKE | PARTS,
+     "{M} experts of the FFN's units, alike in what marks them", SHARED_AND_ROUTED, "2502.04416"},
     {"cluster", FROM_DENSE, cluster_rows, NULL, "energy", 0, UNLIKE,
      "{M} experts, one for each cluster of the FFN's inputs",
      "not kept: experts are approximations of the FFN for their clusters, at mean rank {rank}", "no",
@@ -690,6 +699,7 @@ static Plan* plan_create(const char* src) {
     snprintf(why, sizeof why, "--select %s", p->selection->name);
     if (is(p->method->name, "cluster")) find_clusters(p);
     if (is(p->method->name, "domains")) find_domains(p);
+    if (p->method->traits & PARTS) find_parts(p);
     if (p->selection->score) p->score = NEW(double, (long)c.num_layers * p->E);
     if (merges) find_groups(p);
     else if (p->selection->score) p->selection->score(p, why);

@@ -140,6 +140,11 @@ MUTATIONS = [
     # long values in json, experts that are skipped
     ("    text_add(t, all, (size_t)n);\n", "    text_add(t, all, 1023);\n"),
     ("gates_n[k] = scaling * (gates_n[k] / sum);", "gates_n[k] = gates_n[k] / sum;"),
+    # how many experts a token gets
+    ("all || left < r->dynamic_least || reached", "left < r->dynamic_least || reached"),
+    ("(float)(weight * q / (q - 1) * (pow(p[e], q) - p[e] * powers));",
+     "(float)(weight / (q - 1) * (pow(p[e], q) - p[e] * powers));"),
+    ("for (int k = 0; k < left && norm_topk; k++) gates[k] /= reached;", ""),
 ]
 
 GROUPS = ["tokenizer", "texts", "golden", "routers", "balance", "families", "gradients", "matmul", "checkpoints", "loader",

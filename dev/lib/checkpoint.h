@@ -84,7 +84,7 @@ static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, o
     {"qkv_bias", CONFIG(qkv_bias), a_switch, 0, 1, SPARSE(NO_KEY, NO_KEY, NO_KEY, NO_KEY, 1)},
     {"router_aux_loss_coef", CONFIG(router_aux_loss_coef), a_number, 0, 1e30, SPARSE(1e-3, 1e-2, 1e-3, 0, 1e-3)},
     // only with the model_type train_moe, see key_applies
-    {"router_type", CONFIG(router.kind), "softmax|sigmoid|lpr", 0, 2, {0, 0, 0, 0, 0, 0, ROUTER_SIGMOID, 0, 0}},
+    {"router_type", CONFIG(router.kind), "softmax|sigmoid|lpr|dynamic", 0, 3, {0, 0, 0, 0, 0, 0, ROUTER_SIGMOID, 0, 0}},
     {"logit_norm", CONFIG(router.logit_norm), a_number, 0, 1e30, ALL(0)},
     {"family_penalty", CONFIG(router.family_penalty), a_number, 0, INFINITY, ALL(0)},
     {"lpr_latent_dim", CONFIG(router.lpr_latent_dim), a_whole, 1, 1 << 14, ALL(16)},
@@ -93,6 +93,11 @@ static const Key config_keys[] = {      // fallbacks: llama, mistral, mixtral, o
     {"lpr_kl", CONFIG(router.lpr_kl), a_number, 0, 1e30, ALL(0.01)},
     {"lpr_align", CONFIG(router.lpr_align), a_number, 0, 1e30, ALL(0.05)},
     {"lpr_align_form", CONFIG(router.lpr_align_mean), "sum|mean", 0, 1, ALL(0)},
+    {"dynamic_q", CONFIG(router.dynamic_q), a_number, 1e-3, 100, ALL(1.1)},
+    {"dynamic_entropy", CONFIG(router.dynamic_entropy), a_number, 0, 1e30, ALL(0.9)},
+    {"dynamic_share", CONFIG(router.dynamic_share), a_number, 0, 1, ALL(0.75)},
+    {"dynamic_least", CONFIG(router.dynamic_least), a_whole, 1, 1 << 16, ALL(2)},
+    {"dynamic_weight", CONFIG(router.dynamic_weight), a_number, 0, 1e30, ALL(0.01)},
     // these and mlp_only_layers make Config.sparse
     {"decoder_sparse_step", 0, a_whole, 1, 1 << 20, SPARSE(NO_KEY, NO_KEY, 1, NO_KEY, 1)},
     {"first_k_dense_replace", 0, a_whole, 0, 1 << 20, SPARSE(NO_KEY, NO_KEY, NO_KEY, 0, NO_KEY)},
@@ -127,6 +132,7 @@ static const struct {
 static int key_applies(const Key* k, const Config* c, int ours) {
     if (k->fallback[c->arch] == NO_KEY) return 0;
     if (!strncmp(k->names, "lpr_", 4)) return c->router.kind == ROUTER_LPR;
+    if (!strncmp(k->names, "dynamic_", 8)) return c->router.kind == ROUTER_DYNAMIC;
     return ours || choice_index("router_type|logit_norm|family_penalty", k->names) < 0;
 }
 
@@ -324,6 +330,8 @@ static int config_from_json(Config* c, const Json* j, Error* error) {
                       types->items[i]->string ? types->items[i]->string : "no string");
     if (c->router.kind == ROUTER_LPR && (c->router.logit_norm > 0 || c->router.family_penalty > 0))
         set_error(error, "router_type lpr has neither logit_norm nor family_penalty");
+    if (c->router.kind == ROUTER_DYNAMIC && c->router.dynamic_q == 1)
+        set_error(error, "dynamic_q is 1, but the entropy divides by dynamic_q - 1");
     if (is_moe(c->arch)) {
         if (!c->intermediate_size) c->intermediate_size = c->moe_intermediate_size;
         c->norm_topk_prob |= arch == MIXTRAL;

@@ -103,7 +103,8 @@ static void layout_walk(Layout* layout, const Config* c, Weights* w) {
         int E = layer_experts(c, l), I = layer_width(c, l);
         if (c->sparse[l] && c->router.kind != ROUTER_LPR)
             p.router = layout_add(layout, E, H, "model.layers.%d.%s.gate.weight", l, moe);
-        if (c->sparse[l] && c->router.kind != ROUTER_SOFTMAX) layout_router_variant(layout, c, &p, l, moe);
+        if (c->sparse[l] && (c->router.kind == ROUTER_SIGMOID || c->router.kind == ROUTER_LPR))
+            layout_router_variant(layout, c, &p, l, moe);
         if (c->sparse[l] && has_shared_expert(c)) layout_shared_expert(layout, c, &p, l);
         for (int e = 0; e < E; e++) {           // all gates and ups first: the products want (E, 2, I, H)
             char expert[64] = "mlp";

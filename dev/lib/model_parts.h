@@ -11,6 +11,8 @@ typedef struct {
     int lpr_latent_dim;             // D of Latent Prototype Routing, and the weights of its losses
     double lpr_weight, lpr_diversity, lpr_kl, lpr_align;
     int lpr_align_mean;
+    double dynamic_q, dynamic_entropy, dynamic_share, dynamic_weight; // of choose_dynamically
+    int dynamic_least;
     // of a run and not of a model
     int bias_rule;                  // a BiasRule: what moves the bias of a sigmoid router
     int fixed;                      // 1: the router is not trained
@@ -51,7 +53,7 @@ typedef struct Observed {
 enum { OBSERVED_NUMBERS = sizeof(Observed) / sizeof(double) };
 
 // The parts of the objective, summed over forward passes: cross-entropy, and the balance loss and the z-loss
-// without their coefficients, LPR's losses with them.
+// without their coefficients, LPR's losses, or the entropy of ROUTER_DYNAMIC, with them.
 typedef struct {
     double loss, aux, z, lpr;
     long passes;

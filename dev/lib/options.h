@@ -20,6 +20,8 @@ static struct {
     const char *aux_form, *router, *topk_range, *lpr_align_form, *bias_rule, *fixed_router;
     long aux_adaptive, family_steps, lpr_dim;
     double lpr_weight, lpr_diversity, lpr_kl, lpr_align;
+    double dynamic_q, dynamic_entropy, dynamic_share, dynamic_weight;
+    long dynamic_least;
     // optimiser
     double lr, min_lr, decay_frac, weight_decay, beta1, beta2, eps, clip;
     long warmup;
@@ -104,7 +106,7 @@ static Option option_table[] = {
      "that loss per layer, or for all together", 0},
     {"z-loss", OPT_REAL, USE_RUN, &options.z_loss, 0, 1e6, "0", "C", "keeps router logits small", 0},
     {"aux-adaptive", OPT_FLAG, USE_RUN, &options.aux_adaptive, 0, 0, "0", "", "--aux follows each layer's load", 0},
-    {"router", OPT_CHOICE, USE_SHAPE, &options.router, 0, 0, "softmax", "softmax|sigmoid|lpr",
+    {"router", OPT_CHOICE, USE_SHAPE, &options.router, 0, 0, "softmax", "softmax|sigmoid|lpr|dynamic",
      "how experts are chosen", 0},
     {"bias-rate", OPT_REAL, USE_RUN, &options.bias_rate, 0, 1, "0.001", "G",
      "step of sigmoid's bias; with id 0.006", 0},
@@ -124,6 +126,11 @@ static Option option_table[] = {
     {"lpr-kl", OPT_REAL, USE_SHAPE, &options.lpr_kl, 0, 1e6, "0.01", "C", "of the KL divergence", 0},
     {"lpr-align", OPT_REAL, USE_SHAPE, &options.lpr_align, 0, 1e6, "0.05", "C", "of alignment", 0},
     {"lpr-align-form", OPT_CHOICE, USE_SHAPE, &options.lpr_align_form, 0, 0, "sum", "sum|mean", "over tokens", 0},
+    {"dynamic-q", OPT_REAL, USE_SHAPE, &options.dynamic_q, 1e-3, 100, "1.1", "Q", "order of a token's entropy", 0},
+    {"dynamic-entropy", OPT_REAL, USE_SHAPE, &options.dynamic_entropy, 0, 1e6, "0.9", "S", "above it K experts", 0},
+    {"dynamic-share", OPT_REAL, USE_SHAPE, &options.dynamic_share, 0, 1, "0.75", "P", "else those with so much", 0},
+    {"dynamic-least", OPT_WHOLE, USE_SHAPE, &options.dynamic_least, 1, 1 << 16, "2", "N", "or so many", 0},
+    {"dynamic-weight", OPT_REAL, USE_SHAPE, &options.dynamic_weight, 0, 1e6, "0.01", "C", "of the entropy loss", 0},
 
     {"lr", OPT_REAL, USE_RUN, &options.lr, 0, 1e6, NULL, "X", "learning rate (2e-3; 2e-4 with --model)", 0},
     {"min-lr", OPT_REAL, USE_RUN, &options.min_lr, 0, 1e6, "0", "X", "learning rate at the end of the decay", 0},
@@ -158,11 +165,11 @@ enum { NUM_OPTIONS = sizeof option_table / sizeof option_table[0] };
 
 // What an option must find in the model or on the command line to mean something. With its default, or with the value
 // named here, it asks for nothing, and that the model lacks it is no contradiction: one line serves every arm.
-typedef enum { EXPERTS, DENSE_LAYERS, SIGMOID, LPR, FAMILIES, SCORING, NO_GRADIENT, NUM_NEEDS } Need;
+typedef enum { EXPERTS, DENSE_LAYERS, SIGMOID, LPR, DYNAMIC, FAMILIES, SCORING, NO_GRADIENT, NUM_NEEDS } Need;
 static const char* need_missing[NUM_NEEDS] = {
     "a dense model has no experts and no router",
     "every layer is sparse, so there is no dense one; --expert-ffn is the width of an expert",
-    "only the router sigmoid has a bias", "belongs to --router lpr",
+    "only the router sigmoid has a bias", "belongs to --router lpr", "belongs to --router dynamic",
     "a new, a dense or an lpr model has no families; they come with a --model from upcycle", "goes with --eval",
     "goes with --eval, --prompt or a sample of --model"};
 static const struct {
@@ -175,7 +182,9 @@ static const struct {
     {"topk-range", EXPERTS, "1:1"}, {"load", EXPERTS, NULL}, {"trace", EXPERTS, NULL}, {"ffn", DENSE_LAYERS, NULL},
     {"bias-rate", SIGMOID, "0"}, {"bias-rule", SIGMOID, NULL}, {"lpr-dim", LPR, NULL},
     {"lpr-weight", LPR, "0"}, {"lpr-diversity", LPR, "0"}, {"lpr-kl", LPR, "0"}, {"lpr-align", LPR, "0"},
-    {"lpr-align-form", LPR, NULL}, {"family-penalty", FAMILIES, "0"}, {"family-steps", FAMILIES, NULL},
+    {"lpr-align-form", LPR, NULL}, {"dynamic-q", DYNAMIC, NULL}, {"dynamic-entropy", DYNAMIC, NULL},
+    {"dynamic-share", DYNAMIC, NULL}, {"dynamic-least", DYNAMIC, NULL}, {"dynamic-weight", DYNAMIC, "0"},
+    {"family-penalty", FAMILIES, "0"}, {"family-steps", FAMILIES, NULL},
     {"load", SCORING, NULL}, {"trace", SCORING, NULL}, {"fixed-router", EXPERTS, NULL}, {"skip-below", EXPERTS, NULL},
     {"skip-below", NO_GRADIENT, NULL}};
 
@@ -501,7 +510,7 @@ static void config_from_options(Config* c) {
     if (c->head_dim % 2 || c->head_dim < 2) die(2, "--head-dim %d: rotary positions need an even one", c->head_dim);
     if (kind == 2 && c->head_dim * c->num_heads != c->hidden_size)
         die(2, "--head-dim %d: --arch olmoe has hidden / heads; --arch qwen3 is free in it", c->head_dim);
-    c->router.kind = (Router)choice_index("softmax|sigmoid|lpr", options.router);
+    c->router.kind = (Router)choice_index("softmax|sigmoid|lpr|dynamic", options.router);
     if (dense) return;
     c->num_experts = (int)options.experts;
     c->num_experts_per_tok = options.topk == UNSET ? imin(2, c->num_experts) : (int)options.topk;
@@ -526,6 +535,14 @@ static void config_from_options(Config* c) {
         c->router.lpr_kl = options.lpr_kl;
         c->router.lpr_align = options.lpr_align;
         c->router.lpr_align_mean = !strcmp(options.lpr_align_form, "mean");
+    }
+    if (c->router.kind == ROUTER_DYNAMIC) {
+        if (options.dynamic_q == 1) die(2, "--dynamic-q 1: the entropy divides by Q - 1; 1.001 is near");
+        c->router.dynamic_q = options.dynamic_q;
+        c->router.dynamic_entropy = options.dynamic_entropy;
+        c->router.dynamic_share = options.dynamic_share;
+        c->router.dynamic_least = (int)options.dynamic_least;
+        c->router.dynamic_weight = options.dynamic_weight;
     }
     // Qwen3-MoE with sigmoid scores is Dots1, which knows dense layers only below the sparse ones
     if (kind == 0 && c->router.kind == ROUTER_SIGMOID && c->router.logit_norm == 0 && options.sparse_step == 1 &&
@@ -640,7 +657,7 @@ static int run_eval(Config* c) {
         fprintf(m->trace, "\n");
     }
     long rows = 0;
-    if (c->router.skip_below > 0) m->observe = count_rows, m->observer = &rows;
+    if (c->router.skip_below > 0 || c->router.kind == ROUTER_DYNAMIC) m->observe = count_rows, m->observer = &rows;
     double start = seconds(), loss = evaluate(m, d, batches, batch), elapsed = seconds() - start;
     long tokens = (batches > 0 ? lmin(batches * B, d->windows) : d->windows) * T;
     if (d->error[0]) die(2, "%s", d->error);
@@ -888,7 +905,8 @@ static int run_train(Config* c) {
         die(2, "--min-lr %g: the decay ends there, so it must not be above --lr, %g", options.min_lr, options.lr);
     if (options.warmup == UNSET && options.steps > 0) options.warmup = lmin(100, options.steps / 20);
     if (options.aux == UNSET)
-        options.aux = options.model ? c->router_aux_loss_coef : c->router.kind == ROUTER_SOFTMAX ? 0.01 : 0;
+        options.aux = options.model ? c->router_aux_loss_coef
+                      : c->router.kind == ROUTER_SOFTMAX || c->router.kind == ROUTER_DYNAMIC ? 0.01 : 0;
     c->router_aux_loss_coef = options.aux;
     Run run;
     memset(&run, 0, sizeof run);
@@ -1027,7 +1045,9 @@ static void check_shape(const Option* o, const Config* c, const char* dir) {
         SHAPE(logit_norm, c->router.logit_norm), SHAPE(lpr_dim, c->router.lpr_latent_dim),
         SHAPE(lpr_weight, c->router.lpr_weight), SHAPE(lpr_diversity, c->router.lpr_diversity),
         SHAPE(lpr_kl, c->router.lpr_kl), SHAPE(lpr_align, c->router.lpr_align),
-        SHAPE(lpr_align_form, c->router.lpr_align_mean)};
+        SHAPE(lpr_align_form, c->router.lpr_align_mean), SHAPE(dynamic_q, c->router.dynamic_q),
+        SHAPE(dynamic_entropy, c->router.dynamic_entropy), SHAPE(dynamic_share, c->router.dynamic_share),
+        SHAPE(dynamic_least, c->router.dynamic_least), SHAPE(dynamic_weight, c->router.dynamic_weight)};
     size_t k = 0;
     while (shape[k].option != o->value) k++;
     if (o->type == OPT_CHOICE || o->type == OPT_FLAG) {
@@ -1045,7 +1065,8 @@ static void check_shape(const Option* o, const Config* c, const char* dir) {
 static void check_needs(const Config* c, const char* dir, int training) {
     int families = dir && c->num_experts > 0 && c->router.kind != ROUTER_LPR;
     const int met[NUM_NEEDS] = {c->num_experts > 0, count_sparse(c) < c->num_layers, c->router.kind == ROUTER_SIGMOID,
-                                c->router.kind == ROUTER_LPR, families || options.family_penalty == 0,
+                                c->router.kind == ROUTER_LPR, c->router.kind == ROUTER_DYNAMIC,
+                                families || options.family_penalty == 0,
                                 (int)options.eval, !training && !options.dump};
     for (int i = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];

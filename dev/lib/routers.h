@@ -7,6 +7,7 @@
 //     families      z'_e = z_e - penalty for every copy of an expert but the best one                        see below
 //     sigmoid       s = sigmoid(z'), the K largest s + bias are chosen, gates from s alone                 DeepSeek-V3
 //     LPR           z = cosine of an encoding of the token and a prototype of the expert       Latent Prototype Routing
+//     dynamic       softmax(z'), whose entropy says how many experts a token gets                               DynMoLE
 //
 // variant_router_forward and variant_router_backward at the end of this file put them together.
 #pragma once
@@ -485,6 +486,43 @@ static void skip_small_gates(int* experts, float* gates, float share, int N, int
     }
 }
 
+// DynMoLE (Li et al. 2025, 2504.00661; made for LoRA experts): how many experts a token gets, at most K, follows from
+// Tsallis' entropy of its probabilities:
+//     S = (1 - sum p_e^q) / (q - 1)     S > entropy: K of them, else the best that have at most `share` together, but
+//                                       `least` at any rate
+//     gate_e = p_e, or  p_e / sum over those chosen of p  (norm_topk);   the objective gets  weight * mean S
+// In: experts and gates = p of the best K, best first. Out: those left first, then -1 and 0. probs (N, E); experts,
+// gates (N, K). Returns the mean of S over the N tokens.
+static double choose_dynamically(int* experts, float* gates, const float* probs, const RouterConfig* r, int N, int E,
+                                 int K, int norm_topk) {
+    double mean = 0;
+    for (int n = 0; n < N; n++, experts += K, gates += K, probs += E) {
+        double powers = 0;
+        for (int e = 0; e < E; e++) powers += pow(probs[e], r->dynamic_q);
+        double entropy = (1 - powers) / (r->dynamic_q - 1);
+        int left = 0, all = entropy > r->dynamic_entropy;
+        float reached = 0;
+        while (left < K && (all || left < r->dynamic_least || reached + gates[left] <= (float)r->dynamic_share))
+            reached += gates[left++];
+        for (int k = 0; k < left && norm_topk; k++) gates[k] /= reached;
+        for (int k = left; k < K; k++) experts[k] = -1, gates[k] = 0;
+        mean += entropy / N;
+    }
+    return mean;
+}
+
+// dz (N, E) += weight dS/dz = -weight q / (q - 1) (p_e^q - p_e sum_j p_j^q); weight is that of one token
+static void add_entropy_gradient(float* dz, const float* probs, double q, double weight, int N, int E) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float* p = probs + (long)n * E;
+        double powers = 0;
+        for (int e = 0; e < E; e++) powers += pow(p[e], q);
+        for (int e = 0; e < E; e++)
+            dz[(long)n * E + e] -= (float)(weight * q / (q - 1) * (pow(p[e], q) - p[e] * powers));
+    }
+}
+
 // From ffn_in (N, H) to router_logits, probs, experts and gates of layer l.
 static void score_experts(Model* m, int l) {
     const Config* c = &m->config;
@@ -520,7 +558,12 @@ static void score_experts(Model* m, int l) {
     if (c->router.kind == ROUTER_SIGMOID)
         sigmoid_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, w->router_bias, shift, N, E, K,
                                c->norm_topk_prob, gate_scaling(c));
-    else softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, N, E, K, c->norm_topk_prob);
+    else softmax_router_forward(s->probs, s->router_lse, s->experts, s->gates, z, N, E, K,
+                                c->norm_topk_prob && c->router.kind != ROUTER_DYNAMIC);
+    if (c->router.kind == ROUTER_DYNAMIC) {
+        double entropy = choose_dynamically(s->experts, s->gates, s->probs, &c->router, N, E, K, c->norm_topk_prob);
+        if (m->purpose == FOR_TRAINING) m->lpr_loss += c->router.dynamic_weight * entropy;
+    }
     if (c->router.bias_rule == BIAS_QUANTILE && m->counting_load)
         add_cutoffs(m->cutoffs + (long)l * E, m->scratch.drouter, z, w->router_bias, N, E, K);
 }
@@ -552,6 +595,8 @@ static void variant_router_backward(Model* m, int l, const double* f, double aux
                                 c->router.kind == ROUTER_LPR || c->norm_topk_prob);
         balance_backward(dz, s->router_lse, s->probs, f, aux_weight, z_weight, N, E);
     }
+    if (c->router.kind == ROUTER_DYNAMIC)
+        add_entropy_gradient(dz, s->probs, c->router.dynamic_q, scale * c->router.dynamic_weight / N, N, E);
     if (c->router.kind != ROUTER_LPR) {
         if (c->router.logit_norm > 0) logit_norm_backward(dz, s->router_raw, N, E, (float)c->router.logit_norm);
         matmul_backward_input(t->dnormed, dz, w->router, N, H, E, 1);

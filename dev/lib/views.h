@@ -11,7 +11,7 @@ enum { GATE, UP, DOWN };
 // What a tensor is, as its name says.
 typedef struct {
     RoleKind kind;
-    int layer, expert, matrix; // -1: none; a dense layer's FFN is expert 0
+    int layer, expert, matrix; // -1: none; a dense layer's FFN is expert 0, a shared expert has no number
 } Role;
 
 static int ends_with(const char* s, const char* end) {
@@ -24,24 +24,18 @@ static Role role_of(const char* name) {
     int at = 0;
     if (sscanf(name, "model.layers.%d.%n", &r.layer, &at) != 1 || !at) return r;
     const char *rest = name + at, *experts = strstr(rest, ".experts.");
-    if (!strncmp(rest, "mlp.shared_expert", 17)) {
-        r.kind = SHARED;
-        return r;
-    }
+    int shared = !strncmp(rest, "mlp.shared_expert", 17);
     if (experts || !strncmp(rest, "mlp.", 4)) {
         static const struct {
             const char* end;
             int matrix;
         } ends[] = {{"gate_proj.weight", GATE}, {"w1.weight", GATE},        {"up_proj.weight", UP},
                     {"w3.weight", UP},          {"down_proj.weight", DOWN}, {"w2.weight", DOWN}};
-        r.expert = experts ? atoi(experts + 9) : 0;
-        for (int i = 0; i < 6; i++)
-            if (ends_with(rest, ends[i].end)) {
-                r.kind = FFN_MATRIX;
-                r.matrix = ends[i].matrix;
-                return r;
-            }
-        r.expert = -1;
+        for (int i = 0; i < 6 && r.matrix < 0; i++)
+            if (ends_with(rest, ends[i].end)) r.matrix = ends[i].matrix;
+        if (r.matrix >= 0 && !shared) r.expert = experts ? atoi(experts + 9) : 0;
+        r.kind = shared ? SHARED : r.matrix >= 0 ? FFN_MATRIX : OTHER;
+        if (r.kind != OTHER) return r;
     }
     if (ends_with(rest, ".gate.weight") || ends_with(rest, ".gate.prototypes")) r.kind = ROUTER_ROWS;
     if (ends_with(rest, ".gate.e_score_correction_bias")) r.kind = ROUTER_CORRECTION;

@@ -13,8 +13,9 @@ is also compared with central differences before anything is written. Each golde
     reference.safetensors              what a correct program must find on it (everything F32 or int32):
         tokens, targets [B,T]          logits [B,T,V]          loss [1] (cross-entropy alone)
         aux_loss, z_loss [1]           not multiplied by their coefficients
-        lpr_loss [1]                   LPR only: the sum over the layers, times lpr_weight
+        lpr_loss [1]                   LPR: the sum over the layers, times lpr_weight; dynamic: the same of the entropy
         router.L [N,K], gate.L [N,K]   sparse layer L: chosen experts, best first, and gates; N = B T, n = b T + t
+                                       (dynamic: -1 and 0 behind those that a token gets)
         grad.NAME                      of  loss + aux aux_loss + z z_loss + lpr_loss,  for every parameter
         bias_after.L [E]               sigmoid: the loss-free bias after one step with rate "bias_rate"
         bias_quantile.L [E]            sigmoid without families: the same by quantile balancing,
@@ -209,7 +210,28 @@ def lpr_router(x, P, c, layer, K, frozen):
                 terms=terms, align_margin=(proto - target).abs().min().item())
 
 
-ROUTERS = dict(softmax=softmax_router, sigmoid=sigmoid_router, lpr=lpr_router)
+def dynamic_router(x, P, c, layer, K, frozen):
+    """DynMoLE (arXiv 2504.00661): Tsallis' entropy S of p. Where it is above the threshold a token gets all experts
+    (here: K), else the best that have at most `share` together, `least` at any rate. The objective gets the mean S."""
+    r = softmax_router(x, P, dict(c, norm_topk_prob=False), layer, K, frozen)
+    q, p, gates = c["dynamic_q"], r["p"], r["gates"]
+    entropy = (1 - (p ** q).sum(1)) / (q - 1)
+
+    def kept():
+        reached, place = gates.cumsum(1), torch.arange(K)
+        few = (reached <= c["dynamic_share"]) | (place < c["dynamic_least"])
+        margins = entropy - c["dynamic_entropy"], reached - c["dynamic_share"]
+        r["margin"] = min(m.abs().min().item() for m in margins)
+        return few | (entropy > c["dynamic_entropy"])[:, None]
+    kept = once(frozen, "kept", kept)
+    gates = torch.where(kept, gates, torch.zeros_like(gates))
+    if c["norm_topk_prob"]:
+        gates = gates / gates.sum(1, keepdim=True)
+    chosen = torch.where(kept, r["chosen"], torch.full_like(r["chosen"], -1))
+    return dict(r, chosen=chosen, gates=gates, lpr=c["dynamic_weight"] * entropy.mean(), scattered=r["chosen"])
+
+
+ROUTERS = dict(softmax=softmax_router, sigmoid=sigmoid_router, lpr=lpr_router, dynamic=dynamic_router)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +295,7 @@ def moe(x, P, c, l, frozen):
         r["gates"] = torch.where(ratio >= c["skip_below"], r["gates"], torch.zeros_like(ratio))
         if c["norm_topk_prob"]:
             r["gates"] = r["gates"] / r["gates"].sum(1, keepdim=True)
-    gates = torch.zeros_like(r["z"]).scatter(1, r["chosen"], r["gates"])
+    gates = torch.zeros_like(r["z"]).scatter(1, r.get("scattered", r["chosen"]), r["gates"])
     y = sum(gates[:, e, None] * swiglu(r["x"], P, f"experts.{e}.") for e in range(c["num_experts"]))
     return y, r
 
@@ -296,7 +318,7 @@ def forward(W, c, tokens, targets, frozen=None):
     out = dict(logits=logits, loss=F.cross_entropy(logits.view(B * T, -1), targets.view(-1)), routings=routings,
                aux_loss=aux_loss(routings, c), z_loss=z_loss(routings))
     out["objective"] = out["loss"] + c["aux"] * out["aux_loss"] + c["z"] * out["z_loss"]
-    if c["router_type"] == "lpr":
+    if c["router_type"] in ("lpr", "dynamic"):
         out["lpr_loss"] = sum(r["lpr"] for r in routings.values())
         out["objective"] = out["objective"] + out["lpr_loss"]
     return out
@@ -306,13 +328,13 @@ def forward(W, c, tokens, targets, frozen=None):
 # Balancing.
 
 def counts(r):
-    return torch.bincount(r["chosen"].flatten(), minlength=r["z"].shape[1]).double()
+    return torch.bincount(r["chosen"][r["chosen"] >= 0], minlength=r["z"].shape[1]).double()
 
 
 def aux_loss(routings, c):
     E = c["num_experts"]
     if c["aux_form"] == "switch":    # Switch Transformer (arXiv 2101.03961, eqs. 4-6), f = share of the N K assignments
-        return sum(E * (counts(r) / r["chosen"].numel() * r["p"].mean(0)).sum() for r in routings.values())
+        return sum(E * (counts(r) / (r["chosen"] >= 0).sum() * r["p"].mean(0)).sum() for r in routings.values())
     # Hugging Face's load_balancing_loss_func: the tokens of all layers as one batch; f is per token, so it sums to K.
     rows = sum(len(r["p"]) for r in routings.values())
     f = sum(counts(r) for r in routings.values()) / rows
@@ -349,7 +371,7 @@ def bias_by_error(b, r):             # ID balancing (arXiv 2609.39137) with K_d 
 
 
 def overload(r):                     # the share of the assignments above an equal load
-    f = counts(r) / r["chosen"].numel()
+    f = counts(r) / (r["chosen"] >= 0).sum()
     return 0.5 * (f - 1 / len(f)).abs().sum()
 
 
@@ -366,6 +388,8 @@ COMMON = dict(d=20, I=9, dense_I=9, NH=2, NKV=1, HD=4, V=50, L=2, B=2, T=10, mlp
 BALANCE = dict(aux=0.02, z=0.003)
 LPR = dict(lpr_latent_dim=16, lpr_diversity=1.0, lpr_kl=0.01, lpr_align=0.05, lpr_weight=0.01, lpr_align_form="sum")
 LPR_OTHER = dict(lpr_latent_dim=7, lpr_diversity=0.7, lpr_kl=0.3, lpr_align=0.1, lpr_weight=0.5, lpr_align_form="mean")
+DYNAMIC = dict(dynamic_q=1.1, dynamic_entropy=1.4, dynamic_share=0.75, dynamic_least=2, dynamic_weight=0.01)
+DYNAMIC_OTHER = dict(dynamic_q=2.0, dynamic_entropy=0.8, dynamic_share=0.75, dynamic_least=1, dynamic_weight=0.5)
 SKIP = dict(sigmoid=0.9, lpr_mean=0.8, matryoshka=0.5)      # these cases also with experts left out
 ADAPTIVE = "aux_hf"                  # this case also carries the adaptive coefficient, which needs only its counts
 INF = math.inf
@@ -390,6 +414,8 @@ CASES = {
     "family_twins": dict(E=6, K=2, mlp_only=[1], norm_topk=False, twins=[0, 1, 2, 0, 1, 2], penalty=INF),
     "family_twins_sigmoid": dict(router="sigmoid", E=7, K=2, T=11, step=2, twins=[0, 1, 2, 0, 1, 2, 0], penalty=INF),
     "blocks": dict(E=5, K=2, d=22, mlp_only=[0], blocks=True, **BALANCE),
+    "dynamic": dict(router="dynamic", E=6, K=6, norm_topk=False, lpr=DYNAMIC, **BALANCE),
+    "dynamic_norm": dict(router="dynamic", E=7, K=4, d=22, mlp_only=[0], aux_form="hf", lpr=DYNAMIC_OTHER, **BALANCE),
 }
 
 
@@ -502,6 +528,14 @@ def why_not(name, W, c, out, twins):
         K, chosen, score = topk_of(c, l), r["chosen"], r["unpenalised" if "unpenalised" in r else "score"].detach()
         if (gaps(r["score"], K) < MARGIN).any():
             return "two of the best K + 1 are too close"
+        if c["router_type"] == "dynamic":
+            numbers = (chosen >= 0).sum(1)
+            if r["margin"] < MARGIN:
+                return "a token's number of experts is too close to another"
+            if len(numbers.unique()) < 3 or numbers.min() > c["dynamic_least"] or (numbers == K).all():
+                return "the number of experts varies too little"
+            if l == min(out["routings"]) and not (numbers == K).any():
+                return "no token gets all"
         if r.get("align_margin", 1) < MARGIN:
             return "the alignment loss is too close to its kink"
         if c["router_type"] == "sigmoid" and not c["family_penalty"]:

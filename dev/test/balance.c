@@ -137,11 +137,46 @@ static void test_fixed_routers(void) {
     test_stop_and_resume("fixed router", "--fixed-router start");
 }
 
+// How many experts a token gets follows from its entropy: the references, and models that are trained, stopped, grown.
+static void test_dynamic(void) {
+    static const char* names[] = {"dynamic", "dynamic_norm"};
+    for (EACH(i, names)) test_golden_model("golden_routers", names[i], of_floats);
+    const char* some = "--router dynamic --experts 5 --topk 4 --dynamic-entropy 1.2 --dynamic-least 1";
+    test_threads("dynamic", some);
+    test_stop_and_resume("dynamic", some);
+    char command[256];
+    snprintf(command, sizeof command, "--steps 6 --dynamic-q 1.5 --dynamic-weight 0.1 %s", some);
+    int ok = train_run("a", command) == 0;
+    Config c;
+    Error error = {""};
+    ok &= config_read(&c, temp("a"), &error) && c.router.kind == ROUTER_DYNAMIC && c.router.dynamic_q == 1.5 &&
+          c.router.dynamic_entropy == 1.2 && c.router.dynamic_share == 0.75 && c.router.dynamic_least == 1 &&
+          c.router.dynamic_weight == 0.1;
+    check(ok, "config.json says what the router is");
+    show_failure(ok);
+    ok = run_program("--model %s --data %s --eval --seq 24 --batch 2", temp("a"), temp("corpus.txt")) == 0;
+    const char* said = strstr(ran.out, "tokens/s | ");
+    double experts = said ? atof(said + 11) : 0;
+    check(ok && experts >= 1 && experts < 4, "--eval: %.3f experts a token", experts);
+    ok = run_program("--prompt X --model %s --tokens 8 --temperature 0", temp("a")) == 0;
+    check(ok, "--prompt, with a cache");
+    snprintf(command, sizeof command, "--model %s --data %s --dynamic-q 2 --steps 1", temp("a"), temp("corpus.txt"));
+    check_refused(2, command, "has 1.5; leave it out");
+    up_begin();
+    UP(VARIANTS "dynamic {}/grown --experts 12 --topk 12");
+    check(strstr(up_output, "not kept: how many experts a token gets depends on") != NULL, "growth: what is kept of it");
+    UP(VARIANTS "dynamic {}/family --experts 12 --method family");
+    double e = up_change(VARIANTS "dynamic", 0, up_path("family"));
+    check(e <= 1e-6 && strstr(up_output, "kept exactly while"), "families: logits change by %.1e", e);
+}
+
 static void test_balance(void) {
     static const char* refused[][2] = {{"--skip-below 0.5", "--skip-below: goes with --eval, --prompt"},
                                        {"--dense --skip-below 0.5", "a dense model has no experts"},
                                        {"--fixed-router blocks --experts 41 --hidden 40", "do not share a hidden"},
                                        {"--fixed-router start --router lpr", "use it with --router softmax or sig"},
+                                       {"--dynamic-share 0.5", "--dynamic-share: belongs to --router dynamic"},
+                                       {"--router dynamic --dynamic-q 1", "divides by Q - 1"},
                                        {"--bias-rule id", "only the router sigmoid has a bias"},
                                        {"--router sigmoid --bias-rule twice", "sign|quantile|id"},
                                        {"--router sigmoid --bias-rule quantile --bias-rate 0.1", "has no step"}};
@@ -153,5 +188,6 @@ static void test_balance(void) {
     test_stop_and_resume("ID", "--router sigmoid --bias-rule id --bias-rate 0.01");
     test_skipping();
     test_fixed_routers();
+    test_dynamic();
     for (EACH(i, refused)) check_refused(2, refused[i][0], refused[i][1]);
 }

@@ -417,6 +417,7 @@ static void test_gpu_commands(void) {
     int ok = gpu_run("a", "--steps 10") == 0, same = 1;
     default_backend = &gpu_backend_float;
     check_refused(2, "--fixed-router start --precision fp32", "--fixed-router: on the CPU alone");
+    check_refused(2, "--router dynamic --precision fp32", "--router dynamic: on the CPU alone");
     default_backend = &cpu_backend;
     static char said[2][2][8192];
     for (int way = 0; way < 2; way++) {

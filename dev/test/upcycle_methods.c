@@ -761,7 +761,8 @@ static void test_up_pieces(void) {
     for (int i = 0; i < 2 * 4 * NUM_METHODS; i++) {
         const Method* method = &methods[i / 8];
         int dense = i % 2, granular = is(method->name, "granular"), domains = is(method->name, "domains");
-        int merges = is(method->name, "merge"), calibrates = merges || domains || is(method->name, "cluster");
+        int merges = is(method->name, "merge"), parts = method->traits & PARTS;
+        int calibrates = merges || domains || parts || is(method->name, "cluster");
         const char* carry = carried[i / 2 % 4];
         int refused = is(carry, "interpolate") && (dense || is(method->name, "shuffle"));
         if (!(method->from & (dense ? FROM_DENSE : FROM_MOE)) || refused) continue;
@@ -773,6 +774,7 @@ static void test_up_pieces(void) {
                                      "--method", method->name, "--optimizer", carry};
         int count = 9;
         if (merges || domains) arguments[4] = "2";
+        if (parts) arguments[4] = "5"; // and a shared one
         if (granular) arguments[count++] = "--granularity", arguments[count++] = "4";
         const char* with_data[] = {"--calibrate", data, "--calibrate-batches", "2", "--seq", "16"};
         for (int k = 0; k < 6 && calibrates; k++) arguments[count++] = with_data[k];

@@ -51,4 +51,7 @@ try Dots1ForCausalLM $golden/dots1_shared --experts 14
 try Qwen2MoeForCausalLM $golden/qwen2 --experts 4 --method drop
 balance
 try Qwen2MoeForCausalLM $golden/qwen2 --experts 3 --layers every-2
+text="--calibrate $work/data.bin --calibrate-batches 2 --batch 2 --seq 16"
+try Dots1ForCausalLM $golden/qwen3 --experts 3 --shared 2 --method marks $text
+try Qwen2MoeForCausalLM $golden/qwen2 --experts 12 --shared 5 --method importance $text
 try Qwen2MoeForCausalLM $golden/qwen2_moe --experts 12 --topk 4 --dtype bf16

@@ -11,7 +11,7 @@
 typedef struct Clusters {
     float** inputs; // (L) the FFN's inputs (tokens, H)
     int** cluster; // (L) (tokens) the cluster of each
-    float* centroids; // (L, M, H)
+    float* centroids; // (L, M, H): rows of the router
     long tokens, filled;
     float* made[3]; // the matrices of (layer, expert) that were made last
     int layer, expert;
@@ -82,31 +82,36 @@ static void spherical_k_means(float* centroids, int* cluster, const float* x, lo
     free(count);
 }
 
-static void find_clusters(Plan* p) {
+// What the FFNs read that become sparse
+static Clusters* gather_inputs(const Plan* p, const char* why) {
     const Config* c = &p->config;
-    int L = c->num_layers, M = p->M, H = c->hidden_size;
-    Clusters* k = p->clusters = NEW(Clusters, 1);
-    Feed f = feed_calibration(p->sources[0], "--method cluster");
+    int L = c->num_layers;
+    Clusters* k = NEW(Clusters, 1);
+    Feed f = feed_calibration(p->sources[0], why);
     Model* m = feed_model(&f, p->sources[0]->dir, FOR_SCORING, 2);
     k->layer = k->expert = -1;
     k->tokens = f.windows * f.T;
-    if (k->tokens < M) die(2, "--calibrate: %ld tokens cannot make %d clusters", k->tokens, M);
+    if (k->tokens < p->M) die(2, "--calibrate: %ld tokens cannot make %d clusters", k->tokens, p->M);
     k->inputs = NEW(float*, L);
-    k->cluster = NEW(int*, L);
-    k->centroids = NEW(float, (long)L * M * H);
-    for (int l = 0; l < L; l++) {
-        k->inputs[l] = c->sparse[l] ? floats(k->tokens * H) : NULL;
-        k->cluster[l] = c->sparse[l] ? NEW(int, k->tokens) : NULL;
-    }
+    for (int l = 0; l < L; l++) k->inputs[l] = c->sparse[l] ? floats(k->tokens * c->hidden_size) : NULL;
     m->observe = observe_inputs;
     m->observer = k;
     for (int rows; (rows = feed_next(&f)) > 0; k->filled += (long)rows * f.T)
         model_forward(m, f.batch.tokens, f.batch.targets, rows, f.T);
     model_free(m);
     feed_close(&f);
+    return k;
+}
+
+static void find_clusters(Plan* p) {
+    int L = p->config.num_layers, M = p->M, H = p->config.hidden_size;
+    Clusters* k = p->clusters = gather_inputs(p, "--method cluster");
+    k->cluster = NEW(int*, L);
+    k->centroids = NEW(float, (long)L * M * H);
     long* start = NEW(long, M);
     for (int l = 0; l < L; l++) {
         if (!k->inputs[l]) continue;
+        k->cluster[l] = NEW(int, k->tokens);
         for (int i = 0; i < M; i++) start[i] = random_permutation(i, k->tokens, stream_key(p, "clusters", l, 0, 0));
         spherical_k_means(k->centroids + (long)l * M * H, k->cluster[l], k->inputs[l], k->tokens, H, M, start);
     }

@@ -42,18 +42,24 @@ enum { SHARED_WIDTH = 32 };
 // A dense SRC's part of the configuration of DST: Qwen2 and Qwen3 become their MoEs, Llama and Mistral become Mixtral.
 static void plan_config_of_dense(Plan* p, const Config* from, Config* c) {
     int granular = is(p->method->name, "granular"), partition = is(p->method->name, "partition"), M = p->M;
+    int parts = p->method->traits & PARTS, shared = p->num_shared = parts ? (int)ask.shared : 0;
     const char* type = archs[from->arch].model_type;
     if (is_moe(from->arch))
         die(2, "%s: a dense %s model has no mixture-of-experts class; llama, mistral, qwen2 and qwen3 have",
             p->sources[0]->dir, type);
-    c->arch = from->arch == QWEN3 ? QWEN3_MOE : from->arch == QWEN2 ? QWEN2_MOE : MIXTRAL;
+    c->arch = from->arch == QWEN2 ? QWEN2_MOE : from->arch != QWEN3 ? MIXTRAL : shared ? DOTS1 : QWEN3_MOE;
+    if (shared && c->arch == MIXTRAL)
+        die(2,
+            "--shared %d: Mixtral, the class of a %s source, has no shared expert; --shared 0 fits, or a Qwen2 or "
+            "Qwen3 source (Qwen2-MoE and Dots1 have one)",
+            shared, type);
     if (c->arch == QWEN2_MOE) c->shared_expert_intermediate_size = SHARED_WIDTH;
     if (granular && !asked("granularity"))
         die(2, "--method granular wants --granularity G, the number of shards of an FFN");
-    int G = p->shards = granular ? (int)ask.granularity : partition ? M : 1;
+    int G = p->shards = granular ? (int)ask.granularity : partition || parts ? M + shared : 1;
     if (from->intermediate_size % G)
-        die(2, "--%s %d: the FFN's width, %d, is no multiple of it", granular ? "granularity" : "experts", G,
-            from->intermediate_size);
+        die(2, "--%s %d: the FFN's width, %d, is no multiple of %s%d", granular ? "granularity" : "experts", G - shared,
+            from->intermediate_size, shared ? "that and --shared, " : "it, ", G);
     if (granular && M % G) die(2, "--experts %d: no multiple of --granularity %d", M, G);
     c->num_experts_per_tok = asked("topk") ? (int)ask.topk : granular ? G : imin(2, M);
     if (granular && c->num_experts_per_tok % G)
@@ -68,6 +74,17 @@ static void plan_config_of_dense(Plan* p, const Config* from, Config* c) {
     c->router_aux_loss_coef = 0.01;
     parse_layers(ask.layers, c->sparse, c->num_layers);
     if (count_sparse(c) == 0) die(2, "--layers %s: no layer becomes sparse", ask.layers);
+    if (c->arch == QWEN2_MOE && shared) c->shared_expert_intermediate_size = shared * c->moe_intermediate_size;
+    if (c->arch == DOTS1) { // whose experts are chosen by sigmoids, and balanced by a bias
+        c->num_shared_experts = shared;
+        c->router.kind = ROUTER_SIGMOID;
+        c->router.scaling = 1;
+        c->router_aux_loss_coef = 0;
+        for (int l = 1; l < c->num_layers; l++)
+            if (c->sparse[l - 1] && !c->sparse[l])
+                die(2, "--layers %s: the dense layers of a Dots1, the class with a shared expert of a %s source, come "
+                    "before all others", ask.layers, type);
+    }
     if (c->arch != MIXTRAL) return;
     c->intermediate_size = c->moe_intermediate_size;
     if (count_sparse(c) < c->num_layers)

@@ -88,44 +88,46 @@ static void find_groups(Plan* p) {
     free(usage.products);
 }
 
-// The linear assignment of n rows to n columns with the largest sum of fit (n, n); order (n) is each row's column.
-// Shortest augmenting paths (Jonker and Volgenant 1987), O(n^3): row after row is taken in; v are the columns' prices.
-static void assign_units(int* order, const float* fit, long n) {
-    double *u = NEW(double, 3 * n), *v = u + n, *least = v + n;
-    long *row_of = NEW(long, 2 * n), *before = row_of + n;
-    char* settled = NEW(char, n);
-    for (long j = 0; j < n; j++) row_of[j] = -1;
+// The linear assignment of n rows to m columns, `room` rows to each, with the largest sum of fit (n, m); order (n) is
+// each row's column. Shortest augmenting paths (Jonker and Volgenant 1987), O(n^2 m): row after row is taken in; v are
+// the columns' prices.
+static void assign_units(int* order, const float* fit, long n, long m, long room) {
+    double *u = NEW(double, n + 2 * m), *v = u + n, *least = v + m;
+    long *through = NEW(long, 2 * m), *used = through + m; // the row by which a column is reached; its rows
+    char* settled = NEW(char, m);
     for (long i = 0; i < n; i++) {
-        long row = i, column = -1;
+        long column = -1, next = -1;
         double reached = 0;
         heed_signals();
-        for (long j = 0; j < n; j++) least[j] = INFINITY, before[j] = -1, settled[j] = 0;
-        while (row >= 0) { // the column that is cheapest to reach; its row, if it has one, must find another
-            long last = column;
-            column = -1;
-            for (long j = 0; j < n; j++) {
-                double cost = reached - fit[row * n + j] - u[row] - v[j];
-                if (settled[j]) continue;
-                if (cost < least[j]) least[j] = cost, before[j] = last;
-                if (column < 0 || least[j] < least[column]) column = j;
+        for (long j = 0; j < m; j++) least[j] = INFINITY, through[j] = i, settled[j] = 0;
+        order[i] = -1;
+        do { // the column that is cheapest to reach; if it is full, one of its rows must find another
+            for (long row = 0; row <= i; row++) {
+                if (order[row] != column) continue;
+                for (long j = 0; j < m; j++) {
+                    double cost = reached - fit[row * m + j] - u[row] - v[j];
+                    if (!settled[j] && cost < least[j]) least[j] = cost, through[j] = row;
+                }
             }
+            for (long j = next = 0; j < m; j++)
+                if (!settled[j] && (settled[next] || least[j] < least[next])) next = j;
+            column = next;
             reached = least[column];
             settled[column] = 1;
-            row = row_of[column];
-        }
-        for (long j = 0; j < n; j++) {
-            if (!settled[j] || j == column) continue;
-            v[j] += least[j] - reached;
-            u[row_of[j]] -= least[j] - reached;
-        }
+        } while (used[column] == room);
+        for (long row = 0; row < i; row++)
+            if (settled[order[row]] && order[row] != column) u[row] -= least[order[row]] - reached;
+        for (long j = 0; j < m; j++)
+            if (settled[j] && j != column) v[j] += least[j] - reached;
         u[i] += reached;
-        for (; before[column] >= 0; column = before[column]) row_of[column] = row_of[before[column]];
-        row_of[column] = i;
+        used[column]++;
+        for (long before; column >= 0; column = before) {
+            before = order[through[column]];
+            order[through[column]] = (int)column;
+        }
     }
-    for (long j = 0; j < n; j++)
-        if (row_of[j] >= 0) order[row_of[j]] = (int)j; // weights that are no numbers leave some without
     free(u);
-    free(row_of);
+    free(through);
     free(settled);
 }
 
@@ -159,7 +161,7 @@ static float* merge_group(const Plan* p, int l, int j) {
         float* x = expert_units(s, l, e);
         double w = total > 0 ? load[e] / total : 1.0 / members;
         matmul_forward(fit, first, x, (int)I, (int)n, (int)I);
-        assign_units(order, fit, I);
+        assign_units(order, fit, I, I, 1);
         for (long u = 0; u < I; u++)
             for (long k = 0; k < n; k++)
                 merged[u * n + k] += (float)(w * ((double)x[order[u] * n + k] - first[u * n + k]));

@@ -20,7 +20,8 @@ static void refuse_moments(const Plan* p) {
 static void carry_expert(const Plan* p, Target* t, int e, int copy) {
     if (is(ask.optimizer, "interpolate") && copy > 0) t->mix = 0.5;
     if (!is(ask.optimizer, "scale")) return;
-    double n = p->shards == 1 ? p->copies[(long)t->layer * p->E + e] : p->M / p->shards; // of shards: groups
+    int groups = p->method->traits & PARTS ? 1 : p->M / p->shards;
+    double n = p->shards == 1 ? p->copies[(long)t->layer * p->E + e] : groups;
     t->divisor = t->holds == EXP_AVG ? n : n * n;
 }
 

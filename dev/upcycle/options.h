@@ -8,7 +8,7 @@ static struct {
     const char *depth, *new_layers;
     long layers_to, ffn_to;
     long experts, topk, norm_topk, granularity, cap, seed, calibrate_batches, check_batches, batch, seq, threads,
-        dry_run, force, methods;
+        dry_run, force, methods, shared, marks;
     double drop_ratio, noise_std, noise_fraction, router_std, router_delta, strength, energy, unit_share,
         prune_weights;
 } ask;
@@ -45,6 +45,8 @@ static Option ask_table[] = {
     {"router-std", OPT_REAL, USE_OTHER, &ask.router_std, 0, 1e6, "0.02", "S", "of new router rows", 0},
     {"energy", OPT_REAL, USE_DENSE, &ask.energy, 0, 1, "0.95", "X", "spectral energy kept by cluster", 0},
     {"unit-share", OPT_REAL, USE_DENSE, &ask.unit_share, 0, 1, "0.5", "P", "of the units in an expert of domains", 0},
+    {"shared", OPT_WHOLE, USE_DENSE, &ask.shared, 0, 64, "1", "N", "parts in the shared expert (importance, marks)", 0},
+    {"marks", OPT_WHOLE, USE_DENSE, &ask.marks, 1, 1 << 20, "10", "N", "units that a token marks", 0},
 
     {"drop-ratio", OPT_REAL, USE_OTHER, &ask.drop_ratio, 0, 1, "0.5", "R", "share of units that drop draws anew", 0},
     {"drop-indices", OPT_CHOICE, USE_OTHER, &ask.drop_indices, 0, 0, "shared", "shared|per-matrix", "", 0},

@@ -85,7 +85,8 @@ static void find_properties(const Plan* p, Findings* f) {
     int equal, m = imax(1, most_copies(p, &equal)), G = p->shards, multiply = is(name, "multiply");
     int twins = p->method->traits & EQUAL && !(multiply && strength(p) > 0), all_copies = equal && K == m * K0;
     int mixture = !p->dense, one_model = p->num_sources == 1, larger = M > E, one = K == 1 && K0 == 1;
-    int family = is(name, "family"), granular = is(name, "granular"), sharded = granular || is(name, "partition");
+    int family = is(name, "family"), granular = is(name, "granular"), parts = p->method->traits & PARTS;
+    int sharded = granular || parts || is(name, "partition"), scale = granular ? G : norm ? K : M;
     int is_new = p->method->traits & NEW_ROWS, lpr = from->router.kind == ROUTER_LPR;
     int sigmoid = from->router.kind == ROUTER_SIGMOID, raw = sigmoid && !norm, biased = is(p->router->name, "bias");
     int plain_router = is(p->router->name, "copy") || biased;
@@ -100,7 +101,7 @@ static void find_properties(const Plan* p, Findings* f) {
     char grown[256];
     growth_words(p, grown, sizeof grown);
     const char* rounding = !is(ask.dtype, "keep") && !is(ask.dtype, "f32")              ? ", up to rounding to bf16"
-                           : (dense && granular && (G & (G - 1)) && half) || f16 ? ", up to rounding of down"
+                           : (dense && sharded && (scale & (scale - 1)) && half) || f16 ? ", up to rounding of down"
                                                                           : "";
     const Clusters* clusters = p->clusters;
     Words words = {{NULL}, {""}, 0};
@@ -112,6 +113,7 @@ static void find_properties(const Plan* p, Findings* f) {
     add_word(&words, "E-M", "%d", E - M);
     add_word(&words, "M-E", "%d", M - E);
     add_word(&words, "G", "%d", G);
+    add_word(&words, "shared", "%d", p->num_shared);
     add_word(&words, "rest", p->rest_is_mean ? "their mean" : p->unlike ? "SRC's, as they differ in " : "SRC's");
     if (p->unlike) strcat(words.text[words.count - 1], p->unlike);
     add_word(&words, "m", "%d", m);
@@ -156,7 +158,7 @@ static void find_properties(const Plan* p, Findings* f) {
         {granular && is(ask.scale, "none"),
          NOT_KEPT "--scale none leaves a token with 1 / {G} of the FFN's output or less"},
         {sharded && !granular && K == M,
-         "kept exactly while the router is zero (--router-init zero), otherwise nearly: gates weigh the shards"},
+         "kept exactly{up to} while the router is zero (--router-init zero), otherwise nearly: gates weigh the shards"},
         {1, p->method->changed}};
     const Finding of_mixture[] = {
         {insists("prune-weights"), NOT_KEPT "{prune} % of the weights of every expert are zero"},
@@ -174,6 +176,8 @@ static void find_properties(const Plan* p, Findings* f) {
         {family,
          "kept exactly{up to} while train_moe's family penalty is infinite (t = 0 of --family-steps), for every K; "
          "only train_moe opens it until the penalty has ended"},
+        {from->router.kind == ROUTER_DYNAMIC,
+         NOT_KEPT "how many experts a token gets depends on the entropy over all of them, {M} instead of {E}"},
         {!twins, NOT_KEPT "copies differ from their sources"},
         {!plain_router, NOT_KEPT "routing changes (--router {router})"},
         {one && sigmoid && biased,

@@ -10,14 +10,18 @@ static double shard_scale(const Plan* p, int matrix) {
     return is(ask.scale, "none") ? 1 : is(ask.scale, "cuberoot") ? cbrt(s) : matrix == DOWN ? s : 1;
 }
 
+// The matrix times s; w = s w' makes dL/dw = dL/dw' / s.
+static void scale_target(Target* t, double s) {
+    t->factor = t->holds == WEIGHTS ? s : t->holds == EXP_AVG ? 1 / s : 1 / (s * s);
+}
+
 // Granular upcycling (virtual groups) and partition: expert j is shard j mod G of the FFN's units, in their
-// order (granular) or shuffled once for all (partition). w = s w' makes dL/dw = dL/dw' / s. With --drop-ratio
-// a share of each shard's units is drawn anew as well (Marco-MoE), before s.
+// order (granular) or shuffled once for all (partition), scaled by s. With --drop-ratio a share of each shard's
+// units is drawn anew as well (Marco-MoE), before s.
 static void shard_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     uint64_t key = stream_key(p, "shards", t->layer, 0, 0);
     long I = t->units, first = t->expert % p->shards * I;
-    double s = shard_scale(p, t->matrix);
-    t->factor = t->holds == WEIGHTS ? s : t->holds == EXP_AVG ? 1 / s : 1 / (s * s);
+    scale_target(t, shard_scale(p, t->matrix));
     int in_order = is(p->method->name, "granular");
     if (row == 0) t->order = NEW(int, I);
     for (long u = first; u < first + I && row == 0; u++)
@@ -60,7 +64,8 @@ static void find_domains(Plan* p) {
 
 // Expert j is the units of the FFN that the j-th text excites most, as Read-ME's masks choose them (2410.19123).
 static void domain_rows(const Plan* p, Target* t, long row, long rows, float* out) {
-    const int* units = p->units + ((long)t->layer * p->M + t->expert) * t->units;
+    long width = p->config.moe_intermediate_size;
+    const int* units = p->units + ((long)t->layer * (p->M + p->num_shared) + t->expert) * width;
     if (row == 0) t->order = NEW(int, t->units);
     for (long u = 0; u < t->units; u++) t->order[u] = units[u];
     ordered_rows(t, row, rows, out);

@@ -120,10 +120,11 @@ static void plan_outputs(Plan* p, long most) {
 }
 
 // The shared expert that a dense SRC has not. Its down is 0: it adds exactly nothing. The rest is N(0, 0.02), so that
-// it can learn, and because llama.cpp computes its gate as silu(z) / z, which is no number for a gate of zeros.
+// it can learn, and because llama.cpp computes its gate as silu(z) / z, which is no number for a gate of zeros. Where
+// the shared expert is made of SRC's units its gate is so small that sigmoid(z) is 1/2 in fp32.
 static void shared_rows(const Plan* p, Target* t, long row, long rows, float* out) {
-    (void)p;
     t->std = t->holds == WEIGHTS && !ends_with(t->output->tensor->name, "down_proj.weight") ? 0.02 : 0;
+    if (p->num_shared && t->std > 0) t->std = 1e-12;
     draw_rows(t, row, rows, out, 0, 1);
 }
 
@@ -161,6 +162,10 @@ static Target target_open(const Plan* p, const Output* o) {
         const int* place = r->kind == ROUTER_ROWS ? from->router : from->correction;
         t.make = r->kind == ROUTER_ROWS ? router_rows : correction_rows;
         if (!p->dense) t.from = from->views[place[l]];
+    } else if (r->kind == SHARED && p->num_shared && r->matrix >= 0) {
+        t.expert = p->M;
+        t.make = moments ? p->method->carry : p->method->make;
+        t.from = *source_ffn(from, l, 0, r->matrix);
     } else if (r->kind == SHARED && p->dense) {
         t.make = shared_rows;
         t.key = random_key(stream_key(p, "shared", l, 0, 0), hash_string(o->tensor->name), 0, 0);

@@ -215,8 +215,10 @@ template <class Real> static void gpu_plan(Model* m) {
             gpu_attention_max_head_dim());
     if (c->num_experts > MOST_GRID || m->B > MOST_GRID)
         die(2, "%s: on a GPU at most %d", c->num_experts > MOST_GRID ? "--experts" : "--batch", MOST_GRID);
-    if (c->router.skip_below > 0 || c->router.fixed)
-        die(2, "--%s: on the CPU alone, in train_moe", c->router.fixed ? "fixed-router" : "skip-below");
+    int dynamic = c->router.kind == ROUTER_DYNAMIC;
+    if (c->router.skip_below > 0 || c->router.fixed || dynamic)
+        die(2, "--%s: on the CPU alone, in train_moe",
+            dynamic ? "router dynamic" : c->router.fixed ? "fixed-router" : "skip-below");
     int device, most;       // a block of gpu_combine_rmsnorm_backward keeps two rows of floats in shared memory
     CHECK(cudaGetDevice(&device));
     CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
