@@ -58,8 +58,8 @@ FLASH2 = {64: ((229, 262, 284), (238, 264, 279)), 128: ((260, 298, 319), (260, 2
 
 # What differs between versions of the kernels.
 # Grouped products, for each tile of 128 x 256, while tensor cores idle: `first`, how many loads wait for each other
-# before its first product (tiles, offsets, token, copy), by what a product is called; `epilogue`, how many wait for each
-# other after its last one, where the epilogue reads memory (d down: gate and up; dW: what it adds to).
+# before its first product (tiles, offsets, token, copy), by what a product is called; `epilogue`, how many wait for
+# each other after its last one, where the epilogue reads memory (d down: gate and up; dW: what it adds to).
 # Attention, by kernel and head size: SASS instructions, mma.sync and ldmatrix of a warp for a tile (--sass, sm_90a).
 VERSIONS = {
     "before": dict(
@@ -68,6 +68,13 @@ VERSIONS = {
         loops={("forward", 64): (1228, 128, 40), ("backward_kv", 64): (789, 128, 48), ("backward_q", 64): (630, 96, 40),
                ("forward", 128): (1553, 192, 64), ("backward_kv", 128): (838, 128, 80),
                ("backward_q", 128): (705, 96, 56)})}
+# attention's copies: one branch for all of them, pointers that are added to, places in lines known to the compiler
+VERSIONS["copies"] = dict(VERSIONS["before"], loops={
+    ("forward", 64): (939, 128, 40), ("backward_kv", 64): (713, 128, 48), ("backward_q", 64): (535, 96, 40),
+    ("forward", 128): (1101, 192, 64), ("backward_kv", 128): (765, 128, 80), ("backward_q", 128): (636, 96, 56)})
+# persistent blocks: a tile's first copies are under way before the last one is done; an epilogue reads for 4 of the 32
+# fours of a thread at a time
+VERSIONS["persistent"] = dict(VERSIONS["copies"], first=dict.fromkeys(VERSIONS["copies"]["first"], 0), epilogue=8)
 BASE, NOW = "before", list(VERSIONS)[-1]
 
 
