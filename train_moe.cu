@@ -216,9 +216,9 @@ static void gpu_matmul_fp32(float* out, const TA* a, long a_row, long a_col, con
 // Rows of x and dy are gathered inside the loads: token[r] is read where row r is wanted, so that no gathered copy is
 // ever written (SonicMoE, arXiv 2512.14080).
 //
-// All kernels end alike. A block leaves its tile of fp32 sums in shared memory, and then every thread takes four
-// neighbouring columns of a row through an epilogue: the same code for all kinds of tiles, neighbouring threads at
-// neighbouring addresses. SwiGLU and its derivative are done there, where the sums are still exact.
+// All kernels end alike. A tile's fp32 sums are left in shared memory, and then every thread takes four neighbouring
+// columns of a row through an epilogue: the same code for all kinds of tiles, neighbouring threads at neighbouring
+// addresses. SwiGLU and its derivative are done there, where the sums are still exact.
 
 enum { X_WT, DY_W, DYT_X };
 
@@ -236,38 +236,41 @@ template <class T> static Operand<T> operand(const T* data, int width, const int
     return {data, width, token, (uintptr_t)data % 16 == 0 && width * sizeof(T) % 16 == 0};
 }
 
-// What a block does: rows m0 .. m_end-1 and columns n0 .. of the result of expert e, over k .. k_end-1.
+// A tile: rows m0 .. m_end-1 and columns n0 .. of the result of expert e, over k .. k_end-1. No rows: nothing to do.
 struct Job { int expert, m0, m_end, n0, k, k_end; };
 
-// Blocks start in the order of their numbers. Those that run at the same time should share what they read, through the
-// L2 cache: 16 tiles that lie below each other come first, then the 16 beside them, and so on. So about 130 running
-// blocks of 128 x 256 make a piece about as high as it is wide, which reads the fewest rows and columns. Below each
-// other are mostly rows of one expert. In DYT_X experts come one after the other, for the same reason.
+// Tile `number` of down x across of each expert. Tiles are begun in the order of their numbers. Those that run at the
+// same time should share what they read, through the L2 cache: 16 tiles that lie below each other come first, then the
+// 16 beside them, and so on. So about 130 running blocks of 128 x 256 make a piece about as high as it is wide, which
+// reads the fewest rows and columns. Below each other are mostly rows of one expert. In DYT_X experts come one after
+// the other, for the same reason.
 template <int PRODUCT, int BM>
-__device__ static inline bool find_job(Job* job, const int* offsets, const int2* tiles, int down, int across, int width,
-                                       int tile_columns) {
-    int group = blockIdx.x / (16 * across) * 16, height = min(16, down - group), b = blockIdx.x % (16 * across);
-    int i = group + b % height, parts = GROUP_ROWS / BM;
-    job->n0 = b / height * tile_columns;
-    if (PRODUCT == DYT_X) {
-        *job = {(int)blockIdx.y, i * BM, width, job->n0, offsets[blockIdx.y], offsets[blockIdx.y + 1]};
-        return true;
-    }
+__device__ static inline Job find_job(int number, const int* offsets, const int2* tiles, int down, int across,
+                                      int width, int tile_columns) {
+    int e = number / (down * across), b = number % (down * across);
+    int group = b / (16 * across) * 16, height = min(16, down - group), parts = GROUP_ROWS / BM;
+    b %= 16 * across;
+    int i = group + b % height, n0 = b / height * tile_columns;
+    if (PRODUCT == DYT_X) return {e, i * BM, width, n0, offsets[e], offsets[e + 1]};
     int2 tile = tiles[i / parts];
-    if (tile.x < 0) return false;
-    *job = {tile.x, tile.y + i % parts * BM, offsets[tile.x + 1], job->n0, 0, width};
-    return job->m0 < job->m_end;
+    if (tile.x < 0) return {0, 0, 0, n0, 0, 0};
+    return {tile.x, tile.y + i % parts * BM, offsets[tile.x + 1], n0, 0, width};
 }
 
 // Epilogues: called by all threads, with four sums of row `row` from column `column` on; `real`: the row exists. PAIRS:
 // the left half of a tile are columns of gate, the right half the same columns of up, and four sums of each are given.
+// What an epilogue reads is fetched for several fours before the first is worked on, since each load is waited for and
+// may not pass a store to the same matrix: fetch reads what apply will want, fetch_gate what follows from that.
 
 // y (rows, width) = the sums
 template <class T> struct StoreEpilogue {
     static constexpr bool PAIRS = false;
+    struct Fetched {};
     T* y;
     int width, vector;
-    __device__ void apply(const float* sums, const float*, int, int row, bool real, int column) const {
+    __device__ void fetch(Fetched*, int, int, bool, int) const {}
+    __device__ void fetch_gate(Fetched*) const {}
+    __device__ void apply(const Fetched&, const float* sums, const float*, int, int row, bool real, int column) const {
         store4(y + (long)row * width + column, sums, real ? width - column : 0, vector);
     }
 };
@@ -275,13 +278,19 @@ template <class T> struct StoreEpilogue {
 // dW_e (OC, C) (+)= the sums
 struct WeightEpilogue {
     static constexpr bool PAIRS = false;
+    struct Fetched { Four<float> before; };
     float* dW;
     int OC, C, add, vector;
-    __device__ void apply(const float* sums, const float*, int expert, int row, bool real, int column) const {
-        float* p = dW + ((long)expert * OC + row) * C + column;
+    __device__ float* at(int expert, int row, int column) const { return dW + ((long)expert * OC + row) * C + column; }
+    __device__ void fetch(Fetched* f, int expert, int row, bool real, int column) const {
+        if (add) fetch4(&f->before, at(expert, row, column), real ? C - column : 0, vector);
+    }
+    __device__ void fetch_gate(Fetched*) const {}
+    __device__ void apply(const Fetched& f, const float* sums, const float*, int expert, int row, bool real,
+                          int column) const {
+        float *p = at(expert, row, column), v[4] = {};
         int count = real ? C - column : 0;
-        float v[4] = {};
-        if (add) load4(v, p, count, vector);
+        if (add) load4(v, f.before, p, count, vector);
         for (int j = 0; j < 4; j++) v[j] += sums[j];
         store4(p, v, count, vector);
     }
@@ -290,9 +299,13 @@ struct WeightEpilogue {
 // gate_up (R, 2, I) = the sums, act (R, I) = silu(gate) up
 template <class T> struct SwigluEpilogue {
     static constexpr bool PAIRS = true;
+    struct Fetched {};
     T *gate_up, *act;
     int I, vector;
-    __device__ void apply(const float* gate, const float* up, int, int row, bool real, int column) const {
+    __device__ void fetch(Fetched*, int, int, bool, int) const {}
+    __device__ void fetch_gate(Fetched*) const {}
+    __device__ void apply(const Fetched&, const float* gate, const float* up, int, int row, bool real,
+                          int column) const {
         int count = real ? I - column : 0;
         float a[4];
         for (int j = 0; j < 4; j++) a[j] = gate[j] / (1.0f + expf(-gate[j])) * up[j];
@@ -310,17 +323,31 @@ template <class T> struct SwigluEpilogue {
 template <class T> struct SwigluBackwardEpilogue {
     static constexpr bool PAIRS = false;
     static constexpr int PART = sizeof(T) == 4 ? 64 : 128;  // columns of a tile, and four for each lane of a warp
+    struct Fetched {
+        Four<T> g, u;
+        int assignment;     // < 0: no gate
+        float gate;
+    };
     T *gate_up, *gated_act;
     float* dgate_parts;
     const float* gates;
     const int* assignment;
     int I, vector;
-    __device__ void apply(const float* dact, const float*, int, int row, bool real, int column) const {
+    __device__ void fetch(Fetched* f, int, int row, bool real, int column) const {
+        const T* g_at = gate_up + (long)row * 2 * I + column;
+        int count = real ? I - column : 0;
+        f->assignment = !real || !gates ? -1 : assignment ? assignment[row] : row;
+        fetch4(&f->g, g_at, count, vector);
+        fetch4(&f->u, g_at + I, count, vector);
+    }
+    __device__ void fetch_gate(Fetched* f) const { f->gate = f->assignment < 0 ? 1 : gates[f->assignment]; }
+    __device__ void apply(const Fetched& f, const float* dact, const float*, int, int row, bool real,
+                          int column) const {
         int count = real ? I - column : 0;
         T *g_at = gate_up + (long)row * 2 * I + column, *u_at = g_at + I;
-        float g[4], u[4], a[4], dgate = 0, gate = real && gates ? gates[assignment ? assignment[row] : row] : 1;
-        load4(g, g_at, count, vector);
-        load4(u, u_at, count, vector);
+        float g[4], u[4], a[4], dgate = 0, gate = f.gate;
+        load4(g, f.g, g_at, count, vector);
+        load4(u, f.u, u_at, count, vector);
         for (int j = 0; j < 4; j++) {
             float s = 1.0f / (1.0f + expf(-g[j])), silu = g[j] * s, d = dact[j], u_j = u[j];
             dgate += d * silu * u_j;
@@ -337,16 +364,31 @@ template <class T> struct SwigluBackwardEpilogue {
     }
 };
 
-// The end of a kernel: the block's sums, BM rows of `stride` floats in shared memory, go through the epilogue.
-template <int BM, int WIDTH, class Epilogue>
-__device__ static inline void finish_tile(const float* sums, int stride, const Job& job, const Epilogue& epilogue) {
-    #pragma unroll 2
-    for (int i = threadIdx.x; i < BM * WIDTH / 4; i += 256) {
-        int row = i / (WIDTH / 4), column = i % (WIDTH / 4) * 4;
-        float v[4], up[4];
-        load4(v, sums + row * stride + column, 4, true);
-        if (Epilogue::PAIRS) load4(up, sums + row * stride + WIDTH + column, 4, true);
-        epilogue.apply(v, up, job.expert, job.m0 + row, job.m0 + row < job.m_end, job.n0 + column);
+// Sums of ROWS rows from row m0 on, `stride` floats apart in shared memory, go through the epilogue, of which THREADS
+// threads do this together, BATCH fours each at a time.
+template <int ROWS, int WIDTH, int THREADS, int BATCH, class Epilogue>
+__device__ static inline void finish_rows(const float* sums, int stride, const Job& job, int m0, int thread,
+                                          const Epilogue& epilogue) {
+    static_assert(ROWS * WIDTH / 4 % (THREADS * BATCH) == 0, "");
+    #pragma unroll 1
+    for (int first = thread; first < ROWS * WIDTH / 4; first += THREADS * BATCH) {
+        typename Epilogue::Fetched fetched[BATCH];
+        int row[BATCH], column[BATCH];
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            row[b] = (first + b * THREADS) / (WIDTH / 4);
+            column[b] = (first + b * THREADS) % (WIDTH / 4) * 4;
+            epilogue.fetch(&fetched[b], job.expert, m0 + row[b], m0 + row[b] < job.m_end, job.n0 + column[b]);
+        }
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) epilogue.fetch_gate(&fetched[b]);
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            float v[4], up[4];
+            load4(v, sums + row[b] * stride + column[b], 4, true);
+            if (Epilogue::PAIRS) load4(up, sums + row[b] * stride + WIDTH + column[b], 4, true);
+            epilogue.apply(fetched[b], v, up, job.expert, m0 + row[b], m0 + row[b] < job.m_end, job.n0 + column[b]);
+        }
     }
 }
 
@@ -375,8 +417,8 @@ experts_fp32_kernel(Operand<float> left, Operand<float> right, long weight_strid
                     const int2* tiles, int down, int across, int columns, Epilogue epilogue) {
     constexpr int WIDTH = Epilogue::PAIRS ? 32 : 64;
     __shared__ __align__(16) float a[16 * 68], b[16 * 68], sums[64 * 68];
-    Job job;
-    if (!find_job<PRODUCT, 64>(&job, offsets, tiles, down, across, left.width, WIDTH)) return;
+    Job job = find_job<PRODUCT, 64>(blockIdx.x, offsets, tiles, down, across, left.width, WIDTH);
+    if (job.m0 >= job.m_end) return;
     if (PRODUCT != DYT_X) right.data += job.expert * weight_stride;
     float sum[4][4] = {};
     for (int k = job.k; k < job.k_end; k += 16) {
@@ -396,7 +438,7 @@ experts_fp32_kernel(Operand<float> left, Operand<float> right, long weight_strid
         *(float4*)(sums + (threadIdx.x / 16 * 4 + i) * 68 + threadIdx.x % 16 * 4) =
             make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
     __syncthreads();
-    finish_tile<64, WIDTH>(sums, 68, job, epilogue);
+    finish_rows<64, WIDTH, 256, 2>(sums, 68, job, job.m0, threadIdx.x, epilogue);
 }
 
 template <int PRODUCT, class Epilogue>
@@ -405,7 +447,7 @@ static void launch_experts(Operand<float> left, Operand<float> right, const int*
     long weight_stride = (long)(Epilogue::PAIRS ? 2 : 1) * columns * left.width;
     int down = PRODUCT == DYT_X ? ceil_div(left.width, 64) : max_tiles * (GROUP_ROWS / 64);
     int across = ceil_div(columns, Epilogue::PAIRS ? 32 : 64);
-    experts_fp32_kernel<PRODUCT, Epilogue><<<dim3(down * across, E), 256, 0, stream>>>(
+    experts_fp32_kernel<PRODUCT, Epilogue><<<down * across * E, 256, 0, stream>>>(
         left, right, weight_stride, offsets, tiles, down, across, columns, epilogue);
     CHECK(cudaGetLastError());
 }

@@ -5,10 +5,12 @@
     dev/cuda/count.py --log sm_90a=FILE ...       the same from what nvcc -Xptxas -v has printed before
     dev/cuda/count.py --check FILE --layers 2 ... is a step really made of these launches? FILE: what one training step
                                                   on the stand-in printed, with STANDIN_COUNT=1
+    dev/cuda/count.py --sass FILE                 counts the loops of attention in what nvdisasm -c printed of a cubin
 
 It counts operations and bytes of every launch of a training step (calc); the list of launches below reads like
 gpu_forward, gpu_backward and gpu_update, for a softmax router in bf16. Numbers that nobody has measured (est) all stand
-in EFFICIENCY and CARDS, with where they come from.
+in EFFICIENCY and CARDS, with where they come from. What a change of a kernel does to a prediction stands in VERSIONS:
+counts of its code, before and after, which the same formulas take.
 """
 import argparse
 import collections
@@ -40,8 +42,6 @@ EFFICIENCY = {
     "cublas": (0.90, "of `tensor`, which is what cuBLAS reaches with large squares"),
     "experts": (0.65, "of `tensor` in the loop over k: wgmma fed by cp.async, without TMA, multicast or specialised "
                 "warps. SonicMoE, which has more of these, reaches 335 to 466 TFLOP/s (arXiv 2512.14080)"),
-    "tile": (4e-6, "a tile of the grouped products in which tensor cores idle: first loads, sums through shared "
-             "memory, stores; a block of 128 x 256 fills an SM, so that nothing else runs meanwhile"),
     "attention": (0.85, "of FlashAttention-2's speed on H100, mma.sync as well: causal forward 229, 262, 284 TFLOP/s "
                   "with heads of 64 and 260, 298, 319 with heads of 128 at T = 1k, 2k, 4k; backward 238, 264, 279 and "
                   "260, 291, 310, not causal (here times 0.9) (figures of FlashAttention-3, arXiv 2407.08608)"),
@@ -50,18 +50,50 @@ EFFICIENCY = {
     "rows": (0.80, "of `hbm` for blocks that wait at a barrier between two passes over a row"),
     "launch": (2.5e-6, "any kernel, from start to start of the next"),
     "access": (0.7e-6, "a load that the next step waits for; kernels of a few blocks consist of these")}
+# Of an H100's SM: clocks a second, bytes a clock of its shared memory, FLOPs a clock of one of its four tensor cores by
+# mma.sync, 62 % of what wgmma does (est).
+CLOCK, SHARED, MMA = 1.755e9, 128, 0.62 * 1024
 FLASH2 = {64: ((229, 262, 284), (238, 264, 279)), 128: ((260, 298, 319), (260, 291, 310))}
+
+
+# What differs between versions of the kernels.
+# Grouped products, for each tile of 128 x 256, while tensor cores idle: `first`, how many loads wait for each other
+# before its first product (tiles, offsets, token, copy), by what a product is called; `epilogue`, how many wait for
+# each other after its last one, where the epilogue reads memory (d down: gate and up; dW: what it adds to).
+# Attention, by kernel and head size: SASS instructions, mma.sync and ldmatrix of a warp for a tile (--sass, sm_90a).
+VERSIONS = {
+    "before": dict(
+        first={"gate, up, SwiGLU": 4, "down": 3, "d down, d SwiGLU": 4, "dW down": 3, "dW gate, up": 3,
+               "d experts' input": 3}, epilogue=32,
+        loops={("forward", 64): (1228, 128, 40), ("backward_kv", 64): (789, 128, 48), ("backward_q", 64): (630, 96, 40),
+               ("forward", 128): (1553, 192, 64), ("backward_kv", 128): (838, 128, 80),
+               ("backward_q", 128): (705, 96, 56)})}
+# attention's copies: one branch for all of them, pointers that are added to, places in lines known to the compiler
+VERSIONS["copies"] = dict(VERSIONS["before"], loops={
+    ("forward", 64): (939, 128, 40), ("backward_kv", 64): (713, 128, 48), ("backward_q", 64): (535, 96, 40),
+    ("forward", 128): (1101, 192, 64), ("backward_kv", 128): (765, 128, 80), ("backward_q", 128): (636, 96, 56)})
+# persistent blocks: a tile's first copies are under way before the last one is done; an epilogue reads for 4 of the 32
+# fours of a thread at a time
+VERSIONS["persistent"] = dict(VERSIONS["copies"], first=dict.fromkeys(VERSIONS["copies"]["first"], 0), epilogue=8)
+BASE, NOW = "before", list(VERSIONS)[-1]
 
 
 def ceil(a, b):
     return -(-a // b)
 
 
+def tile_clocks(version, kernel, HD):
+    """Clocks that an SM with 8 warps takes for a tile of each: the limit is issue, tensor cores or shared memory, whose
+    ldmatrix moves 512 bytes"""
+    instructions, mma, ldmatrix = VERSIONS[version]["loops"][kernel, 64 if HD <= 64 else 128]
+    return max(2 * instructions, 2 * mma * 4096 / MMA, 8 * ldmatrix * 512 / SHARED)
+
+
 class Step:
     """The launches of one training step on one card, in order."""
 
-    def __init__(self, c, card):
-        self.c, self.card, self.rows, self.times = c, card, [], 1
+    def __init__(self, c, card, version=NOW):
+        self.c, self.card, self.version, self.rows, self.times = c, card, version, [], 1
 
     @contextmanager
     def repeat(self, times):
@@ -87,16 +119,19 @@ class Step:
         """cuBLAS, M x N from K: each operand once. add: the share of launches that read the result first"""
         self.launch("cublas", what, 2 * (M + N) * K + add * 4 * M * N, c_bytes * M * N, 2 * M * N * K, kind="cublas")
 
-    def experts(self, what, rows, N, K, read, write, weights=False):
+    def experts(self, what, rows, N, K, read, write, weights=False, loads=0.0):
         """A grouped product: rows by N from K, in Hopper's tiles of 128 x 256. weights: for each expert, from its share
-        of the K rows"""
+        of the K rows. loads: the share of launches whose epilogue reads memory. A block fills an SM, so that nothing
+        else runs while it waits for loads and while its sums go through shared memory, written and read."""
         E, sms, tile = self.c["E"], self.card["sms"], 2 * 128 * 256         # FLOPs of a tile for each k
         if weights:
             tiles, depth = E * ceil(rows, 128) * ceil(N, 256), K / E + 32   # half of the last 64 rows is zeros
         else:
             tiles, depth = (rows / 128 + E / 2) * ceil(N, 256), ceil(K, 64) * 64    # half a tile an expert is empty
         rate = min(EFFICIENCY["experts"][0] * self.card["tensor"], self.card["l2"] * tile / (2 * (128 + 256)))
-        seconds = ceil(int(tiles), sms) * (depth * tile * sms / rate + EFFICIENCY["tile"][0])
+        v = VERSIONS[self.version]
+        gap = EFFICIENCY["access"][0] * (v["first"][what] + loads * v["epilogue"]) + 2 * 4 * tile / 2 / SHARED / CLOCK
+        seconds = ceil(int(tiles), sms) * (depth * tile * sms / rate + gap)
         self.launch("experts_bf16_kernel", what, read, write, 2 * rows * N * K, tiles * depth * tile, seconds)
 
     def matmul_fp32(self, what, M, N, K, read, write, splits_floats=0):
@@ -117,6 +152,11 @@ class Step:
 
 def norm_parts(N):
     return 1024 if N > 16384 else ceil(N, 16)
+
+
+def faster(s, kernel):
+    """Clocks of an attention kernel's tile, by those of the version for which EFFICIENCY stands"""
+    return tile_clocks(s.version, kernel, s.c["HD"]) / tile_clocks(BASE, kernel, s.c["HD"])
 
 
 def attention_done(c, products, rows, N, own_queries):
@@ -142,7 +182,7 @@ def attention_layer_forward(s, c):
     index = min(max(T.bit_length() - 11, 0), 2)
     c["flash"] = [1e12 * x[index] * EFFICIENCY["attention"][0] for x in FLASH2[64 if c["HD"] <= 64 else 128]]
     s.launch("attention_forward_mma_kernel", "attention", 2 * N * QKV, 2 * N * c["NH"] * c["HD"] + 4 * N * c["NH"],
-             2 * product, attention_done(c, 2, 32, tile, True), 2 * product / c["flash"][0])
+             2 * product, attention_done(c, 2, 32, tile, True), 2 * product / c["flash"][0] * faster(s, "forward"))
     s.linear("attention's projection", N, H, c["NH"] * c["HD"])
     s.launch("combine_rmsnorm_kernel", "residual, FFN's norm", 2 * 2 * N * H, 2 * 2 * N * H + 4 * N, kind="rows")
 
@@ -198,12 +238,12 @@ def ffn_layer_backward(s, c):
     N, H, I, E, K, R, add = c["N"], c["H"], c["I"], c["E"], c["K"], c["R"], c["add"]
     parts = ceil(I, 128)
     s.experts("d down, d SwiGLU", R, I, H, gathered(c, H) + 2 * E * I * H + 2 * R * 2 * I + 8 * R,
-              2 * R * 3 * I + 4 * R * parts)
+              2 * R * 3 * I + 4 * R * parts, loads=1)
     s.experts("dW down", H, I, R, weight_reads(c, H, I, gathered(c, H), 2 * R * I) + add * 4 * E * H * I,
-              4 * E * H * I, weights=True)
+              4 * E * H * I, weights=True, loads=add)
     s.experts("dW gate, up", 2 * I, H, R,
               weight_reads(c, 2 * I, H, 2 * R * 2 * I, gathered(c, H)) + add * 8 * E * H * I, 8 * E * H * I,
-              weights=True)
+              weights=True, loads=add)
     s.experts("d experts' input", R, H, 2 * I, 2 * R * 2 * I + 2 * E * 2 * I * H, 2 * R * H)
     s.launch("gate_gradients_kernel", "d gates", 4 * R * (parts + 1), 4 * R)
     s.launch("balance_weights_kernel", "f of the balance loss", 8 * E, 8 * E)
@@ -225,9 +265,9 @@ def attention_layer_backward(s, c):
     read = 2 * N * (QKV + A) + 8 * N * NH
     # scores and dp are computed in both kernels: 7 products, of which the formulas need 4 (and FlashAttention-2 5)
     s.launch("attention_backward_kv_mma_kernel", "dk, dv", read, 2 * N * 2 * c["NKV"] * HD, 3 * product,
-             attention_done(c, 4, kv_rows, 32, False), 4 * product / rate)
+             attention_done(c, 4, kv_rows, 32, False), 4 * product / rate * faster(s, "backward_kv"))
     s.launch("attention_backward_q_mma_kernel", "dq", read, 2 * N * A, product,
-             attention_done(c, 3, 32, 32, True), 3 * product / rate)
+             attention_done(c, 3, 32, 32, True), 3 * product / rate * faster(s, "backward_q"))
     parts = 4 * norm_parts(N) * c["norm_sizes"]
     s.launch("qk_norm_rope_backward_kernel", "rotation, norm of q, k", 2 * N * QK * (1 if c["qk"] == "none" else 2),
              2 * N * QK + parts, kind="rows")
@@ -277,9 +317,9 @@ def update(s, c):
     s.launch("adamw_kernel", "vectors", 16 * (total - c["matrices"]), 14 * (total - c["matrices"]))
 
 
-def train_step(config, card, batch):
+def train_step(config, card, batch, version=NOW):
     c = complete(config, batch)
-    s = Step(c, card)
+    s = Step(c, card, version)
     with s.repeat(c["accum"]):
         forward(s, c)
         backward(s, c)
@@ -433,6 +473,56 @@ of OLMoE-1B-7B. Occupancy: blocks x warps of a block on an SM, and what limits i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Loops of attention, from the machine code
+
+def functions(path):
+    """(name, instructions, where labels stand) of each function that nvdisasm -c printed"""
+    parts = re.split(r"^\s*\.section\s+\.text\.([^\s,]+),.*$", Path(path).read_text(), flags=re.M)
+    for name, body in zip(parts[1::2], parts[2::2]):
+        code, labels = [], {}
+        for label, instruction in re.findall(r"^\s*(?:(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(.*?);)", body, re.M):
+            if label:
+                labels[label] = len(code)
+            else:
+                code.append(instruction)
+        yield name, code, labels
+
+
+def tile_counts(name, code, labels):
+    """(instructions, mma.sync, ldmatrix, copies) of a warp for a tile: what stands in the loop over tiles, times how
+    often its inner loops go round. Copies without cp.async do not count, the mask of the diagonal does."""
+    D, M, N = (int(x) for x in re.findall(r"Li(\d+)E", name)[:3])
+    jumps = [(labels[m[1]], i) for i, text in enumerate(code) for m in [re.search(r"\bBRA\b.*?(\.L_x_\d+)", text)] if m]
+    loops = [(a, z) for a, z in jumps if a <= z]
+
+    def holds(loop, what):
+        return sum(what in text for text in code[loop[0]:loop[1] + 1])
+
+    whole = min((x for x in loops if holds(x, "BAR.SYNC") and holds(x, "HMMA")), key=lambda x: x[1] - x[0])
+    often = [1.0] * len(code)
+    for loop in loops:
+        if whole[0] < loop[0] and loop[1] < whole[1]:
+            rounds = 0
+            if holds(loop, "HMMA"):
+                rounds = D / 16 * (M * N / 8) / holds(loop, "HMMA")
+            elif holds(loop, "LDGSTS"):
+                rounds = ceil(N, 256 // M // (D // 8)) / holds(loop, "LDGSTS")
+            for i in range(loop[0], loop[1] + 1):
+                often[i] *= rounds
+    return [round(sum(often[i] for i in range(whole[0], whole[1] + 1) if what in code[i]))
+            for what in ("", "HMMA", "LDSM", "LDGSTS")]
+
+
+def print_loops(path):
+    print("| kernel | instructions | mma.sync | ldmatrix | cp.async |\n|---|---|---|---|---|")
+    for name, code, labels in functions(path):
+        kernel = re.match(r"_Z\d+(attention_\w+_mma)_kernelI(\w+)EEv", name)
+        if kernel:
+            arguments = ", ".join(re.findall(r"Li(\d+)E?", kernel[2]))
+            print(f"| `{kernel[1]}<{arguments}>` | {' | '.join(map(str, tile_counts(name, code, labels)))} |")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 CLASSES = {"cuBLAS": ("cublas",), "experts' products": ("experts_bf16",), "attention": ("attention_f", "attention_b"),
@@ -473,6 +563,25 @@ GFLOP and MB of one launch, ms of all. In vain: tiles that stick out, products m
               f"| {100 * predicted / time:.0f} % |")
 
 
+def print_versions(cards):
+    print("""
+## Versions of the kernels
+
+The same formulas with the counts of each version. All is (est).
+
+| model | card | version | experts' products ms | attention ms | step ms | share of the floor | TFLOP/s |
+|---|---|---|---|---|---|---|---|""")
+    for name, config in CONFIGS.items():
+        for card_name in cards:
+            card, batch = CARDS[card_name], largest_batch(config, CARDS[card_name])
+            for version in VERSIONS if batch else ():
+                c, s = train_step(config, card, batch, version)
+                time = total(s, "predicted")
+                parts = (f"{1e3 * total(s, 'predicted', CLASSES[k]):.1f}" for k in ("experts' products", "attention"))
+                print(f"| {name} | {card_name} | {version} | {' | '.join(parts)} | {1e3 * time:.1f} | "
+                      f"{100 * floor(c, card) / time:.0f} % | {flops(c) / time / 1e12:.0f} |")
+
+
 def print_figures(cards, logs):
     print("""# Figures of train_moe.cu
 
@@ -503,6 +612,8 @@ after the other. Shares: floor / time. Micro-batches are the largest that fit.
                   f"{flops(c) / time / 1e12:.0f} |")
             if card_name in cards:
                 steps.append((name, card_name, c, s))
+    if len(VERSIONS) > 1:
+        print_versions(cards)
     print("""
 Not counted: the host. After a step it waits for the gradient's norm, and then the GPU for the next batch to be read,
 sorted by token and sent.
@@ -570,6 +681,7 @@ def main():
     parser.add_argument("--nvcc", default="nvcc")
     parser.add_argument("--cublas", help="directory with include/, where the toolkit has no cuBLAS")
     parser.add_argument("--log", action="append", default=[], metavar="ARCH=FILE", help="instead of running nvcc")
+    parser.add_argument("--sass", metavar="FILE", help="counts loops in what nvdisasm -c printed")
     parser.add_argument("--card", action="append", choices=CARDS, help="cards with a table of all launches (H200)")
     parser.add_argument("--check", metavar="FILE", help="with the shape and batch that follow, as for train_moe_cu")
     small = dict(layers=2, hidden=64, heads=2, kv_heads=1, head_dim=32, experts=4, topk=2, expert_ffn=128, vocab=256,
@@ -578,6 +690,8 @@ def main():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
     parser.add_argument("--qk-norm", default="head", choices=("none", "head", "row"))
     o = parser.parse_args()
+    if o.sass:
+        return print_loops(o.sass)
     if o.check:
         c = dict(L=o.layers, H=o.hidden, NH=o.heads, NKV=o.kv_heads, HD=o.head_dim, I=o.expert_ffn, E=o.experts,
                  K=o.topk, V=o.vocab, T=o.seq, tie=o.tie, qk=o.qk_norm, tokens=o.batch * o.seq * o.accum, accum=o.accum)

@@ -12,6 +12,7 @@ from block import Block, bf16_to_float, float_to_bf16
 from memory import Global
 
 GROUP_ROWS, BK, ATT_BLOCK = 128, 64, 128        # as in train_moe.cu and dev/lib/cuda
+MULTIPROCESSORS = 2                             # of the device that is played: persistent blocks make every second tile
 X_WT, DY_W, DYT_X = range(3)
 TOLERANCE = {"experts": 4e-3, "attention": 8e-3}        # relative error of results in bf16
 
@@ -140,9 +141,11 @@ def run_experts(module, name, c, change=None):
         end = struct.pack("<Qiiii", *out, H, I, 1, fours(I))
     down = ceil_div(width, 128) if product == DYT_X else c.max_tiles                    # launch_experts_bf16
     across = ceil_div(columns, BN // 2 if pairs else BN)
+    jobs = down * across * (E if product == DYT_X else 1)
     launch(module, kernel, memory,
-           [left, right, *pack(q((2 if pairs else 1) * columns * width), q(offsets), q(tiles), down, across, columns),
-            end], (down * across, E if product == DYT_X else 1, 1), (256, 1, 1), dynamic)
+           [left, right,
+            *pack(q((2 if pairs else 1) * columns * width), q(offsets), q(tiles), down, across, jobs, columns), end],
+           (min(jobs, MULTIPROCESSORS) if wgmma and BN == 256 else jobs, 1, 1), (256, 1, 1), dynamic)
     floats = [product == DYT_X or i == 2 for i in range(len(wants))]
     got = [memory.get(a, np.float32, w.shape).astype(np.float64) if is_float
            else values(memory.get(a, np.uint16, w.shape)) for a, w, is_float in zip(out, wants, floats)]

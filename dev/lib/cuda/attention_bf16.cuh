@@ -31,22 +31,29 @@ __device__ inline bool attention_aligned(const void* p, long ld, int HD, int num
 }
 
 // tile[l][d] = from[l ld + d] for l < lines and d < HD, zero elsewhere. With `wide`, the copies are under way when this
-// returns, in the caller's open group of asynchronous copies. A thread keeps to one chunk of every STEP-th line.
+// returns, in the caller's open group of asynchronous copies. Every warp makes them in every tile, so few instructions
+// are wanted for each: a thread keeps to one chunk of every STEP-th line, and places in lines repeat after 8 lines.
 template <int D, int LINES, int THREADS>
 __device__ inline void attention_load(bf16* tile, const bf16* from, long ld, int lines, int HD, bool wide) {
     constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
-    int chunk = threadIdx.x % CHUNKS, d = chunk * 8;
-    if (threadIdx.x >= STEP * CHUNKS) return;
+    int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS, d = chunk * 8;
+    if (STEP * CHUNKS < THREADS && first >= STEP) return;
+    bf16* to = attention_chunk<D>(tile, first, chunk);
+    const bf16* at = from + first * ld + d;
+    if (wide) {
+        int left = d < HD ? lines - first : 0;
+        #pragma unroll
+        for (int l = 0; l < LINES; l += STEP, at += STEP * ld)
+            if (LINES % STEP == 0 || first + l < LINES)
+                cp_async_16(STEP % 8 == 0 ? to + l * D : attention_chunk<D>(tile, first + l, chunk),
+                            l < left ? at : from, l < left);
+        return;
+    }
     #pragma unroll 1
-    for (int line = threadIdx.x / CHUNKS; line < LINES; line += STEP) {
-        bf16* to = attention_chunk<D>(tile, line, chunk);
-        bool wanted = line < lines && d < HD;
-        const bf16* at = wanted ? from + line * ld + d : from;
-        if (wide) cp_async_16(to, at, wanted);
-        else {
-            #pragma unroll 1
-            for (int i = 0; i < 8; i++) to[i] = wanted && d + i < HD ? at[i] : __float2bfloat16(0.0f);
-        }
+    for (int line = first; line < LINES; line += STEP, at += STEP * ld) {
+        to = attention_chunk<D>(tile, line, chunk);
+        #pragma unroll 1
+        for (int i = 0; i < 8; i++) to[i] = line < lines && d + i < HD ? at[i] : __float2bfloat16(0.0f);
     }
 }
 

@@ -1,6 +1,6 @@
 // device.cuh: CHECK and CHECK_CUBLAS end the program with one line when a call failed, allow_shared lets a kernel use
-// more shared memory, gpu_open ends the program where no GPU can be used. Needs die and options; gpu_products is in
-// tensor_cores.cuh.
+// more shared memory, gpu_multiprocessors counts, gpu_open ends the program where no GPU can be used. Needs die and
+// options; gpu_products is in tensor_cores.cuh.
 #pragma once
 
 static const char* gpu_products(void);
@@ -23,6 +23,14 @@ static void gpu_check_cublas(cublasStatus_t status, const char* call, const char
 template <class... A> static void allow_shared(void (*kernel)(A...), size_t bytes) {
     if (bytes > 40 * 1024)          // the kernel's own shared variables count, too
         CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
+// Multiprocessors of the current device.
+static int gpu_multiprocessors(void) {
+    int device, count;
+    CHECK(cudaGetDevice(&device));
+    CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
 }
 
 // Ends the program in one line where no GPU can be used.

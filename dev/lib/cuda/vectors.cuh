@@ -48,13 +48,21 @@ template <class P, class... Q> static inline int aligned_16(P p, Q... others) {
     return (uintptr_t)p % 16 == 0 && aligned_16(others...);
 }
 
-// Four neighbouring numbers, of which the first `count` exist; in one access if `vector`.
+// Four neighbouring numbers, of which the first `count` exist; in one access if `vector`. That access may come well
+// before its use: fetch4, then load4 with what it fetched.
 template <class T> struct alignas(4 * sizeof(T)) Four { T x[4]; };
-template <class T> __device__ static inline void load4(float v[4], const T* p, int count, bool vector) {
-    Four<T> four;
-    if (vector && count >= 4) four = *(const Four<T>*)p;
+template <class T> __device__ static inline void fetch4(Four<T>* four, const T* p, int count, bool vector) {
+    if (vector && count >= 4) *four = *(const Four<T>*)p;
+}
+template <class T>
+__device__ static inline void load4(float v[4], const Four<T>& four, const T* p, int count, bool vector) {
     #pragma unroll
     for (int j = 0; j < 4; j++) v[j] = count <= j ? 0.0f : to_float(vector ? four.x[j] : p[j]);
+}
+template <class T> __device__ static inline void load4(float v[4], const T* p, int count, bool vector) {
+    Four<T> four;
+    fetch4(&four, p, count, vector);
+    load4(v, four, p, count, vector);
 }
 template <class T> __device__ static inline void store4(T* p, const float v[4], int count, bool vector) {
     Four<T> four;
