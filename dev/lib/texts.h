@@ -102,7 +102,7 @@ static int same_tokenizer(const char* a, const char* b) {
 static const char* encoder_dir;
 static const Encoder* encoder_of_model(const char* what) {
     static Encoder* encoder;
-    static const char* made_of;
+    static char* made_of;
     char path[PATH_SIZE];
     Error error = {""};
     if (encoder && !strcmp(made_of, encoder_dir)) return encoder;
@@ -112,12 +112,14 @@ static const Encoder* encoder_of_model(const char* what) {
             "data/tokenize_text.py, or give --prompt-ids", what, path);
     Json* j = json_read(path, &error);
     if (!j) die(2, "%s", error.text);
+    encoder_free(encoder);
     encoder = encoder_make(j, &error);
     if (!encoder)
         die(2, "%s: %s: %s, which is not supported; encode the text with dev/reference/encode.py, for shards "
             "data/tokenize_text.py", what, path, error.text);
     json_free(j);
-    made_of = encoder_dir;
+    free(made_of);
+    made_of = copy_string(encoder_dir);
     return encoder;
 }
 

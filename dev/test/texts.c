@@ -195,11 +195,12 @@ static void test_encoded_once(void) {
     int window[8], targets[8], again[8];
     dataset_window(val, 0, window, targets);
     dataset_close(train);
+    int held = encoded_texts != NULL;
     dataset_window(val, 0, again, targets);
-    check(encodings == 1 && !memcmp(window, again, sizeof window), "the parts of a text are encoded once");
+    check(encodings == 1 && held && !memcmp(window, again, sizeof window), "the parts of a text are encoded once");
     dataset_close(val);
     dataset_close(dataset_open(CASE_TEXT, 8, 420, WHOLE, NO_BYTES));
-    check(encodings == 2, "and again when nobody holds its tokens");
+    check(encodings == 2 && !encoded_texts, "and again when nobody holds its tokens");
     encode_file = NULL;
 }
 
