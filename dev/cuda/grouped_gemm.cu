@@ -246,8 +246,8 @@ step4_kernel(bf16* y, const bf16* x, const int* token, const bf16* W, const int*
 //   - Tiles of 128 x 256 with wgmma: 85 operations for each byte from L2, instead of 64.
 //   - An order of blocks. Those that run at the same time read the same rows of x and W as far as possible, so that L2
 //     has them (find_job).
-//   - Blocks that fill an SM are persistent: each makes one tile after the other, and while it stores one, the next one's
-//     copies are on their way. Otherwise nothing would hide what a tile begins and ends with.
+//   - Blocks that fill an SM are persistent: each makes one tile after the other, and while it stores one, the next
+//     one's copies are on their way. Otherwise nothing would hide what a tile begins and ends with.
 //   - Sums go through shared memory once more, so that a warp writes whole rows of y and not 16 bytes here and there.
 //     What follows the product, SwiGLU or its derivative, is done on the way: an Epilogue, here one that just stores.
 // And what makes it general: any C and any alignment, operands read along or across the dimension that is summed, which

@@ -164,7 +164,8 @@ static void test_dynamic(void) {
     check_refused(2, command, "has 1.5; leave it out");
     up_begin();
     UP(VARIANTS "dynamic {}/grown --experts 12 --topk 12");
-    check(strstr(up_output, "not kept: how many experts a token gets depends on") != NULL, "growth: what is kept of it");
+    check(strstr(up_output, "not kept: how many experts a token gets depends on") != NULL,
+          "growth: what is kept of it");
     UP(VARIANTS "dynamic {}/family --experts 12 --method family");
     double e = up_change(VARIANTS "dynamic", 0, up_path("family"));
     check(e <= 1e-6 && strstr(up_output, "kept exactly while"), "families: logits change by %.1e", e);
