@@ -42,7 +42,7 @@ __device__ inline void attention_load(bf16* tile, const bf16* from, long ld, int
     const bf16* at = from + first * ld + d;
     if (wide) {
         int left = d < HD ? lines - first : 0;
-        #pragma unroll
+        #pragma unroll (STEP % 8 == 0 ? LINES : 2)      // lines of 96 would take more registers than there are
         for (int l = 0; l < LINES; l += STEP, at += STEP * ld)
             if (LINES % STEP == 0 || first + l < LINES)
                 cp_async_16(STEP % 8 == 0 ? to + l * D : attention_chunk<D>(tile, first + l, chunk),
