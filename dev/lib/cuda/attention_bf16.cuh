@@ -38,11 +38,12 @@ __device__ inline void attention_load(bf16* tile, const bf16* from, long ld, int
     constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
     int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS, d = chunk * 8;
     if (STEP * CHUNKS < THREADS && first >= STEP) return;
-    bf16* to = attention_chunk<D>(tile, first, chunk);
-    const bf16* at = from + first * ld + d;
-    if (wide) {
+    // where the queries' and keys' tiles have 32 lines of 64, sm_100 has no registers for more
+    if ((D != 64 || LINES != 32) && wide) {
+        bf16* to = attention_chunk<D>(tile, first, chunk);
+        const bf16* at = from + first * ld + d;
         int left = d < HD ? lines - first : 0;
-        #pragma unroll
+        #pragma unroll (STEP % 8 == 0 ? LINES : 2)      // lines of 96 would take more registers than there are
         for (int l = 0; l < LINES; l += STEP, at += STEP * ld)
             if (LINES % STEP == 0 || first + l < LINES)
                 cp_async_16(STEP % 8 == 0 ? to + l * D : attention_chunk<D>(tile, first + l, chunk),
@@ -50,10 +51,15 @@ __device__ inline void attention_load(bf16* tile, const bf16* from, long ld, int
         return;
     }
     #pragma unroll 1
-    for (int line = first; line < LINES; line += STEP, at += STEP * ld) {
-        to = attention_chunk<D>(tile, line, chunk);
-        #pragma unroll 1
-        for (int i = 0; i < 8; i++) to[i] = line < lines && d + i < HD ? at[i] : __float2bfloat16(0.0f);
+    for (int line = first; line < LINES; line += STEP) {
+        bf16* to = attention_chunk<D>(tile, line, chunk);
+        bool wanted = line < lines && d < HD;
+        const bf16* at = wanted ? from + line * ld + d : from;
+        if (wide) cp_async_16(to, at, wanted);
+        else {
+            #pragma unroll 1
+            for (int i = 0; i < 8; i++) to[i] = wanted && d + i < HD ? at[i] : __float2bfloat16(0.0f);
+        }
     }
 }
 
