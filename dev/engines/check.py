@@ -236,7 +236,8 @@ def recorded():
 def main():
     names, write, done = [a for a in sys.argv[1:] if not a.startswith("--")], "--write" in sys.argv, {}
     if "--check" in sys.argv:
-        sys.exit(page(recorded()) != (HERE / "README.md").read_text() and "README.md has another table; --write writes it")
+        current = page(recorded()) == (HERE / "README.md").read_text()
+        sys.exit(0 if current else "README.md has another table; --write writes it")
     if unknown := set(names) - set(ENGINES):
         sys.exit(f"no engine {', '.join(sorted(unknown))}; there are: {', '.join(ENGINES)}")
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}

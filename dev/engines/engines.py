@@ -123,7 +123,8 @@ ENGINES = {
 
 def error_in(log):
     """The first error in a log, without what stands before it."""
-    found = re.search(r"([^/\s]+ fatal )?error.*|[^/\s]+ GGML_ASSERT.*", pathlib.Path(log).read_text(errors="replace"), re.I)
+    text = pathlib.Path(log).read_text(errors="replace")
+    found = re.search(r"([^/\s]+ fatal )?error.*|[^/\s]+ GGML_ASSERT.*", text, re.I)
     return found[0] if found else ""
 
 
