@@ -113,6 +113,8 @@ static int engine_notes(const Config* c, char lines[4][256]) {
         snprintf(lines[n++], 256,
                  "llama.cpp renormalises the gates of a Qwen3-MoE (norm_topk_prob is false) and prints "
                  "other text");
+    if (c->arch == QWEN3_MOE && count_sparse(c) < c->num_layers)
+        snprintf(lines[n++], 256, "llama.cpp's converter knows no dense layers in a Qwen3-MoE; this one has some");
     if (c->arch == QWEN2_MOE && c->norm_topk_prob)
         snprintf(lines[n++], 256,
                  "llama.cpp and MLX do not renormalise the gates of a Qwen2-MoE (norm_topk_prob is true) and print "

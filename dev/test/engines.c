@@ -1,5 +1,5 @@
 // engines.c: what other programs find in a directory: where the moments lie, the tokenizer of bytes, keys, the model
-// card; and what version 0.1 wrote. Python looks at the same directories in dev/engines/check.py.
+// card; and what version 0.1 wrote. Python looks at the same directories in dev/engines/files.py.
 
 // The text of a file in the temporary directory; "" if there is none.
 static const char* text_of(const char* name) {
@@ -127,6 +127,7 @@ static void test_engine_choices(void) {
                  {"--arch olmoe --norm-topk 1", "do not renormalise"},
                  {"--arch olmoe --kv-heads 2", "--kv-heads 4"},
                  {"--norm-topk 0", "llama.cpp renormalises"},
+                 {"--sparse-step 2", "knows no dense layers"},
                  {"--router sigmoid", "Dots1"},
                  {"--router lpr", "only train_moe"}};
     for (EACH(i, cases)) {
