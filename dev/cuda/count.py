@@ -70,8 +70,8 @@ VERSIONS = {
                ("backward_q", 128): (705, 96, 56)})}
 # attention's copies: one branch for all of them, pointers that are added to, places in lines known to the compiler
 VERSIONS["copies"] = dict(VERSIONS["before"], loops={
-    ("forward", 64): (939, 128, 40), ("backward_kv", 64): (713, 128, 48), ("backward_q", 64): (535, 96, 40),
-    ("forward", 128): (1101, 192, 64), ("backward_kv", 128): (765, 128, 80), ("backward_q", 128): (636, 96, 56)})
+    ("forward", 64): (923, 128, 40), ("backward_kv", 64): (788, 128, 48), ("backward_q", 64): (621, 96, 40),
+    ("forward", 128): (1086, 192, 64), ("backward_kv", 128): (753, 128, 80), ("backward_q", 128): (621, 96, 56)})
 # persistent blocks: a tile's first copies are under way before the last one is done; an epilogue reads for 4 of the 32
 # fours of a thread at a time
 VERSIONS["persistent"] = dict(VERSIONS["copies"], first=dict.fromkeys(VERSIONS["copies"]["first"], 0), epilogue=8)
