@@ -123,10 +123,11 @@ static int engine_notes(const Config* c, char lines[4][256]) {
         snprintf(lines[n++], 256, "llama.cpp and MLX want a Qwen2-MoE to have an lm_head.weight; this one is tied");
     if (c->arch == QWEN2_MOE && count_sparse(c) < c->num_layers)
         snprintf(lines[n++], 256, "llama.cpp and MLX know no dense layers in a Qwen2-MoE; this one has some");
-    if (c->arch == DOTS1 && c->num_shared_experts == 0)
-        snprintf(lines[n++], 256,
-                 "a Dots1 without shared experts opens in transformers; vLLM, llama.cpp and MLX fail, and "
-                 "mistral.rs has no such class");
+    if (c->arch == DOTS1)
+        snprintf(lines[n++], 256, "a Dots1 with%s shared experts opens in transformers%s fail%s, and mistral.rs has no "
+                 "such class", c->num_shared_experts ? "" : "out",
+                 c->num_shared_experts ? ", vLLM and MLX; llama.cpp" : "; vLLM, llama.cpp and MLX",
+                 c->num_shared_experts ? "s" : "");
     return n;
 }
 
@@ -248,9 +249,9 @@ static void card_engines(Text* t, const Config* c) {
     if (is_ordinary(c) && (c->arch != DOTS1 || c->num_shared_experts > 0))
         text_print(
             t,
-            "transformers (`AutoModelForCausalLM`), vLLM, llama.cpp (`convert_hf_to_gguf.py`)%s MLX%s have the class "
-            "%s.\n",
-            mistral_rs ? "," : " and", mistral_rs ? " and mistral.rs" : "", archs[c->arch].class_name);
+            "transformers (`AutoModelForCausalLM`), vLLM%s%s MLX%s have the class %s.\n",
+            c->arch == DOTS1 ? "" : ", llama.cpp (`convert_hf_to_gguf.py`)", mistral_rs ? "," : " and",
+            mistral_rs ? " and mistral.rs" : "", archs[c->arch].class_name);
     for (int i = 0; i < n; i++) text_print(t, "- %s.\n", lines[i]);
 }
 

@@ -141,6 +141,13 @@ static void test_engine_choices(void) {
     }
     Config c;
     Error error = {""};
+    Text t = {NULL, 0, 0};
+    int read = config_read(&c, "dev/reference/golden/dots1_shared", &error);
+    card_engines(&t, &c);
+    check(read && strstr(t.data, "vLLM and MLX have the class Dots1ForCausalLM.") &&
+              strstr(t.data, "opens in transformers, vLLM and MLX; llama.cpp fails, and"),
+          "a Dots1 with shared experts: %s", t.data);
+    free(t.data);
     train_run("a", "--steps 0 --heads 4 --arch olmoe");
     check(config_read(&c, temp("a"), &error) && !c.norm_topk_prob && c.num_kv_heads == 4 && c.rms_norm_eps == 1e-5,
           "--arch olmoe has OLMoE's own gates, heads and eps");
