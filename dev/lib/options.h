@@ -770,18 +770,21 @@ static int read_prompt(Text* t, int typed) {
 }
 
 static int* ids_from_option(const Config* c, int more, int* count) {
-    int* ids = (int*)checked_malloc(sizeof(int) * (strlen(options.prompt_ids) + (size_t)more));
-    for (const char* s = options.prompt_ids; *s;) {
+    const char *s = options.prompt_ids, *wrong = NULL;
+    int* ids = (int*)checked_malloc(sizeof(int) * (strlen(s) + (size_t)more));
+    while (*s && !wrong) {
         char* end;
         long id = strtol(s, &end, 10);
-        if (end == s || (*end && *end != ',') || id < 0 || id >= c->vocab_size)
-            die(2, "--prompt-ids: expected numbers from 0 to %d with commas between them, found %.20s",
-                c->vocab_size - 1, s);
-        ids[(*count)++] = (int)id;
+        if (end == s || (*end && *end != ',') || id < 0 || id >= c->vocab_size) wrong = s;
+        else ids[(*count)++] = (int)id;
         s = *end ? end + 1 : end;
     }
-    if (*count == 0) die(2, "the prompt is empty; give at least one token to go on from");
-    return ids;
+    if (!wrong && *count > 0) return ids;
+    free(ids);
+    if (wrong)
+        die(2, "--prompt-ids: expected numbers from 0 to %d with commas between them, found %.20s", c->vocab_size - 1,
+            wrong);
+    die(2, "the prompt is empty; give at least one token to go on from");
 }
 
 // Continues --prompt, --prompt-ids or nothing; with --prompt - what standard input has, line after line if somebody
