@@ -92,16 +92,12 @@ static void bench(int thousands) {
     });
 }
 
-int main(int argc, char** argv) {
-    int thousands = size_to_time(argc, argv, 65536);
-    if (thousands) {
-        bench(thousands);
-        return 0;
-    }
+static void tests() {
     test<float>(1, 0, 0, 1);
     test<bf16>(10007, 0, 1, 1);         // clipped; a rest behind the last vector
     test<float>(10007, 0, 0, 1);
     test<bf16>(777, 1, 1e6, 1);         // nothing at multiples of 16 bytes, and a norm below the bound
     test<bf16>(777, 0, 1, 0);           // a gradient that is not finite
-    return report();
 }
+
+int main(int argc, char** argv) { return run(argc, argv, tests, bench, 65536); }

@@ -143,17 +143,13 @@ static void bench(int N) {
     free(qkv), free(dqkv), free(out), free(dout), free(lse), free(scratch);
 }
 
-int main(int argc, char** argv) {
-    int tokens = size_to_time(argc, argv, 4096);
-    if (tokens) {
-        bench(tokens);
-        return 0;
-    }
+static void tests(void) {
     test_forward(2, 130, 130, 4, 2, 16);        // more than one block of queries
     test_forward(1, 5, 77, 2, 2, 64);           // a few queries behind a past
     test_forward(3, 1, 40, 3, 1, 22);           // one
     test_backward(2, 130, 4, 2, 16);
     test_backward(1, 33, 2, 1, 64);
     test_backward(3, 1, 2, 2, 22);
-    return report();
 }
+
+int main(int argc, char** argv) { return run(argc, argv, tests, bench, 4096); }

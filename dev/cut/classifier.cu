@@ -93,13 +93,9 @@ template <class T> static void test_all() {
     test<T>(5, 600, 600, 0, 5, 0);
 }
 
-int main(int argc, char** argv) {
-    int tokens = size_to_time(argc, argv, 16384);
-    if (tokens) {
-        bench(tokens);
-        return 0;
-    }
+static void tests() {
     test_all<float>();
     test_all<bf16>();
-    return report();
 }
+
+int main(int argc, char** argv) { return run(argc, argv, tests, bench, 16384); }

@@ -181,13 +181,9 @@ template <class T> static void test_all() {
     test_backward<T>(3, 40, 2, 1, 22, 1);
 }
 
-int main(int argc, char** argv) {
-    int tokens = size_to_time(argc, argv, 16384);
-    if (tokens) {
-        bench(tokens);
-        return 0;
-    }
+static void tests() {
     test_all<float>();
     test_all<bf16>();
-    return report();
 }
+
+int main(int argc, char** argv) { return run(argc, argv, tests, bench, 16384); }

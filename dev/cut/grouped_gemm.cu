@@ -234,12 +234,7 @@ static void bench(int N) {
     });
 }
 
-int main(int argc, char** argv) {
-    int tokens = size_to_time(argc, argv, 16384);
-    if (tokens) {
-        bench(tokens);
-        return 0;
-    }
+static void tests() {
     int shapes[][6] = {{75, 2, 5, 40, 72, 0},       // no dimension fills a tile
                        {1, 1, 3, 8, 1, 0},          // one token, experts without rows
                        {70, 2, 3, 41, 30, 1},       // nothing at multiples of 16 bytes
@@ -248,5 +243,6 @@ int main(int argc, char** argv) {
         test<float>(s[0], s[1], s[2], s[3], s[4], s[5]);
         test<bf16>(s[0], s[1], s[2], s[3], s[4], s[5]);
     }
-    return report();
 }
+
+int main(int argc, char** argv) { return run(argc, argv, tests, bench, 16384); }

@@ -114,16 +114,12 @@ static void bench(int rows) {
     free(x), free(y), free(w);
 }
 
-int main(int argc, char** argv) {
-    int tokens = size_to_time(argc, argv, 2048);
-    if (tokens) {
-        bench(tokens);
-        return 0;
-    }
+static void tests(void) {
     test(1, 1, 1, 1);
     test(1, 3, 70, 41);             // few rows
     test(1, 130, 33, 5);            // few columns
     test(1, 67, 600, 90);           // several chunks of k
     test(5, 160, 48, 65);           // experts, one without rows
-    return report();
 }
+
+int main(int argc, char** argv) { return run(argc, argv, tests, bench, 2048); }

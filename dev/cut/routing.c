@@ -146,16 +146,12 @@ static void bench(int N) {
     free(dgates), free(dz), free(x), free(y);
 }
 
-int main(int argc, char** argv) {
-    int tokens = size_to_time(argc, argv, 4096);
-    if (tokens) {
-        bench(tokens);
-        return 0;
-    }
+static void tests(void) {
     test(300, 8, 2, 20, 1, 0);
     test(100, 8, 2, 3, 0, 4);       // ties
     test(1, 1, 1, 1, 1, 0);
     test(77, 70, 5, 9, 0, 0);
     test(20, 5, 5, 1, 1, 2);        // all experts
-    return report();
 }
+
+int main(int argc, char** argv) { return run(argc, argv, tests, bench, 4096); }

@@ -115,16 +115,17 @@ static void time_of(const char* what, double amount, const char* unit, Call call
 #endif
 }
 
-// ./PROGRAM tests, ./PROGRAM --bench [SIZE] times. Returns 0, or the size to time.
-static int size_to_time(int argc, char** argv, int usual) {
-    int n = argc == 3 ? atoi(argv[2]) : usual;
-    if (argc > 3 || (argc > 1 && strcmp(argv[1], "--bench")) || n < 1)
+// ./PROGRAM tests, ./PROGRAM --bench [SIZE] times; `usual`: the size where none is given
+static int run(int argc, char** argv, void (*tests)(), void (*bench)(int size), int usual) {
+    int size = argc == 3 ? atoi(argv[2]) : usual;
+    if (argc > 3 || (argc > 1 && strcmp(argv[1], "--bench")) || size < 1)
         die(2, "%s: no argument tests, --bench [%d] times, of that size", argv[0], usual);
     CHECK(cudaStreamCreateWithFlags(&test_stream, cudaStreamNonBlocking));
-    return argc > 1 ? n : 0;
-}
-
-static int report() {
+    if (argc > 1) {
+        bench(size);
+        return 0;
+    }
+    tests();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
 }

@@ -53,17 +53,18 @@ static void print_time(const char* what, double amount, const char* unit) {
     printf("%-44s %9.3f ms %8.2f %s\n", what, fastest * 1e3, amount / fastest * 1e-9, unit);
 }
 
-// ./PROGRAM tests, ./PROGRAM --bench [SIZE] times. Returns 0, or the size to time.
-static int size_to_time(int argc, char** argv, int usual) {
-    int n = argc == 3 ? atoi(argv[2]) : usual;
-    if (argc > 3 || (argc > 1 && strcmp(argv[1], "--bench")) || n < 1) {
+// ./PROGRAM tests, ./PROGRAM --bench [SIZE] times; `usual`: the size where none is given
+static int run(int argc, char** argv, void (*tests)(void), void (*bench)(int size), int usual) {
+    int size = argc == 3 ? atoi(argv[2]) : usual;
+    if (argc > 3 || (argc > 1 && strcmp(argv[1], "--bench")) || size < 1) {
         fprintf(stderr, "%s: no argument tests, --bench [%d] times, of that size\n", argv[0], usual);
         exit(2);
     }
-    return argc > 1 ? n : 0;
-}
-
-static int report(void) {
+    if (argc > 1) {
+        bench(size);
+        return 0;
+    }
+    tests();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
 }

@@ -160,17 +160,13 @@ static void bench(int N) {
     });
 }
 
-int main(int argc, char** argv) {
-    int tokens = size_to_time(argc, argv, 16384);
-    if (tokens) {
-        bench(tokens);
-        return 0;
-    }
+static void tests() {
     test(600, 8, 2, 1, 0);
     test(300, 8, 2, 0, 4);          // ties
     test(1, 1, 1, 1, 0);
     test(77, 70, 5, 0, 0);
     test(20, 5, 5, 1, 2);           // all experts
     test(9, 1100, 3, 1, 0);         // more experts than threads in a block
-    return report();
 }
+
+int main(int argc, char** argv) { return run(argc, argv, tests, bench, 16384); }

@@ -89,27 +89,14 @@ def check_lm_eval(directory, work):
     datasets.disable_progress_bars()
     lines = open("LICENSE").read().split("\n\n")
     (work / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    (work / "task.yaml").write_text(f"""
-task: text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {work}/text.jsonl}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: bits_per_byte}}]
-""")
-    (work / "choice.yaml").write_text(f"""
-task: choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {work}/text.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{text[:20]}}}}"
-doc_to_choice: [" the", "xqzj"]
-doc_to_target: 0
-metric_list: [{{metric: acc}}]
-""")
+    tasks = {"text": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+                      "metric_list": [{"metric": "bits_per_byte"}]},
+             "choice": {"output_type": "multiple_choice", "doc_to_text": "{{text[:20]}}",
+                        "doc_to_choice": [" the", "xqzj"], "doc_to_target": 0, "metric_list": [{"metric": "acc"}]}}
+    for name, task in tasks.items():            # JSON is YAML, too
+        task |= {"task": name, "dataset_path": "json", "test_split": "test",
+                 "dataset_kwargs": {"data_files": {"test": f"{work}/text.jsonl"}}}
+        (work / f"{name}.yaml").write_text(json.dumps(task))
     manager = TaskManager(include_path=str(work))
     results = lm_eval.simple_evaluate(HFLM(str(directory), device="cpu", batch_size=1), tasks=["text", "choice"],
                                       task_manager=manager, verbosity="ERROR")["results"]
