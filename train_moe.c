@@ -550,7 +550,7 @@ static void group_by_expert(int* offsets, int* assignment, int* row_of, const in
 //                                     dz_ne += z_weight lse_n p_ne
 
 // Adds both gradients to dlogits (N, E). aux_weight and f (E) belong to one of
-//     AUX_SWITCH: coefficient E / N, counts / (N K)
+//     AUX_SWITCH: coefficient E / N, counts / all assignments
 //     AUX_HF:     coefficient E / M, counts of all layers / M,  M = N times the number of sparse layers
 // and z_weight is 2 coefficient / N; a coefficient here contains the gradient's scale. lse (N), probs (N, E).
 static void balance_backward(float* dlogits, const float* lse, const float* probs, const double* f,

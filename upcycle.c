@@ -124,7 +124,7 @@ struct Plan {
     struct Merged* merged;        // the expert that merge made last
     double* score;                // (L, E), or NULL
     double* input_norms;          // (L, E, H + I) for --prune-weights, or NULL
-    struct Clusters* clusters;    // of cluster, or NULL
+    struct Clusters* clusters;    // of cluster and marks, or NULL
     Output* outputs;
     int num_outputs, num_files, model_files;
     struct Growth* growth;        // of SRC, before all else, or NULL

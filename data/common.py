@@ -258,7 +258,7 @@ def table_rows(path, f, size, field, errors):
             for text in batch.column(names.index(field) if batch.num_columns > 1 else 0).to_pylist():
                 number += 1
                 yield from pieces([field_of({field: text}, field, f"{path}, row {number}", errors)], size)
-    except arrow.ArrowException as e:
+    except (arrow.ArrowException, OSError) as e:      # OSError: pages that cannot be read
         fail(f"{path}: not a table that pyarrow reads ({' '.join(str(e).split())})")
 
 

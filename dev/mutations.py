@@ -180,6 +180,8 @@ def main():
             return None
 
         wanted = [m for m in MUTATIONS if word in "".join(m) and source.count(m[0]) == 1]
+        if word and not wanted:
+            sys.exit(f"no mutation has {word!r} in its text")
         if wanted and (group := turns_red()):       # else every change would count as noticed
             sys.exit(f"the tests of {group} fail without a change, too")
         for right, wrong in wanted:

@@ -155,6 +155,10 @@ def plant(name, folder, bugs):
 def main():
     words = [word for word in sys.argv[1:] if word != "--all"]
     os.environ.update(OMP_WAIT_POLICY="passive", MAKEFLAGS="")
+    files = sorted(f.name for f in pathlib.Path(ROOT, "dev/cut").iterdir() if f.suffix in (".c", ".cu"))
+    check(sorted(BUGS) == files, f"bugs are known of each file: {', '.join(files)}")
+    if unknown := [word for word in words if word not in ("cpu", "gpu") and not any(word in name for name in BUGS)]:
+        sys.exit(f"no file has {', '.join(unknown)} in its name; there are: {', '.join(files)}")
     check(run(f"{sys.executable} dev/cut/cut.py nosuch.cu", ROOT)[0] == 2, "cut.py nosuch.cu is refused")
     check_run("cut.py", f"{sys.executable} dev/cut/cut.py", ROOT)
     with tempfile.TemporaryDirectory() as folder:

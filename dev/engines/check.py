@@ -205,9 +205,9 @@ def version(engine):
 def table(results):
     yield f"| saved as | {' | '.join(map(version, ENGINES))} |"
     yield "|---" * (1 + len(ENGINES)) + "|"
-    words = {"same": "same", "other": "**other**", "refuses": "refuses", "": "-"}
+    words = {"same": "same", "other": "**other**", "refuses": "refuses"}
     for label in MODELS:
-        yield f"| {label} | {' | '.join(words[results[version(engine)].get(label, [''])[0]] for engine in ENGINES)} |"
+        yield f"| {label} | {' | '.join(words[results[version(engine)][label][0]] for engine in ENGINES)} |"
     yield ""
     for engine in ENGINES:
         reasons = {}
@@ -221,7 +221,7 @@ def table(results):
 def page(results):
     text = (HERE / "README.md").read_text()
     for engine in ENGINES:
-        if version(engine) not in results or set(results[version(engine)]) - set(MODELS):
+        if set(results.get(version(engine), ())) != set(MODELS):
             sys.exit(f"results.json has not these models with {version(engine)}: check.py --write '{engine}'")
     before, rest = text.split("<!-- check.py -->\n")
     after = rest.split("<!-- end -->\n")[1]
@@ -235,6 +235,8 @@ def recorded():
 
 def main():
     names, write, done = [a for a in sys.argv[1:] if not a.startswith("--")], "--write" in sys.argv, {}
+    if wrong := {a for a in sys.argv[1:] if a.startswith("--")} - {"--check", "--write"}:
+        sys.exit(f"no option {', '.join(wrong)}; there are --check and --write")
     if "--check" in sys.argv:
         current = page(recorded()) == (HERE / "README.md").read_text()
         sys.exit(0 if current else "README.md has another table; --write writes it")

@@ -88,7 +88,7 @@ static Option option_table[] = {
     {"head-dim", OPT_WHOLE, USE_SHAPE, &options.head_dim, 2, 1 << 14, NULL, "HD", "head size (H / NH)", 0},
     {"ffn", OPT_WHOLE, USE_SHAPE, &options.ffn, 1, 1 << 20, NULL, "I", "dense layers' width (3 H)", 0},
     {"experts", OPT_WHOLE, USE_SHAPE, &options.experts, 0, 1 << 16, "8", "E", "0: a dense model", 0},
-    {"topk", OPT_WHOLE, USE_OTHER, &options.topk, 1, 1 << 16, NULL, "K", "experts per token (2)", 0},
+    {"topk", OPT_WHOLE, USE_OTHER, &options.topk, 1, 1 << 16, NULL, "K", "experts per token (2; dynamic: up to E)", 0},
     {"expert-ffn", OPT_WHOLE, USE_SHAPE, &options.expert_ffn, 1, 1 << 20, NULL, "I", "experts' width (2 H)", 0},
     {"sparse-step", OPT_WHOLE, USE_SHAPE, &options.sparse_step, 1, MAX_LAYERS, "1", "S", "every S-th layer is sparse",
      0},
@@ -101,7 +101,7 @@ static Option option_table[] = {
     {"norm-topk", OPT_WHOLE, USE_SHAPE, &options.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1; olmoe: 0)", 0},
 
     {"aux", OPT_REAL, USE_RUN, &options.aux, 0, 1e6, NULL, "C",
-     "weight of balance loss (0.01 softmax; the model's)", 0},
+     "of balance loss (.01 softmax, dynamic; the model's)", 0},
     {"aux-form", OPT_CHOICE, USE_RUN, &options.aux_form, 0, 0, "switch", "switch|hf",
      "that loss per layer, or for all together", 0},
     {"z-loss", OPT_REAL, USE_RUN, &options.z_loss, 0, 1e6, "0", "C", "keeps router logits small", 0},
@@ -513,7 +513,8 @@ static void config_from_options(Config* c) {
     c->router.kind = (Router)choice_index("softmax|sigmoid|lpr|dynamic", options.router);
     if (dense) return;
     c->num_experts = (int)options.experts;
-    c->num_experts_per_tok = options.topk == UNSET ? imin(2, c->num_experts) : (int)options.topk;
+    int dynamic = c->router.kind == ROUTER_DYNAMIC;     // then K is the most that a token may get
+    c->num_experts_per_tok = options.topk != UNSET ? (int)options.topk : dynamic ? c->num_experts : imin(2, c->num_experts);
     c->moe_intermediate_size = options.expert_ffn == UNSET ? 2 * c->hidden_size : (int)options.expert_ffn;
     c->norm_topk_prob = options.norm_topk == UNSET ? kind != 2 : (int)options.norm_topk;
     if (c->num_experts_per_tok > c->num_experts)
@@ -538,6 +539,8 @@ static void config_from_options(Config* c) {
     }
     if (c->router.kind == ROUTER_DYNAMIC) {
         if (options.dynamic_q == 1) die(2, "--dynamic-q 1: the entropy divides by Q - 1; 1.001 is near");
+        if (option_given("dynamic-least") && options.dynamic_least > c->num_experts_per_tok)
+            die(2, "--dynamic-least %ld: a token gets at most --topk %d", options.dynamic_least, c->num_experts_per_tok);
         c->router.dynamic_q = options.dynamic_q;
         c->router.dynamic_entropy = options.dynamic_entropy;
         c->router.dynamic_share = options.dynamic_share;
@@ -586,8 +589,8 @@ static void print_model(const Model* m) {
     printf("model: %s, %d layers, hidden %d, %d/%d heads x %d, vocabulary %d", archs[c->arch].model_type, c->num_layers,
            c->hidden_size, c->num_heads, c->num_kv_heads, c->head_dim, c->vocab_size);
     if (c->num_experts)
-        printf(", %d experts of width %d, %d per token", c->num_experts, c->moe_intermediate_size,
-               c->num_experts_per_tok);
+        printf(", %d experts of width %d, %s%d per token", c->num_experts, c->moe_intermediate_size,
+               c->router.kind == ROUTER_DYNAMIC ? "at most " : "", c->num_experts_per_tok);
     if (shared_expert_width(c)) printf(", and a shared one of width %d", shared_expert_width(c));
     printf("\nparameters: %ld, %ld of them active for a token\n", total, active);
     printf("memory: %.1f MB = parameters %.1f + gradients and moments %.1f + activations %.1f\n",
@@ -731,20 +734,15 @@ static int run_dump(Config* c) {
 }
 
 // The tokens of a prompt, *count of them, with room for `more` behind them; the caller frees them.
-static int* prompt_tokens(const Config* c, const char* text, size_t length, int more, int* count) {
-    BytesAllowed bytes = reads_bytes(c, options.model);
-    if (bytes == NO_BYTES && !encode_file)
-        die(2, "--prompt: this model reads tokens%s, but has no tokenizer; give --prompt-ids",
-            c->vocab_size < 256 ? ", too few for bytes" : "");
-    if (bytes == PERHAPS_BYTES) warn_of_bytes("--prompt", c->vocab_size);
+static int* prompt_tokens(const Config* c, BytesAllowed bytes, const Text* text, int more, int* count) {
     Error error = {""};
-    long n = (long)length;
-    int* encoded = bytes ? NULL : encode(encoder_of_model("--prompt"), text, length, 1, &n, &error);
+    long n = (long)text->length;
+    int* encoded = bytes ? NULL : encode(encoder_of_model("--prompt"), text->data, text->length, 1, &n, &error);
     if (!bytes && !encoded) die(2, "--prompt: %s", error.text);
     if (n == 0) die(2, "the prompt is empty; give at least one token to go on from");
     int* ids = (int*)checked_malloc(sizeof(int) * ((size_t)n + (size_t)more));
     for (long i = 0; i < n; i++) {
-        ids[i] = encoded ? encoded[i] : (unsigned char)text[i];
+        ids[i] = encoded ? encoded[i] : (unsigned char)text->data[i];
         if (ids[i] < 0 || ids[i] >= c->vocab_size)
             die(2, "--prompt: token %ld is %d; the vocabulary has 0 to %d", i, ids[i], c->vocab_size - 1);
     }
@@ -795,23 +793,29 @@ static int run_prompt(Config* c) {
     Text text = {NULL, 0, 0};
     int reading = options.prompt && !strcmp(options.prompt, "-"), typed = reading && isatty(0);
     int tokens = (int)options.tokens, prompt = 0, *ids = NULL;
+    BytesAllowed bytes = options.prompt ? reads_bytes(c, options.model) : NO_BYTES;
+    if (options.prompt && bytes == NO_BYTES && !encode_file)
+        die(2, "--prompt: this model reads tokens%s, but has no tokenizer; give --prompt-ids",
+            c->vocab_size < 256 ? ", too few for bytes" : "");
+    if (bytes == PERHAPS_BYTES) warn_of_bytes("--prompt", c->vocab_size);
     if (options.prompt_ids) ids = ids_from_option(c, tokens, &prompt);
     else if (reading && !typed) read_prompt(&text, 0);
     else if (options.prompt) text_add(&text, options.prompt, strlen(options.prompt));
-    if (options.prompt && !typed) ids = prompt_tokens(c, text.data, text.length, tokens, &prompt);
+    if (options.prompt && !typed) ids = prompt_tokens(c, bytes, &text, tokens, &prompt);
     if (!options.prompt && !ids) {
         ids = (int*)checked_malloc(sizeof(int) * ((size_t)tokens + 1));
         ids[prompt++] = first_token(c, tokenizer);
     }
     int positions = imin((typed ? TYPED_POSITIONS : prompt) + tokens, c->max_position_embeddings);
     int window = sliding_window(options.model, c);
+    if (typed && window > tokens) positions = imin(positions, window);         // lines have less room
     if (window && window < positions)
         die(2, "--tokens %d: the model has sliding_window %d, which is not supported; ask for fewer", tokens, window);
     Model* g = load_model(c, options.model, FOR_GENERATION, 1, imin(positions, 256), positions);
     Sampling how = {options.temperature, options.top_p, (int)options.top_k, (uint64_t)options.seed};
     while (!typed || read_prompt(&text, 1)) {
         if (typed && !text.length) continue;
-        if (typed) ids = prompt_tokens(c, text.data, text.length, tokens, &prompt);
+        if (typed) ids = prompt_tokens(c, bytes, &text, tokens, &prompt);
         signal(SIGINT, on_signal);
         double start = seconds();
         int made = generate(g, tokenizer, ids, prompt, tokens, &how, stdout);

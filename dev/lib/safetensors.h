@@ -241,7 +241,7 @@ static SafeTensors* safetensors_open(const char* path, Error* error) {
 }
 
 // What a folder without model.safetensors holds instead, and what makes one of it. In a remedy @ is the folder, # the
-// file; the first row that fits counts. (Tried: all but the last two.)
+// file; the first row that fits counts. (All remedies but the last two were run.)
 static void explain_missing(const char* dir, Error* error) {
 #define WITH_TRANSFORMERS "python3 -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('@'"
     static const struct { const char *pattern, *what, *remedy; } others[] = {

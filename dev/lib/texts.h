@@ -52,7 +52,7 @@ static void special_tokens(Text* t, const char* dir, const Json* tokenizer) {
             const Json *ids = json_get(j, names[k][0]), *name = json_get(j, names[k][1]);
             if (json_get(name, "content")) name = json_get(name, "content");
             long id = i >= 2 && name && name->type == JSON_STRING ? token_named(tokenizer, name->string) : -1;
-            found = id >= 0 || (i < 2 && are_ids(ids, size));
+            found = id >= 0 || (i < 2 && ids && (ids->type == JSON_NULL || are_ids(ids, size)));
             if (id >= 0) text_print(t, "%ld", id);
             else if (found) text_add(t, ids->raw, strlen(ids->raw));
             json_free(j);
@@ -93,7 +93,7 @@ static const char* tokenizer_hash(const char* dir, char hash[20]) {
 
 static int same_tokenizer(const char* a, const char* b) {
     char x[20], y[20];
-    return !strcmp(tokenizer_hash(a, x), tokenizer_hash(b, y));
+    return *tokenizer_hash(a, x) && !strcmp(x, tokenizer_hash(b, y));
 }
 
 // ---- the tokenizer of a model ---------------------------------------------------------------------------------------

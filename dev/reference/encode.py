@@ -36,7 +36,9 @@ def main():
     tokenizer = read_tokenizer(args.directory)
     try:
         text = args.text if args.file is None else open(args.file, encoding="utf-8", newline="").read()
-    except (OSError, UnicodeDecodeError):
+    except OSError as e:
+        parser.exit(2, f"encode.py: {args.file}: {e.strerror}\n")
+    except UnicodeDecodeError:
         parser.exit(2, f"encode.py: {args.file}: no UTF-8 text; data/tokenize_text.py reads JSON lines and tables, too\n")
     ids = tokenizer.encode(text).ids
     if args.out:

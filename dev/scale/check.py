@@ -43,6 +43,8 @@ with tempfile.TemporaryDirectory() as d:
     (work / "val.txt").write_bytes(text[40000:45000])
     small = ["--layers", 2, "--hidden", 32, "--heads", 2, "--steps", 30, "--batch", 4, "--seq", 64, "--val", "none"]
     sources = {"qwen3": ["--dense", "--arch", "qwen3"], "olmoe": ["--arch", "olmoe", "--experts", 4, "--expert-ffn", 32]}
+    if unknown := set(sys.argv[1:]) - set(sources):
+        sys.exit(f"no model {', '.join(unknown)}; there are: {', '.join(sources)}")
     for name, more in sources.items():
         if name not in (sys.argv[1:] or sources):
             continue

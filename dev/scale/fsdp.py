@@ -1,7 +1,8 @@
 """Continues a checkpoint with PyTorch's FSDP2: parameters, gradients and moments are cut over all processes.
 
     torchrun --nproc-per-node 2 dev/scale/fsdp.py out/grown --data train.txt --val val.txt --out out/more
-    torchrun --nnodes N --nproc-per-node 8 --rdzv-endpoint HOST:29500 dev/scale/fsdp.py ...     the same on N nodes
+    torchrun --nnodes N --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 dev/scale/fsdp.py ...
+                                                the same on each of N nodes
 
 GPUs where there are some (NCCL), else processors (gloo).
 """
@@ -24,7 +25,7 @@ def main():
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    train, val = windows(a.data, a.seq), windows(a.val, a.seq)
+    train, val = windows(a.data, a.seq, a.vocab), windows(a.val, a.seq, a.vocab)
 
     model = load(a.model).to(device)
     mesh = init_device_mesh(kind, (world,))

@@ -1,7 +1,7 @@
 """Continues a checkpoint with Hugging Face's Trainer, alone or in several processes that each hold the whole model.
 
     python3 dev/scale/trainer.py out/grown --data train.txt --val val.txt --out out/more
-    torchrun --nproc-per-node 2 dev/scale/trainer.py ...        --nnodes N and --rdzv-endpoint as in fsdp.py
+    torchrun --nproc-per-node 2 dev/scale/trainer.py ...        on N nodes: as fsdp.py
 """
 import tempfile
 
@@ -13,7 +13,7 @@ from common import arguments, evaluate, load, save, windows
 
 def main():
     a = arguments(__doc__)
-    train, val = windows(a.data, a.seq), windows(a.val, a.seq)
+    train, val = windows(a.data, a.seq, a.vocab), windows(a.val, a.seq, a.vocab)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=load(a.model), train_dataset=[{"input_ids": w, "labels": w} for w in train],

@@ -160,6 +160,10 @@ static void test_dynamic(void) {
     check(ok && experts >= 1 && experts < 4, "--eval: %.3f experts a token", experts);
     ok = run_program("--prompt X --model %s --tokens 8 --temperature 0", temp("a")) == 0;
     check(ok, "--prompt, with a cache");
+    ok = train_run("b", "--steps 1 --router dynamic") == 0 && strstr(ran.out, "at most 5 per token") &&
+         run_program("--model %s --data %s --eval --seq 24 --batch 2", temp("b"), temp("corpus.txt")) == 0;
+    said = strstr(ran.out, "tokens/s | ");
+    check(ok && said && atof(said + 11) > 2, "by default a token may get all: %s", said ? said : ran.out);
     snprintf(command, sizeof command, "--model %s --data %s --dynamic-q 2 --steps 1", temp("a"), temp("corpus.txt"));
     check_refused(2, command, "has 1.5; leave it out");
     up_begin();
@@ -177,6 +181,7 @@ static void test_balance(void) {
                                        {"--fixed-router start --router lpr", "use it with --router softmax or sig"},
                                        {"--dynamic-share 0.5", "--dynamic-share: belongs to --router dynamic"},
                                        {"--router dynamic --dynamic-q 1", "divides by Q - 1"},
+                                       {"--router dynamic --topk 2 --dynamic-least 3", "a token gets at most --topk 2"},
                                        {"--bias-rule id", "only the router sigmoid has a bias"},
                                        {"--router sigmoid --bias-rule twice", "sign|quantile|id"},
                                        {"--router sigmoid --bias-rule quantile --bias-rate 0.1", "has no step"}};

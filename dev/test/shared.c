@@ -78,6 +78,13 @@ static void test_up_shared(void) {
                 if (k) worst = larger(worst, n == count ? relative_error(made, rows, n) : INFINITY);
             }
             check(right, "%s, %s: the units of every expert", models[i].name, ways[k]);
+            if (qwen2) { // gates of a softmax over all are about 1 / M, whatever K
+                UP("%s %s --force %s --topk 2 --norm-topk 0", model, dst, options);
+                config_read(&c, dst, &error);
+                snprintf(name, sizeof name, "%s.%s.0", models[i].name, ways[k]);
+                check(shared_units_are(model, dst, 0, reference_ints(s, name, NULL), &c, M, 2, ""),
+                      "%s, %s: gates that do not sum to 1: down times M", models[i].name, ways[k]);
+            }
             if (k) check(worst < 1e-4, "%s: the router's rows against fp64: %.1e", models[i].name, worst);
         }
     // a Mixtral has no shared expert, and is the FFN without one

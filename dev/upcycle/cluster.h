@@ -91,7 +91,7 @@ static Clusters* gather_inputs(const Plan* p, const char* why) {
     Model* m = feed_model(&f, p->sources[0]->dir, FOR_SCORING, 2);
     k->layer = k->expert = -1;
     k->tokens = f.windows * f.T;
-    if (k->tokens < p->M) die(2, "--calibrate: %ld tokens cannot make %d clusters", k->tokens, p->M);
+    if (k->tokens < p->M) die(2, "--calibrate: %ld tokens are too few for %d experts", k->tokens, p->M);
     k->inputs = NEW(float*, L);
     for (int l = 0; l < L; l++) k->inputs[l] = c->sparse[l] ? floats(k->tokens * c->hidden_size) : NULL;
     m->observe = observe_inputs;

@@ -30,7 +30,8 @@ static void important_rows(const Plan* p, Target* t, long row, long rows, float*
 // CMoE (2502.04416): each token marks the --marks units with the largest |h|, h = silu(gate x) (up x) with x and the
 // rows of gate and up at length 1. The units marked most often are shared; the M most marked of the others are
 // centroids, to which all are assigned, equally many to each, with the least sum of L1 distances of their marks. The
-// router is the ridge regression to |h_r| of the unit r of each expert whose marks are nearest to the mean.
+// router is the ridge regression to |silu(gate_r x) (up_r x)|, x as it is, of the unit r of each expert whose marks are
+// nearest to the mean.
 static void marked_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     part_rows(p, t, row, rows, out);
 }
