@@ -364,8 +364,8 @@ template <class T> struct SwigluBackwardEpilogue {
     }
 };
 
-// Sums of ROWS rows from row m0 on, `stride` floats apart in shared memory, go through the epilogue, of which THREADS
-// threads do this together, BATCH fours each at a time.
+// Sums of ROWS rows from row m0 on, `stride` floats apart in shared memory, go through the epilogue. THREADS threads do
+// this together, of which this is number `thread`, BATCH fours each at a time.
 template <int ROWS, int WIDTH, int THREADS, int BATCH, class Epilogue>
 __device__ static inline void finish_rows(const float* sums, int stride, const Job& job, int m0, int thread,
                                           const Epilogue& epilogue) {

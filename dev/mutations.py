@@ -124,7 +124,7 @@ MUTATIONS = [
     # the tokenizer of a new model, prompts from standard input
     ("if (*vocab_size < size)", "if (0)"),
     ("if (id >= size) size = id + 1;", ""),
-    ("found = id >= 0 || (i < 2 && are_ids(ids, size));", "found = id >= 0;"),
+    ("found = id >= 0 || (i < 2 && ids && (ids->type == JSON_NULL || are_ids(ids, size)));", "found = id >= 0;"),
     ("json_whole(j, size - 1) >= 0;", "json_whole(j, INT_MAX) >= 0;"),
     ("if (json_get(name, \"content\")) name = json_get(name, \"content\");", ""),
     ("if (tokenizer) m->luggage = luggage_new(c->arch, tokens.data);", ""),

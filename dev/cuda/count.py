@@ -59,7 +59,8 @@ FLASH2 = {64: ((229, 262, 284), (238, 264, 279)), 128: ((260, 298, 319), (260, 2
 # What differs between versions of the kernels.
 # Grouped products, for each tile of 128 x 256, while tensor cores idle: `first`, how many loads wait for each other
 # before its first product (tiles, offsets, token, copy), by what a product is called; `epilogue`, how many wait for
-# each other after its last one, where the epilogue reads memory (d down: gate and up; dW: what it adds to).
+# each other after its last one, where the epilogue reads memory (d down: gate and up; dW: what it adds to; that gates
+# of d down wait for `assignment` is counted in neither version).
 # Attention, by kernel and head size: SASS instructions, mma.sync and ldmatrix of a warp for a tile (--sass, sm_90a).
 VERSIONS = {
     "before": dict(

@@ -177,7 +177,7 @@ template <class T> static void test_all() {
     test_forward<T>(2, 33, 40, 2, 1, 22, 1);        // nothing at multiples of 16 bytes
     test_backward<T>(2, 130, 4, 2, 64, 0);
     test_backward<T>(1, 140, 2, 1, 128, 0);
-    test_backward<T>(1, 37, 2, 2, 96, 0);
+    test_backward<T>(1, 37, 2, 2, 80, 0);           // fewer than the 96 that its kernel is made for
     test_backward<T>(3, 40, 2, 1, 22, 1);
 }
 

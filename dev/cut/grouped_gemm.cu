@@ -13,6 +13,7 @@ What there is (R rows, grouped by expert without padding; E experts, N tokens):
     forward  with SwiGLU: act = silu(gate) up            gpu_experts_up              W (E, 2, I, H): gate, then up
     dX       dx (R, C) = dy W_e                          gpu_grouped_dx              W (E, OC, C)
     dX       back through gate * down(SwiGLU)            gpu_experts_down_backward   W (E, H, I), of down
+    dgates   from the dgate_parts that this leaves       gpu_gate_gradients          (R, gpu_dgate_parts<T>(I))
     dW       dW_e (E, OC, C) (+)= dy^T x                 gpu_experts_weight_backward
 
 Rows       Rows offsets[e] .. offsets[e+1]-1 belong to expert e; offsets (E + 1) lies on the device, and the host need
@@ -235,10 +236,13 @@ static void bench(int N) {
 }
 
 static void tests() {
+    pretended_multiprocessors = 4;
     int shapes[][6] = {{75, 2, 5, 40, 72, 0},       // no dimension fills a tile
                        {1, 1, 3, 8, 1, 0},          // one token, experts without rows
                        {70, 2, 3, 41, 30, 1},       // nothing at multiples of 16 bytes
-                       {300, 1, 3, 328, 136, 0}};   // tiles and a rest in every direction; 6 stages, which share memory
+                       {300, 1, 3, 328, 136, 0},    // tiles and a rest in every direction; 6 stages, which share memory
+                       {140, 2, 3, 456, 200, 0},    // all in tiles of 256 columns, several for a block
+                       {140, 2, 3, 201, 197, 1}};   // the same at odd addresses
     for (auto& s : shapes) {
         test<float>(s[0], s[1], s[2], s[3], s[4], s[5]);
         test<bf16>(s[0], s[1], s[2], s[3], s[4], s[5]);

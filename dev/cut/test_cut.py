@@ -19,7 +19,8 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STANDIN = ROOT / "dev/cuda/standin"
 NVCC, TOP = os.environ.get("NVCC", ""), os.environ.get("CUDA_TOP") or "/usr/local/cuda"
-GPUS = "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a"
+GPUS = ("-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a "
+        "-gencode arch=compute_80,code=compute_80")         # PTX, for other cards
 PLAYED = f"g++ -std=gnu++17 -O1 -fopenmp -Wall -Wno-unknown-pragmas -I{STANDIN} -include standin.h -I{TOP}/include"
 NOT_OURS = "-Wno-maybe-uninitialized -Wno-class-memaccess -Wno-sign-compare"    # nvcc does not know these warnings
 AS = [{}, {"STANDIN_LAZY": "7"}, {"STANDIN_LAZY": "7", "STANDIN_ARCH": "80"}]       # what the stand-in plays
@@ -27,6 +28,7 @@ AS = [{}, {"STANDIN_LAZY": "7"}, {"STANDIN_LAZY": "7", "STANDIN_ARCH": "80"}]   
 # file: (what stands in it exactly once, what takes its place) ...
 BUGS = {
     "grouped_gemm.cu": [
+        ("right.data = weights + from.expert * weight_stride;", "right.data = weights + job.expert * weight_stride;"),
         ("real ? width - column : 0", "width - column"),
         ("s * (1.0f + g[j] * (1.0f - s));", "s * (1.0f - g[j] * (1.0f - s));"),
         ("if (r >= 0 && from.token) r = from.token[r];", ""),
@@ -161,11 +163,13 @@ def main():
         sys.exit(f"no file has {', '.join(unknown)} in its name; there are: {', '.join(files)}")
     check(run(f"{sys.executable} dev/cut/cut.py nosuch.cu", ROOT)[0] == 2, "cut.py nosuch.cu is refused")
     check_run("cut.py", f"{sys.executable} dev/cut/cut.py", ROOT)
+    tested = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, bugs in BUGS.items():
             kind = "gpu" if name.endswith(".cu") else "cpu"
             if words and not any(word == kind or word in name for word in words) or kind == "gpu" and not NVCC:
                 continue
+            tested += 1
             its_lines(name)
             if kind == "gpu" and not os.path.exists(f"{folder}/standin.o"):
                 check_run("the stand-in", f"{PLAYED} -c {STANDIN}/standin.cpp -o standin.o", folder)
@@ -173,6 +177,7 @@ def main():
             os.mkdir(alone)
             test(name, alone)
             plant(name, alone, bugs if "--all" in sys.argv else bugs[:1])
+    check(tested, "some file was tested (those for GPUs want nvcc)")
     print(f"{passed} passed, {failed} failed")
     return failed > 0
 

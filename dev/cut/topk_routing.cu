@@ -17,8 +17,9 @@ Grouping   offsets (E + 1): rows offsets[e] .. offsets[e+1]-1 belong to expert e
            assignment n K + k, the k-th expert of token n. row_of (N, K): the inverse. token (N K): n. tiles (max_tiles
            >= N K / 128 + E): {expert, first row} for every 128 rows of an expert, then {-1, 0}: what grouped_gemm.cu
            is launched by. chunk_counts: scratch, gpu_group_chunks(N, K) E ints. Sizes stay on the device.
-Losses     balance loss (arXiv 2101.03961, eq. 4): aux_weight = coefficient scale E / N with per_layer; z-loss (arXiv
-           2202.08906, eq. 5): z_weight = 2 coefficient scale / N. Both 0: none. f (E) doubles.
+Losses     balance loss (arXiv 2101.03961, eq. 4): f (E) doubles by gpu_balance_weights, with all_counts NULL,
+           per_layer 1 and tokens_seen 1; aux_weight = coefficient E / N. z-loss (arXiv 2202.08906, eq. 5): z_weight =
+           2 coefficient / N. Both weights 0: none.
 Alignment  none.
 Stream     The last argument, 0 by default. Nothing is allocated, nothing waits for the device. A failed call ends the
            program: `die`.

@@ -287,8 +287,8 @@ static int write_readme(const Config* c, int bytes, const char* from, const char
                bytes ? ": its tokens are the bytes of the text" : "");
     if (c->num_experts)
         text_print(&t,
-                   "%d experts of width %d in each of %d layers, %s%d per token: %ld parameters, %ld of them active for "
-                   "a token.\n",
+                   "%d experts of width %d in each of %d layers, %s%d per token: %ld parameters, %ld of them active "
+                   "for a token.\n",
                    c->num_experts, c->moe_intermediate_size, count_sparse(c),
                    c->router.kind == ROUTER_DYNAMIC ? "at most " : "", c->num_experts_per_tok, total, active);
     else

@@ -514,7 +514,9 @@ static void config_from_options(Config* c) {
     if (dense) return;
     c->num_experts = (int)options.experts;
     int dynamic = c->router.kind == ROUTER_DYNAMIC;     // then K is the most that a token may get
-    c->num_experts_per_tok = options.topk != UNSET ? (int)options.topk : dynamic ? c->num_experts : imin(2, c->num_experts);
+    c->num_experts_per_tok = options.topk != UNSET ? (int)options.topk
+                             : dynamic             ? c->num_experts
+                                                   : imin(2, c->num_experts);
     c->moe_intermediate_size = options.expert_ffn == UNSET ? 2 * c->hidden_size : (int)options.expert_ffn;
     c->norm_topk_prob = options.norm_topk == UNSET ? kind != 2 : (int)options.norm_topk;
     if (c->num_experts_per_tok > c->num_experts)
@@ -540,7 +542,8 @@ static void config_from_options(Config* c) {
     if (c->router.kind == ROUTER_DYNAMIC) {
         if (options.dynamic_q == 1) die(2, "--dynamic-q 1: the entropy divides by Q - 1; 1.001 is near");
         if (option_given("dynamic-least") && options.dynamic_least > c->num_experts_per_tok)
-            die(2, "--dynamic-least %ld: a token gets at most --topk %d", options.dynamic_least, c->num_experts_per_tok);
+            die(2, "--dynamic-least %ld: a token gets at most --topk %d", options.dynamic_least,
+                c->num_experts_per_tok);
         c->router.dynamic_q = options.dynamic_q;
         c->router.dynamic_entropy = options.dynamic_entropy;
         c->router.dynamic_share = options.dynamic_share;

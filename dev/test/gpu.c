@@ -122,13 +122,14 @@ static void gpu_grouping(int N, int K, int E) {
 }
 
 static void test_gpu_tiles(void) {
+    pretended_multiprocessors = 4;
     // The last two, in bf16 only, are what real models run: all loads by cp.async, more steps of k than the ring of the
     // experts' products has stages (X_WT 7 and 4, 4 and 8; DY_W 8 and 7, 16 and 4; DYT_X 5), three blocks of queries
-    // with heads of 64 and 128.
+    // with heads of 64 and 128; and among the tiles of the first one without rows, with others behind it.
     static const struct { int H, NH, NKV, HD, I, E, B, T; } sizes[] = {{144, 4, 2, 32, 136, 3, 2, 150},
                                                                         {100, 3, 1, 70, 77, 2, 2, 133},
                                                                         {72, 2, 2, 100, 264, 2, 2, 70},
-                                                                        {424, 4, 2, 64, 256, 2, 1, 300},
+                                                                        {424, 4, 2, 64, 256, 3, 1, 300},
                                                                         {256, 2, 1, 128, 512, 2, 1, 300}};
     for (int i = 0; i < 5; i++)
         for (int bf16_too = i >= 3; bf16_too < 2; bf16_too++) {
@@ -180,6 +181,7 @@ static void test_gpu_tiles(void) {
     }
     gpu_grouping(300, 3, 5);
     gpu_grouping(5000, 2, 1100);
+    pretended_multiprocessors = 0;
 }
 
 // What is set once for a device must be set for each: all of this machine's GPUs, the first one twice.

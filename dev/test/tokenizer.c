@@ -66,13 +66,17 @@ static void test_tokenizer_refusals(void) {
 // What tokenizers that people have do not show: the ids are those of `tokenizers`, but for bytes that are no UTF-8.
 static void test_tokenizer_details(void) {
 #define ADDED(how) ", \"added_tokens\": [{\"id\": 7, \"content\": \"ba\", " how "}]}"
+// Llama 3's words
+#define WORDS ", \"pre_tokenizer\": {\"type\": \"Split\", \"pattern\": {\"Regex\": @}, \"behavior\": \"Isolated\"}}"
+#define DIGITS(each) ", \"pre_tokenizer\": {\"type\": \"Digits\", \"individual_digits\": " each "}}"
 #define NFC AB ", \"normalizer\": {\"type\": \"NFC\"}}"
     static const struct {
         const char *what, *json, *text;
         long count;                     // -1: refused
         int ids[4];
     } cases[] = {
-        {"an added token goes before words, and takes the space behind it", AB ADDED("\"rstrip\": true"), "abxba  ab",
+        {"an added token goes before words, and takes the space behind it",
+         MODEL("\"a\": 0, \"b\": 1, \"ab\": 2, \" \": 3", "\"a b\"") ADDED("\"rstrip\": true"), "abxba  ab",
          3, {2, 7, 2}},
         {"or before it", MODEL("\"a\": 0, \" \": 1", "") ADDED("\"lstrip\": true"), "a \xE3\x80\x80 ba", 2, {0, 7}},
         {"but no byte that is no UTF-8",
@@ -84,6 +88,29 @@ static void test_tokenizer_details(void) {
          MODEL("\"a\": 0, \"b\": 1, \"ab\": 2, \"ba\": 3", "\"a b\", \"b a\", \"a b\"") "}", "aba", 2, {0, 3}},
         {"Metaspace puts a space first", MODEL("\"_\": 0, \"a\": 1, \"_a\": 2", "\"_ a\"")
          ", \"pre_tokenizer\": {\"type\": \"Metaspace\", \"replacement\": \"_\"}}", "a a", 2, {2, 2}},
+        {"a merge gives the piece before it another one",
+         MODEL("\"a\": 0, \"b\": 1, \"c\": 2, \"bc\": 3, \"abc\": 4", "\"b c\", \"a bc\"") "}", "abc", 1, {4}},
+        {"a word that is in the vocabulary needs no merges",
+         "{\"model\": {\"ignore_merges\": true, \"vocab\": {\"a\": 0, \"b\": 1, \"ab\": 2}, \"merges\": []}}",
+         "ab", 1, {2}},
+        {"what the vocabulary lacks is the unknown token",
+         "{\"model\": {\"unk_token\": \"u\", \"vocab\": {\"u\": 0, \"a\": 1}, \"merges\": []}}", "xxa", 3, {0, 0, 1}},
+        {"several in a row are one",
+         "{\"model\": {\"unk_token\": \"u\", \"fuse_unk\": true, \"vocab\": {\"u\": 0, \"a\": 1}, "
+         "\"merges\": []}}", "xxa", 2, {0, 1}},
+        {"digits of their own", MODEL("\"1\": 0, \"2\": 1, \"12\": 2", "\"1 2\"") DIGITS("true"), "12", 2, {0, 1}},
+        {"digits as words", MODEL("\"1\": 0, \"2\": 1, \"12\": 2", "\"1 2\"") DIGITS("false"), "12", 1, {2}},
+        {"'S ends a word", MODEL("\"'\": 0, \"S\": 1, \"x\": 2, \"Sx\": 3", "\"S x\"") WORDS, "'Sx", 3, {0, 1, 2}},
+        {"and so does a long s", MODEL("\"'\": 0, \"\xC5\xBF\": 1, \"x\": 2, \"\xC5\xBFx\": 3", "\"\xC5\xBF x\"") WORDS,
+         "'\xC5\xBFx", 3, {0, 1, 2}},
+        {"a word has three digits",
+         MODEL("\"1\": 0, \"34\": 1, \"3\": 2, \"4\": 3", "\"3 4\"") WORDS, "1134", 4, {0, 0, 2, 3}},
+        {"ends of lines are one word",
+         MODEL("\"\\n\": 0, \"a\": 1, \"\\n\\n\": 2", "\"\\n \\n\"") WORDS, "\n\na", 2, {2, 1}},
+        {"and not in that of the letters",
+         MODEL("\"\\n\": 0, \"a\": 1, \"\\na\": 2", "\"\\n a\"") WORDS, "\na", 2, {0, 1}},
+        {"as others are", MODEL("\"-\": 0, \"a\": 1, \"-a\": 2", "\"- a\"") WORDS, "-a", 1, {2}},
+        {"others take them along", MODEL("\"-\": 0, \"\\n\": 1, \"-\\n\": 2", "\"- \\n\"") WORDS, "-\n", 1, {2}},
         {"a mark that NFC would join is refused", NFC, "ae\xCC\x81", -1, {0}},
         {"so are two marks", NFC, "\xD8\xA8\xD9\x91\xD9\x8E", -1, {0}},
         {"but not one", NFC, "b\xD9\x91" "a", 2, {1, 0}},
@@ -91,7 +118,12 @@ static void test_tokenizer_details(void) {
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         Error error = {""};
         long count = -1;
-        Encoder* e = encoder_of(cases[i].json, &error);
+        Text json = {NULL, 0, 0};
+        for (const char* s = cases[i].json; *s; s++)        // @: an expression
+            if (*s == '@') text_json_string(&json, word_rules[1].expression);
+            else text_add(&json, s, 1);
+        Encoder* e = encoder_of(json.data, &error);
+        free(json.data);
         int* ids = e ? encode(e, cases[i].text, strlen(cases[i].text), 1, &count, &error) : NULL;
         int same = cases[i].count < 0 ? e && !ids && strstr(error.text, "form NFC") != NULL
                                       : ids && count == cases[i].count &&

@@ -360,7 +360,8 @@ static double plan_memory(const Plan* p) {
     if (is(name, "svd-perturb")) matrix = 12 * H * I + 8 * n * n;
     if (is(name, "svd-mix")) matrix = 24 * H * I + 16 * n * n;
     if (is(name, "sparse-code-mix")) matrix = 8 * H * I + 8.0 * 64 * (H + I + 2 * fmax(H, I));
-    if (p->clusters && p->clusters->cluster) { // the tokens' FFN inputs of all layers and their clusters; two matrices of one cluster
+    if (p->clusters && p->clusters->cluster) {
+        // the tokens' FFN inputs of all layers and their clusters; two matrices of one cluster
         double tokens = p->clusters->tokens, L = count_sparse(&p->config);
         matrix = L * tokens * (4 * H + 4) + 4 * L * p->M * H + 4 * tokens * (H + 3 * I) + 24 * H * I + 16 * n * n +
                  8 * fmax(H, I) * fmax(H, I);

@@ -34,7 +34,8 @@ static void shard_rows(const Plan* p, Target* t, long row, long rows, float* out
 // Read-ME's domain masks (arXiv 2410.19123): expert j holds the units that are most active on text j of --calibrate,
 //     the floor(share I) units u with the largest mean over its tokens of |act_u|,  act = silu(W_gate x) * (W_up x),
 // in their order. A unit may be in several experts. Read-ME makes one expert that every token visits of those in all,
-// as many as there are in a layer; here, where widths are equal, each expert keeps its own. Its router, one for all layers, is no class's: rows are new.
+// as many as there are in a layer; here, where widths are equal, each expert keeps its own. Its router, one for all
+// layers, is no class's: rows are new.
 static void observe_activity(Model* m, int l) {
     long I = m->config.intermediate_size, N = (long)m->batch * m->length;
     double* sums = (double*)m->observer + l * I; // (L, I)

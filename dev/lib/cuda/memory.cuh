@@ -3,7 +3,8 @@
 // train_moe.cu.
 #pragma once
 
-// What a layer keeps for the backward pass: train_moe.c's arrays, and
+// What a layer keeps for the backward pass: train_moe.c's arrays (NULL where a layer has none: for kernels that is
+// ones, or rows in their order), and
 template <class Real> struct GpuLayer {
     LAYER_ARRAYS(MEMBER)
     int* token;                     // (R)          where the rows of experts come from, and
