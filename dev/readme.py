@@ -64,6 +64,10 @@ def make_routers():
     return output("python3 dev/lab/report.py --table routers")
 
 
+def make_lab():
+    return output("python3 dev/lab/report.py --table readme")
+
+
 def make_tinyshakespeare():
     output(f"[ -f {SHAKESPEARE} ] || python3 data/fetch.py tinyshakespeare")
     text = pathlib.Path("README.md").read_text().replace("\\\n", " ")
@@ -118,7 +122,7 @@ def make_counts():
 
 
 MAKERS = {"help": make_help, "counts": make_counts, "demonstration": make_demonstration, "story": make_story,
-          "routers": make_routers, "tinyshakespeare": make_tinyshakespeare, "real_models": make_real_models,
+          "routers": make_routers, "lab": make_lab, "tinyshakespeare": make_tinyshakespeare, "real_models": make_real_models,
           "receipt": make_receipt}
 
 

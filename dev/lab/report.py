@@ -375,7 +375,7 @@ def joint_law(e):
     found = [(t, c, list(e.column(f"t{t}c{c}", "loss").values())) for t in (1, 2, 3) for c in (1, 2, 3)]
     if not all(losses for _, _, losses in found):
         return None
-    tokens = numpy.array([(t * 1.024, c * 1.024) for t, c, _ in found]).T
+    tokens = numpy.array([(t * 0.512, c * 0.512) for t, c, _ in found]).T       # 1,000 steps: 0.512M
     losses = numpy.array([statistics.mean(x) for _, _, x in found])
 
     def law(d, A, a, b, c, least):
@@ -399,6 +399,13 @@ def summary(experiments):
     heads = ["", "claim", "paper's number", "ours [95 %]", "verdict", "why"]
     return heads, [[e.name, c["claim"], f"{c.get('paper', '')} ({c.get('source', '')})", interval(f), verdict, why]
                    for e in experiments for c, f, verdict, why in judged(e)]
+
+
+def headlines(experiments):
+    """README.md's table: claims that have a name there (`readme`) and have been run."""
+    return ["claim", "paper", "here [95 %]", "verdict"], [
+        [c["readme"], f"{c['paper']} ({c['source']})", interval(f), verdict]
+        for e in experiments for c, f, verdict, _ in judged(e) if f and "readme" in c]
 
 
 def blocks(experiments, results):
@@ -512,7 +519,8 @@ def main():
                    key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
     experiments = [Experiment(name, results) for name in names]
     if sys.argv[1:2] == ["--table"]:
-        table = routers_table(results) if sys.argv[2] == "routers" else summary(experiments)
+        table = (routers_table(results) if sys.argv[2] == "routers" else
+                 headlines(experiments) if sys.argv[2] == "readme" else summary(experiments))
         print(to_markdown([("table", *table)]), end="")
         return 0
     parts = list(blocks(experiments, results))
@@ -521,7 +529,9 @@ def main():
         old, new = ([line for line in t.splitlines() if line and (draw or not line.startswith("!["))]
                     for t in (path.read_text() if path.is_file() else "", text))         # without draw.py no figures
         changed = list(difflib.unified_diff(old, new, lineterm="", n=0))
-        print("\n".join(changed[:6]) or "REPORT.md is current")
+        if to_markdown([("table", *headlines(experiments))]) not in (lab.ROOT / "README.md").read_text():
+            changed.append("README.md is not: python3 dev/readme.py lab")
+        print("\n".join(changed[:6]) or "REPORT.md and README.md are current")
         return bool(changed)
     path.write_text(text)
     for name, (drawing, _) in write_page(lab.ROOT / "build/lab.html", parts, experiments).items():

@@ -81,7 +81,8 @@ def test_experiments():
         for claim in lab.read_experiment(path.stem).get("claims", []):
             # names that are not there stop it
             report.measure(report.Experiment(path.stem, report.Results()), claim)
-            if set(claim) - {"claim", "source", "paper", "expected", "measure", "verdict"} or not claim.get("expected"):
+            if set(claim) - {"claim", "readme", "source", "paper", "expected", "measure", "verdict"} or \
+                    not claim.get("expected"):
                 check(False, f"{path.stem}: {claim}")
     check(all(n in specs for last, specs in ids.values() for n in last.values()),
           "all arms of all experiments have stages")

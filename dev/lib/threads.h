@@ -54,15 +54,16 @@ static void share_cores(int on) {
     }
 }
 
-// Called where one thread is at work; looks 5 times a second. At first, before anything is known, cores are shared.
+// Called where one thread is at work; looks after .02 seconds, then 5 times a second.
 static void look_for_others(void) {
-    static double looked, waited;
+    static double looked, waited, interval;
     double now = seconds(), since = looked, before = waited;
-    if (now - since < 0.2 || thread_count() == 1 || omp_in_parallel()) return;
+    if (now - since < interval || thread_count() == 1 || omp_in_parallel()) return;
     waited = waited_for_cores();
     looked = now;
+    interval = since == 0 ? 0.02 : 0.2;
     double missing = (waited - before) / (now - since);         // cores
-    if (since == 0 || missing > 0.33) share_cores(1);
+    if (since > 0 && missing > 0.33) share_cores(1);
     else if (missing < 0.1) share_cores(0);
 }
 #else       // clang's library sleeps sooner by itself, and fails if the program ends while a second team starts
