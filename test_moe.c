@@ -340,10 +340,15 @@ static void test_matmul_values(void) {
 }
 
 static void test_matmul(void) {
-    test_matmul_values();
-    test_blocks();
-    test_plain_training();
-    test_matmul_bits();
+    for (int way = 0; way < WAYS; way++) {
+        use_way(way);
+        printf("      products in %s\n", way_names[way]);
+        test_matmul_values();
+        test_blocks();
+        test_plain_training();
+        test_matmul_bits();
+    }
+    use_way(0);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -384,6 +389,7 @@ static const struct {
     {"gpu families", test_gpu_families}, {"gpu resume", test_gpu_resume}, {"gpu commands", test_gpu_commands},
 #endif
     {"matmul", test_matmul}, {"gradients", test_gradients}, {"golden", test_golden}, {"routers", test_golden_routers},
+    {"bf16", test_bf16},
     {"families", test_families}, {"load figures", test_load_figures}, {"experts", test_experts},
     {"cache", test_cache}, {"schedule", test_schedule}, {"json", test_json}, {"checkpoints", test_checkpoints},
     {"luggage", test_luggage}, {"tokenizer", test_tokenizer}, {"texts", test_texts},

@@ -104,13 +104,13 @@ static int count_sparse(const Config* c) {
 //     backward input   dx = dy W        dx (rows, C), or dx += dy W where x has several readers
 //     backward weight  dW += dy^T x     dW (OC, C), always a sum: micro-batches add to one gradient
 //
-// The loops below are their definition, order of additions and roundings included: each sum runs over
-// its index from 0 up, one multiply-add at a time. dev/lib/products.h computes the same bits many times
-// faster: there, blocks, vectors and threads only decide which elements are computed when, and where a sum
-// waits while it is unfinished. So bits never depend on the number of rows, threads or experts in a call, nor
-// on the place of a row in the batch: a token generated alone equals the same token in a batch.
+// Their definition, order of additions and roundings included, is sum_products and which sums the loops below
+// ask of it. dev/lib/products.h computes the same bits many times faster: there, blocks, vectors and threads
+// only decide which elements are computed when, and where a sum waits while it is unfinished. So bits never
+// depend on the number of rows, threads or experts in a call, nor on the place of a row in the batch: a token
+// generated alone equals the same token in a batch.
 
-#include "dev/lib/products.h"     // fast_product, fast_block: these sums, fast
+#include "dev/lib/products.h"     // fast_product, fast_block: these sums, fast; bf16_products
 
 // 1: the loops below compute (make PLAIN=1), 0: products.h does. A test compares them, byte by byte.
 #ifndef PLAIN
@@ -125,61 +125,66 @@ static int plain_products = PLAIN;
 #define MULTIPLY_ADD(sum, a, b) ((sum) + (a) * (b))
 #endif
 
+// Products that stay fp32 with --precision bf16: of routers, gates and biases
+#define IN_FP32(call) do { int was = bf16_products; bf16_products = 0; call; bf16_products = was; } while (0)
+
+// *result = [*result if add] + sum over k < depth of left[k left_k] right[k right_k], by multiply-adds:
+//     fp32  k = 0, 1, 2, ..
+//     bf16  k = 1, 0, 3, 2, .., of numbers rounded to the nearest bf16, ties to even; beyond the depth they
+//           are zero, and so is any below 2^-126, operand or sum: VDPBF16PS's way (Intel's manual)
+static void sum_products(float* result, int add, const float* left, long left_k, const float* right,
+                         long right_k, int depth) {
+    float sum = add ? *result : 0;
+    if (!bf16_products) {
+        for (int k = 0; k < depth; k++) sum = MULTIPLY_ADD(sum, left[k * left_k], right[k * right_k]);
+        *result = sum;
+        return;
+    }
+    FloatMode mode = flush_denormals();
+    for (int n = 0, k = 1; n < depth + depth % 2; k = ++n ^ 1)
+        sum = MULTIPLY_ADD(sum, k < depth ? bf16_rounded(left[k * left_k]) : 0,
+                           k < depth ? bf16_rounded(right[k * right_k]) : 0);
+    *result = sum;
+    restore_mode(mode);
+}
+
 // E products at once, one for each expert: rows offsets[e] .. offsets[e + 1] - 1 of x and y belong to matrix
 // number e, which is (OC, C) and starts at W + e * weight_stride. An expert may have no rows.
 //     y = x W_e^T          y (rows, OC), x (rows, C), offsets (E + 1)
 void grouped_matmul_forward(float* y, const float* x, const float* W, long weight_stride, int C, int OC,
                             int E, const int* offsets) {
-    if (!plain_products) {
-        fast_product(FORWARD, y, x, W, weight_stride, C, OC, E, offsets, 0);
-        return;
-    }
-    for (int e = 0; e < E; e++) {
+    if (!plain_products) fast_product(FORWARD, y, x, W, weight_stride, C, OC, E, offsets, 0);
+    for (int e = 0; e < E && plain_products; e++) {
         #pragma omp parallel for
         for (long r = offsets[e]; r < offsets[e + 1]; r++)
-            for (int o = 0; o < OC; o++) {
-                const float *x_r = x + r * C, *W_o = W + e * weight_stride + (long)o * C;
-                float sum = 0;
-                for (int c = 0; c < C; c++) sum = MULTIPLY_ADD(sum, x_r[c], W_o[c]);
-                y[r * OC + o] = sum;
-            }
+            for (int o = 0; o < OC; o++)
+                sum_products(&y[r * OC + o], 0, x + r * C, 1, W + e * weight_stride + (long)o * C, 1, C);
     }
 }
 
 //     dx = dy W_e, or with add = 1 dx += dy W_e
 void grouped_matmul_backward_input(float* dx, const float* dy, const float* W, long weight_stride, int C,
                                    int OC, int E, const int* offsets, int add) {
-    if (!plain_products) {
-        fast_product(BACKWARD_INPUT, dx, dy, W, weight_stride, C, OC, E, offsets, add);
-        return;
-    }
-    for (int e = 0; e < E; e++) {
+    if (!plain_products) fast_product(BACKWARD_INPUT, dx, dy, W, weight_stride, C, OC, E, offsets, add);
+    for (int e = 0; e < E && plain_products; e++) {
         #pragma omp parallel for
         for (long r = offsets[e]; r < offsets[e + 1]; r++)
-            for (int c = 0; c < C; c++) {
-                float sum = add ? dx[r * C + c] : 0;
-                for (int o = 0; o < OC; o++)
-                    sum = MULTIPLY_ADD(sum, dy[r * OC + o], W[e * weight_stride + (long)o * C + c]);
-                dx[r * C + c] = sum;
-            }
+            for (int c = 0; c < C; c++)
+                sum_products(&dx[r * C + c], add, dy + r * OC, 1, W + e * weight_stride + c, C, OC);
     }
 }
 
 //     dW_e += dy^T x
 void grouped_matmul_backward_weight(float* dW, const float* dy, const float* x, long weight_stride, int C,
                                     int OC, int E, const int* offsets) {
-    if (!plain_products) {
-        fast_product(BACKWARD_WEIGHT, dW, dy, x, weight_stride, C, OC, E, offsets, 1);
-        return;
-    }
-    for (int e = 0; e < E; e++) {
+    if (!plain_products) fast_product(BACKWARD_WEIGHT, dW, dy, x, weight_stride, C, OC, E, offsets, 1);
+    for (int e = 0; e < E && plain_products; e++) {
+        long first = offsets[e];
         #pragma omp parallel for
         for (int o = 0; o < OC; o++)
-            for (int c = 0; c < C; c++) {
-                float* dW_oc = dW + e * weight_stride + (long)o * C + c;
-                for (long r = offsets[e]; r < offsets[e + 1]; r++)
-                    *dW_oc = MULTIPLY_ADD(*dW_oc, dy[r * OC + o], x[r * C + c]);
-            }
+            for (int c = 0; c < C; c++)
+                sum_products(&dW[e * weight_stride + (long)o * C + c], 1, dy + first * OC + o, OC,
+                             x + first * C + c, C, offsets[e + 1] - offsets[e]);
     }
 }
 
@@ -206,18 +211,13 @@ void matmul_backward_weight(float* dW, const float* dy, const float* x, int rows
 static void multiply_block(float* result, long result_i, const float* left, long left_i, long left_k,
                            const float* right, long right_k, long right_j, int rows, int columns, int depth,
                            int add) {
-    if (!plain_products) {
+    if (!plain_products)
         fast_block(result, result_i, left, left_i, left_k, right, right_k, right_j, rows, columns, depth,
                    add);
-        return;
-    }
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < columns; j++) {
-            float sum = add ? result[i * result_i + j] : 0;
-            for (int k = 0; k < depth; k++)
-                sum = MULTIPLY_ADD(sum, left[i * left_i + k * left_k], right[k * right_k + j * right_j]);
-            result[i * result_i + j] = sum;
-        }
+    for (int i = 0; i < rows && plain_products; i++)
+        for (int j = 0; j < columns; j++)
+            sum_products(&result[i * result_i + j], add, left + i * left_i, left_k, right + j * right_j,
+                         right_k, depth);
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -868,7 +868,7 @@ static void attention_layer_forward(Model* m, int l) {
     rmsnorm_forward(s->attn_in, H, s->attn_rstd, s->x, H, w->attn_norm, N, 1, H, eps);
     // 2. (q, k, v) = W_qkv attn_in; in some models + b, as dx += dy W: dy = ones (N, 1), W = b (1, QKV)
     matmul_forward(s->qkv, s->attn_in, w->qkv, N, H, qkv_width(c));
-    if (w->qkv_bias) matmul_backward_input(s->qkv, m->ones, w->qkv_bias, N, qkv_width(c), 1, 1);
+    if (w->qkv_bias) IN_FP32(matmul_backward_input(s->qkv, m->ones, w->qkv_bias, N, qkv_width(c), 1, 1));
     // 3. rotated = rope(qknorm(q)), rope(qknorm(k))
     qk_norm_forward(m, l);
     rope(s->rotated, QK, NH + NKV, N, T, past, HD, m->cosines, m->sines, 1);
@@ -904,7 +904,7 @@ static void attention_layer_backward(Model* m, int l) {
     // 2 was  (q, k, v) = W_qkv attn_in
     matmul_backward_input(t->dnormed, t->dqkv, w->qkv, N, H, QKV, 0);
     matmul_backward_weight(dw->qkv, t->dqkv, s->attn_in, N, H, QKV);
-    if (w->qkv_bias) matmul_backward_weight(dw->qkv_bias, t->dqkv, m->ones, N, 1, QKV);
+    if (w->qkv_bias) IN_FP32(matmul_backward_weight(dw->qkv_bias, t->dqkv, m->ones, N, 1, QKV));
     // 1 was  attn_in = n1(x)
     rmsnorm_backward(t->dx, H, 1, dw->attn_norm, t->dnormed, H, s->x, H, w->attn_norm, s->attn_rstd, N, 1, H,
                      t->norm_sums);
@@ -920,7 +920,7 @@ static void shared_expert_forward(Model* m, int l, float* out) {
     Scratch* t = &m->scratch;
     int N = m->batch * m->length, H = m->config.hidden_size, S = shared_width(&m->config, l);
     float* g = s->shared_gates;
-    if (w->shared_gate) matmul_forward(g, s->ffn_in, w->shared_gate, N, H, 1);
+    if (w->shared_gate) IN_FP32(matmul_forward(g, s->ffn_in, w->shared_gate, N, H, 1));
     for (int n = 0; w->shared_gate && n < N; n++) g[n] = 1.0f / (1.0f + fast_exp(-g[n]));
     matmul_forward(s->shared_gate_up, s->ffn_in, w->shared_gate_up, N, H, 2 * S);
     swiglu_forward(t->act, s->shared_gate_up, N, S);
@@ -942,8 +942,8 @@ static void shared_expert_backward(Model* m, int l) {
     matmul_backward_input(t->dnormed, dgate_up, w->shared_gate_up, N, H, 2 * S, 1);
     if (!w->shared_gate) return;
     for (int n = 0; n < N; n++) dz[n] *= g[n] * (1.0f - g[n]);          // until here it was dgate
-    matmul_backward_weight(dw->shared_gate, dz, s->ffn_in, N, H, 1);
-    matmul_backward_input(t->dnormed, dz, w->shared_gate, N, H, 1, 1);
+    IN_FP32(matmul_backward_weight(dw->shared_gate, dz, s->ffn_in, N, H, 1));
+    IN_FP32(matmul_backward_input(t->dnormed, dz, w->shared_gate, N, H, 1, 1));
 }
 
 // From ffn_in to the token's experts and gates, and the rows of each expert.
@@ -1000,7 +1000,7 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     // 1. ffn_in = n2(x_mid)
     rmsnorm_forward(s->ffn_in, H, s->ffn_rstd, s->x_mid, H, w->ffn_norm, N, 1, H, (float)c->rms_norm_eps);
     // 2. z = W_router ffn_in,  p = softmax z,  gates = p of the K best
-    if (c->sparse[l]) router_forward(m, l);
+    if (c->sparse[l]) IN_FP32(router_forward(m, l));
     else s->offsets[0] = 0, s->offsets[1] = N;
     // 3. x_row = ffn_in (LPR: what experts_input is) of the row's token;  each expert's rows lie together
     gather_rows(t->x_rows, experts_input(m, l), s->assignment, s->offsets[E], K, H);
@@ -1037,7 +1037,7 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
     // 3 was  x_row = ffn_in of the row's token.  A token's gradient is the sum over its rows.
     combine_rows(t->dnormed, NULL, t->dx_rows, NULL, s->row_of, N, K, H);
     // 2 was  z = W_router ffn_in,  p = softmax z,  gates = p of the K best
-    if (c->sparse[l]) router_backward(m, l, scale);
+    if (c->sparse[l]) IN_FP32(router_backward(m, l, scale));
     if (shared_width(c, l) > 0) shared_expert_backward(m, l);           // after the router: it reuses dgates
     // 1 was  ffn_in = n2(x_mid)
     rmsnorm_backward(t->dx, H, 1, dw->ffn_norm, t->dnormed, H, s->x_mid, H, w->ffn_norm, s->ffn_rstd, N, 1, H,

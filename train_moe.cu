@@ -36,8 +36,6 @@ Figures of every kernel, and the same products and attention as a lesson in step
 #define TRAIN_MOE_NO_MAIN       // this file has one
 #define TRAIN_MOE_CU_MAIN
 #endif
-#define PRECISIONS "bf16|fp32"
-#define DEFAULT_PRECISION "bf16"
 #include "train_moe.c"
 
 #include <cublas_v2.h>
@@ -2416,11 +2414,14 @@ static const Backend gpu_backend_bf16 = {gpu_plan<bf16>,    gpu_allocate<bf16>, 
 // ---------------------------------------------------------------------------------------------------------------------
 // 9. The command line
 
+static void gpu_use_precision(int bf16_too) { default_backend = bf16_too ? &gpu_backend_bf16 : &gpu_backend_float; }
+
 int train_moe_cu_main(int argc, char** argv) {
     begin_program("train_moe_cu");
+    option_find("precision")->start = "bf16";
+    use_precision = gpu_use_precision;
     options_parse(argc, argv);
     gpu_open();
-    default_backend = strcmp(options.precision, "fp32") ? &gpu_backend_bf16 : &gpu_backend_float;
     return run_command();
 }
 

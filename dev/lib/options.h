@@ -48,11 +48,6 @@ typedef struct {
     int given;
 } Option;
 
-#ifndef PRECISIONS      // train_moe.cu has more
-#define PRECISIONS "fp32"
-#define DEFAULT_PRECISION "fp32"
-#endif
-
 #define BIG 1e15
 static Option option_table[] = {
     {"data", OPT_TEXT, USE_RUN, &options.data, 0, 0, NULL, "F,..", "text or shards; names, patterns", 0},
@@ -76,7 +71,7 @@ static Option option_table[] = {
      "steps between samples of --tokens; 0: never", 0},
     {"seed", OPT_WHOLE, USE_RUN, &options.seed, 0, BIG, "1", "S", "of weights, data order, samples", 0},
     {"threads", OPT_WHOLE, USE_OTHER, &options.threads, 1, 4096, NULL, "N", "all cores by default", 0},
-    {"precision", OPT_CHOICE, USE_OTHER, &options.precision, 0, 0, DEFAULT_PRECISION, PRECISIONS, "of products", 0},
+    {"precision", OPT_CHOICE, USE_RUN, &options.precision, 0, 0, "fp32", "fp32|bf16", "of products", 0},
 
     {"arch", OPT_CHOICE, USE_SHAPE, &options.arch, 0, 0, "qwen3", "qwen3|mixtral|olmoe", "class",
      0},
@@ -228,10 +223,8 @@ static void option_set(Option* o, const char* text) {
     if (o->type == OPT_TEXT) {
         *(const char**)o->value = text;
     } else if (o->type == OPT_CHOICE) {
-        if (choice_index(o->argument, text) < 0) {
-            if (!strcmp(o->name, "precision")) die(2, "--precision %s: the CPU program computes in fp32", text);
+        if (choice_index(o->argument, text) < 0)
             die(2, "--%s %s: expected one of %s", o->name, text, o->argument);
-        }
         *(const char**)o->value = text;
     } else if (o->type == OPT_REAL) {
         errno = 0;
@@ -320,6 +313,8 @@ static void options_parse(int argc, char** argv) {
     options_parse_table(option_table, NUM_OPTIONS, print_help, argc, argv);
     if (optind < argc) die(2, "%s: unexpected argument; options start with --, see --help", argv[optind]);
 }
+
+#include "precision.h"
 
 static Position begun;                      // where this process began
 static const char* run_origin = NULL;       // the --model that the run was begun with; "": none; NULL: nobody knows
@@ -1116,6 +1111,7 @@ static int run_command(void) {
         for (int k = 0; k < 8; k++) ignored &= strcmp(o->name, meant[k]) != 0;
         if (options.eval) ignored &= o->value != &options.val_batches;
         if (alone) ignored = (o->use == USE_RUN && o->value != &options.seed) || o->value == &options.out;
+        ignored &= o->value != &options.precision;
         ignored &= o->given && !asks_nothing(o, o->type == OPT_TEXT ? "none" : "0");
         if (ignored && alone)
             die(2, "--%s belongs to training, which wants --data F; --model alone is sampled from", o->name);
@@ -1130,6 +1126,7 @@ static int run_command(void) {
         open_out(options.out);
         trainer_read(options.out, &trainer_state);
     }
+    use_precision(!strcmp(options.precision, "bf16"));
     const char* dir = options.resume ? options.out : options.model;
     if (dir) {
         if (!config_read(&config, dir, &error)) die(2, "%s", error.text);

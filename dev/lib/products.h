@@ -1,6 +1,7 @@
 // products.h: the sums of train_moe.c's section 2, fast and with the same bits. Compiles alone.
 #pragma once
 #include "threads.h"
+#include "bf16.h"
 
 // Work for all threads, in units that take unequal time: OpenMP's dynamic schedule, but with regard to where rows lie
 // (to be skipped on first reading). Loops over tokens give the threads contiguous shares of the rows (OpenMP's static
@@ -70,6 +71,47 @@ typedef float vector __attribute__((vector_size(4 * VECTOR_LENGTH), aligned(4), 
 #else // the name that older versions of gcc have for it
 typedef int places __attribute__((vector_size(4 * VECTOR_LENGTH)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
+#endif
+
+// How operands are packed: as they are, or for bf16 rounded. Rounded numbers stay floats, with the two of each pair
+// along k in each other's place, so that the fp32 tile adds them in the order that section 2 of train_moe.c states. Or
+// the pair lies in one word, the even k in its lower half, and one VDPBF16PS adds both products.
+typedef enum { PACK_FP32, PACK_ROUNDED, PACK_PAIRS } Packing;
+static Packing bf16_packing = PACK_ROUNDED; // of bf16: PACK_PAIRS where precision.h finds the instruction sound
+
+typedef uint32_t words __attribute__((vector_size(4 * VECTOR_LENGTH), aligned(4), may_alias));
+
+// sum + the two products of a pair from `left`, for all, and the pairs of `right`. Without the instruction, or with
+// make BF16=model, its semantics as Intel's manual has them, for tests: a multiply-add of the odd k, then one of the
+// even; operands and results below 2^-126 are zero, whatever MXCSR says. (This model flushes after a result was rounded
+// as a denormal, FTZ if it would be one with any exponent: just below 2^-126 they may differ.)
+#if defined(__AVX512BF16__) && !defined(BF16_MODEL) && !defined(__CUDACC__)
+#include <immintrin.h>
+#define PAIRS_TILE 1
+#define PAIRS_NAME "by VDPBF16PS"
+ALWAYS_INLINE vector add_pairs(vector sum, const float* left, vector right) {
+    uint32_t pair;
+    memcpy(&pair, left, sizeof pair);
+    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)right);
+}
+#else
+#ifdef BF16_MODEL
+#define PAIRS_TILE 1
+#else
+#define PAIRS_TILE 0
+#endif
+#define PAIRS_NAME "by a model of VDPBF16PS"
+ALWAYS_INLINE vector flushed(words x) { // with an exponent of zero only the sign stays
+    return (vector)(x & (0x80000000u | (0u - (((x & 0x7F800000u) + 0x7F800000u) >> 31))));
+}
+
+ALWAYS_INLINE vector add_pairs(vector sum, const float* left, vector right) {
+    uint32_t pair;
+    memcpy(&pair, left, sizeof pair);
+    words zero = {0}, l = zero + pair, r = (words)right;
+    sum = flushed((words)(flushed((words)sum) + flushed(l & 0xFFFF0000u) * flushed(r & 0xFFFF0000u)));
+    return flushed((words)(sum + flushed(l << 16) * flushed(r << 16)));
+}
 #endif
 
 // gcc, tuning for some processors (seen for Zen 2 and Zen 3), splits the multiply-add into two roundings in a loop that
@@ -144,13 +186,34 @@ ALWAYS_INLINE void transpose(vector* r) {
     }
 }
 
+// Stores the numbers of k at their place in a packed copy; of bf16 those of k and k + 1, k even.
+ALWAYS_INLINE void put(const Packing how, float* packed, const int width, int k, vector row, vector next) {
+    words even = ROUND_TO_BF16((words)row), odd = ROUND_TO_BF16((words)next);
+    if (how == PACK_FP32) {
+        *(vector*)(packed + k * width) = row;
+    } else if (how == PACK_ROUNDED) {
+        *(words*)(packed + k * width) = odd;
+        *(words*)(packed + (k + 1) * width) = even;
+    } else {
+        *(words*)(packed + k / 2 * width) = even >> 16 | odd;
+    }
+}
+
+// The same for numbers that lie together in memory; next = NULL: there are none.
+ALWAYS_INLINE void put_rows(const Packing how, float* packed, const int width, int k, const float* row,
+                            const float* next) {
+    vector zero = {0};
+    put(how, packed, width, k, *(const vector*)row, how != PACK_FP32 && next ? *(const vector*)next : zero);
+}
+
 // Copies packed[k*width + q] = source[q*q_step + k*k_step] for q < count, k < depth, and fills up with zeros to whole
 // vectors. (Vectors beyond that, in a panel cut off, keep what they held: only columns that are thrown away see it.)
-// One of the steps is 1: if it is k_step, squares are transposed.
-ALWAYS_INLINE void pack(float* packed, const int width, const float* source, long q_step, long k_step, int count,
-                        int depth) {
+// One of the steps is 1: if it is k_step, squares are transposed. In bf16 pairs take the place of single values of k,
+// and zero that of a partner beyond the depth.
+ALWAYS_INLINE void pack(const Packing how, float* packed, const int width, const float* source, long q_step,
+                        long k_step, int count, int depth) {
     for (int q = 0; q < count; q += VECTOR_LENGTH) {
-        int valid = imin(VECTOR_LENGTH, count - q), k = 0;
+        int valid = imin(VECTOR_LENGTH, count - q), k = 0, together = how == PACK_FP32 ? 1 : 2;
         const float* s = source + q * q_step;
         float* p = packed + q;
         if (k_step == 1) {
@@ -161,12 +224,24 @@ ALWAYS_INLINE void pack(float* packed, const int width, const float* source, lon
                     square[i] = i < valid ? *(const vector*)(s + i * q_step + k) : zero;
                 transpose(square);
                 UNROLL
-                for (int i = 0; i < VECTOR_LENGTH; i++) *(vector*)(p + (k + i) * width) = square[i];
+                for (int i = 0; i < VECTOR_LENGTH; i += together) {
+                    put(how, p, width, k + i, square[i], square[i + together - 1]);
+                }
             }
         } else if (valid == VECTOR_LENGTH) {
-            for (; k < depth; k++) *(vector*)(p + k * width) = *(const vector*)(s + k * k_step);
+            for (; k < depth; k += together) {
+                const float* row = s + k * k_step;
+                put_rows(how, p, width, k, row, k + 1 < depth ? row + k_step : NULL);
+            }
         }
-        for (; k < depth; k++) { // what is left over at the edges
+        for (; k < depth && how != PACK_FP32; k += 2) { // what is left over at the edges
+            float pair[2][VECTOR_LENGTH] = {{0}};
+            for (int n = 0; n < imin(2, depth - k); n++) {
+                for (int i = 0; i < valid; i++) pair[n][i] = s[i * q_step + (k + n) * k_step];
+            }
+            put_rows(how, p, width, k, pair[0], pair[1]);
+        }
+        for (; k < depth; k++) {
             vector zero = {0};
             *(vector*)(p + k * width) = zero;
             for (int i = 0; i < valid; i++) p[k * width + i] = s[i * q_step + k * k_step];
@@ -181,26 +256,46 @@ ALWAYS_INLINE int part_begin(int i, int parts, int n) { return i * (n / parts) +
 // packed at all, see multiply_unit), the source is read a whole row at a time, which is how processors foresee what
 // comes. The writes then go to all tiles in turn. If tiles began a multiple of 4 KB apart, each write would land in the
 // same set of the first-level cache; hence the empty line between tiles.
-static void pack_left(float* packed, long tile_floats, const float* left, long left_i, long left_k, int rows, int tiles,
-                      int depth) {
+ALWAYS_INLINE void pack_left(const Packing how, float* packed, long tile_floats, const float* left, long left_i,
+                             long left_k, int rows, int tiles, int depth) {
     int whole = 0; // tiles that can be read in full width, where rows are contiguous
     if (left_k != 1) {
         while (whole < tiles && part_begin(whole, tiles, rows) + LEFT_WIDTH <= rows) whole++;
-        for (int k = 0; k < depth; k++) {
+        for (int k = 0; k < depth; k += how == PACK_FP32 ? 1 : 2) {
             for (int t = 0; t < whole; t++) {
                 const float* s = left + k * left_k + part_begin(t, tiles, rows);
                 PREFETCH(s + 4 * left_k);
                 UNROLL
                 for (int v = 0; v < LEFT_WIDTH; v += VECTOR_LENGTH) {
-                    *(vector*)(packed + t * tile_floats + k * LEFT_WIDTH + v) = *(const vector*)(s + v);
+                    put_rows(how, packed + t * tile_floats + v, LEFT_WIDTH, k, s + v,
+                             k + 1 < depth ? s + left_k + v : NULL);
                 }
             }
         }
     }
     for (int t = whole; t < tiles; t++) {
         int i = part_begin(t, tiles, rows), width = imin(LEFT_WIDTH, rows - i); // full width is quicker than the tile's
-        pack(packed + t * tile_floats, LEFT_WIDTH, left + i * left_i, left_i, left_k, width, depth);
+        pack(how, packed + t * tile_floats, LEFT_WIDTH, left + i * left_i, left_i, left_k, width, depth);
     }
+}
+
+// The same, and one panel of `right`: each way to pack has compiled code of its own.
+static void pack_tiles(Packing how, float* packed, long tile_floats, const float* left, long left_i, long left_k,
+                       int rows, int tiles, int depth) {
+#define PACK_AS(way) if (how == way) pack_left(way, packed, tile_floats, left, left_i, left_k, rows, tiles, depth)
+    PACK_AS(PACK_FP32);
+    else PACK_AS(PACK_ROUNDED);
+    else if (PAIRS_TILE) PACK_AS(PACK_PAIRS);
+#undef PACK_AS
+}
+
+static void pack_panel(Packing how, float* packed, const float* right, long right_j, long right_k, int count,
+                       int depth) {
+#define PACK_AS(way) if (how == way) pack(way, packed, TILE_COLUMNS, right, right_j, right_k, count, depth)
+    PACK_AS(PACK_FP32);
+    else PACK_AS(PACK_ROUNDED);
+    else if (PAIRS_TILE) PACK_AS(PACK_PAIRS);
+#undef PACK_AS
 }
 
 // What a tile does, between its multiplications, for what comes after it. Its loop leaves room for that, and nothing is
@@ -245,10 +340,10 @@ ALWAYS_INLINE void look_ahead(Ahead* a, int k) {
 
 // result(i,j) = start(i,j) + sum over k of left(i,k) * right(k,j), i < rows, j < TILE_COLUMNS; start may be NULL for
 // zeros. left(i,k) = left[k*left_step + i] and right(k,j) = right[k*right_step + j], packed or where they are. `rows`
-// is a constant wherever this is inlined, so that the sums live in registers.
-ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step, const float* start, long start_step,
-                                 const float* left, long left_step, const float* right, long right_step, int depth,
-                                 Ahead* ahead) {
+// is a constant wherever this is inlined, so that the sums live in registers. `pairs`: each k stands for a pair.
+ALWAYS_INLINE void multiply_tile(const int pairs, const int rows, float* result, long result_step, const float* start,
+                                 long start_step, const float* left, long left_step, const float* right,
+                                 long right_step, int depth, Ahead* ahead) {
     vector sum[TILE_ROWS][TILE_VECTORS], zero = {0};
     UNROLL
     for (int i = 0; i < rows; i++) {
@@ -266,7 +361,10 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
             UNROLL
             for (int i = 0; i < rows; i++) {
                 UNROLL
-                for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += left[i] * r[v];
+                for (int v = 0; v < TILE_VECTORS; v++) {
+                    if (pairs) sum[i][v] = add_pairs(sum[i][v], left + i, r[v]);
+                    else sum[i][v] += left[i] * r[v];
+                }
             }
             left += left_step;
             right += right_step;
@@ -281,27 +379,32 @@ ALWAYS_INLINE void multiply_tile(const int rows, float* result, long result_step
 
 // The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (imin only keeps cases
 // that cannot occur on machines with a smaller tile within the bounds of `sum`.)
-static void multiply_rows(int rows, float* result, long result_step, const float* start, long start_step,
-                          const float* left, long left_step, const float* right, long right_step, int depth,
-                          Ahead* ahead) {
-    switch (rows) {
+static void multiply_rows(Packing how, int rows, float* result, long result_step, const float* start,
+                          long start_step, const float* left, long left_step, const float* right, long right_step,
+                          int depth, Ahead* ahead) {
+    switch (rows + (PAIRS_TILE && how == PACK_PAIRS ? 16 : 0)) {
+#define TILE_OF(pairs, n) \
+        multiply_tile(pairs, imin(n, TILE_ROWS), result, result_step, start, start_step, left, left_step, right, \
+                      right_step, depth, ahead)
 #define TILE_CASE(n) \
-        case n: multiply_tile(imin(n, TILE_ROWS), result, result_step, start, start_step, left, left_step, right, \
-                              right_step, depth, ahead); break;
+        case n: TILE_OF(0, n); break; \
+        case 16 + n: if (PAIRS_TILE) TILE_OF(1, n); break;
         TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4) TILE_CASE(5) TILE_CASE(6) TILE_CASE(7)
         TILE_CASE(8) TILE_CASE(9) TILE_CASE(10) TILE_CASE(11) TILE_CASE(12) TILE_CASE(13) TILE_CASE(14)
 #undef TILE_CASE
+#undef TILE_OF
     }
 }
 
 // A tile cut off at the right edge is computed in a full tile of its own, from which the valid columns are copied.
-static void multiply_edge(int rows, int columns, float* result, long result_step, const float* left, long left_step,
-                          const float* right, int depth, int add, Ahead* ahead) {
+static void multiply_edge(Packing how, int rows, int columns, float* result, long result_step, const float* left,
+                          long left_step, const float* right, int depth, int add, Ahead* ahead) {
     float full[TILE_ROWS * TILE_COLUMNS] = {0};
     for (int i = 0; i < rows && add; i++) {
         memcpy(full + i * TILE_COLUMNS, result + i * result_step, columns * sizeof(float));
     }
-    multiply_rows(rows, full, TILE_COLUMNS, full, TILE_COLUMNS, left, left_step, right, TILE_COLUMNS, depth, ahead);
+    multiply_rows(how, rows, full, TILE_COLUMNS, full, TILE_COLUMNS, left, left_step, right, TILE_COLUMNS, depth,
+                  ahead);
     for (int i = 0; i < rows; i++) {
         memcpy(result + i * result_step, full + i * TILE_COLUMNS, columns * sizeof(float));
     }
@@ -336,9 +439,9 @@ ALWAYS_INLINE const float* side_at(const Side* s, int t, int first) {
 // the first tile is in `buffer` already. `after` is the tile that the caller computes next; after_rows of its rows are
 // copied to `buffer`, if there is time. Returns 1 if that was done: the next call's `copied`. `next` is what the caller
 // packs or reads next.
-static int multiply_panels(float* result, long result_step, int rows, int columns, int adding, const Side* left,
-                           const Side* right, int depth, float* buffer, int copied, const float* after, int after_rows,
-                           Rectangle next) {
+static int multiply_panels(Packing how, float* result, long result_step, int rows, int columns, int adding,
+                           const Side* left, const Side* right, int depth, float* buffer, int copied,
+                           const float* after, int after_rows, Rectangle next) {
     int tiles = blocks_of(rows, TILE_ROWS), panels = blocks_of(columns, TILE_COLUMNS), looks = blocks_of(depth, STEP);
     int time_to_copy = depth >= COPY_DELAY + blocks_of(TILE_ROWS, LOOK_ROWS) * STEP, may_copy = adding && time_to_copy;
     Ahead a;
@@ -369,9 +472,9 @@ static int multiply_panels(float* result, long result_step, int rows, int column
                 a.copy_rows = time_to_copy && after != r ? after_rows : 0;
             }
             if (width < TILE_COLUMNS) {
-                multiply_edge(height, width, r, result_step, tile, left->step, panel, depth, adding, &a);
+                multiply_edge(how, height, width, r, result_step, tile, left->step, panel, depth, adding, &a);
             } else {
-                multiply_rows(height, r, result_step, start, copied ? TILE_COLUMNS : result_step, tile, left->step,
+                multiply_rows(how, height, r, result_step, start, copied ? TILE_COLUMNS : result_step, tile, left->step,
                               panel, right->step, depth, &a);
             }
             copied = a.copy_rows > 0;
@@ -398,12 +501,18 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
     int tiles = blocks_of(rows, TILE_ROWS), first_rows = part_begin(1, tiles, rows);
     // Where the numbers of a tile lie together as they are (dW), packing them costs more than it saves,
     // unless rows are a multiple of 4 KB apart: then they push each other out of the cache.
-    int left_direct = left_i == 1 && left_k % 1024 != 0;
+    Packing how = bf16_products ? bf16_packing : PACK_FP32; // bf16 is always packed, to be rounded
+    int left_direct = how == PACK_FP32 && left_i == 1 && left_k % 1024 != 0;
     // For a tile or two, the time is that of reading `right`, which goes faster in longer runs: 4 panels of 64 values
     // of k instead of one of 256. A single tile would use packed numbers only once, so it reads them where they are, in
     // rows of all columns, unless they must be transposed or cut off.
-    int right_direct = tiles == 1 && right_j == 1 && columns % TILE_COLUMNS == 0;
+    int right_direct = how == PACK_FP32 && tiles == 1 && right_j == 1 && columns % TILE_COLUMNS == 0;
     int most = tiles <= 2 && right_j == 1 ? CHUNK / 4 : CHUNK;
+    // from here on `depth` and k count steps of packed copies, each of `values` of the summed index
+    int values = how == PACK_PAIRS ? 2 : 1, all = depth;
+    if (how != PACK_FP32) depth = (all + all % 2) / values;
+    FloatMode mode = how == PACK_ROUNDED ? flush_denormals() : 0;
+    long left_step = left_k * values, right_step = right_k * values;
     // chunks of about equal depth, all but the last of whole squares to transpose; tiles of `left`: see pack_left
     int chunk = blocks_of(blocks_of(depth, blocks_of(depth, most)), LINE) * LINE;
     int tile_floats = chunk * LEFT_WIDTH + LINE, panel_floats = chunk * TILE_COLUMNS;
@@ -415,37 +524,39 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
         int k1 = imin(depth, k0 + pass), copied = 0;
         float* packed = scratch;
         for (int k = k0; k < k1 && !left_direct; k += chunk, packed += tiles * tile_floats) {
-            pack_left(packed, tile_floats, left + k * left_k, left_i, left_k, rows, tiles, imin(chunk, k1 - k));
+            pack_tiles(how, packed, tile_floats, left + k * left_step, left_i, left_k, rows, tiles,
+                       imin(imin(chunk, k1 - k) * values, all - k * values));
         }
         for (int j = 0; j < columns; j += group) {
             int width = imin(group, columns - j);
             packed = scratch;
             for (int k = k0; k < k1; k += chunk, packed += tiles * tile_floats) {
                 int n = imin(chunk, k1 - k), next_k = k + chunk, next_j = j;
-                const float *source = right + k * right_k + j * right_j, *after;
+                const float *source = right + k * right_step + j * right_j, *after;
                 Rectangle next = {NULL, 0, 0, 0};
                 for (int p = 0; p < (right_direct ? 0 : blocks_of(width, TILE_COLUMNS)); p++) {
                     int first = p * TILE_COLUMNS;
-                    pack(packed_right + p * panel_floats, TILE_COLUMNS, source + first * right_j, right_j, right_k,
-                         imin(TILE_COLUMNS, width - first), n);
+                    pack_panel(how, packed_right + p * panel_floats, source + first * right_j, right_j, right_k,
+                               imin(TILE_COLUMNS, width - first), imin(n * values, all - k * values));
                 }
                 if (next_k >= k1) { next_k = k0; next_j += group; }
                 if (next_j < columns) {
-                    next = rectangle(right + next_k * right_k + next_j * right_j, right_j, right_k,
-                                     imin(group, columns - next_j), imin(chunk, k1 - next_k));
+                    next = rectangle(right + next_k * right_step + next_j * right_j, right_j, right_k,
+                                     imin(group, columns - next_j), imin(chunk, k1 - next_k) * values);
                 } else if (k1 < depth) {
-                    next = rectangle(left + k1 * left_k, left_i, left_k, rows, imin(pass, depth - k1));
+                    next = rectangle(left + k1 * left_step, left_i, left_k, rows, imin(pass, depth - k1) * values);
                 }
                 after = result + (next_j < columns ? next_j : 0);
                 int next_adds = add || next_k > 0;
-                left_side.start = left_direct ? left + k * left_k : packed;
+                left_side.start = left_direct ? left + k * left_step : packed;
                 if (right_direct) right_side.start = source;
-                copied = multiply_panels(result + j, result_step, rows, width, add || k > 0, &left_side, &right_side, n,
-                                         buffer, copied, after,
+                copied = multiply_panels(how, result + j, result_step, rows, width, add || k > 0, &left_side,
+                                         &right_side, n, buffer, copied, after,
                                          next_adds && next_j + TILE_COLUMNS <= columns ? first_rows : 0, next);
             }
         }
     }
+    if (how == PACK_ROUNDED) restore_mode(mode);
 }
 
 // The same for any number of rows: attention's products, which are small and have strides of their own.
@@ -505,8 +616,8 @@ ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_row, long y
 // of rows and columns.
 static void forward_unit(float* y, long y_step, const float* x, const float* W, int C, int rows, int columns) {
     long y_row = y_step, y_column = 1;
-    int few = rows;
-    if (columns <= FEW_ROWS && columns < rows) {
+    int few = bf16_products ? INT_MAX : rows;   // what is read where it is cannot have been rounded
+    if (!bf16_products && columns <= FEW_ROWS && columns < rows) {
         const float* swap = x;
         x = W;
         W = swap;

@@ -57,7 +57,7 @@ static void test_bad_commands(void) {
                {"--aux-form both", "expected one of switch|hf"},
                {"--qk-norm yes", "expected one of none|head|row"},
                {"--router top", "softmax|sigmoid|lpr"},
-               {"--precision bf16", "the CPU program computes in fp32"},
+               {"--precision fp16", "--precision fp16: expected one of fp32|bf16"},
                {"--norm-topk 2", "from 0 to 1"},
                {"--schedule ws", "--schedule ws"},
                {"--layers 513", "--layers 513"},

@@ -73,11 +73,15 @@ static void test_cache_restart(int positions, int chunk) {
 }
 
 static void test_cache(void) {
-    for (EACH(i, golden_models)) {
-        char dir[PATH_SIZE];
-        join_path(dir, "dev/reference/golden", golden_models[i]);
-        test_cache_model(dir, golden_models[i]);
-    }
+    for (int way = 0; way < WAYS; way++)
+        for (EACH(i, golden_models)) {
+            char dir[PATH_SIZE], name[64];
+            use_way(way);
+            join_path(dir, "dev/reference/golden", golden_models[i]);
+            snprintf(name, sizeof name, "%s, %s", golden_models[i], way_names[way]);
+            test_cache_model(dir, name);
+        }
+    use_way(0);
     test_cache_restart(16, 1);
     test_cache_restart(16, 5);
     test_cache_restart(7, 3);

@@ -2,6 +2,15 @@
 products.c: the matrix products' bits do not depend on how many rows or experts a call has, nor on the number of
 threads. That they are the plain loop's stands in test_moe.c.
 */
+// How products are computed: in fp32; in bf16 by fp32 arithmetic; by VDPBF16PS, or its model, where the build has one.
+enum { WAYS = 2 + PAIRS_TILE };
+static const char* way_names[] = {"fp32", "bf16", "bf16 by pairs"};
+static void use_way(int way) {
+    bf16_products = way > 0;
+    bf16_packing = way == 2 ? PACK_PAIRS : PACK_ROUNDED;
+}
+static float operand(float x) { return bf16_products ? bf16_rounded(x) : x; }
+
 typedef struct {
     int E, C, OC, rows, *offsets; // `rows` of all experts together
     float *x, *W, *dy; // (rows, C), (E, OC, C), (rows, OC)
@@ -115,11 +124,122 @@ static double product_element(const Product* p, int kind, long i, float start, d
     double sum = start;
     *magnitude = fabs((double)start);
     for (int k = 0; k < depth; k++) {
-        double term = kind == FORWARD          ? (double)p->x[(long)row * C + k] * W[(long)column * C + k]
-                      : kind == BACKWARD_INPUT ? (double)p->dy[(long)row * OC + k] * W[(long)k * C + column]
-                                               : (double)dy[(long)k * OC + row] * x[(long)k * C + column];
+        float a = kind == FORWARD          ? p->x[(long)row * C + k]
+                  : kind == BACKWARD_INPUT ? p->dy[(long)row * OC + k]
+                                           : dy[(long)k * OC + row];
+        float b = kind == FORWARD          ? W[(long)column * C + k]
+                  : kind == BACKWARD_INPUT ? W[(long)k * C + column]
+                                           : x[(long)k * C + column];
+        double term = (double)operand(a) * operand(b);
         sum += term;
         *magnitude += fabs(term);
     }
     return sum;
+}
+
+// bf16's rounding, its order of sums by hand, and what is below 2^-126: the plain loops and the fast ones agree, no
+// result lies there, and a thread computes with such numbers again afterwards.
+static void test_bf16_products(void) {
+    static const float rounds[][2] = {{1.00390625f, 1}, {1.01171875f, 1.015625f}, {-1.00390631f, -1.0078125f},
+                                      {3.4e38f, INFINITY}, {0x1.8p-133f, 0x1p-132f}, {-0.0f, -0.0f}};
+    int ok = 1;
+    for (EACH(i, rounds)) {
+        float x = bf16_rounded(rounds[i][0]);
+        ok &= same_floats(&x, &rounds[i][1], 1);
+    }
+    union { uint32_t bits; float value; } nan;
+    for (nan.bits = 0x7F800001; nan.bits < 0x80000000u; nan.bits += 1021) ok &= isnan(bf16_rounded(nan.value)) != 0;
+    check(ok, "rounding to bf16: ties to even, to infinity, of denormals; NaN stays NaN");
+    // 2^24 swallows a 1 that comes after it
+    static const int rows = 37;
+    static const float ones[4] = {1, 1, 1, 1};
+    static const float terms[][5] = {{1, 0x1p24f, -0x1p24f, 1, 0}, {0x1p24f, 1, 1, -0x1p24f, 1}};       // and their sum
+    for (int way = 1; way < WAYS; way++) {
+        use_way(way);
+        for (int plain = 0; plain < 2; plain++)
+            for (int i = 0; i < 2; i++) {
+                float sum = 0;
+                plain_products = plain;
+                matmul_forward(&sum, terms[i], ones, 1, 4, 1);
+                ok &= sum == terms[i][4];
+            }
+        plain_products = PLAIN;
+        Product p = product_create(1, &rows, 35, 33);
+        float* operands[] = {p.x, p.W, p.dy};
+        long counts[] = {37 * 35, 33 * 35, 37 * 33}, zeros = 0, denormals = 0;
+        for (int i = 0; i < 3; i++)
+            for (long k = 0; k < counts[i]; k++)
+                operands[i][k] *= ldexpf(1, k % 7 ? -60 - (int)(mix64((uint64_t)k) % 12) : -124 - (int)(k % 5));
+        int same = 1;
+        for (int kind = 0; kind < 3; kind++) {
+            long n = product_size(&p, kind);
+            float *out = kept_floats(n), *plain = kept_floats(n);
+            for (long i = 0; i < n; i++) out[i] = plain[i] = i % 3 ? 0x1p-127f : -0x1.8p-126f;
+            product_run(&p, kind, 0, 1, out);
+            plain_products = 1;
+            product_run(&p, kind, 0, 1, plain);
+            plain_products = PLAIN;
+            same &= same_floats(out, plain, n);
+            for (long i = 0; i < n; i++) zeros += out[i] == 0, denormals += out[i] != 0 && fabsf(out[i]) < 0x1p-126f;
+        }
+        check(ok, "%s: the odd member of a pair is added first, then the even one", way_names[way]);
+        check(same && (!FLUSH_DENORMALS || (denormals == 0 && zeros > 0)) && arithmetic_holds(),
+              "%s: sums around 2^-126: the plain loops' bits, %ld zeros, %ld denormals, and none elsewhere changed",
+              way_names[way], zeros, denormals);
+    }
+    use_way(0);
+}
+
+// Which products are bf16: of a model with all kinds, each is what that product is, by itself, of the same operands.
+static void test_bf16_places(void) {
+    enum { B = 2, T = 13, N = B * T };
+    Model* m = open_model("dev/reference/golden/qwen2_moe", FOR_TRAINING, B, T);
+    const Config* c = &m->config;
+    int tokens[N + 1], H = c->hidden_size, V = c->vocab_size, E = c->num_experts, QKV = qkv_width(c), same = 1;
+    const LayerWeights *w = m->weights.layers, *dw = m->dweights.layers;
+    const LayerActivations* s = m->layers;
+    fill_tokens(tokens, N + 1, V, 3);
+    use_way(WAYS - 1);
+    model_forward(m, tokens, tokens + 1, B, T);
+    float *logits = copy_floats(m->logits, (long)N * V), *out = kept_floats((long)N * V);
+    float* gates = copy_floats(s->shared_gates, N);
+    matmul_forward(out, m->final_out, m->weights.lm_head, N, H, V);
+    check(same_floats(out, logits, (long)N * V), "the LM head's product is bf16");
+    out = kept_floats((long)N * QKV);
+    matmul_forward(out, s->attn_in, w->qkv, N, H, QKV);
+    for (int i = 0; i < N * QKV; i++) out[i] += w->qkv_bias[i % QKV];
+    check(same_floats(out, s->qkv, N * QKV), "that of q, k and v is, and their bias is fp32");
+    use_way(0);
+    matmul_forward(out, s->ffn_in, w->router, N, H, E);
+    check(same_floats(out, s->router_logits, N * E), "the router's product is fp32");
+    matmul_forward(out, s->ffn_in, w->shared_gate, N, H, 1);
+    for (int n = 0; n < N; n++) same &= 1.0f / (1.0f + fast_exp(-out[n])) == gates[n];
+    check(same, "that of the shared expert's gate is");
+    use_way(WAYS - 1);
+    model_backward(m, 1);
+    use_way(0);     // the first layer's gradients are the last: scratch still holds them
+    const float* from[] = {m->scratch.drouter, m->scratch.dgates, m->scratch.dqkv};
+    const float* to[] = {dw->router, dw->shared_gate, dw->qkv_bias};
+    for (int i = 0; i < 3; i++) {
+        int rows = i == 0 ? E : i == 1 ? 1 : QKV, columns = i < 2 ? H : 1;
+        float* sum = (float*)memset(kept_floats((long)rows * columns), 0, floats_bytes((long)rows * columns));
+        matmul_backward_weight(sum, from[i], i < 2 ? s->ffn_in : m->ones, N, columns, rows);
+        check(same_floats(sum, to[i], (long)rows * columns), "so is the gradient of %s",
+              i == 0 ? "the router" : i == 1 ? "that gate" : "the bias");
+    }
+}
+
+// Models against fp64: operands are off by up to 2^-9 each, and these models are small and sharp. A token whose experts
+// score almost alike may get another one, and is another token from there on.
+static const Tolerances of_bf16_products = {0.12, 0.02, 0.015, 0.2, 0.4, 3, 0.1};
+
+static void test_bf16(void) {
+    test_bf16_products();
+    test_bf16_places();
+    use_way(WAYS - 1);
+    for (EACH(i, golden_models))
+        test_golden_model("golden", golden_models[i], of_bf16_products);
+    for (EACH(i, golden_routers))
+        test_golden_model("golden_routers", golden_routers[i], of_bf16_products);
+    use_way(0);
 }

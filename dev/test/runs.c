@@ -608,11 +608,13 @@ static void test_determinism(void) {
     test_threads("dense", "--dense --kv-heads 1");
     test_threads("sigmoid, random K, logit norm", "--router sigmoid --topk-range 1:3 --logit-norm 5");
     test_threads("LPR", "--router lpr");
+    test_threads("bf16", "--precision bf16 --router sigmoid");
     test_stop_and_resume("qwen3_moe", "--sparse-step 2");
     test_stop_and_resume("dense", "--dense --tie");
     test_stop_and_resume("adaptive aux, random K", "--aux-adaptive --topk-range 1:4");
     test_stop_and_resume("sigmoid", "--router sigmoid --bias-rate 0.01");
     test_stop_and_resume("LPR", "--router lpr");
+    test_stop_and_resume("bf16, which trainer.json remembers", "--precision bf16");
     train_run("a", "--steps 60");
     test_signal(SIGTERM, "SIGTERM", "a", 60);
     test_signal(SIGINT, "SIGINT", "a", 60);

@@ -12,8 +12,7 @@ static uint16_t float_to_bf16(float x) {
         uint32_t bits;
     } u;
     u.value = x;
-    if ((u.bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(u.bits >> 16 | 0x40);
-    return (uint16_t)((u.bits + 0x7FFF + (u.bits >> 16 & 1)) >> 16);
+    return (uint16_t)(ROUND_TO_BF16(u.bits) >> 16);
 }
 
 // Rounds to the nearest number of 11 significant bits, ties to even; beyond 65519 to infinity, below 2^-14 with fewer
