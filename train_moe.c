@@ -2,7 +2,7 @@
 train_moe.c: a complete mixture-of-experts GPT.
 
 It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen2, Qwen3 (both also as MoE) and Dots1
-models on a CPU in fp32, reads and writes their Hugging Face directories, and needs a C compiler and nothing
+models on a CPU in fp32 or bf16, reads and writes their Hugging Face directories, and needs a C compiler and nothing
 else. Every forward pass is followed by its backward pass, by hand. To be read from top to bottom:
 
     1  Configuration        what a model is: a dozen numbers

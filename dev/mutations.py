@@ -158,8 +158,8 @@ MUTATIONS = [
     ("for (int k = 0; k < left && norm_topk; k++) gates[k] /= reached;", ""),
 ]
 
-GROUPS = ["tokenizer", "texts", "golden", "routers", "balance", "families", "gradients", "matmul", "checkpoints", "loader",
-          "luggage", "json", "data", "command line", "determinism"]
+GROUPS = ["tokenizer", "texts", "golden", "routers", "balance", "families", "gradients", "matmul", "bf16", "checkpoints",
+          "loader", "luggage", "json", "data", "command line", "determinism"]
 
 
 def main():

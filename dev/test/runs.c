@@ -232,6 +232,19 @@ static void test_stop_and_resume(const char* name, const char* more) {
     show_failure(ok);
 }
 
+// What says how bf16 is computed stands above everything but a generated text.
+static void test_precision(void) {
+    write_corpus(temp("few.txt"), 300);
+    int ok = train_run("a", "--steps 2 --precision bf16") == 0 && !strncmp(ran.out, "products: bf16, ", 16);
+    ok &= run_program("--model %s --data %s --eval --seq 20 --precision bf16", temp("a"), temp("few.txt")) == 0;
+    ok &= !strncmp(ran.out, "products: bf16, ", 16);
+    ok &= run_program("--model %s --prompt abc --tokens 5 --precision bf16", temp("a")) == 0;
+    ok &= !strncmp(ran.out, "abc", 3);
+    ok &= run_program("--model %s --precision bf16", temp("a")) == 0 && !strncmp(ran.out, "products: bf16, ", 16);
+    check(ok, "training, --eval, --prompt and a sample in bf16");
+    show_failure(ok);
+}
+
 static void test_signal(int signal_number, const char* name, const char* reference, int steps) {
     char arguments[512];
     snprintf(arguments, sizeof arguments, "%s %s --steps %d", small_run, small_experts, steps);
@@ -614,6 +627,7 @@ static void test_determinism(void) {
     test_stop_and_resume("adaptive aux, random K", "--aux-adaptive --topk-range 1:4");
     test_stop_and_resume("sigmoid", "--router sigmoid --bias-rate 0.01");
     test_stop_and_resume("LPR", "--router lpr");
+    test_precision();
     test_stop_and_resume("bf16, which trainer.json remembers", "--precision bf16");
     train_run("a", "--steps 60");
     test_signal(SIGTERM, "SIGTERM", "a", 60);
