@@ -4,6 +4,7 @@ bench.c: how fast train_moe.c is, compared with what the machine could do.
     make bench                      everything, about two minutes
     build/bench --short             a few seconds: shows that it works, not how fast it is
     build/bench --config medium     one of the configurations; --seconds S: for how long (peers.sh uses both)
+    build/bench --bf16              steps in fp32 and bf16 in turns, a row for each
 
 A step is forward, backward, clipping and AdamW on a fixed batch. Times are those of the fastest step: other programs on
 the machine can only add to them. The peak of the machine is measured again between the steps.
@@ -126,9 +127,10 @@ static double read_bytes_per_second(const float* a, long n) {
 // Training
 
 typedef struct {
-    double step_seconds, peak, flops, phase[NUM_PHASES], predicted;
+    double step_seconds[2], peak, flops, phase[2][NUM_PHASES], predicted;      // [1]: bf16's, with --bf16
     int steps;
 } Result;
+static int bf16_too = 0;
 
 static void random_tokens(int* tokens, int n, int V, uint64_t key) {
     for (int i = 0; i < n; i++) tokens[i] = (int)(random_uniform(mix64(key + (uint64_t)i)) * V);
@@ -148,10 +150,11 @@ static Result bench_training(const Shape* s, double for_seconds, int least_steps
     memset(&result, 0, sizeof result);
     result.flops = flops_per_token(&c, s->T) * N;
     result.predicted = (double)(m->bytes_params + m->bytes_optimizer + m->bytes_activations);
-    result.step_seconds = INFINITY;
+    result.step_seconds[0] = result.step_seconds[1] = INFINITY;
     double end = 0;
-    for (int step = 0; step < least_steps + 1 || seconds() < end; step++) {
-        if (step == 1) end = seconds() + for_seconds; // the first step does not count
+    for (int step = 0; step < (least_steps + 1) * (1 + bf16_too) || seconds() < end; step++) {
+        int way = bf16_products = bf16_too && step % 2;
+        if (step == 1) end = seconds() + for_seconds * (1 + bf16_too); // the first step does not count
         memset(phase_seconds, 0, sizeof phase_seconds);
         double start = seconds();
         model_forward(m, tokens, tokens + N, s->B, s->T);
@@ -160,9 +163,9 @@ static Result bench_training(const Shape* s, double for_seconds, int least_steps
         model_update(m, &o, 1e-4, step + 1);
         phase_leave();
         double elapsed = seconds() - start;
-        if (step > 0 && elapsed < result.step_seconds) {
-            result.step_seconds = elapsed;
-            memcpy(result.phase, phase_seconds, sizeof phase_seconds);
+        if (step > 0 && elapsed < result.step_seconds[way]) {
+            result.step_seconds[way] = elapsed;
+            memcpy(result.phase[way], phase_seconds, sizeof phase_seconds);
         }
         if (step % 8 == 1) {
             double peak = peak_flops();
@@ -204,13 +207,16 @@ static void print_training_header(void) {
 }
 
 static void print_training(const Shape* s, const Result* r, double peak_memory) {
-    double rest = r->step_seconds;
-    printf("%-8s %9.0f %8.1f %7.1f", s->name, s->B * s->T / r->step_seconds, r->flops / r->step_seconds * 1e-9,
-           100 * r->flops / r->step_seconds / r->peak);
-    for (int p = 0; p < PHASE_REST; p++) rest -= r->phase[p];
-    for (int p = 0; p < NUM_PHASES; p++)
-        printf(" %7.1f %%", 100 * (p == PHASE_REST ? rest : r->phase[p]) / r->step_seconds);
-    printf(" %8.1f %7.1f  %d\n", peak_memory * 1e-6, r->predicted * 1e-6, r->steps);
+    for (int way = 0; way <= bf16_too; way++) {
+        double step = r->step_seconds[way], rest = step;
+        printf("%-8s %9.0f %8.1f %7.1f", way ? "  bf16" : s->name, s->B * s->T / step, r->flops / step * 1e-9,
+               100 * r->flops / step / r->peak);
+        for (int p = 0; p < PHASE_REST; p++) rest -= r->phase[way][p];
+        for (int p = 0; p < NUM_PHASES; p++)
+            printf(" %7.1f %%", 100 * (p == PHASE_REST ? rest : r->phase[way][p]) / step);
+        if (way) printf(" %.2f times fp32\n", r->step_seconds[0] / step);
+        else printf(" %8.1f %7.1f  %d\n", peak_memory * 1e-6, r->predicted * 1e-6, r->steps);
+    }
     fflush(stdout);
 }
 
@@ -276,9 +282,9 @@ static void bench_growth(const Shape* base, double for_seconds, int short_form) 
         s.B = grid[i][0];
         s.T = grid[i][1];
         Result r = in_process(&s, for_seconds, 1, &memory);
-        gflops[i] = r.flops / r.step_seconds * 1e-9;
-        printf("%4d %6d %9.2f %8.1f %7.1f\n", s.B, s.T, r.step_seconds / (s.B * s.T) * 1e6, gflops[i],
-               100 * r.flops / r.step_seconds / r.peak);
+        gflops[i] = r.flops / r.step_seconds[0] * 1e-9;
+        printf("%4d %6d %9.2f %8.1f %7.1f\n", s.B, s.T, r.step_seconds[0] / (s.B * s.T) * 1e6, gflops[i],
+               100 * r.flops / r.step_seconds[0] / r.peak);
         fflush(stdout);
     }
     if (!short_form)
@@ -293,12 +299,14 @@ int main(int argc, char** argv) {
     begin_program("bench");
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--short")) short_form = 1;
+        else if (!strcmp(argv[i], "--bf16")) bf16_too = 1;
         else if (!strcmp(argv[i], "--config") && i + 1 < argc) only = argv[++i];
         else if (!strcmp(argv[i], "--seconds") && i + 1 < argc) for_seconds = atof(argv[++i]);
-        else die(2, "unknown argument %s; there are --short, --config NAME, --seconds S", argv[i]);
+        else die(2, "unknown argument %s; there are --short, --bf16, --config NAME, --seconds S", argv[i]);
     }
     if (short_form) for_seconds = 0;
     int known = 0;
+    use_precision(bf16_too);        // says how bf16 is computed
     print_training_header();
     for (int i = 0; i < NUM_SHAPES; i++) {
         if (only ? strcmp(only, shapes[i].name) : short_form && i > 0) continue;
@@ -309,6 +317,7 @@ int main(int argc, char** argv) {
     }
     if (!known) die(2, "there is no configuration %s", only);
     if (only) return 0;
+    use_precision(bf16_too = 0);
     bench_growth(&shapes[short_form ? 0 : 1], for_seconds / 3, short_form);
     printf("\n"); // from here on this process uses threads: no more forks
     bench_adamw(short_form ? 1 << 20 : 1 << 25);
