@@ -28,7 +28,7 @@ MUTATIONS = [
     ("now = before | FLUSH_DENORMALS;", "now = before;"),
     ("    if (how == PACK_ROUNDED) restore_mode(mode);\n", ""),
     ("k + 1 < depth ? s + left_k + v : NULL);", "s + left_k + v);"),
-    ("int few = bf16_products ? INT_MAX : rows;", "int few = rows;"),
+    ("int few = bf16_products ? FEW_ROWS + 1 : rows;", "int few = rows;"),
     ("IN_FP32(router_forward(m, l));", "router_forward(m, l);"),
     ("USE_RUN, &options.precision,", "USE_OTHER, &options.precision,"),
     # layers

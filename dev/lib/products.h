@@ -616,7 +616,7 @@ ALWAYS_INLINE void forward_few_rows(const int rows, float* y, long y_row, long y
 // of rows and columns.
 static void forward_unit(float* y, long y_step, const float* x, const float* W, int C, int rows, int columns) {
     long y_row = y_step, y_column = 1;
-    int few = bf16_products ? INT_MAX : rows;   // what is read where it is cannot have been rounded
+    int few = bf16_products ? FEW_ROWS + 1 : rows; // what is read where it is was not rounded
     if (!bf16_products && columns <= FEW_ROWS && columns < rows) {
         const float* swap = x;
         x = W;

@@ -267,7 +267,7 @@ static int gpu_run(const char* out, const char* more) {
 // and ties are the same, so differences come from the order of additions. They grow with the steps, and jump where two
 // experts' scores lie closer together than they are: therefore the later steps' tolerance is wider.
 static void compare_runs(const char* name, const char* more) {
-    static const double tolerances[2][2] = {{1e-4, 0.03}, {0.05, 0.3}};
+    static const double tolerances[2][2] = {{1e-4, 0.03}, {0.01, 0.05}};
     double losses[4][20];       // fp32 on the CPU, on the GPU, bf16 on the CPU, on the GPU
     char arguments[1024];
     for (int way = 0; way < 4; way++) {
@@ -359,8 +359,7 @@ static void test_gpu_resume(void) {
         snprintf(arguments, sizeof arguments, "--steps 3 --schedule constant --val-every 1 --accum 2 --precision %s",
                  precisions[i]);
         ok = gpu_run("b", arguments) == 0;
-        snprintf(arguments, sizeof arguments, "--steps 6 --precision %s", precisions[i]);
-        ok &= resume_run("b", arguments) == 0;
+        ok &= resume_run("b", "--steps 6") == 0;        // in the precision that trainer.json remembers
         check(ok && same_checkpoint("a", "b") && same_logs("a", "b"),
               "%s: stopping at step 3 and resuming changes no byte and no row", precisions[i]);
         show_failure(ok);
