@@ -94,6 +94,12 @@ ALWAYS_INLINE vector add_pairs(vector sum, const float* left, vector right) {
     memcpy(&pair, left, sizeof pair);
     return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)right);
 }
+
+// The rounded numbers of k and k + 1 in one word. (VCVTNEPS2BF16 makes denormals zero, as which they count anyway.)
+ALWAYS_INLINE words half_words(vector x) {
+    return (words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+ALWAYS_INLINE words pair_up(vector even, vector odd) { return half_words(even) | half_words(odd) << 16; }
 #else
 #ifdef BF16_MODEL
 #define PAIRS_TILE 1
@@ -111,6 +117,10 @@ ALWAYS_INLINE vector add_pairs(vector sum, const float* left, vector right) {
     words zero = {0}, l = zero + pair, r = (words)right;
     sum = flushed((words)(flushed((words)sum) + flushed(l & 0xFFFF0000u) * flushed(r & 0xFFFF0000u)));
     return flushed((words)(sum + flushed(l << 16) * flushed(r << 16)));
+}
+
+ALWAYS_INLINE words pair_up(vector even, vector odd) {
+    return ROUND_TO_BF16((words)even) >> 16 | ROUND_TO_BF16((words)odd);
 }
 #endif
 
@@ -188,14 +198,13 @@ ALWAYS_INLINE void transpose(vector* r) {
 
 // Stores the numbers of k at their place in a packed copy; of bf16 those of k and k + 1, k even.
 ALWAYS_INLINE void put(const Packing how, float* packed, const int width, int k, vector row, vector next) {
-    words even = ROUND_TO_BF16((words)row), odd = ROUND_TO_BF16((words)next);
     if (how == PACK_FP32) {
         *(vector*)(packed + k * width) = row;
     } else if (how == PACK_ROUNDED) {
-        *(words*)(packed + k * width) = odd;
-        *(words*)(packed + (k + 1) * width) = even;
+        *(words*)(packed + k * width) = ROUND_TO_BF16((words)next);
+        *(words*)(packed + (k + 1) * width) = ROUND_TO_BF16((words)row);
     } else {
-        *(words*)(packed + k / 2 * width) = even >> 16 | odd;
+        *(words*)(packed + k / 2 * width) = pair_up(row, next);
     }
 }
 
