@@ -2,8 +2,8 @@
 train_moe.c: a complete mixture-of-experts GPT.
 
 It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen2, Qwen3 (both also as MoE) and Dots1
-models on a CPU in fp32 or bf16, reads and writes their Hugging Face directories, and needs a C compiler and nothing
-else. Every forward pass is followed by its backward pass, by hand. To be read from top to bottom:
+models on a CPU in fp32 or bf16, reads and writes their Hugging Face directories, and needs a C compiler and
+nothing else. Every forward pass is followed by its backward pass, by hand. To be read from top to bottom:
 
     1  Configuration        what a model is: a dozen numbers
     2  Matrix products      y = x W^T and its two gradients, also for many experts at once

@@ -15,8 +15,9 @@ Shapes     x (rows, C), W (OC, C), y (rows, OC), row-major without gaps; W_e is 
            have no rows. Any sizes, any alignment of floats.
 Sums       Each element is one chain of multiply-adds in the order of its index, as the plain loops in the same
            functions write it (plain_products = 1 lets them compute): the bits depend neither on the number of threads
-           nor on the other rows, so that a row alone gives what it gives in a batch. With bf16_products = 1 operands are
-           rounded to bf16 and added in the order of VDPBF16PS; bf16_packing = PACK_PAIRS uses that instruction.
+           nor on the other rows, so that a row alone gives what it gives in a batch.
+bf16       With bf16_products = 1 operands are rounded to bf16 and added in the order of the instruction VDPBF16PS,
+           which bf16_packing = PACK_PAIRS uses.
 Memory     Each thread keeps 0.5 to 0.8 MB of scratch from its first product on.
 Before     gathering rows by expert (routing.c). After: SwiGLU, and adding up each token's rows.
 
