@@ -42,7 +42,7 @@ static void cpu_use_precision(int bf16_too) {
     int hold = PAIRS_TILE && pairs_hold();
     bf16_packing = hold ? PACK_PAIRS : PACK_ROUNDED;
     const char* how = plain_products ? "by the plain loops"
-                      : hold         ? PAIRS_NAME
+                      : hold         ? "by " PAIRS_NAME
                       : PAIRS_TILE   ? "in fp32 arithmetic, slower: " PAIRS_NAME " does not add as section 2 says"
                                      : "in fp32 arithmetic, slower: it was built for processors without VDPBF16PS";
     if (!options.prompt && !options.prompt_ids) printf("products: bf16, %s\n", how);

@@ -88,7 +88,7 @@ typedef uint32_t words __attribute__((vector_size(4 * VECTOR_LENGTH), aligned(4)
 #if defined(__AVX512BF16__) && !defined(BF16_MODEL) && !defined(__CUDACC__)
 #include <immintrin.h>
 #define PAIRS_TILE 1
-#define PAIRS_NAME "by VDPBF16PS"
+#define PAIRS_NAME "VDPBF16PS"
 ALWAYS_INLINE vector add_pairs(vector sum, const float* left, vector right) {
     uint32_t pair;
     memcpy(&pair, left, sizeof pair);
@@ -106,7 +106,7 @@ ALWAYS_INLINE words pair_up(vector even, vector odd) { return half_words(even) |
 #else
 #define PAIRS_TILE 0
 #endif
-#define PAIRS_NAME "by a model of VDPBF16PS"
+#define PAIRS_NAME "a model of VDPBF16PS"
 ALWAYS_INLINE vector flushed(words x) { // with an exponent of zero only the sign stays
     return (vector)(x & (0x80000000u | (0u - (((x & 0x7F800000u) + 0x7F800000u) >> 31))));
 }
