@@ -29,6 +29,8 @@ MACROS := $(shell $(CC) $(CFLAGS) $(ARCH) -dM -E -x c /dev/null 2>/dev/null)
 ifneq ($(findstring __clang__,$(MACROS)),)
 # clang splits 64-byte vectors unless told otherwise
 FLAGS  += $(if $(findstring __AVX512F__,$(MACROS)),-mprefer-vector-width=512)
+# clang 13 would leave a * b + c as two instructions, and makes no vectors of -ffp-contract=on, the default from 14 on
+FLAGS  += $(if $(findstring __clang_major__ 13,$(MACROS)),-ffp-contract=fast)
 else
 # gcc makes branches of the comparisons in fast_exp, which it cannot undo when it meets the loop around them
 FLAGS  += -fno-thread-jumps

@@ -13,7 +13,7 @@ mkdir -p $work/json $work/safetensors $work/data $work/tokenizer
 status=0
 
 for target in $targets; do
-    ${CLANG:-clang} -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
+    ${CLANG:-clang} -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -DPLAIN=1 \
         -Wno-unused-function dev/fuzz/fuzz_$target.c -o $work/fuzz_$target -lm
 done
 
