@@ -46,6 +46,23 @@ def fail(message):
 
 # Experiments
 
+def read_yaml(text):
+    """YAML, in which words stay words: yes and no (as in YAML 1.2), and identifiers of papers, 2509.26520 among them."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            for key, value in node.value:
+                if isinstance(value, yaml.ScalarNode) and key.value in ("claim", "source", "paper", "expected"):
+                    value.tag = "tag:yaml.org,2002:str"
+            return super().construct_mapping(node, deep)
+
+    Loader.yaml_implicit_resolvers = {
+        first: [r for r in rules if r[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    return yaml.load(text, Loader)
+
+
 def read_experiment(name):
     """The YAML file NAME or experiments/NAME.yaml; with `extends`, settings and arms of that file stand before its
     own."""
@@ -55,12 +72,10 @@ def read_experiment(name):
         known = ", ".join(sorted(p.stem for p in (HERE / "experiments").glob("*.yaml")))
         fail(f"{path}: no such file; an experiment is a YAML file or one of {known}")
     try:
-        own = yaml.safe_load(path.read_text()) or {}
+        own = read_yaml(path.read_text()) or {}
     except yaml.YAMLError as e:
         fail(f"{path}: {' '.join(str(e).split())}")
     own.setdefault("name", path.stem)
-    for claim in own.get("claims") or ():                       # YAML reads yes and no as true and false
-        claim["verdict"] = {{True: "yes", False: "no"}.get(k, k): v for k, v in claim["verdict"].items()}
     if "extends" in own:
         before = read_experiment(own["extends"])
         # the other arms only stand there to be built on
@@ -593,6 +608,7 @@ def main():
             fcntl.flock(lock, fcntl.LOCK_EX)
             collect()
     elif action == "list":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # list | head
         show_list()
     else:
         fail(f"'{action}' is none of list, freeze, collect, stage")
