@@ -47,7 +47,7 @@ def fail(message):
 # Experiments
 
 def read_yaml(text):
-    """YAML, in which words stay words: yes and no (as in YAML 1.2), and identifiers of papers, 2509.26520 among them."""
+    """YAML, in which words stay words: yes and no, as in YAML 1.2, and identifiers of papers, as 2509.26520."""
     import yaml
 
     class Loader(yaml.SafeLoader):

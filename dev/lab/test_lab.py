@@ -67,9 +67,9 @@ def refused(text, expected):
 
 
 def test_experiments():
-    claims = lab.read_yaml("claims: [{source: 2509.26520, paper: yes, expected: on, verdict: {yes: [0, .5], no: [-1, 0]}}]")
-    check(str(claims["claims"][0]) == "{'source': '2509.26520', 'paper': 'yes', 'expected': 'on', "
-          "'verdict': {'yes': [0, 0.5], 'no': [-1, 0]}}", "words of a YAML file stay words", claims)
+    claim = lab.read_yaml("{source: 2509.26520, paper: yes, expected: on, verdict: {yes: [0, .5], no: [-1, 0]}}")
+    check(str(claim) == "{'source': '2509.26520', 'paper': 'yes', 'expected': 'on', "
+          "'verdict': {'yes': [0, 0.5], 'no': [-1, 0]}}", "words of a YAML file stay words", claim)
     refused("train: ''\narms: {a: {from: b}}", "'a' is from 'b'")
     refused("train: ''\narms: {a: {from: b}, b: {from: a, train: ''}}", "itself")
     refused("train: ''\narms: {a: {form: b}}", "unknown form")
