@@ -24,7 +24,7 @@ except ImportError:                                 # the report stands without 
     draw = None
 
 SKIPPED = {"tiny", "routers"}                       # what CI repeats; a table of another page
-ORDER = ["noise", "E1", "E2", "E7", "E7b", "E10", "D1", "D2", "L1", "M1", "I1"]
+ORDER = ["E1", "E1-k4", "E2", "E7", "E10", "D1", "D2", "L1", "M1", "bf16", "I1"]
 
 
 class Results:
@@ -67,6 +67,8 @@ class Experiment:
         if arm not in self.spec["arms"] and str(words) not in self.spec["arms"]:    # the name itself may have a point
             arm = max((a for a in self.spec["arms"] if str(words).startswith(a)), key=len, default=arm)
             arm += "@grow" if str(words)[len(arm):].startswith("@grow") else ""
+            if str(words)[len(arm):][:1] not in ("", ".") or arm.removesuffix("@grow") not in self.spec["arms"]:
+                lab.fail(f"{self.name}: '{words}' is no arm")
             key = str(words)[len(arm) + 1:]
         elif str(words) in self.spec["arms"]:
             arm, key = str(words), ""
@@ -118,7 +120,7 @@ def measure(e, claim):
         if kind == "ratio":
             value, low, high = (math.exp(v) for v in (value, low, high))
         return dict(value=value, low=low, high=high, p=p if kind in ("difference", "equal") else None, n=len(x),
-                    sd=statistics.stdev(x), unit="")
+                    x=x if kind == "difference" else None, sd=statistics.stdev(x), unit="")
     if kind == "noise":
         (x, y), _ = e.together(*item)
         if len(x) < 3:
@@ -126,7 +128,7 @@ def measure(e, claim):
 
         def ratio(seeds):
             a, b = numpy.array(x)[seeds], numpy.array(y)[seeds]
-            return math.log(numpy.std(a - b, ddof=1) / math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2))
+            return math.log(numpy.std(a - b, ddof=1) / math.sqrt(a.var(ddof=1) + b.var(ddof=1)))
 
         found = [math.exp(v) for v in stats.jackknife(ratio, len(x))]
         return dict(zip(("value", "low", "high"), found), n=len(x), p=None,
@@ -138,13 +140,14 @@ def measure(e, claim):
         if not stats.gap_is_wide(low, high):
             gap = numpy.subtract(low, high)
             return dict(value=math.nan, low=-math.inf, high=math.inf, n=len(x), p=None, sd=None, unit="%",
-                        why=f"no gap above {stats.SIGMAS} sigma: {gap.mean():.4f}, s {gap.std(ddof=1):.4f}")
+                        why=f"n {len(x)}; gap {gap.mean():.4f}, s {gap.std(ddof=1):.4f}: not above {stats.SIGMAS} "
+                        "standard errors")
         return dict(zip(("value", "low", "high"), stats.closure(low, high, x)), n=len(x), p=None, sd=None, unit="%")
     if kind == "closures":
         (x, a, b, y, c, d), _ = e.together(*e.ends(item[0]), *e.ends(item[1]))
         if len(x) < 3 or not (stats.gap_is_wide(a, b) and stats.gap_is_wide(c, d)):
             return None if len(x) < 3 else dict(value=math.nan, low=-math.inf, high=math.inf, n=len(x), p=None, sd=None,
-                                                unit="%", why=f"no gap above {stats.SIGMAS} sigma")
+                                                unit="%", why=f"no gap above {stats.SIGMAS} standard errors")
         x, a, b, y, c, d = map(numpy.array, (x, a, b, y, c, d))
         found = stats.jackknife(lambda s: float((a[s] - x[s]).mean() / (a[s] - b[s]).mean()
                                                 - (c[s] - y[s]).mean() / (c[s] - d[s]).mean()), len(x))
@@ -153,28 +156,30 @@ def measure(e, claim):
 
 
 def judged(e):
-    """(claim, found, verdict, why) of each claim; p values of differences from the same arm are Holm's."""
+    """(claim, found, verdict, why) of each claim. Where several claims compare arms with the same one, run yet or not,
+    they are judged by wider intervals (stats.of_several) than those of 95 % that are shown."""
     claims = e.spec.get("claims", [])
     found = [measure(e, c) for c in claims]
-    groups = {}
-    for n, (claim, f) in enumerate(zip(claims, found)):
-        if f and f["p"] is not None and "difference" in claim["measure"]:
-            groups.setdefault(claim["measure"]["difference"][1], []).append(n)
-    for group in groups.values():
-        for n, p in zip(group, stats.holm([found[n]["p"] for n in group])):
-            found[n]["p"], found[n]["family"] = p, len(group)
+    second = [c["measure"]["difference"][1] if "difference" in c["measure"] else None for c in claims]
     rows = []
     for claim, f in zip(claims, found):
         if f is None:
-            done = e.done()
-            rows.append((claim, None, "not run yet" if done < len(e.specs) else "cannot tell",
-                         f"{done} of {len(e.specs)} stages"))
+            rows.append((claim, None, "not run yet" if e.done() < len(e.specs) else "cannot tell", "fewer than 2 pairs"))
             continue
-        said, why = stats.verdict(f["low"], f["high"], claim["verdict"], f["p"]), f.get("why") or f"n {f['n']}"
-        if f["sd"] is not None and "noise" not in claim["measure"] and f["sd"] > 0 and not f["unit"]:
-            why += f", s {short(f['sd'])}; {f['n']} pairs see {short(stats.detectable(f['sd'], f['n']))}"
-        if f["p"] is not None:
-            why += f"; p {f['p']:.2g}" + (f" (Holm, {f['family']})" if f.get("family", 1) > 1 else "")
+        low, high, family = f["low"], f["high"], second.count(claim["measure"].get("difference", [0, 0])[1])
+        if f.get("x") and family > 1:
+            _, low, high, _ = stats.mean_interval(f["x"], stats.of_several(family))
+        said, why = stats.verdict(low, high, claim["verdict"]), f.get("why") or f"n {f['n']}"
+        if f["n"] < stats.FEWEST and f["sd"] != 0:
+            said = "cannot tell"
+        elif f["n"] < len(e.seeds) and said != "cannot tell":
+            said = f"so far {said}"
+        if f["sd"] and f["p"] is not None:
+            why += f" of {len(e.seeds)}, s {short(f['sd'])}; p {short(f['p'], 3)}"
+            if f["n"] > 3:
+                why += f"; {f['n']} pairs see {short(stats.detectable(f['sd'], f['n']))}"
+            if family > 1:
+                why += f"; one of {family} claims: {100 * stats.of_several(family):.1f} %"
         rows.append((claim, f, said, why))
     return rows
 
@@ -196,7 +201,7 @@ def interval(f):
     digits = 0 if f["unit"] else 4
     ends = [f"{v * scale:.0f}" if f["unit"] and math.isfinite(v) else short(v, digits) for v in (f["low"], f["high"])]
     middle = f"{f['value'] * scale:.0f}" if f["unit"] else short(f["value"], digits)
-    return f"{middle}{end} [{ends[0]}, {ends[1]}]"
+    return f"{middle}{end} [{ends[0]}, {ends[1]}]" if math.isfinite(f["low"]) else "no bound"
 
 
 # Arms
@@ -216,16 +221,17 @@ def flops_matched(e, arm, names):
     return found, beyond
 
 
-def healed(e, arm, after):
-    """Tokens after the transition until the arm is first no worse than its source continued: median of seeds."""
+def healed(e, arm, continued):
+    """Tokens after the transition from which on the arm is no worse than its source continued: median of seeds."""
     found = []
     for seed in e.seeds:
-        mine, other = (e.results.curves.get(e.ids.get((a, seed)), []) for a in (arm, after))
+        mine, other = (e.results.curves.get(e.ids.get((a, seed)), []) for a in (arm, continued))
         reference = {r["step"]: float(r["val_loss"]) for r in other}
         shared = [r for r in mine if r["step"] in reference]
         if shared and e.row(arm, seed):
-            found.append(next((float(r["tokens"]) for r in shared if float(r["val_loss"]) <= reference[r["step"]]),
-                              math.inf))
+            worse = [n for n, r in enumerate(shared) if float(r["val_loss"]) > reference[r["step"]]]
+            level = worse[-1] + 1 if worse else 0
+            found.append(float(shared[level]["tokens"]) if level < len(shared) else math.inf)
     if not found:
         return ""
     middle = statistics.median_high(found)
@@ -235,21 +241,22 @@ def healed(e, arm, after):
 def arm_table(e):
     """One row for each arm that has one, with all figures; columns without any are left out."""
     readings = e.spec.get("readings", {})
-    heads = ["arm", "n", "tokens", "loss", "after: against the source continued",
-             "in all: against the larger from nothing",
-             "at equal FLOPs", "gap closure", "jump", "healed after", "MaxVio", "dead", "twins' cosine", "overlap",
-             "sources/token", "reading"]
+    heads = ["arm", "n", "tokens", "loss (s)", "minus the source continued", "minus the larger from nothing",
+             "the same at equal FLOPs", "gap closure", "jump", "level for good after", "MaxVio", "dead",
+             "twins' cosine", "overlap", "distinct sources a token", "expert and kind: shared nats"]
     rows = []
+    # of training tokens, if all arms have been trained, else of validation
+    load = "train_" if all(e.column(a, "train_max_vio") for a in e.arms if e.column(a, "loss")) else ""
     for arm in e.arms:
         losses = e.column(arm, "loss")
         if not losses:
             continue
         first = e.row(arm, next(iter(losses)))
-        mean, low, high, _ = stats.mean_interval(list(losses.values()))
         row = dict.fromkeys(heads, "")
         row.update({"arm": e.spec["arms"][arm].get("label", arm), "n": len(losses),
                     "tokens": f"{float(first['total_tokens']) / 1e6:.2f}M",
-                    "loss": f"{mean:.4f}" + (f" ± {(high - low) / 2:.4f}" if len(losses) > 1 else "")})
+                    heads[3]: f"{statistics.mean(losses.values()):.4f}" + (
+                        f" ({short(statistics.stdev(losses.values()))})" if len(losses) > 1 else "")})
         grown = "from" in e.spec["arms"][arm]
         for head, key in ((heads[4], "after"), (heads[5], "total")):
             if readings.get(key) and arm != readings[key] and grown:
@@ -266,16 +273,14 @@ def arm_table(e):
             row["gap closure"] = interval(found) if found else ""
         jumps = e.column(arm, "jump") or e.column(f"{arm}@grow", "jump")
         if jumps:
-            row["jump"] = short(statistics.mean(jumps.values()))
+            row["jump"] = short(round(statistics.mean(jumps.values()), 6))
         if readings.get("after") and "grow" in e.spec["arms"][arm]:
-            row["healed after"] = healed(e, arm, readings["after"])
-        for head, keys, digits in (("MaxVio", ("train_max_vio", "max_vio"), 2), ("dead", ("train_dead", "dead"), 1),
-                                   ("twins' cosine", ("twin_cosine",), 3), ("overlap", ("overlap",), 3),
-                                   ("sources/token", ("sources",), 2), ("reading", ("reading",), 3)):
-            for key in keys:
-                if values := e.column(arm, key):
-                    row[head] = f"{statistics.mean(values.values()):.{digits}f}"
-                    break
+            row["level for good after"] = healed(e, arm, readings["after"])
+        for head, key, digits in (("MaxVio", load + "max_vio", 2), ("dead", load + "dead", 1),
+                                  ("twins' cosine", "twin_cosine", 3), ("overlap", "overlap", 3),
+                                  (heads[14], "sources", 2), (heads[15], "reading", 3)):
+            if values := e.column(arm, key):
+                row[head] = f"{statistics.mean(values.values()):.{digits}f}"
         rows.append(row)
     kept = [h for h in heads if any(r[h] != "" for r in rows)]
     return kept, [[r[h] for h in kept] for r in rows]
@@ -396,7 +401,7 @@ def joint_law(e):
 # text)
 
 def summary(experiments):
-    heads = ["", "claim", "paper's number", "ours [95 %]", "verdict", "why"]
+    heads = ["", "claim", "number claimed (where)", "ours [95 %]", "verdict", "pairs, their deviation s, p"]
     return heads, [[e.name, c["claim"], f"{c.get('paper', '')} ({c.get('source', '')})", interval(f), verdict, why]
                    for e in experiments for c, f, verdict, why in judged(e)]
 
@@ -404,21 +409,36 @@ def summary(experiments):
 def headlines(experiments):
     """README.md's table: claims that have a name there (`readme`) and have been run."""
     return ["claim", "paper", "here [95 %]", "verdict"], [
-        [c["readme"], f"{c['paper']} ({c['source']})", interval(f), verdict]
+        [c["readme"], f"{c['paper']} ({c['source']})" if c["paper"] != "-" else "-", interval(f), verdict]
         for e in experiments for c, f, verdict, _ in judged(e) if f and "readme" in c]
 
 
 def blocks(experiments, results):
     rows = results.stages.values()
     yield "h", 1, "The lab's report"
-    yield "p", ("Made by `dev/lab/report.py` from `results/` and `experiments/`. Losses are nats a byte; intervals are "
-                "of 95 %. A verdict is given where the whole interval lies in a range that was written down before the "
-                "run, else it is *cannot tell*. *n pairs see x*: an effect of x is found by n pairs in four of five "
-                "tries.")
+    yield "p", ("Made by `dev/lab/report.py` from `results/` and `experiments/`. Losses are nats a byte (the papers' a "
+                "token), a token is a byte, a negative difference says that the first named is better; intervals are "
+                "of 95 %. A verdict is given by at least three pairs whose whole interval lies in a range that was "
+                "written down before the run (or when the claim says), else it is *cannot tell*; *so far*: not all "
+                "seeds have been run. Where several claims compare with one arm, the interval that is judged is wider "
+                "(Bonferroni). *n pairs see x*: an effect of x is found by n pairs in four of five tries.")
+    yield "p", ("In the tables of arms: loss (s): mean and deviation over seeds. level for good after: the tokens after "
+                "the transition from which on the arm is no worse than its source continued, to the nearest "
+                "validation. at equal FLOPs: between two lengths of the larger model (beyond: outside of them). MaxVio "
+                "and dead (of all layers) of training tokens, if all arms were trained, else of validation. overlap: "
+                "of the tokens that reach either of two twins, the share that reaches both. Seconds are in "
+                "`results/stages.csv`, with the load of the machine beside them: where it is above the number of cores "
+                "they say nothing.")
     if rows:
         kinds = sorted({f"{r['processor']}, commit {r['commit']}, binary {r['binary']}" for r in rows})
         yield "p", f"{len(results.stages)} stages, made by: {'; '.join(kinds)}."
-    yield ("table", *summary(experiments))
+    heads, found = summary(experiments)
+    yield "table", heads, [r for r in found if r[4] != "not run yet"]
+    waiting = [(e, sum(r[0] == e.name and r[4] == "not run yet" for r in found)) for e in experiments]
+    if any(n for _, n in waiting):
+        yield "p", "Claims that wait for their runs; what is expected of them stands below:"
+        yield "table", ["experiment", "what it asks", "claims", "stages done"], [
+            [e.name, e.spec.get("title", ""), n, f"{e.done()} of {len(e.specs)}"] for e, n in waiting if n]
     for e in experiments:
         yield "h", 2, f"{e.name}: {e.spec.get('title', '')}"
         budget = sum(lab.tokens_of(s, e.specs)[0] for s in e.specs.values()) / 1e6
@@ -426,8 +446,9 @@ def blocks(experiments, results):
                     f"{len(e.specs)} stages are done. It is repeated by")
         yield "code", f"make lab E={e.name}"
         yield ("table", ["claim", "expected", "seen [95 %]", "verdict"],
-               [[c["claim"], " ".join(str(c.get("expected", "")).split()), f"{interval(f)}; {why}" if f else why,
-                 verdict]
+               [[c["claim"], " ".join(str(c.get("expected", "")).split()) +
+                 (f" (written {c['written']})" if "written" in c else ""),
+                 f"{interval(f)}; {why}" if f else "", verdict]
                 for c, f, verdict, why in judged(e)])
         heads, arms = arm_table(e)
         if arms:
@@ -437,14 +458,7 @@ def blocks(experiments, results):
         for name, (_, caption) in figures(e).items():
             yield "figure", name, caption
         if e.spec.get("notes"):
-            yield "p", "What this does not say: " + " ".join(e.spec["notes"].split())
-    yield "p", ("tokens: in all, the source's counted. healed after: the tokens after which the arm is first no "
-                "worse than its source continued, to the nearest validation. at equal FLOPs: against the larger "
-                "model from nothing, between its two lengths (beyond: outside of them). MaxVio and dead of training "
-                "tokens, else of validation. overlap: of the tokens that reach either of two twins, the share that "
-                "reaches both. reading: mutual information of expert and kind of text, in nats. Seconds are in "
-                "`results/stages.csv`, with the load of the machine beside them: where it is above the number of "
-                "cores they say nothing.")
+            yield "p", "Notes: " + " ".join(e.spec["notes"].split())
 
 
 def to_markdown(parts):
@@ -474,7 +488,7 @@ def to_html(parts, drawings):
             sections.append(draw.section(*name, "".join(inside)))
             inside, name = [], (what[1].split(":")[0], what[1])
         elif kind == "p":
-            inside.append(f"<p class=note>{html.escape(what[0]).replace('`', '')}</p>")
+            inside.append(f"<p class=note>{html.escape(what[0]).replace('`', '').replace('*', '')}</p>")
         elif kind == "code":
             inside.append(f"<pre>{html.escape(what[0])}</pre>")
         elif kind == "figure":
