@@ -56,7 +56,7 @@ static void multiply(int c, int a, int b) {
     }
 }
 
-// One instruction at `at`: VEX prefix C4, opcode 49, 4B or 5C, ModRM. Returns where the next one is, NULL if it is none.
+// One instruction at `at`: VEX prefix C4, opcode 49, 4B or 5C, ModRM. Returns where the next one is, NULL for others.
 static const uint8_t* execute(const uint8_t* at, const greg_t* gregs) {
     static const int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                                   REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};

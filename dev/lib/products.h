@@ -427,8 +427,8 @@ ALWAYS_INLINE void multiply_tile(const int pairs, const int rows, float* result,
 
 #if AMX_TILES
 // The same by AMX, LINE pairs at a time: sums in tiles 0 and 1, `left` in 2, `right` in 3 and 4 (with vectors of 8 or
-// less 0, 2 and 3 hold all). A thread says anew how large tiles are when it meets another number of rows, until its unit
-// of work ends. Tiles have no rows beyond `rows`, so nothing beyond them is read or written.
+// less 0, 2 and 3 hold all). A thread says how large they are when it meets another number of rows, and gives them up
+// when its unit of work ends. Tiles have `rows` rows: nothing beyond is read or written.
 static __thread int shaped_rows = 0;
 
 static void multiply_amx(int rows, float* result, long result_step, const float* start, long start_step,
