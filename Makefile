@@ -2,7 +2,7 @@
 # make run     trains, upcycles and trains on: the whole story on this project's own source files, in a few minutes
 # make test    runs every check
 # make single  each program as one file in build/;  make PLAIN=1  products by the plain loops of train_moe.c
-# make BF16=model   with the semantics of VDPBF16PS as C functions in place of the instruction
+# make BF16=model   with the semantics of VDPBF16PS as C functions in place of the instruction;  BF16=amx  AMX's, too
 # make cut     kernels and functions as files that compile alone, in build/cut/;  make test_cut  compiles and runs them
 # make bench   how fast training is;  make products BLAS="LIBRARY.so ..."   matrix products beside those of libraries
 # make lessons six small programs about mixtures of experts;  make picture   a page that shows runs
@@ -23,7 +23,7 @@ endif
 # Promises without which gcc does not turn some loops into vector code: nobody asks errno about a square root, nobody
 # wants to be stopped by a comparison with what is not a number. No result changes. (dev/bench/README.md: what it bought)
 MATH    = -fno-math-errno -fno-trapping-math
-FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra $(if $(PLAIN),-DPLAIN=$(PLAIN)) $(if $(BF16),-DBF16_MODEL)
+FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra $(if $(PLAIN),-DPLAIN=$(PLAIN)) $(if $(BF16),-DBF16_MODEL) $(if $(filter amx,$(BF16)),-DAMX_MODEL)
 # what the compiler says of itself; --version is silent where CC is more than a name
 MACROS := $(shell $(CC) $(CFLAGS) $(ARCH) -dM -E -x c /dev/null 2>/dev/null)
 ifneq ($(findstring __clang__,$(MACROS)),)

@@ -132,18 +132,24 @@ static int plain_products = PLAIN;
 //     fp32  k = 0, 1, 2, ..
 //     bf16  k = 1, 0, 3, 2, .., of numbers rounded to the nearest bf16, ties to even; beyond the depth they
 //           are zero, and so is any below 2^-126, operand or sum: VDPBF16PS's way (Intel's manual)
+//     AMX   for bf16 where TDPBF16PS computes: 32 values of k at a time, even and odd ones each from zero
 static void sum_products(float* result, int add, const float* left, long left_k, const float* right,
                          long right_k, int depth) {
-    float sum = add ? *result : 0;
-    if (!bf16_products) {
-        for (int k = 0; k < depth; k++) sum = MULTIPLY_ADD(sum, left[k * left_k], right[k * right_k]);
-        *result = sum;
-        return;
-    }
+    float sum = add ? *result : 0, halves[2] = {0, 0};
+    for (int k = 0; k < depth && !bf16_products; k++)
+        sum = MULTIPLY_ADD(sum, left[k * left_k], right[k * right_k]);
+    *result = sum;
+    if (!bf16_products) return;
     FloatMode mode = flush_denormals();
-    for (int n = 0, k = 1; n < depth + depth % 2; k = ++n ^ 1)
-        sum = MULTIPLY_ADD(sum, k < depth ? bf16_rounded(left[k * left_k]) : 0,
-                           k < depth ? bf16_rounded(right[k * right_k]) : 0);
+    int amx = bf16_packing == PACK_TILES, block = amx ? 32 : 2, end = blocks_of(depth, block) * block;
+    for (int n = 0, k = 1; n < end; k = ++n ^ 1) {
+        float* s = amx ? &halves[k % 2] : &sum;
+        *s = MULTIPLY_ADD(*s, k < depth ? bf16_rounded(left[k * left_k]) : 0,
+                          k < depth ? bf16_rounded(right[k * right_k]) : 0);
+        if (!amx || n % 32 < 31) continue;
+        sum += halves[0] + halves[1];
+        halves[0] = halves[1] = 0;
+    }
     *result = sum;
     restore_mode(mode);
 }
@@ -211,9 +217,8 @@ void matmul_backward_weight(float* dW, const float* dy, const float* x, int rows
 static void multiply_block(float* result, long result_i, const float* left, long left_i, long left_k,
                            const float* right, long right_k, long right_j, int rows, int columns, int depth,
                            int add) {
-    if (!plain_products)
-        fast_block(result, result_i, left, left_i, left_k, right, right_k, right_j, rows, columns, depth,
-                   add);
+    if (!plain_products) fast_block(result, result_i, left, left_i, left_k, right, right_k, right_j, rows,
+                                    columns, depth, add);
     for (int i = 0; i < rows && plain_products; i++)
         for (int j = 0; j < columns; j++)
             sum_products(&result[i * result_i + j], add, left + i * left_i, left_k, right + j * right_j,
@@ -292,8 +297,7 @@ static void rmsnorm_forward(float* out, long ld_out, float* rstd, const float* x
         }
 }
 
-// dweight is a sum over rows: first within blocks of this many, then over the blocks, in order, so that the
-// number of threads changes nothing.
+// dweight is a sum over rows, within blocks of this many, then over these in order: threads change nothing.
 #define RMSNORM_ROWS 16
 static long rmsnorm_sums_size(int N, int size) { return (long)(N + RMSNORM_ROWS - 1) / RMSNORM_ROWS * size; }
 
@@ -337,8 +341,7 @@ static void rmsnorm_backward(float* dx, long ld_dx, int add, float* dweight, con
 // Rotary positions (Su et al. 2021), in place, on `heads` heads of each of N = B T rows that are ld floats
 // apart. Element i of a head's first half and element i of its second half are a point in the plane (Hugging
 // Face's rotate_half), turned by position * theta^(-2 i / HD). Row n is at position start + n % T of its
-// sequence; the cosines and sines are dev/lib/memory.h's. The gradient of a rotation is the rotation back,
-// direction = -1.
+// sequence; the cosines and sines are dev/lib/memory.h's. direction = -1: the rotation back, the gradient's.
 static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, const float* cosines,
                  const float* sines, int direction) {
     int half = HD / 2;
@@ -1014,8 +1017,7 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     if (shared_width(c, l) > 0) shared_expert_forward(m, l, out);
 }
 
-// In: scratch.dx, the gradient of the layer's output. Out: scratch.dx, the gradient of x_mid. The five steps,
-// from the last.
+// In: scratch.dx, the gradient of the layer's output; out: that of x_mid. The five steps, from the last.
 static void ffn_layer_backward(Model* m, int l, float scale) {
     const Config* c = &m->config;
     const LayerWeights *w = &m->weights.layers[l], *dw = &m->dweights.layers[l];
@@ -1045,8 +1047,7 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
 }
 
 // Runs B sequences of T tokens (B T) through the model. With targets (B T), the next tokens, it returns the
-// mean cross-entropy in nats; with NULL it only makes logits. For generation (B = 1) the tokens follow those
-// in the cache.
+// mean cross-entropy in nats; with NULL it only makes logits. Generating (B = 1), they follow the cache's.
 static double model_forward(Model* m, const int* tokens, const int* targets, int B, int T) {
     const Config* c = &m->config;
     int N = B * T, H = c->hidden_size, V = c->vocab_size, E = c->num_experts;
@@ -1212,8 +1213,7 @@ typedef struct {
 } Step;
 
 // Step number `step`, counted from 0. The micro-batches' gradients add up to that of the mean of their
-// losses. All data are read before anything is computed: if they are bad, the model is just as the step
-// before left it.
+// losses. All data are read before anything is computed: if they are bad, the model stays as it is.
 static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, long step) {
     Step s = {learning_rate(run, step), NAN, seconds(), {NAN, 0, 0, 0, 0}, NULL, ""};   // seconds: the start
     long sequences = (long)run->B * run->accum;

@@ -29,6 +29,16 @@ MUTATIONS = [
     ("    if (how == PACK_ROUNDED) restore_mode(mode);\n", ""),
     ("k + 1 < depth ? s + left_k + v : NULL);", "s + left_k + v);"),
     ("int few = bf16_products ? FEW_ROWS + 1 : rows;", "int few = rows;"),
+    # bf16 by AMX: order, zeros beyond the depth, sizes of tiles, small numbers
+    ("if (!amx || n % 32 < 31) continue;", "if (!amx || n % 16 < 15) continue;"),
+    ("even = FLUSHED(even + FLUSHED(l << 16)", "odd = FLUSHED(odd + FLUSHED(l << 16)"),
+    ("even = FLUSHED(even + odd);\n", "tiles[c][i] = (TileWords)FLUSHED(FLUSHED(tiles[c][i]) + odd);\n"),
+    ("memset(packed + pairs * TILE_COLUMNS, 0,", "memset(packed + pairs * TILE_COLUMNS, 255,"),
+    ("memcpy(pairs, block, blocks_of(count, 2) * LEFT_WIDTH * sizeof(float));", "memcpy(pairs, block, sizeof pairs);"),
+    ("count < 2 * LINE ? memcpy(edge, row, count * sizeof(float)) : row", "row"),
+    ("if (rows != shaped_rows) {", "if (!shaped_rows) {"),
+    ("(uint8_t)(t < 3 ? rows : LINE)", "(uint8_t)(t < 3 ? TILE_ROWS : LINE)"),
+    ("FLUSHED(FLUSHED(tiles[c][i]) + even)", "FLUSHED((TileRow)tiles[c][i] + even)"),
     ("IN_FP32(router_forward(m, l));", "router_forward(m, l);"),
     ("USE_RUN, &options.precision,", "USE_OTHER, &options.precision,"),
     # layers
@@ -181,7 +191,8 @@ def main():
 
         def turns_red():
             subprocess.run(["cc", "-std=gnu11", "-O1", "-fexpensive-optimizations", "-march=native", "-fno-math-errno",
-                            "-fopenmp", "test_moe.c", "-o", "test", "-lm"], cwd=folder, check=True, capture_output=True)
+                            "-fopenmp", "-DBF16_MODEL", "-DAMX_MODEL", "test_moe.c", "-o", "test", "-lm"], cwd=folder,
+                           check=True, capture_output=True)
             for group in GROUPS:
                 try:
                     if subprocess.run(["./test", group], cwd=folder, capture_output=True, timeout=300).returncode:

@@ -37,6 +37,12 @@ lacks qemu-x86_64 || for program in train_moe upcycle; do
     check "$program on a processor without its instructions" "make -B CC=gcc ARCH='-mavx2 -mfma' CFLAGS=-O1 $program
         qemu-x86_64 -cpu Nehalem ./$program --help >out 2>err; [ \$? -eq 1 ] && [ \$(wc -l <err) -eq 1 ] && grep 'lacks instructions' err"
 done
+lacks gcc || [ "$(uname -sm)" != "Linux x86_64" ] || check "AMX: instructions that trap, are refused, add otherwise" \
+    "cc -O2 -Wall -Wextra -Werror -march=native -shared -fPIC dev/builds/amx.c -o amx.so -lm
+    make -B CC=gcc ARCH='-march=native -mamx-tile -mamx-bf16' CFLAGS='-O1 -Werror' train_moe
+    run() { AMX=\$1 LD_PRELOAD=\$PWD/amx.so ./train_moe --precision bf16 --layers 1 --hidden 32 --batch 1 --seq 16 --steps 1 --val none >said
+        grep \"products: bf16, \$2\" said; }
+    run '' 'by TDPBF16PS$' && run refused '.*; TDPBF16PS is not permitted' && run wrong '.*; TDPBF16PS is not permitted'"
 rm -rf "$work"
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

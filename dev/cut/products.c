@@ -17,7 +17,8 @@ Sums       Each element is one chain of multiply-adds in the order of its index,
            functions write it (plain_products = 1 lets them compute): the bits depend neither on the number of threads
            nor on the other rows, so that a row alone gives what it gives in a batch.
 bf16       With bf16_products = 1 operands are rounded to bf16 and added in the order of the instruction VDPBF16PS,
-           which bf16_packing = PACK_PAIRS uses.
+           which bf16_packing = PACK_PAIRS uses. PACK_TILES is AMX's TDPBF16PS, which adds in another order; where
+           AMX_TILES is 0 or tiles_permitted() is, only the plain loops know it.
 Memory     Each thread keeps 0.5 to 0.8 MB of scratch from its first product on.
 Before     gathering rows by expert (routing.c). After: SwiGLU, and adding up each token's rows.
 

@@ -11,6 +11,9 @@ static int bf16_products = 0;
 #define ROUND_TO_BF16(bits) \
     ((((bits) + ((0x7FFFu + ((bits) >> 16 & 1u)) & ~NAN_MASK(bits))) | (NAN_MASK(bits) & 0x400000u)) & 0xFFFF0000u)
 
+// The bits of an fp32 number, zero of its sign if it is below 2^-126: if its exponent is zero.
+#define FLUSHED_BITS(bits) ((bits) & (0x80000000u | (0u - ((((bits) & 0x7F800000u) + 0x7F800000u) >> 31))))
+
 static inline float bf16_rounded(float x) {
     union { float value; uint32_t bits; } u;
     u.value = x;

@@ -1,7 +1,7 @@
 // products.h: the sums of train_moe.c's section 2, fast and with the same bits. Compiles alone.
 #pragma once
 #include "threads.h"
-#include "bf16.h"
+#include "amx.h"
 
 // Work for all threads, in units that take unequal time: OpenMP's dynamic schedule, but with regard to where rows lie
 // (to be skipped on first reading). Loops over tokens give the threads contiguous shares of the rows (OpenMP's static
@@ -75,11 +75,14 @@ typedef int places __attribute__((vector_size(4 * VECTOR_LENGTH)));
 
 // How operands are packed: as they are, or for bf16 rounded. Rounded numbers stay floats, with the two of each pair
 // along k in each other's place, so that the fp32 tile adds them in the order that section 2 of train_moe.c states. Or
-// the pair lies in one word, the even k in its lower half, and one VDPBF16PS adds both products.
-typedef enum { PACK_FP32, PACK_ROUNDED, PACK_PAIRS } Packing;
-static Packing bf16_packing = PACK_ROUNDED; // of bf16: PACK_PAIRS where precision.h finds the instruction sound
+// the pair lies in one word, the even k in its lower half, and one VDPBF16PS adds both products. AMX's TDPBF16PS takes
+// LINE pairs at once, and adds in another order: of `left` the LINE words of a row lie together, one row of the tile
+// after the other, and words beyond the depth are zero.
+typedef enum { PACK_FP32, PACK_ROUNDED, PACK_PAIRS, PACK_TILES } Packing;
+static Packing bf16_packing = PACK_ROUNDED; // of bf16: PACK_TILES or PACK_PAIRS where precision.h finds them sound
 
 typedef uint32_t words __attribute__((vector_size(4 * VECTOR_LENGTH), aligned(4), may_alias));
+typedef uint32_t word __attribute__((may_alias));
 
 // sum + the two products of a pair from `left`, for all, and the pairs of `right`. Without the instruction, or with
 // make BF16=model, its semantics as Intel's manual has them, for tests: a multiply-add of the odd k, then one of the
@@ -107,9 +110,7 @@ ALWAYS_INLINE words pair_up(vector even, vector odd) { return half_words(even) |
 #define PAIRS_TILE 0
 #endif
 #define PAIRS_NAME "a model of VDPBF16PS"
-ALWAYS_INLINE vector flushed(words x) { // with an exponent of zero only the sign stays
-    return (vector)(x & (0x80000000u | (0u - (((x & 0x7F800000u) + 0x7F800000u) >> 31))));
-}
+ALWAYS_INLINE vector flushed(words x) { return (vector)FLUSHED_BITS(x); }
 
 ALWAYS_INLINE vector add_pairs(vector sum, const float* left, vector right) {
     uint32_t pair;
@@ -288,12 +289,48 @@ ALWAYS_INLINE void pack_left(const Packing how, float* packed, long tile_floats,
     }
 }
 
+// For AMX. Where a row's values of k are contiguous, its words are made where they belong; else LINE rows of pack_left,
+// each with one pair of all rows of the tile, are transposed.
+static void pack_rows(float* packed, long tile_floats, const float* left, long left_i, long left_k, int rows, int tiles,
+                      int depth) {
+    float edge[2 * LINE] = {0};
+    if (left_k != 1) pack_left(PACK_PAIRS, packed, tile_floats, left, left_i, left_k, rows, tiles, depth);
+    for (int t = 0; t < tiles; t++) {
+        int first = part_begin(t, tiles, rows), height = part_begin(t + 1, tiles, rows) - first;
+        for (int k = 0; k < depth; k += 2 * LINE) {
+            int count = imin(2 * LINE, depth - k);
+            float* block = packed + t * tile_floats + k / 2 * LEFT_WIDTH;
+            for (int i = 0; i < height && left_k == 1; i++) {
+                const float* row = left + (first + i) * left_i + k;
+                const word* from = (const word*)(count < 2 * LINE ? memcpy(edge, row, count * sizeof(float)) : row);
+                word* to = (word*)block + i * LINE;
+                for (int q = 0; q < LINE; q++)
+                    to[q] = ROUND_TO_BF16(from[2 * q]) >> 16 | ROUND_TO_BF16(from[2 * q + 1]);
+            }
+            if (left_k == 1) continue;
+            float pairs[LINE * LEFT_WIDTH] = {0};
+            memcpy(pairs, block, blocks_of(count, 2) * LEFT_WIDTH * sizeof(float));
+            for (int q = 0; q < LINE; q += VECTOR_LENGTH)
+                for (int i = 0; i < LEFT_WIDTH; i += VECTOR_LENGTH) {
+                    vector square[VECTOR_LENGTH];
+                    UNROLL
+                    for (int n = 0; n < VECTOR_LENGTH; n++) square[n] = *(vector*)(pairs + (q + n) * LEFT_WIDTH + i);
+                    transpose(square);
+                    UNROLL
+                    for (int n = 0; n < VECTOR_LENGTH; n++) *(vector*)(block + (i + n) * LINE + q) = square[n];
+                }
+        }
+    }
+}
+
 // The same, and one panel of `right`: each way to pack has compiled code of its own.
 static void pack_tiles(Packing how, float* packed, long tile_floats, const float* left, long left_i, long left_k,
                        int rows, int tiles, int depth) {
 #define PACK_AS(way) if (how == way) pack_left(way, packed, tile_floats, left, left_i, left_k, rows, tiles, depth)
     PACK_AS(PACK_FP32);
     else PACK_AS(PACK_ROUNDED);
+    else if (AMX_TILES && how == PACK_TILES)
+        pack_rows(packed, tile_floats, left, left_i, left_k, rows, tiles, depth);
     else if (PAIRS_TILE) PACK_AS(PACK_PAIRS);
 #undef PACK_AS
 }
@@ -303,8 +340,10 @@ static void pack_panel(Packing how, float* packed, const float* right, long righ
 #define PACK_AS(way) if (how == way) pack(way, packed, TILE_COLUMNS, right, right_j, right_k, count, depth)
     PACK_AS(PACK_FP32);
     else PACK_AS(PACK_ROUNDED);
-    else if (PAIRS_TILE) PACK_AS(PACK_PAIRS);
+    else if (PAIRS_TILE || AMX_TILES) pack(PACK_PAIRS, packed, TILE_COLUMNS, right, right_j, right_k, count, depth);
 #undef PACK_AS
+    int pairs = blocks_of(depth, 2), beyond = blocks_of(depth, 2 * LINE) * LINE - pairs;
+    if (how == PACK_TILES) memset(packed + pairs * TILE_COLUMNS, 0, beyond * TILE_COLUMNS * sizeof(float));
 }
 
 // What a tile does, between its multiplications, for what comes after it. Its loop leaves room for that, and nothing is
@@ -386,11 +425,54 @@ ALWAYS_INLINE void multiply_tile(const int pairs, const int rows, float* result,
     }
 }
 
+#if AMX_TILES
+// The same by AMX, LINE pairs at a time: sums in tiles 0 and 1, `left` in 2, `right` in 3 and 4 (with vectors of 8 or
+// less 0, 2 and 3 hold all). A thread says how large they are when it meets another number of rows, and gives them up
+// when its unit of work ends. Tiles have `rows` rows: nothing beyond is read or written.
+static __thread int shaped_rows = 0;
+
+static void multiply_amx(int rows, float* result, long result_step, const float* start, long start_step,
+                         const float* left, const float* right, int depth, Ahead* ahead) {
+    const int two = TILE_COLUMNS > LINE, row_bytes = LINE * sizeof(float), step = TILE_COLUMNS * sizeof(float);
+    if (rows != shaped_rows) {
+        TileShapes s = {1, 0, {0}, {0}, {0}};
+        for (int t = 0; t < 5; t++) {
+            s.rows[t] = (uint8_t)(t < 3 ? rows : LINE);
+            s.row_bytes[t] = (uint16_t)(t == 2 ? row_bytes : imin(row_bytes, step));
+        }
+        tile_shapes(&s);
+        shaped_rows = rows;
+    }
+    tile_zero(0);
+    tile_zero(1);
+    if (start) tile_load(0, start, start_step * sizeof(float));
+    if (start && two) tile_load(1, start + LINE, start_step * sizeof(float));
+    for (int k = 0; k < depth; k += imin(LINE, STEP)) {
+        if (k % STEP == 0) look_ahead(ahead, k);
+        if (k % LINE) continue;
+        tile_load(2, left + k * LEFT_WIDTH, row_bytes);
+        tile_load(3, right + k * TILE_COLUMNS, step);
+        tile_multiply(0, 2, 3);
+        if (!two) continue;
+        tile_load(4, right + k * TILE_COLUMNS + LINE, step);
+        tile_multiply(1, 2, 4);
+    }
+    tile_store(0, result, result_step * sizeof(float));
+    if (two) tile_store(1, result + LINE, result_step * sizeof(float));
+}
+#endif
+
 // The same for any number of rows up to TILE_ROWS: each has compiled code of its own. (imin only keeps cases
 // that cannot occur on machines with a smaller tile within the bounds of `sum`.)
 static void multiply_rows(Packing how, int rows, float* result, long result_step, const float* start,
                           long start_step, const float* left, long left_step, const float* right, long right_step,
                           int depth, Ahead* ahead) {
+#if AMX_TILES
+    if (how == PACK_TILES) {
+        multiply_amx(rows, result, result_step, start, start_step, left, right, depth, ahead);
+        return;
+    }
+#endif
     switch (rows + (PAIRS_TILE && how == PACK_PAIRS ? 16 : 0)) {
 #define TILE_OF(pairs, n) \
         multiply_tile(pairs, imin(n, TILE_ROWS), result, result_step, start, start_step, left, left_step, right, \
@@ -518,11 +600,11 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
     int right_direct = how == PACK_FP32 && tiles == 1 && right_j == 1 && columns % TILE_COLUMNS == 0;
     int most = tiles <= 2 && right_j == 1 ? CHUNK / 4 : CHUNK;
     // from here on `depth` and k count steps of packed copies, each of `values` of the summed index
-    int values = how == PACK_PAIRS ? 2 : 1, all = depth;
+    int values = how >= PACK_PAIRS ? 2 : 1, all = depth;
     if (how != PACK_FP32) depth = (all + all % 2) / values;
     FloatMode mode = how == PACK_ROUNDED ? flush_denormals() : 0;
     long left_step = left_k * values, right_step = right_k * values;
-    // chunks of about equal depth, all but the last of whole squares to transpose; tiles of `left`: see pack_left
+    // chunks of about equal depth, all but the last of whole squares and AMX tiles; tiles of `left`: see pack_left
     int chunk = blocks_of(blocks_of(depth, blocks_of(depth, most)), LINE) * LINE;
     int tile_floats = chunk * LEFT_WIDTH + LINE, panel_floats = chunk * TILE_COLUMNS;
     int pass = LEFT_FLOATS / tile_floats / tiles * chunk; // values of k for which `left` fits
@@ -566,6 +648,10 @@ static void multiply_unit(float* result, long result_step, const float* left, lo
         }
     }
     if (how == PACK_ROUNDED) restore_mode(mode);
+#if AMX_TILES
+    if (shaped_rows) tile_release();
+    shaped_rows = 0;
+#endif
 }
 
 // The same for any number of rows: attention's products, which are small and have strides of their own.

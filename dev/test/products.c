@@ -2,12 +2,13 @@
 products.c: the matrix products' bits do not depend on how many rows or experts a call has, nor on the number of
 threads. That they are the plain loop's stands in test_moe.c.
 */
-// How products are computed: in fp32; in bf16 by fp32 arithmetic; by VDPBF16PS, or its model, where the build has one.
-enum { WAYS = 2 + PAIRS_TILE };
-static const char* way_names[] = {"fp32", "bf16", "bf16 by pairs"};
+// How products are computed: in fp32; in bf16 by fp32 arithmetic; by VDPBF16PS and by AMX, or their models, where the
+// build has them.
+#define WAYS (2 + PAIRS_TILE + (AMX_TILES && tiles_permitted()))
+static const char* way_names[] = {"fp32", "bf16", PAIRS_TILE ? "bf16 by pairs" : "bf16 by AMX", "bf16 by AMX"};
 static void use_way(int way) {
     bf16_products = way > 0;
-    bf16_packing = way == 2 ? PACK_PAIRS : PACK_ROUNDED;
+    bf16_packing = way < 2 ? PACK_ROUNDED : PAIRS_TILE && way == 2 ? PACK_PAIRS : PACK_TILES;
 }
 static float operand(float x) { return bf16_products ? bf16_rounded(x) : x; }
 
@@ -153,15 +154,16 @@ static void test_bf16_products(void) {
     // 2^24 swallows a 1 that comes after it
     static const int rows = 37;
     static const float ones[4] = {1, 1, 1, 1};
-    static const float terms[][5] = {{1, 0x1p24f, -0x1p24f, 1, 0}, {0x1p24f, 1, 1, -0x1p24f, 1}};       // and their sum
+    static const float terms[][6] = { // and their sum, then that by AMX
+        {1, 0x1p24f, -0x1p24f, 1, 0, 1}, {0x1p24f, 1, 1, -0x1p24f, 1, 1}, {0x1p24f, 1, -0x1p24f, 1, 0, 2}};
     for (int way = 1; way < WAYS; way++) {
         use_way(way);
         for (int plain = 0; plain < 2; plain++)
-            for (int i = 0; i < 2; i++) {
+            for (EACH(i, terms)) {
                 float sum = 0;
                 plain_products = plain;
                 matmul_forward(&sum, terms[i], ones, 1, 4, 1);
-                ok &= sum == terms[i][4];
+                ok &= sum == terms[i][bf16_packing == PACK_TILES ? 5 : 4];
             }
         plain_products = PLAIN;
         Product p = product_create(1, &rows, 35, 33);
@@ -170,7 +172,7 @@ static void test_bf16_products(void) {
         for (int i = 0; i < 3; i++)
             for (long k = 0; k < counts[i]; k++)
                 operands[i][k] *= ldexpf(1, k % 7 ? -60 - (int)(mix64((uint64_t)k) % 12) : -124 - (int)(k % 5));
-        int same = 1;
+        int same = 1, beyond = 1;
         for (int kind = 0; kind < 3; kind++) {
             long n = product_size(&p, kind);
             float *out = kept_floats(n), *plain = kept_floats(n);
@@ -182,12 +184,57 @@ static void test_bf16_products(void) {
             same &= same_floats(out, plain, n);
             for (long i = 0; i < n; i++) zeros += out[i] == 0, denormals += out[i] != 0 && fabsf(out[i]) < 0x1p-126f;
         }
-        check(ok, "%s: the odd member of a pair is added first, then the even one", way_names[way]);
+        for (int along = 0; along < 2; along++) { // k along rows of left, or across; first of infinities alone
+            float *out = kept_floats(35 * 32), *plain = kept_floats(35 * 32);
+            for (int finite = 0; finite < 2; finite++) {
+                int depth = finite ? 33 : along ? 35 : 37;
+                for (int i = 0; i < 37 * 35; i++)
+                    p.x[i] = finite && (along ? i % 35 : i / 35) < 33 ? (float)(1 + i % 5) : INFINITY;
+                for (int i = 0; i < 33 * 35; i++) p.W[i] = finite && i % 35 < 33 ? (float)(1 + i % 3) : INFINITY;
+                multiply_block(out, 32, p.x, along ? 35 : 1, along ? 1 : 35, p.W, 1, 35, 35, 32, depth, 0);
+            }
+            plain_products = 1;
+            multiply_block(plain, 32, p.x, along ? 35 : 1, along ? 1 : 35, p.W, 1, 35, 35, 32, 33, 0);
+            plain_products = PLAIN;
+            beyond &= same_floats(out, plain, 35 * 32) && isfinite(out[0]);
+        }
+        check(beyond, "%s: what lies beyond the depth does not count", way_names[way]);
+        check(ok, "%s: the odd member of a pair is added first, then the even one; by AMX apart", way_names[way]);
+        check(way < 2 || packing_holds(bf16_packing), "%s: what is checked at the start holds", way_names[way]);
         check(same && (!FLUSH_DENORMALS || (denormals == 0 && zeros > 0)) && arithmetic_holds(),
               "%s: sums around 2^-126: the plain loops' bits, %ld zeros, %ld denormals, and none elsewhere changed",
               way_names[way], zeros, denormals);
     }
     use_way(0);
+}
+
+// AMX's order of sums, written out: in each block of 32 the even k and the odd k, from zero. It is not VDPBF16PS's.
+static void test_amx_order(void) {
+    enum { ROWS = 5, DEPTH = 77, COLUMNS = 33, SIZE = ROWS * COLUMNS };
+    float *x = random_floats(ROWS * DEPTH, 1), *W = random_floats(COLUMNS * DEPTH, 2);
+    float *out[2] = {kept_floats(SIZE), kept_floats(SIZE)}, *right = kept_floats(SIZE);
+    for (int i = 0; i < SIZE; i++) {
+        right[i] = 0;
+        for (int first = 0; first < DEPTH; first += 32) {
+            float sums[2];
+            for (int odd = 0; odd < 2; odd++) {
+                sums[odd] = 0;
+                for (int k = first + odd; k < imin(first + 32, DEPTH); k += 2)
+                    sums[odd] = MULTIPLY_ADD(sums[odd], bf16_rounded(x[i / COLUMNS * DEPTH + k]),
+                                             bf16_rounded(W[i % COLUMNS * DEPTH + k]));
+            }
+            right[i] += sums[0] + sums[1];
+        }
+    }
+    for (int amx = 0; amx < 2; amx++) {
+        bf16_products = plain_products = 1;
+        bf16_packing = amx ? PACK_TILES : PACK_PAIRS;
+        matmul_forward(out[amx], x, W, ROWS, DEPTH, COLUMNS);
+    }
+    plain_products = PLAIN;
+    use_way(0);
+    check(same_floats(out[1], right, SIZE), "bf16 in AMX's order by the plain loops: blocks of 32, even and odd apart");
+    check(!same_floats(out[0], right, SIZE), "VDPBF16PS's order is another one");
 }
 
 // Which products are bf16: of a model with all kinds, each is what that product is, by itself, of the same operands.
@@ -235,6 +282,7 @@ static const Tolerances of_bf16_products = {0.12, 0.02, 0.015, 0.2, 0.4, 3, 0.1}
 
 static void test_bf16(void) {
     test_bf16_products();
+    test_amx_order();
     test_bf16_places();
     use_way(WAYS - 1);
     for (EACH(i, golden_models))
