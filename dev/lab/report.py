@@ -164,7 +164,7 @@ def judged(e):
     rows = []
     for claim, f in zip(claims, found):
         if f is None:
-            rows.append((claim, None, "not run yet" if e.done() < len(e.specs) else "cannot tell", "fewer than 2 pairs"))
+            rows.append((claim, None, "not run yet" if e.done() < len(e.specs) else "cannot tell", "n below 2"))
             continue
         low, high, family = f["low"], f["high"], second.count(claim["measure"].get("difference", [0, 0])[1])
         if f.get("x") and family > 1:
@@ -422,8 +422,8 @@ def blocks(experiments, results):
                 "written down before the run (or when the claim says), else it is *cannot tell*; *so far*: not all "
                 "seeds have been run. Where several claims compare with one arm, the interval that is judged is wider "
                 "(Bonferroni). *n pairs see x*: an effect of x is found by n pairs in four of five tries.")
-    yield "p", ("In the tables of arms: loss (s): mean and deviation over seeds. level for good after: the tokens after "
-                "the transition from which on the arm is no worse than its source continued, to the nearest "
+    yield "p", ("In the tables of arms: loss (s): mean and deviation over seeds. level for good after: the tokens after the "
+                "transition from which on the arm is no worse than its source continued, to the nearest "
                 "validation. at equal FLOPs: between two lengths of the larger model (beyond: outside of them). MaxVio "
                 "and dead (of all layers) of training tokens, if all arms were trained, else of validation. overlap: "
                 "of the tokens that reach either of two twins, the share that reaches both. Seconds are in "
