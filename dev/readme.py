@@ -23,10 +23,11 @@ SHAKESPEARE = "data/text/tinyshakespeare.txt"
 
 
 def output(command):
-    """stdout of a shell command; stderr is the message if it fails."""
+    """stdout of a shell command; if it fails, the message is what tests said, and the end of stderr or stdout."""
     done = subprocess.run(["bash", "-ec", command], capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise RuntimeError(f"{command}: {(done.stderr or done.stdout).strip()[-300:]}")
+        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        raise RuntimeError("\n".join([f"{command}:", *failed, (done.stderr or done.stdout).strip()[-300:]]))
     return done.stdout.rstrip("\n")
 
 
