@@ -23,7 +23,9 @@ endif
 # Promises without which gcc does not turn some loops into vector code: nobody asks errno about a square root, nobody
 # wants to be stopped by a comparison with what is not a number. No result changes. (dev/bench/README.md: what it bought)
 MATH    = -fno-math-errno -fno-trapping-math
-FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra $(if $(PLAIN),-DPLAIN=$(PLAIN)) $(if $(BF16),-DBF16_MODEL) $(if $(filter amx,$(BF16)),-DAMX_MODEL)
+FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra $(if $(PLAIN),-DPLAIN=$(PLAIN)) \
+          $(if $(BF16),-DBF16_MODEL) $(if $(filter amx,$(BF16)),-DAMX_MODEL)
+$(if $(filter-out model amx,$(BF16)),$(error BF16 is model or amx, not '$(BF16)'))
 # what the compiler says of itself; --version is silent where CC is more than a name
 MACROS := $(shell $(CC) $(CFLAGS) $(ARCH) -dM -E -x c /dev/null 2>/dev/null)
 ifneq ($(findstring __clang__,$(MACROS)),)

@@ -105,10 +105,9 @@ static int count_sparse(const Config* c) {
 //     backward weight  dW += dy^T x     dW (OC, C), always a sum: micro-batches add to one gradient
 //
 // Their definition, order of additions and roundings included, is sum_products and which sums the loops below
-// ask of it. dev/lib/products.h computes the same bits many times faster: there, blocks, vectors and threads
-// only decide which elements are computed when, and where a sum waits while it is unfinished. So bits never
-// depend on the number of rows, threads or experts in a call, nor on the place of a row in the batch: a token
-// generated alone equals the same token in a batch.
+// ask of it. dev/lib/products.h computes the same bits many times faster: blocks, vectors and threads only
+// decide when an element is computed, and where its sum waits meanwhile. So bits never depend on how many
+// rows, threads or experts a call has: a token generated alone equals the same token in a batch.
 
 #include "dev/lib/products.h"     // fast_product, fast_block: these sums, fast; bf16_products
 
@@ -132,14 +131,16 @@ static int plain_products = PLAIN;
 //     fp32  k = 0, 1, 2, ..
 //     bf16  k = 1, 0, 3, 2, .., of numbers rounded to the nearest bf16, ties to even; beyond the depth they
 //           are zero, and so is any below 2^-126, operand or sum: VDPBF16PS's way (Intel's manual)
-//     AMX   for bf16 where TDPBF16PS computes: 32 values of k at a time, even and odd ones each from zero
+//     AMX   in place of that order, where TDPBF16PS computes: of every 32 values of k the even ones and the
+//           odd ones each make a sum from zero; the two are added, then to what was before
 static void sum_products(float* result, int add, const float* left, long left_k, const float* right,
                          long right_k, int depth) {
     float sum = add ? *result : 0, halves[2] = {0, 0};
-    for (int k = 0; k < depth && !bf16_products; k++)
-        sum = MULTIPLY_ADD(sum, left[k * left_k], right[k * right_k]);
-    *result = sum;
-    if (!bf16_products) return;
+    if (!bf16_products) {
+        for (int k = 0; k < depth; k++) sum = MULTIPLY_ADD(sum, left[k * left_k], right[k * right_k]);
+        *result = sum;
+        return;
+    }
     FloatMode mode = flush_denormals();
     int amx = bf16_packing == PACK_TILES, block = amx ? 32 : 2, end = blocks_of(depth, block) * block;
     for (int n = 0, k = 1; n < end; k = ++n ^ 1) {
@@ -1047,7 +1048,7 @@ static void ffn_layer_backward(Model* m, int l, float scale) {
 }
 
 // Runs B sequences of T tokens (B T) through the model. With targets (B T), the next tokens, it returns the
-// mean cross-entropy in nats; with NULL it only makes logits. Generating (B = 1), they follow the cache's.
+// mean cross-entropy in nats; with NULL, logits alone. In generation (B = 1) tokens follow the cached ones.
 static double model_forward(Model* m, const int* tokens, const int* targets, int B, int T) {
     const Config* c = &m->config;
     int N = B * T, H = c->hidden_size, V = c->vocab_size, E = c->num_experts;
@@ -1220,8 +1221,7 @@ static Step train_step(Model* m, const Run* run, Dataset* data, Batch batch, lon
     long first = position_after(run->begun, step, sequences, run->T).sequences;
     for (long i = 0; i < sequences && !s.problem; i++)
         if (!dataset_training_sequence(data, run->seed, first + i, batch.tokens + i * run->T,
-                                       batch.targets + i * run->T))
-            s.problem = data->error;
+                                       batch.targets + i * run->T)) s.problem = data->error;
     if (s.problem) return s;
     router_before_step(m, &run->routers, run->seed, step);
     m->noise_step = step * run->accum;  // the number of the pass, for LPR's noise
