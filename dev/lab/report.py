@@ -74,6 +74,11 @@ class Experiment:
             arm, key = str(words), ""
         return self.column(arm, key or "loss"), arm
 
+    def root(self, arm):
+        """The arm that this one's models were begun as."""
+        before = self.spec["arms"][arm].get("from")
+        return self.root(before) if before else arm
+
     def together(self, *names):
         """Values of seeds that all have, made by one build on one kind of processor: lists, and the seeds."""
         columns = [self.values(name) for name in names]
@@ -103,6 +108,11 @@ class Experiment:
         return found
 
 
+def noise_ratio(x, y):
+    """The deviation of pairs over that of two values of different seeds, sqrt(var x + var y): 1 without pairing."""
+    return float(numpy.std(numpy.subtract(x, y), ddof=1) / math.sqrt(numpy.var(x, ddof=1) + numpy.var(y, ddof=1)))
+
+
 def measure(e, claim):
     """What a claim's measure came to: dict of value, low, high, n, p, sd (of pairs), why; None if there is too
     little."""
@@ -126,11 +136,8 @@ def measure(e, claim):
         if len(x) < 3:
             return None
 
-        def ratio(seeds):
-            a, b = numpy.array(x)[seeds], numpy.array(y)[seeds]
-            return math.log(numpy.std(a - b, ddof=1) / math.sqrt(a.var(ddof=1) + b.var(ddof=1)))
-
-        found = [math.exp(v) for v in stats.jackknife(ratio, len(x))]
+        found = [math.exp(v) for v in stats.jackknife(
+            lambda seeds: math.log(noise_ratio(numpy.array(x)[seeds], numpy.array(y)[seeds])), len(x))]
         return dict(zip(("value", "low", "high"), found), n=len(x), p=None,
                     sd=float(numpy.std(numpy.subtract(x, y), ddof=1)), unit="")
     if kind == "closure":
@@ -140,8 +147,8 @@ def measure(e, claim):
         if not stats.gap_is_wide(low, high):
             gap = numpy.subtract(low, high)
             return dict(value=math.nan, low=-math.inf, high=math.inf, n=len(x), p=None, sd=None, unit="%",
-                        why=f"n {len(x)}; gap {gap.mean():.4f}, s {gap.std(ddof=1):.4f}: not above {stats.SIGMAS} "
-                        "standard errors")
+                        why=f"n {len(x)}; gap {short(gap.mean())}, s {short(gap.std(ddof=1))}: not above "
+                        f"{stats.SIGMAS} standard errors")
         return dict(zip(("value", "low", "high"), stats.closure(low, high, x)), n=len(x), p=None, sd=None, unit="%")
     if kind == "closures":
         (x, a, b, y, c, d), _ = e.together(*e.ends(item[0]), *e.ends(item[1]))
@@ -160,14 +167,14 @@ def judged(e):
     they are judged by wider intervals (stats.of_several) than those of 95 % that are shown."""
     claims = e.spec.get("claims", [])
     found = [measure(e, c) for c in claims]
-    second = [c["measure"]["difference"][1] if "difference" in c["measure"] else None for c in claims]
+    others = [c["measure"]["difference"][1] if "difference" in c["measure"] else None for c in claims]
     rows = []
-    for claim, f in zip(claims, found):
+    for claim, f, other in zip(claims, found, others):
         if f is None:
             rows.append((claim, None, "not run yet" if e.done() < len(e.specs) else "cannot tell", "n below 2"))
             continue
-        low, high, family = f["low"], f["high"], second.count(claim["measure"].get("difference", [0, 0])[1])
-        if f.get("x") and family > 1:
+        low, high, family = f["low"], f["high"], others.count(other) if other else 1
+        if family > 1:
             _, low, high, _ = stats.mean_interval(f["x"], stats.of_several(family))
         said, why = stats.verdict(low, high, claim["verdict"]), f.get("why") or f"n {f['n']}"
         if f["n"] < stats.FEWEST and f["sd"] != 0:
@@ -196,7 +203,7 @@ def interval(f):
     if not f:
         return "-"
     if not math.isfinite(f["value"]):
-        return "none"
+        return "no clear gap"
     scale, end = (100, " %") if f["unit"] else (1, "")
     digits = 0 if f["unit"] else 4
     ends = [f"{v * scale:.0f}" if f["unit"] and math.isfinite(v) else short(v, digits) for v in (f["low"], f["high"])]
@@ -241,7 +248,7 @@ def healed(e, arm, continued):
 def arm_table(e):
     """One row for each arm that has one, with all figures; columns without any are left out."""
     readings = e.spec.get("readings", {})
-    heads = ["arm", "n", "tokens", "loss (s)", "minus the source continued", "minus the larger from nothing",
+    heads = ["arm", "n", "tokens", "loss (s)", "minus the source continued", "minus the larger all along",
              "the same at equal FLOPs", "gap closure", "jump", "level for good after", "MaxVio", "dead",
              "twins' cosine", "overlap", "distinct sources a token", "expert and kind: shared nats"]
     rows = []
@@ -257,7 +264,8 @@ def arm_table(e):
                     "tokens": f"{float(first['total_tokens']) / 1e6:.2f}M",
                     heads[3]: f"{statistics.mean(losses.values()):.4f}" + (
                         f" ({short(statistics.stdev(losses.values()))})" if len(losses) > 1 else "")})
-        grown = "from" in e.spec["arms"][arm]
+        # readings are for what was made from the source that they continue
+        grown = "from" in e.spec["arms"][arm] and e.root(arm) == e.root(readings.get("after", arm))
         for head, key in ((heads[4], "after"), (heads[5], "total")):
             if readings.get(key) and arm != readings[key] and grown:
                 pairs, _ = e.together(arm, readings[key])
@@ -274,7 +282,7 @@ def arm_table(e):
         jumps = e.column(arm, "jump") or e.column(f"{arm}@grow", "jump")
         if jumps:
             row["jump"] = short(round(statistics.mean(jumps.values()), 6))
-        if readings.get("after") and "grow" in e.spec["arms"][arm]:
+        if readings.get("after") and grown and "grow" in e.spec["arms"][arm]:
             row["level for good after"] = healed(e, arm, readings["after"])
         for head, key, digits in (("MaxVio", load + "max_vio", 2), ("dead", load + "dead", 1),
                                   ("twins' cosine", "twin_cosine", 3), ("overlap", "overlap", 3),
@@ -422,13 +430,13 @@ def blocks(experiments, results):
                 "written down before the run (or when the claim says), else it is *cannot tell*; *so far*: not all "
                 "seeds have been run. Where several claims compare with one arm, the interval that is judged is wider "
                 "(Bonferroni). *n pairs see x*: an effect of x is found by n pairs in four of five tries.")
-    yield "p", ("In the tables of arms: loss (s): mean and deviation over seeds. level for good after: the tokens after the "
-                "transition from which on the arm is no worse than its source continued, to the nearest "
-                "validation. at equal FLOPs: between two lengths of the larger model (beyond: outside of them). MaxVio "
-                "and dead (of all layers) of training tokens, if all arms were trained, else of validation. overlap: "
-                "of the tokens that reach either of two twins, the share that reaches both. Seconds are in "
-                "`results/stages.csv`, with the load of the machine beside them: where it is above the number of cores "
-                "they say nothing.")
+    yield "p", ("In the tables of arms: loss (s): mean and deviation over seeds. minus: only for arms from the source "
+                "that is continued. level for good after: the tokens after the transition from which on the arm is no "
+                "worse than that, to the nearest validation. at equal FLOPs: between two lengths of the larger model "
+                "(beyond: outside of them). MaxVio and dead (of all layers) of training tokens, if all arms were "
+                "trained, else of validation. overlap: of the tokens that reach either of two twins, the share that "
+                "reaches both. Seconds are in `results/stages.csv`, with the load of the machine beside them: where it "
+                "is above the number of cores they say nothing.")
     if rows:
         kinds = sorted({f"{r['processor']}, commit {r['commit']}, binary {r['binary']}" for r in rows})
         yield "p", f"{len(results.stages)} stages, made by: {'; '.join(kinds)}."

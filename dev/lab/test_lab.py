@@ -51,7 +51,7 @@ def test_stats():
     check(925 <= hits <= 975, "so does the jackknife's", hits)
     check(stats.closure([1, 1.1, 1.2], [1, 1.11, 1.19], [1, 1.1, 1.2])[1] == -math.inf,
           "without a gap no interval of closure")
-    check(stats.gap_is_wide([1.557, 1.574, 1.56], [1.527, 1.545, 1.531])
+    check(stats.gap_is_wide([1.557, 1.574, 1.56], [1.527, 1.534, 1.51])          # .03, .04, .05: 4 deviations
           and not stats.gap_is_wide([1.557, 1.574, 1.56], [1.55, 1.532, 1.53])
           and not stats.gap_is_wide([1.557, 1.574], [1.527, 1.545]), "five standard errors, three pairs")
     ranges = {"yes": [-9, 0], "partial": [-.002, .002], "no": [0, 9]}
@@ -150,11 +150,12 @@ def test_report():
             results.curves.setdefault(stage,
                                       [dict(step=str(s), tokens=s * 1024, val_loss=3 - s / 1000) for s in (100, 200)])
     judged = {c["claim"]: (verdict, f) for c, f, verdict, _ in report.judged(report.Experiment("E1", results))}
-    closure = judged["with that noise copies reach the larger model at equal tokens in all"]
-    check(closure[0] == "partial" and closure[1]["low"] < 0.5 < closure[1]["high"], "half of the gap closed is partial",
-          closure)
+    closure = judged["copies with noise on the router's new rows reach the larger model at equal tokens in all"]
+    check(closure[0] == "partial" and closure[1]["low"] < 0.5 < closure[1]["high"],
+          "half of the gap closed is partial", closure)
     check(judged["exact copies end better than their source continued"][0] == "yes"
-          and judged["the same, exact copies"][0] in ("partial", "cannot tell"),
+          and judged["exact copies, more of experts with large gradients, beat four of each"][0]
+          in ("partial", "cannot tell"),
           "verdicts of made-up results",
           {k: v[0] for k, v in judged.items()})
     parts = list(report.blocks([report.Experiment(n, results) for n in names], results))
@@ -166,9 +167,65 @@ def test_report():
         page = report.to_html(parts, drawings)
         check(len(drawings) > len(names) and page.count("<svg") == len(drawings), "and a page with all figures",
               list(drawings))
+    test_judging(results)
     some = report.Experiment("E1", results)
     results.stages[some.ids["copy", 1]]["canary"] = "another"
     check(len(some.together("copy", "continued")[1]) == 7, "pairs of two builds are left out")
+
+
+def test_judging(results):
+    """What a sceptic asks of the verdicts of made-up results."""
+    def e1(seeds, losses):
+        """E1 with so many seeds run, of two claims about continued and one about copy-perturbed."""
+        e = report.Experiment("E1", report.Results())
+        e.results.stages = {k: dict(v) for k, v in results.stages.items()}
+        for (arm, seed), stage in e.ids.items():
+            if seed > seeds:
+                e.results.stages.pop(stage, None)
+            elif arm in losses:
+                e.results.stages[stage]["loss"] = losses[arm][seed - 1]
+        about = [[arm, "continued"] for arm in list(losses)[1:]]
+        e.spec["claims"] = [dict(claim=a[0], expected="x", measure=dict(difference=a), verdict={"yes": [-9, 0]})
+                            for a in about]
+        return {c["claim"]: verdict for c, _, verdict, _ in report.judged(e)}
+
+    flat, better = [1.5] * 8, [1.49, 1.4901, 1.488, 1.491, 1.49, 1.489, 1.49, 1.49]
+    check([e1(n, dict(continued=flat, copy=better))["copy"] for n in (2, 3, 8)] == ["cannot tell", "so far yes", "yes"],
+          "nothing is said of two pairs, and so far of three of eight")
+    # three pairs with p = .04: enough for one claim, not for two
+    near_enough = [1.5 - x for x in (.01, .0135, .0065)] + flat[3:]
+    low, high = stats.mean_interval([-.01, -.0135, -.0065])[1:3]
+    check(low < high < 0 and e1(3, dict(continued=flat, copy=near_enough))["copy"] == "so far yes" and
+          e1(3, {"continued": flat, "copy": near_enough, "copy-perturbed": near_enough})["copy"] == "cannot tell",
+          "one claim of two wants more than one alone", (low, high))
+
+    # two unrelated arms: the pair's deviation is as large as that of two seeds
+    e, rng = report.Experiment("noise", report.Results()), numpy.random.default_rng(3)
+    e.seeds = list(range(2000))
+    e.ids = {(arm, seed): f"{arm}{seed}" for arm in ("copy", "continued") for seed in e.seeds}
+    e.results.stages = {stage: dict(canary="x", processor="x", loss=rng.normal()) for stage in e.ids.values()}
+    columns, _ = e.together("copy", "continued")
+    check(near([report.noise_ratio(*columns)], [1], 0.05), "without pairing the ratio of noise is 1")
+
+    e = report.Experiment("E1", report.Results())
+    e.results.stages, e.results.curves = {}, {}
+    worse = dict(zip("1234", (1.4, 1.6, 1.4, 1.4)))     # level, worse again, level for good from step 3 on
+    for arm, losses in (("copy", worse), ("continued", dict.fromkeys("1234", 1.5))):
+        e.results.curves[e.ids[arm, 1]] = [dict(step=k, tokens=int(k) * 1e6, val_loss=v) for k, v in losses.items()]
+        e.results.stages[e.ids[arm, 1]] = dict(loss=1.5)
+    check(report.healed(e, "copy", "continued") == "3.00M", "level for good, not for a moment",
+          report.healed(e, "copy", "continued"))
+    heads, rows = report.arm_table(report.Experiment("E1", results))
+    told = {row[0]: dict(zip(heads, row))["minus the source continued"] for row in rows}
+    check(told["exact copies"] and not told["sigmoid-copy"] and not told["continued16"],
+          "arms of another source are not compared with this one continued", told)
+    broken = subprocess.run([sys.executable, "-c", "import report; report.Experiment('E1', report.Results())"
+                             ".values('copyx')"], cwd=lab.HERE, capture_output=True, text=True)
+    check(broken.returncode == 2 and "'copyx' is no arm" in broken.stderr, "refused: an arm that is not there",
+          broken.stderr)
+    cut = subprocess.run(f"{sys.executable} lab.py list | head -n 1", shell=True, cwd=lab.HERE, capture_output=True,
+                         text=True)
+    check(not cut.stderr and len(cut.stdout.splitlines()) == 1, "list | head", cut.stderr)
 
 
 def test_going_on():
