@@ -92,11 +92,11 @@ typedef struct {
 } RouterOperator;
 
 enum { SMALLER = 1, LARGER = 2 };
-enum { OF_WEIGHTS = 1, OF_GRADIENTS = 2, OF_SECOND_MOMENTS = 4 };
+enum { OF_WEIGHTS = 1, OF_GRADIENTS = 2, OF_SECOND_MOMENTS = 4, NORMS = 7, OF_LOAD = 8 };
 typedef struct {
     const char* name;
     int fits;          // results that are SMALLER, LARGER or both
-    int norms;         // that the utility is made of
+    int made_of;       // what copies are handed out by: norms that the utility is made of, or load
     double (*utility)(double w2, double g2, double v2); // of norms, section 2; or NULL
     // makes Plan.score, or NULL: none is needed; why: what wants --calibrate, for the message if it is missing
     void (*score)(Plan* p, const char* why);
@@ -520,7 +520,7 @@ static const Selection selections[] = {
     {"saliency", LARGER, OF_WEIGHTS | OF_GRADIENTS, utility_saliency, score_by_utility},
     {"grad2", SMALLER | LARGER, OF_GRADIENTS, utility_grad2, score_by_utility},
     {"fisher", LARGER, OF_GRADIENTS | OF_SECOND_MOMENTS, utility_fisher, score_by_utility},
-    {"load", SMALLER, 0, NULL, score_by_load},
+    {"load", SMALLER | LARGER, OF_LOAD, NULL, score_by_load},
     {"router-norm", SMALLER, 0, NULL, score_by_router_norm},
     {"reap", SMALLER, 0, NULL, score_by_reap},
     {"man", SMALLER, 0, NULL, score_by_man},
@@ -548,11 +548,11 @@ static Names methods_from(int from) {
     return names;
 }
 
-// The names of the selections that fit a SMALLER or LARGER result; that are a `utility` of norms
-static Names selections_for(int fits, int utility) {
+// The names of the selections that fit a SMALLER or LARGER result; made of one of these at least, if not 0
+static Names selections_for(int fits, int made_of) {
     Names names = {""};
     for (int i = 0; i < NUM_SELECTIONS; i++)
-        if (selections[i].fits & fits && (!utility || selections[i].utility))
+        if (selections[i].fits & fits && (!made_of || selections[i].made_of & made_of))
             names_add(&names, selections[i].name);
     return names;
 }
@@ -612,14 +612,15 @@ static void refuse_selection(const Plan* p, const char* src) {
                        : "--method %s makes copies, but DST has as many experts as SRC, %d",
             p->method->name, p->E);
     if (insists("score-on") && !by->utility)
-        die(2, "--score-on belongs to --select %s", selections_for(SMALLER | LARGER, 1).text);
+        die(2, "--score-on belongs to --select %s", selections_for(SMALLER | LARGER, NORMS).text);
     if ((insists("allocate") || insists("cap")) && (!by->score || shrinks))
         die(2, "--%s hands out copies by a score; --select %s has one", insists("cap") ? "cap" : "allocate",
-            selections_for(LARGER, 1).text);
+            selections_for(LARGER, NORMS | OF_LOAD).text);
     if (by->score && is(p->method->name, "multiply"))
         die(2, "--select %s: copies in unequal numbers, and --method multiply wants equal ones", by->name);
     if (asked("allocate") && is(by->name, "random"))
-        die(2, "--allocate: --select random draws lots; %s have scores", selections_for(LARGER, 1).text);
+        die(2, "--allocate: --select random draws lots; %s have scores",
+            selections_for(LARGER, NORMS | OF_LOAD).text);
 }
 
 static void refuse_router(const Plan* p, const char* src, int correction) {

@@ -133,6 +133,8 @@ static void test_up_pruning(void) {
     check(same_floats(rows + H, all + second * H, H), "and take their router rows along");
     // load and the norms of MoE-Pruner, counted here from a training model, which keeps every layer's activations
     UP("{}/big {}/load --experts 2 --select load --calibrate {}/random.bin --calibrate-batches 3 --batch 2 --seq 16");
+    UP("{}/big {}/larger --experts 7 --select load --cap 1 --calibrate {}/random.bin --calibrate-batches 3 --batch 2 "
+       "--seq 16");
     UP("{}/big {}/pruned --experts 5 --prune-weights 0.3 --calibrate {}/random.bin --calibrate-batches 3 --batch 2 "
        "--seq 16");
     Config c;
@@ -172,6 +174,9 @@ static void test_up_pruning(void) {
         if (better < 2) sprintf(expected + strlen(expected), "%s%d", *expected ? " " : "", e);
     }
     check(up_list_is(up_path("load"), "source", 1, expected), "load keeps %s", expected);
+    char copied[48];
+    snprintf(copied, sizeof copied, "0 1 2 3 4 %s", expected);
+    check(up_list_is(up_path("larger"), "source", 1, copied), "or hands out copies: %s", copied);
     int right = 1, zeros = 1;
     for (int e = 0; e < E; e++)
         for (int which = 0; which < 2; which++) {

@@ -176,12 +176,12 @@ static void combine_norms(Plan* p, const double* w, const double* g, const doubl
 
 static void score_by_utility(Plan* p, const char* why) {
     const Source* s = p->sources[0];
-    int norms = p->selection->norms;
+    int made_of = p->selection->made_of;
     long n = 2L * s->config.num_layers * p->E;
-    Source* second = norms & OF_SECOND_MOMENTS ? open_or_die(s->dir, ".exp_avg_sq") : NULL;
+    Source* second = made_of & OF_SECOND_MOMENTS ? open_or_die(s->dir, ".exp_avg_sq") : NULL;
     double* v = second ? expert_norms(second) : NEW(double, n);
-    double* w = norms & OF_WEIGHTS ? expert_norms(s) : NEW(double, n);
-    double* g = norms & OF_GRADIENTS ? gradient_norms(s, why) : NEW(double, n);
+    double* w = made_of & OF_WEIGHTS ? expert_norms(s) : NEW(double, n);
+    double* g = made_of & OF_GRADIENTS ? gradient_norms(s, why) : NEW(double, n);
     combine_norms(p, w, g, v);
     source_close(second);
     free(w);
