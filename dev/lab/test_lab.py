@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 
 FOLDER = tempfile.TemporaryDirectory()
 os.environ["LAB"] = FOLDER.name
@@ -130,14 +131,15 @@ def test_routing():
 
 def test_report():
     """Made-up rows of all stages: what is judged of them, and that every page can be made."""
-    rng, results = numpy.random.default_rng(1), report.Results()
+    results = report.Results()
     results.stages, results.curves = {}, {}
     effects = dict(continued16=0, copy=0.015, continued=0.03, random=0.015, grad2=0.0149)
     effects["copy-perturbed"] = 0.015
-    names = [p.stem for p in (lab.HERE / "experiments").glob("*.yaml") if p.stem not in report.SKIPPED]
+    names = sorted(p.stem for p in (lab.HERE / "experiments").glob("*.yaml") if p.stem not in report.SKIPPED)
     for name in names:
         e = report.Experiment(name, results)
         for (arm, seed), stage in sorted(e.ids.items()):
+            rng = numpy.random.default_rng(zlib.crc32(f"{arm} {seed}".encode()))    # whatever else is run
             row = dict.fromkeys(["canary", "processor", "commit", "binary"], "x")
             row.update(stage=stage, loss=1.5 + effects.get(arm, 0.02) + seed / 50 + rng.normal(0, 0.001), jump=0.05,
                        tokens=2e6,
@@ -151,7 +153,8 @@ def test_report():
                                       [dict(step=str(s), tokens=s * 1024, val_loss=3 - s / 1000) for s in (100, 200)])
     judged = {c["claim"]: (verdict, f) for c, f, verdict, _ in report.judged(report.Experiment("E1", results))}
     closure = judged["copies with noise on the router's new rows reach the larger model at equal tokens in all"]
-    check(closure[0] == "partial" and closure[1]["low"] < 0.5 < closure[1]["high"],
+    check(closure[0] == "partial" and abs(closure[1]["value"] - 0.5) < 0.1
+          and 0.3 < closure[1]["low"] < closure[1]["value"] < closure[1]["high"] < 0.7,
           "half of the gap closed is partial", closure)
     check(judged["exact copies end better than their source continued"][0] == "yes"
           and judged["exact copies, more of experts with large gradients, beat four of each"][0]
