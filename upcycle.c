@@ -92,11 +92,11 @@ typedef struct {
 } RouterOperator;
 
 enum { SMALLER = 1, LARGER = 2 };
-enum { OF_WEIGHTS = 1, OF_GRADIENTS = 2, OF_SECOND_MOMENTS = 4, NORMS = 7, OF_LOAD = 8 };
+enum { OF_WEIGHTS = 1, OF_GRADIENTS = 2, OF_SECOND_MOMENTS = 4, NORMS = 1 | 2 | 4, OF_LOAD = 8 };
 typedef struct {
     const char* name;
     int fits;          // results that are SMALLER, LARGER or both
-    int made_of;       // what copies are handed out by: norms that the utility is made of, or load
+    int made_of;       // what copies are handed out by: norms that the utility is made of, or load; or 0
     double (*utility)(double w2, double g2, double v2); // of norms, section 2; or NULL
     // makes Plan.score, or NULL: none is needed; why: what wants --calibrate, for the message if it is missing
     void (*score)(Plan* p, const char* why);
