@@ -130,7 +130,8 @@ def digest(spec):
 def stages_of(experiment, known=None):
     """{(arm, seed): id of its last stage; (arm@grow, seed): before it is trained on}, {id: spec}, [lines on arms left
     out]. An arm is `from` another one (or from nothing), then `grow` (options of upcycle), then `train` (options of
-    train_moe); `branch: true` goes on with the very run, its optimizer and schedule, in a copy."""
+    train_moe); `branch: true` goes on with the very run, its optimizer and schedule, in a copy, which may have been
+    grown with --optimizer."""
     last, specs, left, arms = {}, {}, [], experiment["arms"]
 
     def add(spec, kind):
@@ -148,6 +149,8 @@ def stages_of(experiment, known=None):
         a, parent = arms[arm] or {}, None
         if set(a) - {"from", "grow", "train", "branch", "needs", "topk", "label"}:
             fail(f"{experiment['name']}: arm '{arm}' has unknown {', '.join(set(a))}; see template.yaml")
+        if a.get("branch") and "--optimizer" not in a.get("grow", "--optimizer"):
+            fail(f"{experiment['name']}: arm '{arm}': a branch that grows wants --optimizer copy or scale in `grow`")
         if known and (option := missing(a, known)):
             last[arm, seed] = None
             left.append(f"{experiment['name']}: {arm} is left out until the programs have {option}")
@@ -190,11 +193,7 @@ def tokens_of(spec, specs):
     if "parent" in spec:
         before = tokens_of(specs[spec["parent"]], specs)[1]
     if "train" in spec:
-        chain, begun = spec["train"], 0
-        if spec.get("branch"):
-            chain = whole_options(specs[spec["parent"]], specs) + chain
-            begun = int(option(specs[spec["parent"]]["train"], "--steps", 1000))
-        size = 1
+        chain, begun, size = whole_options(spec, specs), begun_at(spec, specs), 1
         for name, default in (("--batch", 8), ("--seq", 128), ("--accum", 1)):
             size *= int(option(chain, name, default))
         own = (int(option(chain, "--steps", 1000)) - begun) * size
@@ -202,8 +201,14 @@ def tokens_of(spec, specs):
 
 
 def whole_options(spec, specs):
-    """Those that a branch has from the runs that it goes on with, and its own."""
-    return (whole_options(specs[spec["parent"]], specs) if spec.get("branch") else []) + spec["train"]
+    """Those that a branch has from the runs that it goes on with, also through a growth, and its own."""
+    before = specs[spec["parent"]] if spec.get("branch") or "grow" in spec else None
+    return (whole_options(before, specs) if before else []) + spec.get("train", [])
+
+
+def begun_at(spec, specs):
+    """The steps that the run had made before a branch of it; else 0."""
+    return int(option(whole_options(specs[spec["parent"]], specs), "--steps", 1000)) if spec.get("branch") else 0
 
 
 # Texts
@@ -418,6 +423,12 @@ def evaluate(name, spec, threads):
     def loss(kind, *more):
         return run([*common, "--data", text_file(f"{spec['text']}-val-{kind}.txt"), "--val-batches", batches, *more])
 
+    def rate(model, batch):
+        """Tokens/s of 32K tokens; the later of two --model and of two --batch holds."""
+        said = run([*common, "--model", model, "--data", text_file(f"{spec['text']}-val-{kinds[0]}.txt"), "--batch",
+                    batch, "--val-batches", 32768 // (batch * WINDOW)])
+        return float(re.search(r"([\d.]+) tokens/s", said).group(1))
+
     def mean(losses):
         return sum(float(x) * int(n) for x, n in losses) / sum(int(n) for _, n in losses)
 
@@ -439,9 +450,13 @@ def evaluate(name, spec, threads):
     found["loss"] = mean(losses)
     for k in spec.get("topk") or ():
         found[f"loss_k{k}"] = mean([score.search(loss(kind, "--topk", k)).groups() for kind in kinds])
+    # A bare rate says as much of the machine's minute as of the model: model and parent take turns.
     for batch in spec["evaluate"].get("speed") or ():
-        rates = [float(re.search(r"([\d.]+) tokens/s", loss(kinds[0], "--batch", batch)).group(1)) for _ in range(5)]
-        found[f"speed_b{batch}"] = sorted(rates)[2]
+        models = [folder] + ([LAB / "run" / spec["parent"]] if "parent" in spec else [])
+        turns = numpy.array([[rate(model, batch) for model in models] for _ in range(9)])
+        found[f"speed_b{batch}"] = float(numpy.median(turns[:, 0]))
+        if "parent" in spec:
+            found[f"speed_b{batch}_share"] = float(numpy.median(turns[:, 0] / turns[:, 1]))
     if experts:
         figures, readers = routing(traces, twins_of(folder), experts)
         found.update(figures)
@@ -483,19 +498,18 @@ def stage(name):
     figures, readers, per_token = evaluate(name, spec, threads)
     parent = rows_of(LAB / "done" / f"{spec['parent']}.csv")[0] if "parent" in spec else None
     own, total = tokens_of(spec, specs)
-    curve, begun = [], 0
+    curve, begun = [], begun_at(spec, specs)
     if "train" in spec:
-        if spec.get("branch"):
-            begun = int(option(specs[spec["parent"]]["train"], "--steps", 1000))
         by_step = {}
         for row in rows_of(out / "load.csv") if figures["experts"] else ():
             if row["expert"] == "0":
                 by_step.setdefault(row["step"], []).append(row)
         for row in rows_of(out / "val.csv"):
-            if int(row["step"]) <= begun:
+            steps = int(row["step"])
+            if steps <= begun:
                 continue
             layers = by_step.get(row["step"], [])
-            curve.append({"stage": name, **row,
+            curve.append({"stage": name, **row, "tokens": int(row["tokens"]) * (steps - begun) // steps,
                           **{k: f"{sum(float(r[k]) for r in layers) / (1 if k == 'dead' else len(layers)):.6g}"
                                                    for k in CURVE[4:] if layers and layers[0][k] != ""}})
     row = dict(figures, stage=name, seed=spec["seed"], step=curve[-1]["step"] if curve else 0,

@@ -265,7 +265,7 @@ def arm_table(e):
                     heads[3]: f"{statistics.mean(losses.values()):.4f}" + (
                         f" ({short(statistics.stdev(losses.values()))})" if len(losses) > 1 else "")})
         # readings are for what was made from the source that they continue
-        grown = "from" in e.spec["arms"][arm] and e.root(arm) == e.root(readings.get("after", arm))
+        grown = "from" in e.spec["arms"][arm] and e.root(arm) == e.root(readings.get("of", readings.get("after", arm)))
         for head, key in ((heads[4], "after"), (heads[5], "total")):
             if readings.get(key) and arm != readings[key] and grown:
                 pairs, _ = e.together(arm, readings[key])

@@ -98,10 +98,12 @@ def test_experiments():
           "E7 shares E1's source")
     last, specs = ids["tiny"]
     check(lab.tokens_of(specs[last["source", 1]], specs) == (10 * 256, 30 * 256)
-          and lab.tokens_of(specs[last["copy", 1]], specs) == (30 * 256, 60 * 256), "tokens of a branch, and in all")
+          and lab.tokens_of(specs[last["copy", 1]], specs) == (30 * 256, 60 * 256)
+          and lab.tokens_of(specs[last["carried", 1]], specs) == (20 * 256, 40 * 256),
+          "tokens of a branch, of one that was grown, and in all")
     known = {"upcycle": "--experts M\n", "train_moe": "--steps --experts --expert-ffn --schedule --decay-frac"}
     left = lab.stages_of(lab.read_experiment("tiny"), known)[2]
-    check(len(left) == 2 and "--method" in left[0], "arms whose options do not exist are left out with a line", left)
+    check(len(left) == 3 and "--method" in left[1], "arms whose options do not exist are left out with a line", left)
     known["upcycle"] = "--experts-max --method"
     left = lab.stages_of(lab.read_experiment("tiny"), known)[2]
     check(any("copy is left out until the programs have --experts" in line for line in left),
@@ -147,7 +149,7 @@ def test_report():
                        spec=json.dumps(e.specs[stage]), topk=2,
                        **{k: rng.uniform(0.1, 1)
                           for k in "gini max_vio dead train_gini train_max_vio twin_cosine overlap sources "
-                          "reading loss_k1 loss_k2 loss_k3 loss_k4 loss_k6 loss_k8 speed_b1 speed_b8".split()})
+                          "reading loss_k1 loss_k2 loss_k3 loss_k4 loss_k6 loss_k8 speed_b1_share speed_b8_share".split()})
             results.stages.setdefault(stage, row)
             results.curves.setdefault(stage,
                                       [dict(step=str(s), tokens=s * 1024, val_loss=3 - s / 1000) for s in (100, 200)])
