@@ -92,20 +92,18 @@ class Experiment:
 
     def equal(self, item):
         """For each seed: the mean difference in loss of item's arms from a line through the others' points, at the same
-        `by`; arms outside of the line's ends say nothing."""
-        found = {}
-        for seed in self.seeds:
-            line = sorted((self.column(a, item["by"])[seed], self.column(a, "loss")[seed]) for a in item["with"]
-                          if seed in self.column(a, item["by"]))
-            x, y = [math.log(max(p[0], 1e-6)) for p in line], [p[1] for p in line]
-            differences = []
+        `by`; an arm that is beyond the line's ends in any seed says nothing in all."""
+        at, loss = ({a: self.column(a, key) for a in item["arms"] + item["with"]} for key in (item["by"], "loss"))
+        seeds = [s for s in self.seeds if all(s in values for values in at.values())]
+        differences = {arm: [] for arm in item["arms"]}
+        for seed in seeds:
+            x, y = zip(*sorted((math.log(max(at[a][seed], 1e-6)), loss[a][seed]) for a in item["with"]))
             for arm in item["arms"]:
-                at, loss = self.column(arm, item["by"]).get(seed), self.column(arm, "loss").get(seed)
-                if at and len(line) == len(item["with"]) and x[0] <= math.log(at) <= x[-1]:
-                    differences.append(loss - float(numpy.interp(math.log(at), x, y)))
-            if differences:
-                found[seed] = statistics.mean(differences)
-        return found
+                here = math.log(max(at[arm][seed], 1e-6))
+                if x[0] <= here <= x[-1]:
+                    differences[arm].append(loss[arm][seed] - float(numpy.interp(here, x, y)))
+        inside = [d for d in differences.values() if d and len(d) == len(seeds)]
+        return {seed: statistics.mean(d[n] for d in inside) for n, seed in enumerate(seeds)} if inside else {}
 
 
 def noise_ratio(x, y):
@@ -129,8 +127,8 @@ def measure(e, claim):
         value, low, high, p = stats.mean_interval(x)
         if kind == "ratio":
             value, low, high = (math.exp(v) for v in (value, low, high))
-        return dict(value=value, low=low, high=high, p=p if kind in ("difference", "equal") else None, n=len(x),
-                    x=x if kind == "difference" else None, sd=statistics.stdev(x), unit="")
+        return dict(value=value, low=low, high=high, p=p if kind in ("difference", "equal") else None, n=len(x), x=x,
+                    sd=statistics.stdev(x), unit="")
     if kind == "noise":
         (x, y), _ = e.together(*item)
         if len(x) < 3:
@@ -162,21 +160,34 @@ def measure(e, claim):
     lab.fail(f"{e.name}: '{kind}' is none of difference, value, ratio, noise, closure, closures, equal")
 
 
+def levels_of(e, found):
+    """For each claim the level of the interval that it is judged by, and why it is not 95 %: several claims, run yet or
+    not, compare one of its two arms with others (Holm; of its arms, the stricter), or seeds were added."""
+    claims = e.spec["claims"]
+    arms = [c["measure"].get("difference", []) for c in claims]
+    levels = [(stats.of_looks(c["looks"]), f"seeds were planned {c['looks']} times") if "looks" in c else
+              (stats.LEVEL, "") for c in claims]
+    for arm in {a for pair in arms for a in pair}:
+        family = [n for n, pair in enumerate(arms) if arm in pair]
+        p = [stats.verdict_p(found[n]["x"], claims[n]["verdict"]) if found[n] else 1 for n in family]
+        for n, level in zip(family, stats.holm(p)):
+            if level > levels[n][0]:
+                levels[n] = level, f"{len(family)} claims about {arm}"
+    return levels
+
+
 def judged(e):
-    """(claim, found, verdict, why) of each claim. Where several claims compare arms with the same one, run yet or not,
-    they are judged by wider intervals (stats.of_several) than those of 95 % that are shown."""
-    claims = e.spec.get("claims", [])
-    found = [measure(e, c) for c in claims]
-    others = [c["measure"]["difference"][1] if "difference" in c["measure"] else None for c in claims]
-    rows = []
-    for claim, f, other in zip(claims, found, others):
+    """(claim, found, verdict, why) of each claim. found has the interval of 95 % (low, high) and the one that is judged
+    (least, most)."""
+    rows, claims = [], e.spec.get("claims", [])
+    measured = [measure(e, c) for c in claims]
+    for claim, f, (level, because) in zip(claims, measured, levels_of(e, measured) if claims else []):
         if f is None:
             rows.append((claim, None, "not run yet" if e.done() < len(e.specs) else "cannot tell", "n below 2"))
             continue
-        low, high, family = f["low"], f["high"], others.count(other) if other else 1
-        if family > 1:
-            _, low, high, _ = stats.mean_interval(f["x"], stats.of_several(family))
-        said, why = stats.verdict(low, high, claim["verdict"]), f.get("why") or f"n {f['n']}"
+        f["least"], f["most"] = stats.mean_interval(f["x"], level)[1:3] if because else (f["low"], f["high"])
+        said = stats.verdict(f["least"], f["most"], claim["verdict"])
+        why = f.get("why") or f"n {f['n']}"
         if f["n"] < stats.FEWEST and f["sd"] != 0:
             said = "cannot tell"
         elif f["n"] < len(e.seeds) and said != "cannot tell":
@@ -184,11 +195,21 @@ def judged(e):
         if f["sd"] and f["p"] is not None:
             why += f" of {len(e.seeds)}, s {short(f['sd'])}; p {short(f['p'], 3)}"
             if f["n"] > 3:
-                why += f"; {f['n']} pairs see {short(stats.detectable(f['sd'], f['n']))}"
-            if family > 1:
-                why += f"; one of {family} claims: {100 * stats.of_several(family):.1f} %"
+                why += f"; {f['n']} pairs see {short(stats.detectable(f['sd'], f['n'], level))}"
+        if because:
+            why += f"; judged by [{short(f['least'])}, {short(f['most'])}], {100 * level:.1f} %: {because}"
         rows.append((claim, f, said, why))
     return rows
+
+
+def ranges(verdict):
+    """The ranges of a claim's verdict in words, with what is as good as no bound (9 and more) left out."""
+    def one(least, most):
+        ends = [short(v, 5).rstrip("0").rstrip(".") or "0" for v in (least, most)]
+        return (f"below {ends[1]}" if least <= -9 else f"above {ends[0]}" if most >= 9 else f"{ends[0]} to {ends[1]}")
+
+    return "; ".join(f"{name}: " + " or ".join(one(*r) for r in (given if isinstance(given[0], list) else [given]))
+                     for name, given in verdict.items())
 
 
 def short(x, digits=4):
@@ -250,7 +271,9 @@ def arm_table(e):
     readings = e.spec.get("readings", {})
     heads = ["arm", "n", "tokens", "loss (s)", "minus the source continued", "minus the larger all along",
              "the same at equal FLOPs", "gap closure", "jump", "level for good after", "MaxVio", "dead",
-             "twins' cosine", "overlap", "distinct sources a token", "expert and kind: shared nats"]
+             "twins' cosine", "overlap", "distinct sources a token", "expert and kind: shared nats",
+             "minus the small model left alone"]
+    shown = heads[:5] + heads[16:] + heads[5:16]
     rows = []
     # of training tokens, if all arms have been trained, else of validation
     load = "train_" if all(e.column(a, "train_max_vio") for a in e.arms if e.column(a, "loss")) else ""
@@ -266,23 +289,34 @@ def arm_table(e):
                         f" ({short(statistics.stdev(losses.values()))})" if len(losses) > 1 else "")})
         # readings are for what was made from the source that they continue
         grown = "from" in e.spec["arms"][arm] and e.root(arm) == e.root(readings.get("of", readings.get("after", arm)))
-        for head, key in ((heads[4], "after"), (heads[5], "total")):
-            if readings.get(key) and arm != readings[key] and grown:
+
+        def compared(other):
+            """Whether the arm is another one than `other`, after as many tokens."""
+            rows = [e.row(a, seed) for a in (arm, other) for seed in e.seeds] if other and other != arm else []
+            return len({r["total_tokens"] for r in rows if r}) == 1
+
+        def cell(found, n):
+            """An interval, with the number of pairs where not all have run."""
+            return interval(dict(zip(("value", "low", "high"), found), unit="")) + (
+                f", n {n}" if n < len(losses) else "")
+
+        for head, key in ((heads[4], "after"), (heads[5], "total"), (heads[16], "alone")):
+            if grown and compared(readings.get(key)):
                 pairs, _ = e.together(arm, readings[key])
                 if len(pairs[0]) > 1:
-                    row[head] = interval(dict(zip(("value", "low", "high"), stats.paired(*pairs)), unit=""))
+                    row[head] = cell(stats.paired(*pairs), len(pairs[0]))
         if readings.get("flops") and grown:
             found, beyond = flops_matched(e, arm, readings["flops"])
             if len(found) > 1:
-                row[heads[6]] = interval(dict(zip(("value", "low", "high"), stats.mean_interval(found)), unit="")) + \
-                    (" (beyond)" if beyond else "")
+                row[heads[6]] = cell(stats.mean_interval(found), len(found)) + (" (beyond)" if beyond else "")
         if e.spec.get("gap") and grown:
             found = measure(e, dict(measure=dict(closure=arm)))
-            row["gap closure"] = interval(found) if found else ""
+            row["gap closure"] = interval(found) + (f", n {found['n']}" if found["n"] < len(losses) else "") \
+                if found else ""
         jumps = e.column(arm, "jump") or e.column(f"{arm}@grow", "jump")
         if jumps:
             row["jump"] = short(round(statistics.mean(jumps.values()), 6))
-        if readings.get("after") and grown and "grow" in e.spec["arms"][arm]:
+        if grown and "grow" in e.spec["arms"][arm] and compared(readings.get("after")):
             row["level for good after"] = healed(e, arm, readings["after"])
         for head, key, digits in (("MaxVio", load + "max_vio", 2), ("dead", load + "dead", 1),
                                   ("twins' cosine", "twin_cosine", 3), ("overlap", "overlap", 3),
@@ -290,7 +324,7 @@ def arm_table(e):
             if values := e.column(arm, key):
                 row[head] = f"{statistics.mean(values.values()):.{digits}f}"
         rows.append(row)
-    kept = [h for h in heads if any(r[h] != "" for r in rows)]
+    kept = [h for h in shown if any(r[h] != "" for r in rows)]
     return kept, [[r[h] for h in kept] for r in rows]
 
 
@@ -409,15 +443,18 @@ def joint_law(e):
 # text)
 
 def summary(experiments):
-    heads = ["", "claim", "number claimed (where)", "ours [95 %]", "verdict", "pairs, their deviation s, p"]
+    heads = ["", "claim", "number claimed (where)", "ours [95 %]", "verdict",
+             "pairs, their deviation s, p; what is judged"]
     return heads, [[e.name, c["claim"], f"{c.get('paper', '')} ({c.get('source', '')})", interval(f), verdict, why]
                    for e in experiments for c, f, verdict, why in judged(e)]
 
 
 def headlines(experiments):
-    """README.md's table: claims that have a name there (`readme`) and have been run."""
-    return ["claim", "paper", "here [95 %]", "verdict"], [
-        [c["readme"], f"{c['paper']} ({c['source']})" if c["paper"] != "-" else "-", interval(f), verdict]
+    """README.md's table: claims that have a name there (`readme`) and have been run, with the interval that is
+    judged."""
+    return ["claim", "paper", "here [interval]", "verdict"], [
+        [c["readme"], f"{c['paper']} ({c['source']})" if c["paper"] != "-" else "-",
+         interval({**f, "low": f["least"], "high": f["most"]}), verdict]
         for e in experiments for c, f, verdict, _ in judged(e) if f and "readme" in c]
 
 
@@ -428,8 +465,10 @@ def blocks(experiments, results):
                 "token), a token is a byte, a negative difference says that the first named is better; intervals are "
                 "of 95 %. A verdict is given by at least three pairs whose whole interval lies in a range that was "
                 "written down before the run (or when the claim says), else it is *cannot tell*; *so far*: not all "
-                "seeds have been run. Where several claims compare with one arm, the interval that is judged is wider "
-                "(Bonferroni). *n pairs see x*: an effect of x is found by n pairs in four of five tries.")
+                "seeds have been run. Where several claims are about one arm, the interval that is judged is wider "
+                "(Holm: so that of all the verdicts about an arm one in twenty is wrong); claims about different arms "
+                "and experiments are not corrected for each other. *n pairs see x*: an effect of x is found by n pairs "
+                "in four of five tries, at the level that judges.")
     yield "p", ("In the tables of arms: loss (s): mean and deviation over seeds. minus: only for arms from the source "
                 "that is continued. level for good after: the tokens after the transition from which on the arm is no "
                 "worse than that, to the nearest validation. at equal FLOPs: between two lengths of the larger model "
@@ -453,9 +492,9 @@ def blocks(experiments, results):
         yield "p", (f"Text {e.spec['text']}, {len(e.seeds)} seeds, {budget:.1f}M tokens in all; {e.done()} of "
                     f"{len(e.specs)} stages are done. It is repeated by")
         yield "code", f"make lab E={e.name}"
-        yield ("table", ["claim", "expected", "seen [95 %]", "verdict"],
+        yield ("table", ["claim", "expected", "ranges", "seen [95 %]", "verdict"],
                [[c["claim"], " ".join(str(c.get("expected", "")).split()) +
-                 (f" (written {c['written']})" if "written" in c else ""),
+                 (f" (written {c['written']})" if "written" in c else ""), ranges(c["verdict"]),
                  f"{interval(f)}; {why}" if f else "", verdict]
                 for c, f, verdict, why in judged(e)])
         heads, arms = arm_table(e)

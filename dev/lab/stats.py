@@ -31,10 +31,10 @@ def paired(x, y):
     return mean_interval(numpy.subtract(x, y))
 
 
-def detectable(deviation, n):
-    """The effect that n pairs see in four of five tries at the level of .05: about (t.975 + t.8) s / sqrt(n), n - 1
-    degrees (6 % too small for 3 pairs, 1 % for 8)."""
-    return math.inf if n < 2 else (quantile(n) + distributions.t.ppf(0.8, n - 1)) * deviation / math.sqrt(n)
+def detectable(deviation, n, level=LEVEL):
+    """The effect that n pairs see in four of five tries: about (t_(1+level)/2 + t.8) s / sqrt(n), n - 1 degrees (for
+    95 % 6 % too small for 3 pairs, 1 % for 8)."""
+    return math.inf if n < 2 else (quantile(n, level) + distributions.t.ppf(0.8, n - 1)) * deviation / math.sqrt(n)
 
 
 def gap_is_wide(low, high):
@@ -72,9 +72,36 @@ def jackknife(function, n):
     return whole, low, high
 
 
-def of_several(claims):
-    """The level that each of several intervals wants, so that all hold together in 95 of 100 tries (Bonferroni)."""
-    return 1 - (1 - LEVEL) / claims
+def holm(p):
+    """The level of each of several intervals, so that all verdicts together hold in 95 of 100 tries (Holm, Scand. J.
+    Statistics 6, 1979): the smallest of m values of p has 1 - .05 / m, the next 1 - .05 / (m - 1), as long as each is
+    below its share; from the first that is not, all have the level of that one."""
+    levels, order = [0.0] * len(p), numpy.argsort(p, kind="stable")
+    for rank, n in enumerate(order):
+        share = (1 - LEVEL) / (len(p) - rank)
+        if p[n] > share:
+            for rest in order[rank:]:
+                levels[rest] = 1 - share
+            break
+        levels[n] = 1 - share
+    return levels
+
+
+def verdict_p(x, ranges):
+    """1 - the level of the largest interval about the mean of x that a range of the verdict still holds."""
+    mean, n = float(numpy.mean(x)), len(x)
+    error = float(numpy.std(x, ddof=1)) / math.sqrt(n)
+    room = max((min(mean - least, most - mean) for given in ranges.values()
+                for least, most in (given if isinstance(given[0], list) else [given])), default=0)
+    if room <= 0 or error == 0:
+        return float(room <= 0)
+    return float(2 * distributions.t.sf(room / error, n - 1))
+
+
+def of_looks(looks):
+    """The level at which `looks` looks at growing data, as many new each time, all together err in 5 of 100 tries: one
+    boundary for all (Pocock, Biometrika 64, 1977)."""
+    return {1: LEVEL, 2: 1 - 0.0294, 3: 1 - 0.0221}[looks]
 
 
 def verdict(low, high, ranges):
