@@ -109,7 +109,7 @@ static int count_sparse(const Config* c) {
 // decide when an element is computed, and where its sum waits meanwhile. So bits never depend on how many
 // rows, threads or experts a call has: a token generated alone equals the same token in a batch.
 
-#include "dev/lib/products.h"     // fast_product, fast_block: these sums, fast; bf16_products
+#include "dev/lib/products.h"     // fast_product, fast_block: these sums; blocks_of: n / size, rounded up
 
 // 1: the loops below compute (make PLAIN=1), 0: products.h does. A test compares them, byte by byte.
 #ifndef PLAIN
@@ -141,7 +141,7 @@ static void sum_products(float* result, int add, const float* left, long left_k,
         *result = sum;
         return;
     }
-    FloatMode mode = flush_denormals();
+    FloatMode mode = flush_denormals();         // until restore_mode numbers below 2^-126 count as 0
     int amx = bf16_packing == PACK_TILES, block = amx ? 32 : 2, end = blocks_of(depth, block) * block;
     for (int n = 0, k = 1; n < end; k = ++n ^ 1) {
         float* s = amx ? &halves[k % 2] : &sum;
@@ -363,7 +363,7 @@ static void rope(float* x, long ld, int heads, int N, int T, int start, int HD, 
 
 // Attention works on blocks of this many queries: their scores against all keys stay in the cache.
 #define QUERY_BLOCK 64
-// rows of scores are this far apart: a power of two would map all of them to one cache set
+// rows of scores are a cache line longer than T: a power of two apart, all would map to one cache set
 static long score_stride(int T) { return (T + 15) / 16 * 16 + 16; }
 // floats that attention needs for T keys: for each thread two blocks of scores, p and, backward, ds
 static long attention_scratch_size(int T) { return (long)thread_count() * 2 * QUERY_BLOCK * score_stride(T); }
@@ -382,7 +382,7 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
     int blocks = (Tq + QUERY_BLOCK - 1) / QUERY_BLOCK;
     float scale = 1.0f / sqrtf((float)HD);
     Work work;
-    work_deal(&work, B * NH * blocks);  // units take unequal time: who is done helps
+    work_deal(&work, B * NH * blocks);  // work_take: a thread's next unit, or -1; who is done helps others
     #pragma omp parallel
     for (int helped = 0, unit; (unit = work_take(&work, &helped)) >= 0;) {
         int b = unit / (NH * blocks), h = unit / blocks % NH, block = unit % blocks;
@@ -661,8 +661,8 @@ typedef struct {
 
 // The arrays of the forward and backward pass are two tables of {type, name, number of elements}: they make
 // the structures below and, in dev/lib/memory.h, the memory. Dimension letters as above, R = N K rows of
-// experts; for a dense layer E = K = 1. D is the latent dimension of LPR. `sparse`, `training` and what else
-// stands as a factor is 1 or 0: an array that a model does not need has no elements.
+// experts; for a dense layer E = K = 1. D: the dimension of latent prototypes (LPR). `sparse`, `training` and
+// what else stands as a factor is 1 or 0: an array that a model does not need has no elements.
 typedef float Real;             // of activations; on a GPU, which has the first table too, also bfloat16
 
 // What each layer keeps for its backward pass.
@@ -778,7 +778,7 @@ struct Model {
     double *all_counts, *all_probs;     // (E)  assignments, sums of probs over all sparse layers, for AUX_HF
     // what a run adds
     Balance balance;
-    RUN_MEMBERS                 // figures for reports, families of experts, noise, traces
+    RUN_MEMBERS                 // model_parts.h: sums, load, observe, aux_coefficients, families, noise
     // its memory, in bytes
     size_t bytes_params, bytes_optimizer, bytes_activations, bytes;
     void* memory;

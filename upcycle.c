@@ -21,17 +21,17 @@ Sections 1 to 4 are the methods; three of them, complete:
     7  The plan
     8  main
 
-A method is a row of `methods` and a function that makes rows of one matrix of one expert. SRC is read once
-and DST written once, a piece of a matrix at a time, so that memory does not grow with the model. dev/upcycle/
-holds what is not for a first reading: sources, other scores and operators, clusters, moments, files, receipt.
+A method is a row of `methods` and a function that makes rows of one matrix of one expert. SRC is read where
+it is needed and DST written once, a piece of a matrix at a time: memory does not grow with the model, but
+for --calibrate, --check and methods of whole matrices. dev/upcycle/ holds what is not for a first reading.
 
 A note on words. A unit is one of the I intermediate numbers of an expert
     f(x) = W_down (silu(W_gate x) * (W_up x)):
 row u of W_gate and of W_up and column u of W_down belong together. Twins are experts made from the same one.
 Every random draw is a hash of (seed, purpose, layer, expert, matrix, element), so that order does not matter.
 
-Dimension letters are those of train_moe.c; E counts the experts of SRC (or its models), M those of DST. In the
-help and in messages N is any number.
+Dimension letters are those of train_moe.c; E counts the experts of SRC (or its models), M those of DST. In
+the help and in messages N is any number.
 */
 #ifndef UPCYCLE_C
 #define UPCYCLE_C
@@ -47,7 +47,7 @@ help and in messages N is any number.
 #pragma GCC diagnostic pop
 #endif
 
-#include "dev/upcycle/options.h" // `ask`: what can be asked for; asked, insists
+#include "dev/upcycle/options.h" // ask: what can be asked for; is(text, word): equal; NEW(type, n): n zeros
 #include "dev/upcycle/source.h"  // where each tensor of a source lies, number formats
 
 #define MAX_SOURCES 256
@@ -55,8 +55,8 @@ help and in messages N is any number.
 typedef struct Plan Plan;
 typedef struct Target Target;
 
-// Makes rows row .. row + rows - 1 of one matrix of the result. writer.h calls it piece by piece, from the top:
-// what a matrix needs once is worked out at row = 0.
+// Makes rows row .. row + rows - 1 of one matrix of the result. writer.h calls it piece by piece, from the
+// top: what a matrix needs once is worked out at row = 0.
 typedef void (*MakeRows)(const Plan* p, Target* t, long row, long rows, float* out);
 
 enum { FROM_DENSE = 1, FROM_MOE = 2 };
@@ -98,7 +98,7 @@ typedef struct {
     int fits;          // results that are SMALLER, LARGER or both
     int made_of;       // what copies are handed out by: norms that the utility is made of, or load; or 0
     double (*utility)(double w2, double g2, double v2); // of norms, section 2; or NULL
-    // makes Plan.score, or NULL: none is needed; why: what wants --calibrate, for the message if it is missing
+    // makes Plan.score, or NULL: none needed; why: what wants --calibrate, for the message if it is missing
     void (*score)(Plan* p, const char* why);
 } Selection;
 
@@ -120,7 +120,7 @@ struct Plan {
     int* family;                  // (L, M): experts that are copies of one thing share it
     int* copies;                  // (L, E): experts made from each
     int* units;                   // (L, M + num_shared, I): the source's units in each expert, or NULL
-    int* group;                   // (L, E): of merge, the expert of the result that it becomes part of; or NULL
+    int* group;                   // (L, E): of merge, the expert of the result that it goes into; or NULL
     struct Merged* merged;        // the expert that merge made last
     double* score;                // (L, E), or NULL
     double* input_norms;          // (L, E, H + I) for --prune-weights, or NULL
@@ -210,10 +210,10 @@ static void place_copies(int* source, int* copy, const int* counts, int E, int M
 // -----------------------------------------------------------------------------------------------------------
 // 2. Utility
 //
-// Expert Upcycling 3.2. A utility is made of w2 = ||w_e||^2, g2 = ||g_e||^2 and v2 = ||v_e||^2: the weights of
-// expert e, their gradients dL/dw_e, averaged over the calibration batches before any norm is taken, and Adam's
-// second moments. Each has a norm of gate + up and one of down; --score-on says what becomes of the two: `all`
-// takes all three matrices as one, as the paper has it.
+// Expert Upcycling 3.2. A utility is made of w2 = ||w_e||^2, g2 = ||g_e||^2 and v2 = ||v_e||^2: the weights
+// of expert e, their gradients dL/dw_e, averaged over the calibration batches before any norm is taken, and
+// Adam's second moments. Each has a norm of gate + up and one of down; --score-on says what becomes of the
+// two: `all` takes all three matrices as one, as the paper has it.
 
 static double utility_grad2(double w2, double g2, double v2) { return (void)w2, (void)v2, g2; } // ||g_e||^2
 static double utility_weight(double w2, double g2, double v2) { return (void)g2, (void)v2, w2; } // ||w_e||^2
@@ -347,7 +347,7 @@ static void random_rows(const Plan* p, Target* t, long row, long rows, float* ou
     draw_rows(t, row, rows, out, 0, 1);
 }
 
-// Drop-Upcycling's baseline: N(0, 0.02) is added to half of the units. (For weights: Method.carry has the moments.)
+// Drop-Upcycling's baseline: N(0, 0.02) is added to half of the units. Method.carry has the moments.
 static void noise_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     int matrix = is(ask.drop_indices, "shared") ? ALL_MATRICES : t->matrix;
     uint64_t key = stream_key(p, "noise", t->layer, t->expert, matrix);
@@ -375,8 +375,8 @@ static void noise_replace_rows(const Plan* p, Target* t, long row, long rows, fl
 // -----------------------------------------------------------------------------------------------------------
 // 4. The router's rows
 
-// A new row: N(0, std), uniform with that standard deviation (Drop-Upcycling's), or zero. Shards of a group are
-// given the same number, else it is the expert's.
+// A new row: N(0, std), uniform with that standard deviation (Drop-Upcycling's), or zero. Shards of a group
+// are given the same number, else it is the expert's.
 static void new_router_row(const Plan* p, float* row, int l, int number, long cols) {
     uint64_t key = stream_key(p, "router", l, number, ALL_MATRICES);
     const char* how = ask.router_init ? ask.router_init : is(p->method->name, "drop") ? "uniform" : "normal";
@@ -390,9 +390,9 @@ static void new_router_row(const Plan* p, float* row, int l, int number, long co
     }
 }
 
-// All rows of a router (M, cols), which is small: the call with row = 0 makes them, each call hands out its own.
-// From a dense SRC they are new; the shards of a group share theirs, so that the top K choose whole groups. From
-// a mixture a copy gets its source's row, changed by --router.
+// All rows of a router (M, cols), which is small: the call with row = 0 makes them, each hands out its own.
+// From a dense SRC they are new; the shards of a group share theirs: so the top K choose whole groups. From a
+// mixture a copy gets its source's row, changed by --router.
 static void router_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     RouterRows from;
     memset(&from, 0, sizeof from);
@@ -420,8 +420,8 @@ static void router_rows(const Plan* p, Target* t, long row, long rows, float* ou
 }
 
 // The bias that sigmoid routers select by (M, 1): the paper's operator, --router bias, adds U(-delta, delta),
-// delta = --router-delta, to that of copies; the gates do not see it. --method multiply adds strength std(b) N(0, 1),
-// as to everything of a copy.
+// delta = --router-delta, to that of copies; the gates do not see it. --method multiply adds strength std(b)
+// N(0, 1), as to everything of a copy.
 static void correction_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     int moved = t->holds == WEIGHTS && is(p->router->name, "bias");
     float* b = t->from.stored && !is(ask.router_bias, "reset") ? view_whole(&t->from) : NULL;
@@ -443,8 +443,8 @@ static void correction_rows(const Plan* p, Target* t, long row, long rows, float
 // -----------------------------------------------------------------------------------------------------------
 // 5. The table of methods
 //
-// Who adds one writes a row and a function. The columns are Method's members: name, from, make, carry, options,
-// strength, traits, made, changed, kept, paper. Braces in `made` and `changed` are filled in by receipt.h.
+// Who adds one writes a row and a function. The columns are Method's members: name, from, make, carry,
+// options, strength, traits, made, changed, kept, paper. Braces in `made` and `changed` are for receipt.h.
 
 #define SHARED_AND_ROUTED                                                                                   \
     "not kept: {shared} of {G} parts of the FFN are shared, and of the others a token sees {K} of {M}",     \
@@ -462,7 +462,7 @@ static const Method methods[] = {
      "2502.19261"},
     {"noise-replace", FROM_DENSE, noise_replace_rows, noise_replace_rows, "noise-std,noise-fraction,sources",
      0, 0, "{M} experts from the FFN, each with other weights drawn anew",
-     "not kept: noise was added to the experts", "no", "2409.02060"},
+     "not kept: weights were drawn anew", "no", "2409.02060"},
     {"granular", FROM_DENSE, shard_rows, shard_rows, "granularity,scale,drop-ratio,drop-indices", 0, 0,
      "{M} experts: the shards of the FFN, group after group",
      "nearly kept: without renormalisation the scale is exact only while the router is zero",
@@ -589,8 +589,7 @@ static void refuse_options(const Plan* p, const Config* c, const char* src) {
         die(2, "--strength %g: for --method %s it is the share that is exchanged, 0 to 1", ask.strength,
             m->name);
     if (m->traits & (NEW_ROWS | MERGES) && insists("prune-weights"))
-        die(2, "--prune-weights goes by the inputs of experts, and the new ones of --method %s have seen none",
-            m->name);
+        die(2, "--prune-weights goes by the inputs of experts; those of --method %s have seen none", m->name);
 }
 
 static void refuse_selection(const Plan* p, const char* src) {

@@ -52,7 +52,7 @@ def check_sizes():
         check(lines <= most, f"{name}: {lines} lines of at most {most}")
     paths = [*pathlib.Path().glob("*"), *pathlib.Path("dev").rglob("*")]
     for path in sorted(p for p in paths if p.suffix in (".c", ".h", ".cu", ".cuh", ".cpp")):
-        most = 110 if path.name == "train_moe.c" else 120
+        most = 110 if path.name in ("train_moe.c", "upcycle.c") else 120
         wide = [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > most]
         if wide or str(path) in CEILINGS:
             check(not wide, f"{path}: lines of at most {most} columns", f"not so: {', '.join(map(str, wide))}")

@@ -604,6 +604,7 @@ static int flush_directory(const char* path, Error* error) {
 static int copy_travelling_files(const char* from, const char* to, Error* error) {
     DIR* d = opendir(from);
     struct dirent* entry;
+    if (!d) set_error(error, "%s: %s", from, strerror(errno));
     while (d && !error->text[0] && (entry = readdir(d)) != NULL) {
         char old[PATH_SIZE], target[PATH_SIZE];
         struct stat st;
@@ -699,7 +700,9 @@ static int save_files(const Model* m, const char* out, const char* dir, long ste
     ok = ok && flush_directory(join_path(path, dir, "trainer"), error);
     free(tensors);
     free(names);
-    ok = ok && (!m->tokenizer || copy_travelling_files(m->tokenizer, dir, error));
+    // a source that is gone since the last save: that one has its files
+    int gone = m->tokenizer && access(m->tokenizer, F_OK) && !access(join_path(path, out, "trainer.json"), F_OK);
+    ok = ok && (!m->tokenizer || copy_travelling_files(gone ? out : m->tokenizer, dir, error));
     if (!m->source) unlink(join_path(path, dir, "upcycle.json"));       // not the history of a new model
     return ok && write_card(m, out, dir, error) && flush_directory(dir, error);
 }

@@ -160,12 +160,14 @@ enum { NUM_OPTIONS = sizeof option_table / sizeof option_table[0] };
 
 // What an option must find in the model or on the command line to mean something. With its default, or with the value
 // named here, it asks for nothing, and that the model lacks it is no contradiction: one line serves every arm.
-typedef enum { EXPERTS, DENSE_LAYERS, SIGMOID, LPR, DYNAMIC, FAMILIES, SCORING, NO_GRADIENT, NUM_NEEDS } Need;
+typedef enum { EXPERTS, DENSE_LAYERS, SIGMOID, LPR, DYNAMIC, FAMILIES, WSD_DECAY, ANY_DECAY, SCORING, NO_GRADIENT,
+               NUM_NEEDS } Need;
 static const char* need_missing[NUM_NEEDS] = {
     "a dense model has no experts and no router",
     "every layer is sparse, so there is no dense one; --expert-ffn is the width of an expert",
     "only the router sigmoid has a bias", "belongs to --router lpr", "belongs to --router dynamic",
-    "a new, a dense or an lpr model has no families; they come with a --model from upcycle", "goes with --eval",
+    "a new, a dense or an lpr model has no families; they come with a --model from upcycle",
+    "belongs to --schedule wsd", "--schedule constant has no decay that could end there", "goes with --eval",
     "goes with --eval, --prompt or a sample of --model"};
 static const struct {
     const char* name;
@@ -180,6 +182,7 @@ static const struct {
     {"lpr-align-form", LPR, NULL}, {"dynamic-q", DYNAMIC, NULL}, {"dynamic-entropy", DYNAMIC, NULL},
     {"dynamic-share", DYNAMIC, NULL}, {"dynamic-least", DYNAMIC, NULL}, {"dynamic-weight", DYNAMIC, "0"},
     {"family-penalty", FAMILIES, "0"}, {"family-steps", FAMILIES, NULL},
+    {"decay-frac", WSD_DECAY, NULL}, {"min-lr", ANY_DECAY, NULL},
     {"load", SCORING, NULL}, {"trace", SCORING, NULL}, {"fixed-router", EXPERTS, NULL}, {"skip-below", EXPERTS, NULL},
     {"skip-below", NO_GRADIENT, NULL}};
 
@@ -631,7 +634,7 @@ static void print_bits_per_byte(const Config* c, const Dataset* d, long tokens, 
     long left = tokens;
     for (int i = 0; i < d->num_files; i++)
         for (long k = 1; k <= d->files[i].windows * d->T && left > 0; k++, left--)
-            if (t->pieces[d->files[i].ids[k]]) bytes += t->lengths[d->files[i].ids[k]];
+            bytes += !t->pieces ? 1 : t->pieces[d->files[i].ids[k]] ? t->lengths[d->files[i].ids[k]] : 0;
     if (bytes > 0) printf(" | bits per byte %.4f", loss / M_LN2 * (double)tokens / bytes);
     tokenizer_close(t);
 }
@@ -1071,7 +1074,8 @@ static void check_needs(const Config* c, const char* dir, int training) {
     int families = dir && c->num_experts > 0 && c->router.kind != ROUTER_LPR;
     const int met[NUM_NEEDS] = {c->num_experts > 0, count_sparse(c) < c->num_layers, c->router.kind == ROUTER_SIGMOID,
                                 c->router.kind == ROUTER_LPR, c->router.kind == ROUTER_DYNAMIC,
-                                families || options.family_penalty == 0,
+                                families || options.family_penalty == 0, !strcmp(options.schedule, "wsd"),
+                                strcmp(options.schedule, "constant") != 0,
                                 (int)options.eval, !training && !options.dump};
     for (int i = 0; i < NUM_OPTIONS; i++) {
         const Option* o = &option_table[i];

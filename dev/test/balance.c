@@ -167,11 +167,29 @@ static void test_dynamic(void) {
     snprintf(command, sizeof command, "--model %s --data %s --dynamic-q 2 --steps 1", temp("a"), temp("corpus.txt"));
     check_refused(2, command, "has 1.5; leave it out");
     up_begin();
+    ok = train_run("one", "--steps 1 --router dynamic --experts 5 --topk 4 --dynamic-entropy 9 --dynamic-share 0.01 "
+                          "--dynamic-least 1") == 0;
+    UP("%s {}/one --experts 10 --check %s --check-batches 1 --seq 16", temp("one"), temp("corpus.txt"));
+    check(ok && fabs(json_get(json_get(up_receipt(up_path("one")), "check"), "distinct_sources")->number - 1) < 1e-9,
+          "where every token has one expert, a token reaches one source");
     UP(VARIANTS "dynamic {}/grown --experts 12 --topk 12");
     check(strstr(up_output, "not kept: how many experts a token gets depends on") != NULL, "growth: what is kept");
     UP(VARIANTS "dynamic {}/family --experts 12 --method family");
     double e = up_change(VARIANTS "dynamic", 0, up_path("family"));
     check(e <= 1e-6 && strstr(up_output, "kept exactly while"), "families: logits change by %.1e", e);
+}
+
+// ID's loads of the step before are of other experts than those of a grown model.
+static void test_grown_bias(void) {
+    Error error = {""};
+    char path[PATH_SIZE];
+    int ok = train_run("id", "--steps 4 --router sigmoid --bias-rule id") == 0;
+    up_begin();
+    UP("%s {}/id --experts 8 --optimizer copy", temp("id"));
+    Json *old = keep_json(json_read(join_path(path, temp("id"), "trainer.json"), &error)),
+         *grown = keep_json(json_read(join_path(path, up_path("id"), "trainer.json"), &error));
+    check(ok && grown && json_get(old, "last_load")->count > 0 && json_get(grown, "last_load")->count == 0,
+          "ID's loads of the last step stay behind");
 }
 
 static void test_balance(void) {
@@ -191,6 +209,7 @@ static void test_balance(void) {
     test_threads("quantile", "--router sigmoid --bias-rule quantile --topk-range 1:5");
     test_stop_and_resume("quantile", "--router sigmoid --bias-rule quantile");
     test_stop_and_resume("ID", "--router sigmoid --bias-rule id --bias-rate 0.01");
+    test_grown_bias();
     test_skipping();
     test_fixed_routers();
     test_dynamic();

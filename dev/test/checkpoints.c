@@ -415,6 +415,28 @@ static void test_load_refusals(void) {
     check_load_refused("an interrupted save", temp("model"), "--resume");
 }
 
+// The tokenizer's files come from the model's directory, which may go while a run goes on.
+static void test_source_gone(void) {
+    char dir[PATH_SIZE];
+    Error error = {""};
+    snprintf(dir, sizeof dir, "%s", temp("gone"));
+    copy_directory("dev/reference/golden/mixtral", dir);
+    write_text(temp("gone/tokenizer_config.json"), "{}");
+    options_reset_table(option_table, NUM_OPTIONS);
+    Model* m = open_model(dir, FOR_TRAINING, 1, 4);
+    mkdir(temp("kept"), 0777);
+    mkdir(temp("first"), 0777);
+    const char* failure = checkpoint_save(m, temp("kept"), 1);
+    remove_tree(dir);
+    if (!failure) failure = checkpoint_save(m, temp("kept"), 2);
+    Json* j = keep_json(json_read(temp("kept/trainer.json"), &error));
+    check(!failure && exists(temp("kept/tokenizer_config.json")) && json_whole(json_get(j, "step"), 100) == 2,
+          "a source that is gone: the last save has its files %s", failure ? failure : "");
+    failure = checkpoint_save(m, temp("first"), 1);
+    check(failure && strstr(failure, "gone") && !exists(temp("first/config.json")),
+          "without one the save says so: %s", failure ? failure : "");
+}
+
 // What checkpoint_save writes is read back with the same bits, for every class, with the optimizer's moments.
 static void test_round_trip(const char* dir, const char* name) {
     Error error = {""};
@@ -470,4 +492,5 @@ static void test_checkpoints(void) {
     test_config_defaults();
     test_config_values();
     test_config_round_trip();
+    test_source_gone();
 }

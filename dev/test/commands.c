@@ -114,6 +114,8 @@ static void test_bad_commands(void) {
                {"--model @/trained --eval --data @/corpus.txt --lr 1", "--lr belongs to training"},
                {"--model @/trained --prompt x --out @/new", "--out belongs to training"},
                {"--lr 1e-3 --min-lr 2e-3", "must not be above --lr, 0.001"},
+               {"--schedule cosine --decay-frac 0.2", "--decay-frac: belongs to --schedule wsd"},
+               {"--schedule constant --min-lr 1e-4", "--min-lr: --schedule constant has no decay"},
                {"--dense --aux 0.1", "--aux: a dense model has no experts and no router"},
                {"--dense --topk-range 1:2", "--topk-range: a dense model has no experts"},
                {"--bias-rate 0.1", "only the router sigmoid has a bias"},

@@ -43,6 +43,20 @@ static int same_files(const char* a, const char* b, const char* const* names, in
     return same;
 }
 
+// 200 tokens beside a tokenizer.json of bytes
+static void test_small_vocabulary(void) {
+    int tokens[200];
+    for (int i = 0; i < 200; i++) tokens[i] = i % 100;
+    up_begin();
+    up_make_shard("small.bin", tokens, 200);
+    write_text(temp("ascii.txt"), "Nothing but letters below 128, several times over. Nothing but letters.");
+    int code = run_program("--data " CASE_TEXT " " TINY " --steps 1 --out %s", IN("byte-run")) +
+               run_program("--data %s --vocab 200 " TINY " --steps 1 --out %s", up_path("small.bin"), IN("small200"));
+    rename(IN("byte-run/tokenizer.json"), IN("small200/tokenizer.json"));
+    code += run_program("--model %s --data %s --eval --seq 16", IN("small200"), temp("ascii.txt"));
+    check(code == 0 && strstr(ran.out, "bits per byte"), "--eval with a vocabulary that is smaller than its tokenizer");
+}
+
 static void test_new_tokenizer(void) {
     make_folder("tok", "spm");
     int code = run_program("--tokenizer %s --data " CASE_TEXT " " TINY " --steps 4 --sample-every 2 --tokens 12 "
@@ -246,6 +260,7 @@ static void test_prompt_input(void) {
 static void test_texts(void) {
     mkdir(temp("texts"), 0777);
     test_new_tokenizer();
+    test_small_vocabulary();
     test_other_tokenizers();
     test_tokenizer_misuse();
     test_encoded_once();

@@ -1,6 +1,49 @@
 /*
 upcycle_calibration.c: what upcycle computes from data: utility of experts, pruning, clusters.
 */
+// Utility is made of gradients of the cross-entropy alone: LPR's own losses have none of it.
+static void test_up_utility_lpr(void) {
+    up_begin();
+    Config c;
+    Error error = {""};
+    config_read(&c, VARIANTS "lpr", &error);
+    Model* m = new_model(&c, FOR_TRAINING, 1, 8);
+    checkpoint_load(m, VARIANTS "lpr", &error);
+    up_make_random_shard("random.bin", 900, c.vocab_size);
+    double scores[2] = {0};
+    for (int i = 0; i < 2; i++) {
+        m->config.router.lpr_weight = i;
+        remove_tree(up_path("source"));
+        mkdir(up_path("source"), 0777);
+        check(checkpoint_save(m, up_path("source"), 1) == NULL, "an LPR model with a weight of %d", i);
+        UP("{}/source {}/grown --force --experts %d --select grad2 --calibrate {}/random.bin --batch 2 --seq 8",
+           2 * c.num_experts);
+        scores[i] = json_get(json_get(up_receipt(up_path("grown")), "layers")->items[0], "score")->items[0]->number;
+    }
+    check(scores[0] > 0 && scores[0] == scores[1], "LPR's losses have no part in grad2: %g, %g", scores[0], scores[1]);
+}
+
+// A token that the vocabulary does not have ends all that reads calibration data.
+static void test_up_bad_tokens(void) {
+    up_begin();
+    int tokens[400];
+    for (int i = 0; i < 400; i++) tokens[i] = i == 123 ? 60000 : i % 7;
+    up_make_shard("bad.bin", tokens, 400);
+    up_make("moe", QWEN3_MOE, 2, 24, 40, 4, 2, 1, 5);
+    up_make("dense", QWEN3, 2, 24, 40, 0, 0, 0, 5);
+    static const char* readers[] = {"moe {}/x --experts 8 --select grad2", "moe {}/x --experts 8 --select load",
+                                    "moe {}/x --experts 2 --select reap", "moe {}/x --experts 2 --method merge",
+                                    "moe {}/x --experts 4 --prune-weights 0.5",
+                                    "dense {}/x --experts 4 --method cluster",
+                                    "dense {}/x --experts 4 --method importance",
+                                    "dense {}/x --experts 4 --method marks"};
+    for (EACH(i, readers)) {
+        int code = up_run("", "{}/%s --calibrate {}/bad.bin --calibrate-batches 6 --batch 2 --seq 32", readers[i]);
+        check(code == 2 && strstr(up_output, "token 60000 at byte") && access(up_path("x"), F_OK), "%s: %d, %.200s", readers[i],
+              code, up_output);
+    }
+}
+
 // Scores against gradients that transformers made in fp64: the calibration data are the reference's tokens.
 static void test_up_utility(void) {
     up_begin();
@@ -78,6 +121,8 @@ static void test_up_utility(void) {
                   cases[k].on, cases[k].batches, worst);
         }
     }
+    test_up_utility_lpr();
+    test_up_bad_tokens();
     up_make("m3", QWEN3_MOE, 2, 24, 40, 3, 2, 1, 5);
     up_make_random_shard("random.bin", 2000, 256);
     UP("{}/m3 {}/fisher --experts 6 --select fisher --calibrate {}/random.bin --calibrate-batches 2 --batch 2 --seq "

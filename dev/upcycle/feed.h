@@ -53,6 +53,7 @@ static Model* feed_model(const Feed* f, const char* dir, Purpose purpose, int co
     Config c;
     if (!config_read(&c, dir, &error)) die(code, "%s", error.text);
     c.max_position_embeddings = f->config.max_position_embeddings;
+    c.router.lpr_weight = c.router.dynamic_weight = 0; // a router's own losses are not the data's
     Model* m = model_create(&c, purpose, f->B, f->T, f->T, NULL);
     if (!checkpoint_load(m, dir, &error)) die(code, "%s", error.text);
     return m;
@@ -65,8 +66,9 @@ static int feed_next(Feed* f) {
     show_count(f->what, f->next, f->windows, f->started);
     for (int b = 0; b < rows; b++) {
         int *tokens = f->batch.tokens + (long)b * f->T, *targets = f->batch.targets + (long)b * f->T;
-        if (f->training) dataset_training_sequence(f->data, (uint64_t)ask.seed, f->next + b, tokens, targets);
-        else dataset_window(f->data, f->next + b, tokens, targets);
+        if (!(f->training ? dataset_training_sequence(f->data, (uint64_t)ask.seed, f->next + b, tokens, targets)
+                          : dataset_read(f->data, f->next + b, tokens, targets)))
+            die(2, "%s", f->data->error);
     }
     f->next += rows;
     return rows;

@@ -16,7 +16,7 @@ static void observe_sources(Model* m, int l) {
     if (!c->sparse[l]) return;
     for (int n = 0; n < N; n++) {
         const int* chosen = m->layers[l].experts + (long)n * K;
-        for (int k = 0; k < K; k++) {
+        for (int k = 0; k < K && chosen[k] >= 0; k++) { // a dynamic router's token may have fewer
             int s = plan_source(d->plan, l, chosen[k]), seen = 0;
             for (int i = 0; i < k; i++) seen |= s >= 0 && plan_source(d->plan, l, chosen[i]) == s;
             d->distinct += !seen;

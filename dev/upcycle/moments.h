@@ -46,7 +46,7 @@ static void write_trainer(const Plan* p, const char* dir) {
         text_json_string(&t, j->items[i]->key);
         text_print(&t, ": ");
         // what was counted since the last validation was counted of other experts
-        if (is(j->items[i]->key, "load") || is(j->items[i]->key, "observed"))
+        if (lists("load,observed,last_load", j->items[i]->key))
             text_print(&t, "[]");
         else if (is(j->items[i]->key, "family_start") && is(p->method->name, "family"))
             text_print(&t, "%ld", json_whole(json_get(j, "step"), LONG_MAX));

@@ -474,22 +474,22 @@ static void finish_saving(const char* dst) {
     char parent[PATH_SIZE];
     const char* slash = strrchr(dst, '/');
     snprintf(parent, sizeof parent, "%.*s", slash == dst ? 1 : slash ? (int)(slash - dst) : 1, slash ? dst : ".");
-    char marker[PATH_SIZE], old_marker[PATH_SIZE];
-    unlink(join_path(marker, saving_path, SAVING_MARKER));
+    char marker[PATH_SIZE];
     if (!flush_directory(saving_path, &error)) die(1, "%s", error.text);
     heed_signals();
     int replace = !access(dst, F_OK) && ask.force;
-    // what is replaced gets the marker: killed before it is removed, it is known as what upcycle may remove
-    join_path(old_marker, dst, SAVING_MARKER);
-    if (replace && !write_file(old_marker, "", 0, &error)) die(1, "%s", error.text);
+    // Both have the marker for a moment: what is killed here leaves DST.saving as what upcycle may remove.
+    join_path(marker, dst, SAVING_MARKER);
+    if (replace && !write_file(marker, "", 0, &error)) die(1, "%s", error.text);
     if (rename_flags(saving_path, dst, replace ? RENAME_EXCHANGE : RENAME_NOREPLACE)) {
         int reason = errno;
-        if (replace) unlink(old_marker);
+        if (replace) unlink(marker);
         die(1, "%s: %s", dst, strerror(reason));
     }
+    unlink(marker);
     if (replace) remove_saving(); // now holds what was replaced
     saving_path[0] = 0;
     if (saving_lock >= 0) close(saving_lock);
     saving_lock = -1;
-    if (!flush_directory(parent, &error)) die(1, "%s", error.text);
+    if (!flush_directory(dst, &error) || !flush_directory(parent, &error)) die(1, "%s", error.text);
 }
