@@ -12,7 +12,7 @@ indented, has a mark before it:
     <!-- parse -->                      scripts and targets of make exist, and the options of train_moe and upcycle
     <!-- show: NAME -->                 output, which dev/readme.py makes anew
 
-They run in a folder of their own, which has texts my.txt and other.txt and small models DENSE, DENSE2 and DENSE3.
+They run in a folder of their own, which has texts my.txt and other.txt and small models DENSE, DENSE2, DENSE3 and a run, RUN.
 """
 import os
 import pathlib
@@ -29,6 +29,7 @@ for i in 1 2 3 4 5 6 7 8 9; do cat LICENSE; done >my.txt
 cp my.txt other.txt
 small="--data my.txt --steps 2 --batch 1 --seq 32 --layers 1 --hidden 32"
 for name in DENSE DENSE2 DENSE3; do ./train_moe $small --dense --ffn 64 --out $name; done
+./train_moe $small --experts 4 --out RUN
 """
 failed = passed = 0
 

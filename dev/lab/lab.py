@@ -20,6 +20,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -149,11 +150,9 @@ def stages_of(experiment, known=None):
         a, parent = arms[arm] or {}, None
         if set(a) - {"from", "grow", "train", "branch", "needs", "topk", "label"}:
             fail(f"{experiment['name']}: arm '{arm}' has unknown {', '.join(set(a))}; see template.yaml")
-        if a.get("branch") and "--optimizer" not in a.get("grow", "--optimizer"):
-            fail(f"{experiment['name']}: arm '{arm}': a branch that grows wants --optimizer copy or scale in `grow`")
-        if known and (option := missing(a, known)):
+        if known and (lacking := missing(a, known)):
             last[arm, seed] = None
-            left.append(f"{experiment['name']}: {arm} is left out until the programs have {option}")
+            left.append(f"{experiment['name']}: {arm} is left out until the programs have {lacking}")
             return None
         if a.get("from"):
             parent = build(a["from"], seed, (*path, arm))
@@ -166,6 +165,10 @@ def stages_of(experiment, known=None):
             last[f"{arm}@grow", seed] = parent = add(dict(
                               text=text, seed=seed, parent=parent, grow=words(a["grow"]), evaluate=evaluate,
                               topk=None if "train" in a else topk), "grow")
+        if a.get("branch") and "grow" in specs.get(parent, {}) and \
+                option(specs[parent]["grow"], "--optimizer", "reset") == "reset":
+            fail(f"{experiment['name']}: arm '{arm}': a branch that was grown wants --optimizer copy, scale or "
+                 "interpolate in `grow`: a run goes on with its moments")
         if "train" in a:
             options = words(a["train"]) if a.get("branch") else words(experiment["train"]) + words(a["train"])
             # what is read after a transition is another epoch's order of the same text: no arm has seen it in this
@@ -410,6 +413,13 @@ def routing(traces, twins, experts):
     return {k: sum(v) if k == "dead" else float(numpy.mean(v)) for k, v in figures.items()}, readers
 
 
+def in_turns(rate, model, parent, turns=9):
+    """Medians of the model's rate and of its share of its parent's. A bare rate says as much of the machine's minute as
+    of the model, so the two take turns; without a parent the share is 1."""
+    pairs = [(rate(model), rate(parent) if parent else None) for _ in range(turns)]
+    return statistics.median(own for own, _ in pairs), statistics.median(own / (other or own) for own, other in pairs)
+
+
 def evaluate(name, spec, threads):
     """Figures of a stage's model: loss on each kind of text and on all; where it is asked for, with other K;
     routing."""
@@ -450,13 +460,11 @@ def evaluate(name, spec, threads):
     found["loss"] = mean(losses)
     for k in spec.get("topk") or ():
         found[f"loss_k{k}"] = mean([score.search(loss(kind, "--topk", k)).groups() for kind in kinds])
-    # A bare rate says as much of the machine's minute as of the model: model and parent take turns.
     for batch in spec["evaluate"].get("speed") or ():
-        models = [folder] + ([LAB / "run" / spec["parent"]] if "parent" in spec else [])
-        turns = numpy.array([[rate(model, batch) for model in models] for _ in range(9)])
-        found[f"speed_b{batch}"] = float(numpy.median(turns[:, 0]))
-        if "parent" in spec:
-            found[f"speed_b{batch}_share"] = float(numpy.median(turns[:, 0] / turns[:, 1]))
+        parent = LAB / "run" / spec["parent"] if "parent" in spec else None
+        found[f"speed_b{batch}"], share = in_turns(lambda model: rate(model, batch), folder, parent)
+        if parent:
+            found[f"speed_b{batch}_share"] = share
     if experts:
         figures, readers = routing(traces, twins_of(folder), experts)
         found.update(figures)

@@ -74,6 +74,13 @@ class Experiment:
             arm, key = str(words), ""
         return self.column(arm, key or "loss"), arm
 
+    def curve(self, arm, seed):
+        """(tokens before the arm's last training, {tokens in all: validation loss}) of one seed."""
+        row = self.row(arm, seed)
+        before = float(row["total_tokens"]) - float(row["tokens"]) if row else 0
+        points = self.results.curves.get(self.ids.get((arm, seed)), []) if row else []
+        return before, {before + float(p["tokens"]): float(p["val_loss"]) for p in points}
+
     def root(self, arm):
         """The arm that this one's models were begun as."""
         before = self.spec["arms"][arm].get("from")
@@ -162,12 +169,16 @@ def measure(e, claim):
 
 def levels_of(e, found):
     """For each claim the level of the interval that it is judged by, and why it is not 95 %: several claims, run yet or
-    not, compare one of its two arms with others (Holm; of its arms, the stricter), or seeds were added."""
+    not, compare one of its two arms (or a figure of it) with others (Holm; of the two, the stricter), or seeds were
+    added after a look."""
     claims = e.spec["claims"]
+    for c in claims:
+        if "looks" in c and (c["looks"] not in (2, 3) or not set(c["measure"]) & {"difference", "equal", "value"}):
+            lab.fail(f"{e.name}: '{c['claim']}': looks is 2 or 3, of a difference, equal or value")
     arms = [c["measure"].get("difference", []) for c in claims]
     levels = [(stats.of_looks(c["looks"]), f"seeds were planned {c['looks']} times") if "looks" in c else
               (stats.LEVEL, "") for c in claims]
-    for arm in {a for pair in arms for a in pair}:
+    for arm in dict.fromkeys(a for pair in arms for a in pair):
         family = [n for n, pair in enumerate(arms) if arm in pair]
         p = [stats.verdict_p(found[n]["x"], claims[n]["verdict"]) if found[n] else 1 for n in family]
         for n, level in zip(family, stats.holm(p)):
@@ -250,16 +261,16 @@ def flops_matched(e, arm, names):
 
 
 def healed(e, arm, continued):
-    """Tokens after the transition from which on the arm is no worse than its source continued: median of seeds."""
+    """Tokens after the transition from which on the arm is no worse than its source continued (or left alone): median
+    of seeds."""
     found = []
     for seed in e.seeds:
-        mine, other = (e.results.curves.get(e.ids.get((a, seed)), []) for a in (arm, continued))
-        reference = {r["step"]: float(r["val_loss"]) for r in other}
-        shared = [r for r in mine if r["step"] in reference]
-        if shared and e.row(arm, seed):
-            worse = [n for n, r in enumerate(shared) if float(r["val_loss"]) > reference[r["step"]]]
+        (begun, mine), (transition, other) = (e.curve(a, seed) for a in (arm, continued))
+        shared = [t for t in mine if t in other]
+        if shared:
+            worse = [n for n, t in enumerate(shared) if mine[t] > other[t]]
             level = worse[-1] + 1 if worse else 0
-            found.append(float(shared[level]["tokens"]) if level < len(shared) else math.inf)
+            found.append(shared[level] - (transition or begun) if level < len(shared) else math.inf)
     if not found:
         return ""
     middle = statistics.median_high(found)
@@ -342,19 +353,13 @@ def band(by_x):
 
 
 def curve_series(e, arm, reference=None):
+    """{tokens in all: losses of seeds}, or those less the reference's after as many tokens."""
     found = {}
     for seed in e.seeds:
-        name = e.ids.get((arm, seed))
-        row = e.row(arm, seed)
-        if not row:
-            continue
-        before = float(row["total_tokens"]) - float(row["tokens"])
-        other = {r["step"]: float(r["val_loss"]) for r in e.results.curves.get(e.ids.get((reference, seed)), [])}
-        for r in e.results.curves.get(name, []):
-            if reference is None:
-                found.setdefault(before + float(r["tokens"]), []).append(float(r["val_loss"]))
-            elif r["step"] in other:
-                found.setdefault(float(r["tokens"]), []).append(float(r["val_loss"]) - other[r["step"]])
+        mine, other = e.curve(arm, seed)[1], e.curve(reference, seed)[1] if reference else {}
+        for tokens, loss in mine.items():
+            if not reference or tokens in other:
+                found.setdefault(tokens, []).append(loss - other.get(tokens, 0))
     return found
 
 
@@ -410,8 +415,8 @@ def figures(e):
         if after:
             add("differences", f"Difference from {after}, pair by pair",
                 [draw.Series(a, *band(curve_series(e, a, after)), slot=n) for n, a in enumerate(shown) if a != after],
-                "tokens after the transition", "nats a byte",
-                f"Each seed's loss less that of {after} at the same step; 95 % bands.")
+                "tokens in all", "nats a byte",
+                f"Each seed's loss less that of {after} after as many tokens; 95 % bands.")
     return made
 
 
@@ -465,17 +470,18 @@ def blocks(experiments, results):
                 "token), a token is a byte, a negative difference says that the first named is better; intervals are "
                 "of 95 %. A verdict is given by at least three pairs whose whole interval lies in a range that was "
                 "written down before the run (or when the claim says), else it is *cannot tell*; *so far*: not all "
-                "seeds have been run. Where several claims are about one arm, the interval that is judged is wider "
-                "(Holm: in 19 of 20 tries all verdicts about an arm are right); claims about different arms and "
-                "experiments are not corrected for each other. *n pairs see x*: an effect of x is found by n pairs "
-                "in four of five tries, at the level that judges.")
-    yield "p", ("In the tables of arms: loss (s): mean and deviation over seeds. minus: after as many tokens, pair by pair, only for "
-                "arms from the source that is continued; n, where fewer pairs than seeds have been run. level for good after: the tokens after the transition from which on the arm is no "
-                "worse than that, to the nearest validation. at equal FLOPs: between two lengths of the larger model "
-                "(beyond: outside of them). MaxVio and dead (of all layers) of training tokens, if all arms were "
-                "trained, else of validation. overlap: of the tokens that reach either of two twins, the share that "
-                "reaches both. Seconds are in `results/stages.csv`, with the load of the machine beside them: where it "
-                "is above the number of cores they say nothing.")
+                "seeds have been run. Where several claims are differences in one figure of an arm, the interval that "
+                "is judged is wider (Holm: in 19 of 20 tries all verdicts on these are right); other claims, other "
+                "arms and other experiments are not corrected for each other. *n pairs see x*: an effect of x is found "
+                "by n pairs in four of five tries, at the level that judges.")
+    yield "p", ("In the tables of arms: loss (s): mean and deviation over seeds. minus: after as many tokens, pair by "
+                "pair, only for arms from the source that is continued; n, where fewer pairs than seeds have been run. "
+                "level for good after: the tokens after the transition from which on the arm is no worse than that, to "
+                "the nearest validation. at equal FLOPs: between two lengths of the larger model (the longer with the "
+                "transition's reset; beyond: outside of them). MaxVio and dead (of all layers) of training tokens, if "
+                "all arms were trained, else of validation. overlap: of the tokens that reach either of two twins, the "
+                "share that reaches both. Seconds are in `results/stages.csv`, with the load of the machine beside "
+                "them: where it is above the number of cores they say nothing.")
     if rows:
         kinds = sorted({f"{r['processor']}, commit {r['commit']}, binary {r['binary']}" for r in rows})
         yield "p", f"{len(results.stages)} stages, made by: {'; '.join(kinds)}."

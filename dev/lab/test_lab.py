@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Checks the lab's own parts: statistics, experiments, reading of routing, stopping and going on. From the project's
 folder, after `make`:  python3 dev/lab/test_lab.py"""
+import contextlib
+import io
 import json
 import math
 import os
@@ -108,6 +110,11 @@ def test_experiments():
           and lab.tokens_of(specs[last["copy", 1]], specs) == (30 * 256, 60 * 256)
           and lab.tokens_of(specs[last["carried", 1]], specs) == (20 * 256, 40 * 256),
           "tokens of a branch, of one that was grown, and in all")
+    arms = dict(a=dict(train="--steps 5"), b={"from": "a", "grow": "--experts 8"},
+                c={"from": "b", "branch": True, "train": "--steps 9"})
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        lab.stages_of(dict(name="x", arms=arms, asked=["c"], seeds=[1], train="", text="tiny"))
+    check("wants --optimizer copy" in said.getvalue(), "a branch of a growth without moments is refused")
     known = {"upcycle": "--experts M\n", "train_moe": "--steps --experts --expert-ffn --schedule --decay-frac"}
     left = lab.stages_of(lab.read_experiment("tiny"), known)[2]
     check(len(left) == 3 and "--method" in left[1], "arms whose options do not exist are left out with a line", left)
@@ -136,6 +143,12 @@ def test_routing():
           "what experts read", found)
     check(readers == [(0, "a", "0.667 0.000 1.000 0.000 0.000"), (0, "b", "0.333 1.000 0.000 1.000 0.000")],
           "shares of the kinds", readers)
+
+
+def test_in_turns():
+    rates = iter([10, 5, 30, 10, 20, 20])
+    check(lab.in_turns(lambda _: next(rates), "model", "parent", 3) == (20, 2), "speed and share are medians of turns")
+    check(lab.in_turns(lambda _: 7, "model", None, 3) == (7, 1), "a model without a parent has a speed alone")
 
 
 def test_report():
@@ -225,9 +238,14 @@ def test_judging(results):
     worse = dict(zip("1234", (1.4, 1.6, 1.4, 1.4)))     # level, worse again, level for good from step 3 on
     for arm, losses in (("copy", worse), ("continued", dict.fromkeys("1234", 1.5))):
         e.results.curves[e.ids[arm, 1]] = [dict(step=k, tokens=int(k) * 1e6, val_loss=v) for k, v in losses.items()]
-        e.results.stages[e.ids[arm, 1]] = dict(loss=1.5)
+        e.results.stages[e.ids[arm, 1]] = dict(loss=1.5, tokens=4e6, total_tokens=6e6)
     check(report.healed(e, "copy", "continued") == "3.00M", "level for good, not for a moment",
           report.healed(e, "copy", "continued"))
+    # trained in two steps, the second begun 2M later: its first point is the other's third
+    e.results.curves[e.ids["copy", 1]] = [dict(step=1, tokens=1e6, val_loss=1.4)]
+    e.results.stages[e.ids["copy", 1]].update(tokens=2e6)
+    check(report.healed(e, "copy", "continued") == "3.00M" and
+          report.curve_series(e, "copy", "continued") == {5e6: [1.4 - 1.5]}, "curves meet at equal tokens in all")
     heads, rows = report.arm_table(report.Experiment("E1", results))
     told = {row[0]: dict(zip(heads, row))["minus the source continued"] for row in rows}
     check(told["exact copies"] and not told["sigmoid-copy"] and not told["continued16"],
@@ -282,6 +300,7 @@ if __name__ == "__main__":
         test_stats()
         test_experiments()
         test_routing()
+        test_in_turns()
         test_report()
         test_going_on()
     print(f"{passed} passed, {failed} failed")

@@ -700,9 +700,16 @@ static int save_files(const Model* m, const char* out, const char* dir, long ste
     ok = ok && flush_directory(join_path(path, dir, "trainer"), error);
     free(tensors);
     free(names);
-    // a source that is gone since the last save: that one has its files
-    int gone = m->tokenizer && access(m->tokenizer, F_OK) && !access(join_path(path, out, "trainer.json"), F_OK);
-    ok = ok && (!m->tokenizer || copy_travelling_files(gone ? out : m->tokenizer, dir, error));
+    const char* from = m->tokenizer;
+    if (from && access(from, F_OK)) {           // gone since the run began; if there is a last save, it has its files
+        if (access(join_path(path, out, "trainer.json"), F_OK)) {
+            end_progress();
+            fprintf(stderr, "%s: %s is gone; %s lacks the tokenizer's files and upcycle.json, if it had them\n",
+                    program_name, from, out);
+        }
+        from = out;
+    }
+    ok = ok && (!from || copy_travelling_files(from, dir, error));
     if (!m->source) unlink(join_path(path, dir, "upcycle.json"));       // not the history of a new model
     return ok && write_card(m, out, dir, error) && flush_directory(dir, error);
 }

@@ -39,8 +39,8 @@ static void test_up_bad_tokens(void) {
                                     "dense {}/x --experts 4 --method marks"};
     for (EACH(i, readers)) {
         int code = up_run("", "{}/%s --calibrate {}/bad.bin --calibrate-batches 6 --batch 2 --seq 32", readers[i]);
-        check(code == 2 && strstr(up_output, "token 60000 at byte") && access(up_path("x"), F_OK), "%s: %d, %.200s", readers[i],
-              code, up_output);
+        check(code == 2 && strstr(up_output, "token 60000 at byte") && access(up_path("x"), F_OK),
+              "%s: %d, %.200s", readers[i], code, up_output);
     }
 }
 

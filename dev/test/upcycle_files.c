@@ -281,7 +281,8 @@ static void test_up_safety(void) {
     fclose(f);
     check(up_run("", "{}/left.saving {}/left --experts 6") == 2, "a source is never taken for what a killed run left");
     UP("{}/m3 {}/left --experts 6");
-    check(up_exists("left/config.json") && !up_exists("left/" SAVING_MARKER) && !up_exists("left.saving"), "what a killed run left is removed");
+    check(up_exists("left/config.json") && !up_exists("left/" SAVING_MARKER) && !up_exists("left.saving"),
+          "what a killed run left is removed");
     check(up_run("ulimit -f 20;", "{}/m3 {}/disk_full --experts 12") == 1 && !up_exists("disk_full") &&
               !up_exists("disk_full.saving"),
           "a full disk: exit 1, nothing left: %.80s", up_output);
