@@ -47,7 +47,7 @@ the help and in messages N is any number.
 #pragma GCC diagnostic pop
 #endif
 
-#include "dev/upcycle/options.h" // ask: what can be asked for; is(text, word): equal; NEW(type, n): n zeros
+#include "dev/upcycle/options.h" // ask: the options; asked: given; insists: not the usual; is: equal; NEW: 0s
 #include "dev/upcycle/source.h"  // where each tensor of a source lies, number formats
 
 #define MAX_SOURCES 256

@@ -280,11 +280,9 @@ def healed(e, arm, continued):
 def arm_table(e):
     """One row for each arm that has one, with all figures; columns without any are left out."""
     readings = e.spec.get("readings", {})
-    heads = ["arm", "n", "tokens", "loss (s)", "minus the source continued", "minus the larger all along",
-             "the same at equal FLOPs", "gap closure", "jump", "level for good after", "MaxVio", "dead",
-             "twins' cosine", "overlap", "distinct sources a token", "expert and kind: shared nats",
-             "minus the small model left alone"]
-    shown = heads[:5] + heads[16:] + heads[5:16]
+    heads = ["arm", "n", "tokens", "loss (s)", "minus the source continued", "minus the small model left alone",
+             "minus the larger all along", "the same at equal FLOPs", "gap closure", "jump", "level for good after",
+             "MaxVio", "dead", "twins' cosine", "overlap", "distinct sources a token", "expert and kind: shared nats"]
     rows = []
     # of training tokens, if all arms have been trained, else of validation
     load = "train_" if all(e.column(a, "train_max_vio") for a in e.arms if e.column(a, "loss")) else ""
@@ -296,7 +294,7 @@ def arm_table(e):
         row = dict.fromkeys(heads, "")
         row.update({"arm": e.spec["arms"][arm].get("label", arm), "n": len(losses),
                     "tokens": f"{float(first['total_tokens']) / 1e6:.2f}M",
-                    heads[3]: f"{statistics.mean(losses.values()):.4f}" + (
+                    "loss (s)": f"{statistics.mean(losses.values()):.4f}" + (
                         f" ({short(statistics.stdev(losses.values()))})" if len(losses) > 1 else "")})
         # readings are for what was made from the source that they continue
         grown = "from" in e.spec["arms"][arm] and e.root(arm) == e.root(readings.get("of", readings.get("after", arm)))
@@ -311,7 +309,8 @@ def arm_table(e):
             return interval(dict(zip(("value", "low", "high"), found), unit="")) + (
                 f", n {n}" if n < len(losses) else "")
 
-        for head, key in ((heads[4], "after"), (heads[5], "total"), (heads[16], "alone")):
+        for head, key in (("minus the source continued", "after"), ("minus the small model left alone", "alone"),
+                          ("minus the larger all along", "total")):
             if grown and compared(readings.get(key)):
                 pairs, _ = e.together(arm, readings[key])
                 if len(pairs[0]) > 1:
@@ -319,7 +318,8 @@ def arm_table(e):
         if readings.get("flops") and grown:
             found, beyond = flops_matched(e, arm, readings["flops"])
             if len(found) > 1:
-                row[heads[6]] = cell(stats.mean_interval(found), len(found)) + (" (beyond)" if beyond else "")
+                row["the same at equal FLOPs"] = cell(stats.mean_interval(found), len(found)) + \
+                    (" (beyond)" if beyond else "")
         if e.spec.get("gap") and grown:
             found = measure(e, dict(measure=dict(closure=arm)))
             row["gap closure"] = interval(found) + (f", n {found['n']}" if found["n"] < len(losses) else "") \
@@ -331,11 +331,12 @@ def arm_table(e):
             row["level for good after"] = healed(e, arm, readings["after"])
         for head, key, digits in (("MaxVio", load + "max_vio", 2), ("dead", load + "dead", 1),
                                   ("twins' cosine", "twin_cosine", 3), ("overlap", "overlap", 3),
-                                  (heads[14], "sources", 2), (heads[15], "reading", 3)):
+                                  ("distinct sources a token", "sources", 2),
+                                  ("expert and kind: shared nats", "reading", 3)):
             if values := e.column(arm, key):
                 row[head] = f"{statistics.mean(values.values()):.{digits}f}"
         rows.append(row)
-    kept = [h for h in shown if any(r[h] != "" for r in rows)]
+    kept = [h for h in heads if any(r[h] != "" for r in rows)]
     return kept, [[r[h] for h in kept] for r in rows]
 
 

@@ -146,8 +146,8 @@ def test_routing():
 
 
 def test_in_turns():
-    rates = iter([10, 5, 30, 10, 20, 20])
-    check(lab.in_turns(lambda _: next(rates), "model", "parent", 3) == (20, 2), "speed and share are medians of turns")
+    rates = iter([10, 20, 30, 10, 20, 5])           # shares .5, 3, 4; the median speeds' share would be 2
+    check(lab.in_turns(lambda _: next(rates), "model", "parent", 3) == (20, 3), "speed and share are medians of turns")
     check(lab.in_turns(lambda _: 7, "model", None, 3) == (7, 1), "a model without a parent has a speed alone")
 
 
@@ -201,8 +201,9 @@ def test_report():
 
 def test_judging(results):
     """What a sceptic asks of the verdicts of made-up results."""
-    def e1(seeds, losses):
-        """E1 with so many seeds run, of two claims about continued and one about copy-perturbed."""
+    def e1(seeds, losses, about=None, **more):
+        """E1 with so many seeds run and these losses; a claim for each pair of arms in about, or on each of these arms
+        and the first of them."""
         e = report.Experiment("E1", report.Results())
         e.results.stages = {k: dict(v) for k, v in results.stages.items()}
         for (arm, seed), stage in e.ids.items():
@@ -210,9 +211,9 @@ def test_judging(results):
                 e.results.stages.pop(stage, None)
             elif arm in losses:
                 e.results.stages[stage]["loss"] = losses[arm][seed - 1]
-        about = [[arm, "continued"] for arm in list(losses)[1:]]
-        e.spec["claims"] = [dict(claim=a[0], expected="x", measure=dict(difference=a), verdict={"yes": [-9, 0]})
-                            for a in about]
+        about = about or [[arm, "continued"] for arm in list(losses)[1:]]
+        e.spec["claims"] = [dict(claim=a[0] if a is about[0] else " ".join(a), expected="x",
+                                 measure=dict(difference=a), verdict={"yes": [-9, 0]}, **more) for a in about]
         return {c["claim"]: verdict for c, _, verdict, _ in report.judged(e)}
 
     flat, better = [1.5] * 8, [1.49, 1.4901, 1.488, 1.491, 1.49, 1.489, 1.49, 1.49]
@@ -224,6 +225,10 @@ def test_judging(results):
     check(low < high < 0 and e1(3, dict(continued=flat, copy=near_enough))["copy"] == "so far yes" and
           e1(3, {"continued": flat, "copy": near_enough, "copy-perturbed": near_enough})["copy"] == "cannot tell",
           "one claim of two wants more than one alone", (low, high))
+    check(e1(3, dict(continued=flat, copy=near_enough), about=[["copy", "continued"], ["copy", "random"]])["copy"] ==
+          "cannot tell", "... also if the arm is the first of both")
+    check(e1(3, dict(continued=flat, copy=near_enough), looks=2)["copy"] == "cannot tell",
+          "and so does a claim that was looked at twice")
 
     # two unrelated arms: the pair's deviation is as large as that of two seeds
     e, rng = report.Experiment("noise", report.Results()), numpy.random.default_rng(3)
@@ -250,6 +255,15 @@ def test_judging(results):
     told = {row[0]: dict(zip(heads, row))["minus the source continued"] for row in rows}
     check(told["exact copies"] and not told["sigmoid-copy"] and not told["continued16"],
           "arms of another source are not compared with this one continued", told)
+    e = report.Experiment("E1", report.Results())
+    e.results.stages = {k: dict(v) for k, v in results.stages.items()}
+    for seed in e.seeds:
+        e.results.stages[e.ids["family", seed]]["total_tokens"] = 3e6
+    heads, rows = report.arm_table(e)
+    told = {row[0]: dict(zip(heads, row))["minus the source continued"] for row in rows}
+    check(told["random"] and not told["family"], "nor are arms after other numbers of tokens", told)
+    check(report.ranges({"yes": [-9, -.002], "same": [-.002, .002], "no": [[-9, -1], [.002, 9]]}) ==
+          "yes: below -.002; same: -.002 to .002; no: below -1 or above .002", "ranges in words")
     broken = subprocess.run([sys.executable, "-c", "import report; report.Experiment('E1', report.Results())"
                              ".values('copyx')"], cwd=lab.HERE, capture_output=True, text=True)
     check(broken.returncode == 2 and "'copyx' is no arm" in broken.stderr, "refused: an arm that is not there",
@@ -284,6 +298,14 @@ def test_going_on():
     check(not differ, "stopped and gone on with: the same row", differ)
     check(json.loads(second["spec"])["seed"] == 1 and second["stage"] == name and float(second["loss"]) > 0,
           "a row says what it is")
+    # stem, its growth, and the branch that goes on with it: from step 20 to 40, with the stem's seed and moments
+    ids = lab.stages_of(lab.read_experiment("tiny"))[0]
+    for arm in ("stem", "carried@grow", "carried"):
+        subprocess.run([*command[:-1], ids[arm, 1]], check=True, stderr=subprocess.PIPE)
+    row, points = (lab.rows_of(lab.LAB / "done" / f"{ids['carried', 1]}{end}")[-1] for end in (".csv", ".curve"))
+    log = lab.rows_of(lab.LAB / "run" / ids["carried", 1] / "log.csv")
+    check([row["tokens"], row["total_tokens"], points["step"], points["tokens"]] == ["5120", "10240", "40", "5120"] and
+          row["experts"] == "8" and log[-1]["step"] == "40", "a run goes on in a grown model", (row["tokens"], points))
     frozen = json.loads((lab.LAB / "bin/frozen.json").read_text())
     (lab.LAB / "bin/frozen.json").write_text(json.dumps({**frozen, "processor": "another"}))
     told = subprocess.run(command, capture_output=True, text=True)

@@ -432,9 +432,17 @@ static void test_source_gone(void) {
     Json* j = keep_json(json_read(temp("kept/trainer.json"), &error));
     check(!failure && exists(temp("kept/tokenizer_config.json")) && json_whole(json_get(j, "step"), 100) == 2,
           "a source that is gone: the last save has its files %s", failure ? failure : "");
+    int kept = dup(2), said = open(temp("said.txt"), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    dup2(said, 2);
     failure = checkpoint_save(m, temp("first"), 1);
-    check(!failure && exists(temp("first/config.json")) && !exists(temp("first/tokenizer_config.json")),
-          "without one the weights are saved alone");
+    dup2(kept, 2);
+    close(kept);
+    close(said);
+    size_t length = 0;
+    const char* text = read_bytes(temp("said.txt"), &length);
+    check(!failure && exists(temp("first/config.json")) && !exists(temp("first/tokenizer_config.json")) && length > 0 &&
+              strstr(text, "gone is gone"),
+          "without one the weights are saved alone, and a line says so");
 }
 
 // What checkpoint_save writes is read back with the same bits, for every class, with the optimizer's moments.

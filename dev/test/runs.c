@@ -293,6 +293,26 @@ static void test_nohup(void) {
     check(running && code == 128 + SIGTERM, "nohup: SIGHUP is ignored, SIGTERM is not: exit code %d", code);
 }
 
+// Killed at each of its flushes, the last of which are of a save that counts already: the same line goes on from there.
+static void test_kill_at_flushes(void) {
+    const char* run = "--schedule constant --steps 2 --save-every 1 --val-every 1";
+    char again[1024], count[16];
+    snprintf(again, sizeof again, "%s %s %s --resume", small_run, small_experts, run);
+    int ok = train_run("a", run) == 0, kills = 0;
+    for (int code = 1; code && kills < 100;) {
+        snprintf(count, sizeof count, "%d", ++kills);
+        setenv("KILL_AT_FLUSH", count, 1);
+        code = train_run("b", run);
+        unsetenv("KILL_AT_FLUSH");
+        ok &= code == 0 || code == -SIGKILL;
+        if (code) ok &= finish_program(start_training("b", again, 0)) == 0;
+        ok &= same_checkpoint("a", "b") && same_logs("a", "b");
+        if (!ok) break;
+    }
+    check(ok && kills > 6, "killed at each of %d flushes: the same line ends with the same bytes and rows", kills - 1);
+    show_failure(ok);
+}
+
 // kill -9 at random moments of a run that saves every step: the last checkpoint is always whole.
 static void test_kill(void) {
     int ok = train_run("a", "--steps 25 --save-every 1") == 0, kills = 0, finished = 0, unreadable = 0, backwards = 0,
@@ -636,6 +656,7 @@ static void test_determinism(void) {
     test_signal(SIGHUP, "SIGHUP", "a", 60);
     test_nohup();
     test_kill();
+    test_kill_at_flushes();
     test_ready();
     test_lock();
 }

@@ -54,7 +54,11 @@ static void test_small_vocabulary(void) {
                run_program("--data %s --vocab 200 " TINY " --steps 1 --out %s", up_path("small.bin"), IN("small200"));
     rename(IN("byte-run/tokenizer.json"), IN("small200/tokenizer.json"));
     code += run_program("--model %s --data %s --eval --seq 16", IN("small200"), temp("ascii.txt"));
-    check(code == 0 && strstr(ran.out, "bits per byte"), "--eval with a vocabulary that is smaller than its tokenizer");
+    double loss = 0, perplexity, bits = 0;
+    const char* line = strstr(ran.out, "\nloss ");
+    if (line) sscanf(line, "\nloss %lf | perplexity %lf | bits per byte %lf", &loss, &perplexity, &bits);
+    check(code == 0 && loss > 0 && fabs(bits - loss / M_LN2) < 1e-3,
+          "--eval with a vocabulary that is smaller than its tokenizer: %.4f nats, %.4f bits", loss, bits);
 }
 
 static void test_new_tokenizer(void) {

@@ -1,15 +1,21 @@
 /*
 upcycle_calibration.c: what upcycle computes from data: utility of experts, pruning, clusters.
 */
+// Begins a group with an LPR model, which may be changed and saved, and with random.bin for it.
+static Model* up_begin_lpr(Config* c) {
+    Error error = {""};
+    up_begin();
+    config_read(c, VARIANTS "lpr", &error);
+    Model* m = new_model(c, FOR_TRAINING, 1, 8);
+    checkpoint_load(m, VARIANTS "lpr", &error);
+    up_make_random_shard("random.bin", 900, c->vocab_size);
+    return m;
+}
+
 // Utility is made of gradients of the cross-entropy alone: LPR's own losses have none of it.
 static void test_up_utility_lpr(void) {
-    up_begin();
     Config c;
-    Error error = {""};
-    config_read(&c, VARIANTS "lpr", &error);
-    Model* m = new_model(&c, FOR_TRAINING, 1, 8);
-    checkpoint_load(m, VARIANTS "lpr", &error);
-    up_make_random_shard("random.bin", 900, c.vocab_size);
+    Model* m = up_begin_lpr(&c);
     double scores[2] = {0};
     for (int i = 0; i < 2; i++) {
         m->config.router.lpr_weight = i;
@@ -323,16 +329,11 @@ static void test_up_cluster(void) {
 
 // LPR's experts read the token with its read-out added, and pruning goes by that.
 static void test_up_pruning_lpr(void) {
-    up_begin();
     Config c;
-    Error error = {""};
-    config_read(&c, VARIANTS "lpr", &error);
-    Model* m = new_model(&c, FOR_TRAINING, 1, 8);
-    checkpoint_load(m, VARIANTS "lpr", &error);
+    Model* m = up_begin_lpr(&c);
     m->weights.layers[0].lpr_readout_bias[5] = 1000;
     mkdir(up_path("biased"), 0777);
     check(checkpoint_save(m, up_path("biased"), 1) == NULL, "an LPR model whose experts read one large number");
-    up_make_random_shard("random.bin", 900, c.vocab_size);
     UP("{}/biased {}/pruned --experts %d --prune-weights 0.9 --calibrate {}/random.bin --batch 2 --seq 8",
        c.num_experts);
     float* w = up_tensor(up_path("pruned"), "model.layers.0.mlp.experts.1.gate_proj.weight", NULL);

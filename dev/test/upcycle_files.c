@@ -283,6 +283,18 @@ static void test_up_safety(void) {
     UP("{}/m3 {}/left --experts 6");
     check(up_exists("left/config.json") && !up_exists("left/" SAVING_MARKER) && !up_exists("left.saving"),
           "what a killed run left is removed");
+    // killed at each of its flushes: DST is absent or whole, and what is left is never in the way of the next run
+    int kills = 0, absent_or_whole = 1, next_works = 1;
+    for (int code = 1; code && kills < 100;) {
+        char environment[32];
+        snprintf(environment, sizeof environment, "KILL_AT_FLUSH=%d", ++kills);
+        remove_tree(up_path("cut"));
+        code = up_run(environment, "{}/m3 {}/cut --experts 6");
+        if (up_exists("cut")) absent_or_whole &= up_change(up_path("left"), 0, up_path("cut")) == 0;
+        else next_works &= up_run("", "{}/m3 {}/cut --experts 6") == 0;
+    }
+    check(kills > 3 && absent_or_whole && next_works, "killed at each of %d flushes: DST %s, and the next run %s",
+          kills - 1, absent_or_whole ? "is absent or whole" : "is half written", next_works ? "works" : "is refused");
     check(up_run("ulimit -f 20;", "{}/m3 {}/disk_full --experts 12") == 1 && !up_exists("disk_full") &&
               !up_exists("disk_full.saving"),
           "a full disk: exit 1, nothing left: %.80s", up_output);
