@@ -129,8 +129,8 @@ static int plain_products = PLAIN;
 
 // *result = [*result if add] + sum over k < depth of left[k left_k] right[k right_k], by multiply-adds:
 //     fp32  k = 0, 1, 2, ..
-//     bf16  k = 1, 0, 3, 2, .., of numbers rounded to the nearest bf16, ties to even; beyond the depth they
-//           are zero, and so is any below 2^-126, operand or sum: VDPBF16PS's way (Intel's manual)
+//     bf16  k = 1, 0, 3, 2, .., of numbers rounded to the nearest bf16, ties to even; zero are those beyond
+//           the depth and any below 2^-126, operand (unrounded) or sum: VDPBF16PS's way (Intel's manual)
 //     AMX   in place of that order, where TDPBF16PS computes: of every 32 values of k the even ones and the
 //           odd ones each make a sum from zero; the two are added, then to what was before
 static void sum_products(float* result, int add, const float* left, long left_k, const float* right,
@@ -145,8 +145,8 @@ static void sum_products(float* result, int add, const float* left, long left_k,
     int amx = bf16_packing == PACK_TILES, block = amx ? 32 : 2, end = blocks_of(depth, block) * block;
     for (int n = 0, k = 1; n < end; k = ++n ^ 1) {
         float* s = amx ? &halves[k % 2] : &sum;
-        *s = MULTIPLY_ADD(*s, k < depth ? bf16_rounded(left[k * left_k]) : 0,
-                          k < depth ? bf16_rounded(right[k * right_k]) : 0);
+        *s = MULTIPLY_ADD(*s, k < depth ? bf16_operand(left[k * left_k]) : 0,
+                          k < depth ? bf16_operand(right[k * right_k]) : 0);
         if (!amx || n % 32 < 31) continue;
         sum += halves[0] + halves[1];
         halves[0] = halves[1] = 0;

@@ -23,8 +23,8 @@ MUTATIONS = [
     # bf16: rounding, order, what stays fp32, small numbers
     ("(0x7FFFu + ((bits) >> 16 & 1u))", "0x8000u"),
     ("k = ++n ^ 1)", "k = ++n)"),
-    ("*(words*)(packed + (k + 1) * width) = ROUND_TO_BF16((words)row);",
-     "*(words*)(packed + k * width) = ROUND_TO_BF16((words)row);"),
+    ("*(words*)(packed + (k + 1) * width) = BF16_OPERAND((words)row);",
+     "*(words*)(packed + k * width) = BF16_OPERAND((words)row);"),
     ("now = before | FLUSH_DENORMALS;", "now = before;"),
     ("    if (how == PACK_ROUNDED) restore_mode(mode);\n", ""),
     ("k + 1 < depth ? s + left_k + v : NULL);", "s + left_k + v);"),

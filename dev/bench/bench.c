@@ -58,22 +58,50 @@ static Config shape_config(const Shape* s) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The machine
 
-// Multiply-adds between registers, 2 flops each. 12 independent sums are enough to hide the latency of 4 cycles, and
-// few enough for 16 registers.
-enum { PEAK_SUMS = 12 };
+// Multiply-adds between registers, 2 flops each. The sums are independent and enough to hide an instruction's latency, 12
+// where there are 16 registers. VDPBF16PS does two in each place of a vector, TDPBF16PS 16 * 16 * 32 with two tiles.
+enum { PEAK_SUMS = VECTOR_LENGTH == 16 ? 16 : 12 };
 
-static double peak_seconds(long rounds) {
-    double t = seconds();
+static double peak_seconds(long rounds, Packing way, double* multiply_adds) {
+    double t = seconds(), done = 0;
     float result = 0;
-    #pragma omp parallel reduction(+ : result)
+    #pragma omp parallel reduction(+ : result, done)
     {
         vector sum[PEAK_SUMS], zero = {0}, x = zero + 1.0000001f, y = zero + 1e-9f;
+        float pair = 1;
         UNROLL
         for (int i = 0; i < PEAK_SUMS; i++) sum[i] = zero + (float)i;
-        for (long r = 0; r < rounds; r++) {
-            UNROLL
-            for (int i = 0; i < PEAK_SUMS; i++) sum[i] = sum[i] * x + y;
+        if (way == PACK_FP32 || way == PACK_ROUNDED) {
+            for (long r = 0; r < rounds; r++) {
+                UNROLL
+                for (int i = 0; i < PEAK_SUMS; i++) sum[i] = sum[i] * x + y;
+            }
+            done = (double)rounds * PEAK_SUMS * VECTOR_LENGTH;
+        } else if (way == PACK_PAIRS) {
+            for (long r = 0; r < rounds; r++) {
+                UNROLL
+                for (int i = 0; i < PEAK_SUMS; i++) sum[i] = add_pairs(sum[i], &pair, y);
+            }
+            done = (double)rounds * PEAK_SUMS * VECTOR_LENGTH * 2;
         }
+#if AMX_TILES
+        if (way == PACK_TILES) {
+            TileShapes shapes = {1, 0, {0}, {0}, {0}};
+            for (int i = 0; i < 8; i++) {
+                shapes.row_bytes[i] = 64;
+                shapes.rows[i] = 16;
+            }
+            tile_shapes(&shapes); // which clears them
+            for (long r = 0; r < rounds / 16; r++) {
+                tile_multiply(0, 4, 6);
+                tile_multiply(1, 4, 7);
+                tile_multiply(2, 5, 6);
+                tile_multiply(3, 5, 7);
+            }
+            tile_release();
+            done = rounds / 16 * 4.0 * 16 * 16 * 32;
+        }
+#endif
         UNROLL
         for (int i = 1; i < PEAK_SUMS; i++) sum[0] += sum[i];
         for (int i = 0; i < VECTOR_LENGTH; i++) result += ((float*)&sum[0])[i];
@@ -81,16 +109,16 @@ static double peak_seconds(long rounds) {
     t = seconds() - t;
     volatile float sink = result; // so that the compiler does not leave the work out
     (void)sink;
+    *multiply_adds = done;
     return t;
 }
 
-static double peak_flops(void) {
+static double peak_flops(int bf16) {
     const long rounds = 200000; // about a millisecond, so that some try is not interrupted
     double best = 0;
     for (int i = 0; i < 20; i++) {
-        double flops = 2.0 * PEAK_SUMS * VECTOR_LENGTH * rounds * thread_count();
-        flops /= peak_seconds(rounds);
-        if (flops > best) best = flops;
+        double multiply_adds, t = peak_seconds(rounds, bf16 ? bf16_packing : PACK_FP32, &multiply_adds);
+        best = fmax(best, 2 * multiply_adds / t);
     }
     return best;
 }
@@ -127,7 +155,7 @@ static double read_bytes_per_second(const float* a, long n) {
 // Training
 
 typedef struct {
-    double step_seconds[2], peak, flops, phase[2][NUM_PHASES], predicted;      // [1]: bf16's, with --bf16
+    double step_seconds[2], peak[2], flops, phase[2][NUM_PHASES], predicted;   // [1]: bf16's, with --bf16
     int steps;
 } Result;
 static int bf16_too = 0;
@@ -168,8 +196,7 @@ static Result bench_training(const Shape* s, double for_seconds, int least_steps
             memcpy(result.phase[way], phase_seconds, sizeof phase_seconds);
         }
         if (step % 8 == 1) {
-            double peak = peak_flops();
-            if (peak > result.peak) result.peak = peak;
+            for (int bf16 = 0; bf16 <= bf16_too; bf16++) result.peak[bf16] = fmax(result.peak[bf16], peak_flops(bf16));
         }
         result.steps = step;
     }
@@ -210,11 +237,11 @@ static void print_training(const Shape* s, const Result* r, double peak_memory) 
     for (int way = 0; way <= bf16_too; way++) {
         double step = r->step_seconds[way], rest = step;
         printf("%-8s %9.0f %8.1f %7.1f", way ? "  bf16" : s->name, s->B * s->T / step, r->flops / step * 1e-9,
-               100 * r->flops / step / r->peak);
+               100 * r->flops / step / r->peak[way]);
         for (int p = 0; p < PHASE_REST; p++) rest -= r->phase[way][p];
         for (int p = 0; p < NUM_PHASES; p++)
             printf(" %7.1f %%", 100 * (p == PHASE_REST ? rest : r->phase[way][p]) / step);
-        if (way) printf(" %.2f times fp32\n", r->step_seconds[0] / step);
+        if (way) printf(" %.2f times fp32, its peak %.2f times\n", r->step_seconds[0] / step, r->peak[1] / r->peak[0]);
         else printf(" %8.1f %7.1f  %d\n", peak_memory * 1e-6, r->predicted * 1e-6, r->steps);
     }
     fflush(stdout);
@@ -284,7 +311,7 @@ static void bench_growth(const Shape* base, double for_seconds, int short_form) 
         Result r = in_process(&s, for_seconds, 1, &memory);
         gflops[i] = r.flops / r.step_seconds[0] * 1e-9;
         printf("%4d %6d %9.2f %8.1f %7.1f\n", s.B, s.T, r.step_seconds[0] / (s.B * s.T) * 1e6, gflops[i],
-               100 * r.flops / r.step_seconds[0] / r.peak);
+               100 * r.flops / r.step_seconds[0] / r.peak[0]);
         fflush(stdout);
     }
     if (!short_form)
@@ -323,6 +350,6 @@ int main(int argc, char** argv) {
     bench_adamw(short_form ? 1 << 20 : 1 << 25);
     for (int i = 0; i < (short_form ? 1 : 4); i++)
         if (short_form || i >= 2) bench_generation(&shapes[i], short_form ? 8 : 32);
-    printf("peak: %.1f GFLOP/s on %d threads\n", peak_flops() * 1e-9, thread_count());
+    printf("peak: %.1f GFLOP/s on %d threads\n", peak_flops(0) * 1e-9, thread_count());
     return 0;
 }

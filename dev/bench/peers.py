@@ -1,11 +1,12 @@
 """How fast train_moe.c is, compared with PyTorch: Hugging Face's Qwen3-MoE of the same sizes, the same step.
 
-    python dev/bench/peers.py [--configs default,small,...] [--rounds 3] [--seconds 5] [--threads N]
+    python dev/bench/peers.py [--configs default,small,...] [--rounds 3] [--seconds 5] [--threads N] [--bf16]
 
 For each configuration of bench.c it starts PyTorch in several ways (experts one by one, grouped_mm, each also through
 torch.compile), and measures them in turns with `build/bench`, so that both see the same machine. The fastest step
 counts, and the fastest of PyTorch's ways. A step is forward, cross-entropy, backward, clipping and AdamW (fused) on a
-fixed batch in fp32; ours adds the balance loss, theirs is spared it.
+fixed batch in fp32; ours adds the balance loss, theirs is spared it. --bf16 measures --precision bf16 too, and
+PyTorch's ways under autocast.
 
 PyTorch's matrix products come from MKL, which takes its slow code on processors of other makers than Intel, also where
 they have AVX-512. peers.sh compiles one function that lets it take the fast one, so that the ratios mean something
@@ -52,7 +53,9 @@ def worker(name, way, threads):
     tokens, targets = torch.randint(V, (B, T)), torch.randint(V, (B * T,))
 
     def step():
-        loss = F.cross_entropy(run(input_ids=tokens).logits.view(-1, V), targets)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled="bf16" in way):
+            logits = run(input_ids=tokens).logits
+        loss = F.cross_entropy(logits.float().view(-1, V), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
@@ -71,11 +74,11 @@ def worker(name, way, threads):
         print(best, flush=True)
 
 
-def ours(name, seconds, environment):
-    """Tokens/s of build/bench."""
-    out = subprocess.run([BENCH, "--config", name, "--seconds", str(seconds)], env=environment, check=True,
-                         capture_output=True, text=True).stdout
-    return float(out.splitlines()[-1].split()[1])
+def ours(name, seconds, bf16, environment):
+    """Tokens/s of build/bench in fp32 and, if asked for, in bf16."""
+    command = [BENCH, "--config", name, "--seconds", str(seconds)] + ["--bf16"] * bf16
+    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return [float(row.split()[1]) for row in out.splitlines()[-1 - bf16:]]
 
 
 def main():
@@ -85,6 +88,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--bf16", action="store_true", help="and all of it in bf16")
     parser.add_argument("--as-installed", action="store_true", help="leave MKL's choice of code to MKL")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -93,23 +97,30 @@ def main():
         return
     environment = dict(os.environ, OMP_NUM_THREADS=str(options.threads))
     for_torch = environment if options.as_installed else dict(environment, LD_PRELOAD=FAST_MKL)
-    print(f"tokens/s\n{'config':8} {'ours':>9}" + "".join(f" {way:>19}" for way in WAYS) + "   ours / best")
+    ways = options.ways.split(",")
+    ways += [way + "+bf16" for way in ways if options.bf16]
+    head = ["ours"] + ["ours+bf16"] * options.bf16 + ways + ["ours / best"] + ["of bf16"] * options.bf16
+    print("tokens/s\n" + f"{'config':8}" + "".join(f" {title:>{max(9, len(title))}}" for title in head))
     for name in options.configs.split(","):
         tokens = CONFIGS[name][-1] * CONFIGS[name][-2]
-        mine, theirs = 0.0, {}
-        for way in options.ways.split(","):
+        mine, theirs = [0.0] * (1 + options.bf16), {}
+        for way in ways:
             command = [sys.executable, __file__, "--threads", str(options.threads), "--worker", name, way]
             with subprocess.Popen(command, env=for_torch, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                   stderr=subprocess.DEVNULL, text=True) as process:
                 if process.stdout.readline().strip() == "ready":  # otherwise this way does not exist here
                     for _ in range(options.rounds):
-                        mine = max(mine, ours(name, options.seconds, environment))
+                        now = ours(name, options.seconds, options.bf16, environment)
+                        mine = [max(pair) for pair in zip(mine, now)]
                         print(options.seconds, file=process.stdin, flush=True)
                         theirs[way] = max(theirs.get(way, 0), tokens / float(process.stdout.readline()))
                 process.stdin.close()
-        row = "".join(f" {theirs[way]:19.0f}" if way in theirs else f" {'-':>19}" for way in WAYS)
-        ratio = mine / max(theirs.values()) if theirs else float("nan")
-        print(f"{name:8} {mine:9.0f}{row}   {ratio:.2f}", flush=True)
+        ratios = []
+        for bf16, speed in enumerate(mine):
+            known = [theirs[way] for way in theirs if ("bf16" in way) == bf16]
+            ratios.append(f"{speed / max(known):.2f}" if known else "-")
+        cells = [f"{speed:.0f}" for speed in mine] + [f"{theirs[w]:.0f}" if w in theirs else "-" for w in ways] + ratios
+        print(f"{name:8}" + "".join(f" {c:>{max(9, len(t))}}" for t, c in zip(head, cells)), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,14 @@ static int bf16_products = 0;
 // The bits of an fp32 number, zero of its sign if it is below 2^-126: if its exponent is zero.
 #define FLUSHED_BITS(bits) ((bits) & (0x80000000u | (0u - ((((bits) & 0x7F800000u) + 0x7F800000u) >> 31))))
 
-static inline float bf16_rounded(float x) {
+// An operand of a product in bf16: below 2^-126 it is zero before it is rounded (VCVTNEPS2BF16), even if it would be
+// rounded up to 2^-126.
+#define BF16_OPERAND(bits) ROUND_TO_BF16(FLUSHED_BITS(bits))
+
+static inline float bf16_operand(float x) {
     union { float value; uint32_t bits; } u;
     u.value = x;
-    u.bits = ROUND_TO_BF16(u.bits);
+    u.bits = BF16_OPERAND(u.bits);
     return u.value;
 }
 

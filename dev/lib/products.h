@@ -121,7 +121,7 @@ ALWAYS_INLINE vector add_pairs(vector sum, const float* left, vector right) {
 }
 
 ALWAYS_INLINE words pair_up(vector even, vector odd) {
-    return ROUND_TO_BF16((words)even) >> 16 | ROUND_TO_BF16((words)odd);
+    return BF16_OPERAND((words)even) >> 16 | BF16_OPERAND((words)odd);
 }
 #endif
 
@@ -202,8 +202,8 @@ ALWAYS_INLINE void put(const Packing how, float* packed, const int width, int k,
     if (how == PACK_FP32) {
         *(vector*)(packed + k * width) = row;
     } else if (how == PACK_ROUNDED) {
-        *(words*)(packed + k * width) = ROUND_TO_BF16((words)next);
-        *(words*)(packed + (k + 1) * width) = ROUND_TO_BF16((words)row);
+        *(words*)(packed + k * width) = BF16_OPERAND((words)next);
+        *(words*)(packed + (k + 1) * width) = BF16_OPERAND((words)row);
     } else {
         *(words*)(packed + k / 2 * width) = pair_up(row, next);
     }
@@ -305,7 +305,7 @@ static void pack_rows(float* packed, long tile_floats, const float* left, long l
                 const word* from = (const word*)(count < 2 * LINE ? memcpy(edge, row, count * sizeof(float)) : row);
                 word* to = (word*)block + i * LINE;
                 for (int q = 0; q < LINE; q++)
-                    to[q] = ROUND_TO_BF16(from[2 * q]) >> 16 | ROUND_TO_BF16(from[2 * q + 1]);
+                    to[q] = BF16_OPERAND(from[2 * q]) >> 16 | BF16_OPERAND(from[2 * q + 1]);
             }
             if (left_k == 1) continue;
             float pairs[LINE * LEFT_WIDTH] = {0};
