@@ -321,10 +321,10 @@ def freeze(replace):
     folder, note = LAB / "bin", LAB / "bin/frozen.json"
     old = json.loads(note.read_text()) if note.is_file() else None
     if old and not replace:
-        if old["processor"] != processor():
-            fail(f"{LAB} was begun on {old['processor']}, this is {processor()}: pairs want one kind of processor; "
-                 "take another folder, LAB=out/lab2")
-        return old
+        if old["processor"] != processor() and canary(folder) != old["canary"]:
+            fail(f"{LAB} was begun on {old['processor']}, on this {processor()} its programs compute other bytes: take "
+                 "another folder, LAB=out/lab2, and programs built for both, make ARCH=-march=...")
+        return dict(old, processor=processor())
     LAB.mkdir(parents=True, exist_ok=True)
     fresh = LAB / "bin.new"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -337,10 +337,10 @@ def freeze(replace):
                          text=True)
     new = dict(commit=git.stdout.strip(), processor=processor(), canary=canary(fresh), program=TRAINER,
                binary=hashlib.sha256(b"".join((fresh / p).read_bytes() for p in (TRAINER, "upcycle"))).hexdigest()[:12])
-    if old and (old["canary"], old["processor"]) != (new["canary"], new["processor"]):
+    if old and old["canary"] != new["canary"]:
         shutil.rmtree(fresh)
-        fail(f"the new programs compute other bytes (canary {new['canary']}, in {LAB} {old['canary']}): pairs want one "
-             "build; take another folder, LAB=out/lab2")
+        fail(f"the new programs compute other bytes (canary {new['canary']}, in {LAB} {old['canary']}): pairs want the "
+             "same; take another folder, LAB=out/lab2")
     (fresh / "frozen.json").write_text(json.dumps(new, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)

@@ -87,10 +87,10 @@ class Experiment:
         return self.root(before) if before else arm
 
     def together(self, *names):
-        """Values of seeds that all have, made by one build on one kind of processor: lists, and the seeds."""
+        """Values of seeds that all have, by programs that compute the same bytes: lists, and the seeds."""
         columns = [self.values(name) for name in names]
         seeds = [s for s in self.seeds if all(s in c for c, _ in columns)
-                 and len({(r["canary"], r["processor"]) for r in (self.row(arm, s) for _, arm in columns)}) == 1]
+                 and len({self.row(arm, s)["canary"] for _, arm in columns}) == 1]
         return [[c[s] for s in seeds] for c, _ in columns], seeds
 
     def ends(self, item):

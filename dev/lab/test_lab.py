@@ -308,9 +308,12 @@ def test_going_on():
           row["experts"] == "8" and log[-1]["step"] == "40", "a run goes on in a grown model", (row["tokens"], points))
     frozen = json.loads((lab.LAB / "bin/frozen.json").read_text())
     (lab.LAB / "bin/frozen.json").write_text(json.dumps({**frozen, "processor": "another"}))
+    subprocess.run(command, check=True, stderr=subprocess.PIPE)
+    check(lab.rows_of(done)[0]["processor"] == lab.processor(), "gone on with: another processor, the same bytes")
+    (lab.LAB / "bin/frozen.json").write_text(json.dumps({**frozen, "processor": "another", "canary": "another"}))
     told = subprocess.run(command, capture_output=True, text=True)
-    check(told.returncode == 2 and "pairs want one kind of processor" in told.stderr,
-          "refused: another kind of processor", told.stderr)
+    check(told.returncode == 2 and "its programs compute other bytes" in told.stderr,
+          "refused: a processor on which the programs compute other bytes", told.stderr)
     (lab.LAB / "bin/frozen.json").write_text(json.dumps({**frozen, "canary": "another"}))
     told = subprocess.run([sys.executable, lab.HERE / "lab.py", "freeze"], capture_output=True, text=True)
     check(told.returncode == 2 and "other bytes" in told.stderr, "refused: programs that compute other bytes",
