@@ -22,6 +22,7 @@ MUTATIONS = [
     ("s->start + (s->tile ? t * s->tile : first);", "s->start + (s->tile ? t * s->tile : t * TILE_ROWS);"),
     # bf16: rounding, order, what stays fp32, small numbers
     ("(0x7FFFu + ((bits) >> 16 & 1u))", "0x8000u"),
+    ("BF16_OPERAND(bits) ROUND_TO_BF16(FLUSHED_BITS(bits))", "BF16_OPERAND(bits) ROUND_TO_BF16(bits)"),
     ("k = ++n ^ 1)", "k = ++n)"),
     ("*(words*)(packed + (k + 1) * width) = BF16_OPERAND((words)row);",
      "*(words*)(packed + k * width) = BF16_OPERAND((words)row);"),
