@@ -58,8 +58,8 @@ static Config shape_config(const Shape* s) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The machine
 
-// Multiply-adds between registers, 2 flops each: sums that are independent, and enough to hide a latency, 12 where there
-// are 16 registers. VDPBF16PS does two in each place of a vector, TDPBF16PS 16 * 16 * 32 with two tiles.
+// Multiply-adds between registers, 2 flops each: sums that are independent, and enough to hide a latency, 12 where
+// there are 16 registers. VDPBF16PS does two in each place of a vector, TDPBF16PS 16 * 16 * 32 with two tiles.
 enum { PEAK_SUMS = VECTOR_LENGTH == 16 ? 16 : 12 };
 
 static double peak_seconds(long rounds, Packing way, double* multiply_adds) {
