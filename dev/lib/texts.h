@@ -71,12 +71,12 @@ static void take_tokenizer(const char* dir, int* vocab_size, Text* tokens) {
     Json* j = json_read(path, &error);
     if (!j) die(2, "%s", error.text);
     int size = tokenizer_size(j);
+    special_tokens(tokens, dir, j);
+    json_free(j);
     if (size < 1 || size > 1 << 24) die(2, "%s: no model.vocab with ids from 0 to %d", path, (1 << 24) - 1);
     if (*vocab_size == 0) *vocab_size = size;
     if (*vocab_size < size)
         die(2, "--vocab %d: %s has ids up to %d, so it must be at least %d", *vocab_size, path, size - 1, size);
-    special_tokens(tokens, dir, j);
-    json_free(j);
 }
 
 // A hash of DIR/tokenizer.json, by which a resume knows it; "" if there is none.
