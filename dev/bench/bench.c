@@ -86,12 +86,12 @@ static double peak_seconds(long rounds, Packing way, double* multiply_adds) {
         }
 #if AMX_TILES
         if (way == PACK_TILES) {
-            TileShapes shapes = {1, 0, {0}, {0}, {0}};
+            TileShapes tiles = {1, 0, {0}, {0}, {0}};
             for (int i = 0; i < 8; i++) {
-                shapes.row_bytes[i] = 64;
-                shapes.rows[i] = 16;
+                tiles.row_bytes[i] = 64;
+                tiles.rows[i] = 16;
             }
-            tile_shapes(&shapes); // which clears them
+            tile_shapes(&tiles); // which clears them
             for (long r = 0; r < rounds / 16; r++) {
                 tile_multiply(0, 4, 6);
                 tile_multiply(1, 4, 7);

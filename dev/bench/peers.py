@@ -5,8 +5,8 @@
 For each configuration of bench.c it starts PyTorch in several ways (experts one by one, grouped_mm, each also through
 torch.compile), and measures them in turns with `build/bench`, so that both see the same machine. The fastest step
 counts, and the fastest of PyTorch's ways. A step is forward, cross-entropy, backward, clipping and AdamW (fused) on a
-fixed batch in fp32; ours adds the balance loss, theirs is spared it. --bf16 measures --precision bf16 too, and
-PyTorch's ways under autocast.
+fixed batch in fp32; ours adds the balance loss, theirs is spared it. --bf16 measures --precision bf16 too, PyTorch's
+ways under bf16's autocast, which does not reach grouped_mm, and with its operands made bf16 as well ("+bf16").
 
 PyTorch's matrix products come from MKL, which takes its slow code on processors of other makers than Intel, also where
 they have AVX-512. peers.sh compiles one function that lets it take the fast one, so that the ratios mean something
@@ -47,13 +47,17 @@ def worker(name, way, threads):
         norm_topk_prob=True, max_position_embeddings=T, tie_word_embeddings=False, use_cache=False)
     model = Qwen3MoeForCausalLM(config).float().train()
     model.set_experts_implementation(way.split("+")[0])
+    if way.endswith("+bf16"):
+        import transformers.integrations.moe as moe
+        moe._grouped_mm = lambda x, w, offs: F.grouped_mm(x.bfloat16(), w.bfloat16(), offs=offs)
+    half = way.endswith(("+autocast", "+bf16"))
     run = torch.compile(model) if "compile" in way else model
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens, targets = torch.randint(V, (B, T)), torch.randint(V, (B * T,))
 
     def step():
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled="bf16" in way):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             logits = run(input_ids=tokens).logits
         loss = F.cross_entropy(logits.float().view(-1, V), targets)
         loss.backward()
@@ -84,7 +88,7 @@ def ours(name, seconds, bf16, environment):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--configs", default=",".join(CONFIGS))
-    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--ways", help="of " + ", ".join(WAYS) + ", each also with +autocast or +bf16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -97,9 +101,9 @@ def main():
         return
     environment = dict(os.environ, OMP_NUM_THREADS=str(options.threads))
     for_torch = environment if options.as_installed else dict(environment, LD_PRELOAD=FAST_MKL)
-    ways = options.ways.split(",")
-    ways += [way + "+bf16" for way in ways if options.bf16]
-    head = ["ours"] + ["ours+bf16"] * options.bf16 + ways + ["ours / best"] + ["of bf16"] * options.bf16
+    kinds = ["", "+autocast", "+bf16"] if options.bf16 else [""]
+    ways = options.ways.split(",") if options.ways else [way + kind for kind in kinds for way in WAYS]
+    head = ["ours"] + ["ours+bf16"] * options.bf16 + ways + ["ours / best"] + ["bf16 / any"] * options.bf16
     print("tokens/s\n" + f"{'config':8}" + "".join(f" {title:>{max(9, len(title))}}" for title in head))
     for name in options.configs.split(","):
         tokens = CONFIGS[name][-1] * CONFIGS[name][-2]
@@ -117,7 +121,7 @@ def main():
                 process.stdin.close()
         ratios = []
         for bf16, speed in enumerate(mine):
-            known = [theirs[way] for way in theirs if ("bf16" in way) == bf16]
+            known = [theirs[way] for way in theirs if bf16 or not way.endswith(("+autocast", "+bf16"))]
             ratios.append(f"{speed / max(known):.2f}" if known else "-")
         cells = [f"{speed:.0f}" for speed in mine] + [f"{theirs[w]:.0f}" if w in theirs else "-" for w in ways] + ratios
         print(f"{name:8}" + "".join(f" {c:>{max(9, len(t))}}" for t, c in zip(head, cells)), flush=True)

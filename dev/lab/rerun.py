@@ -57,7 +57,7 @@ def main():
         good = new[key] == was[key] if exact else difference <= TOLERANCE
         wrong += not good
         print(f"{'ok    ' if good else 'FAILED'} {key}: was {was[key]}, now {new[key]}")
-    print("the same canary: digit by digit" if exact else f"another build or processor: within {TOLERANCE}")
+    print("the same canary: digit by digit" if exact else f"another canary: within {TOLERANCE}")
     if not wrong and "LAB" not in os.environ:
         shutil.rmtree(lab.LAB)
     return wrong > 0

@@ -98,7 +98,7 @@ ALWAYS_INLINE vector add_pairs(vector sum, const float* left, vector right) {
     return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)right);
 }
 
-// The rounded numbers of k and k + 1 in one word. (VCVTNEPS2BF16 makes denormals zero, as which they count anyway.)
+// The rounded numbers of k and k + 1 in one word. (VCVTNEPS2BF16 flushes as BF16_OPERAND does.)
 ALWAYS_INLINE words half_words(vector x) {
     return (words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
