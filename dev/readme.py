@@ -50,7 +50,7 @@ def make_demonstration():
     sample = lines.index("a sample:") + 1
     while not lines[sample].strip():
         sample += 1
-    return fenced("\n".join([*lines[:5], "...", *lines[last:sample], "...", *lines[sample + 1:sample + 5], "..."]))
+    return fenced("\n".join([*lines[:5], "...", *lines[last:sample], "...", *lines[sample + 1:sample + 4], "..."]))
 
 
 def make_receipt():
