@@ -50,14 +50,14 @@ def worker(name, way, threads):
     if way.endswith("+bf16"):
         import transformers.integrations.moe as moe
         moe._grouped_mm = lambda x, w, offs: F.grouped_mm(x.bfloat16(), w.bfloat16(), offs=offs)
-    half = way.endswith(("+autocast", "+bf16"))
+    bf16 = way.endswith(("+autocast", "+bf16"))
     run = torch.compile(model) if "compile" in way else model
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens, targets = torch.randint(V, (B, T)), torch.randint(V, (B * T,))
 
     def step():
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             logits = run(input_ids=tokens).logits
         loss = F.cross_entropy(logits.float().view(-1, V), targets)
         loss.backward()

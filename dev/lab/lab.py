@@ -525,7 +525,7 @@ def stage(name):
                jump=figures["loss"] - float(parent["loss"]) if "grow" in spec else None, text=spec["text"],
                data=sha(text_file(f"{spec['text']}-train.txt")), threads=threads, load=f"{load:.2f}",
                seconds=f"{seconds:.1f}",
-               command=" ".join(shlex.quote(str(c).replace(f"{LAB}/", "")) for c in command), spec=json.dumps(spec),
+               command=" ".join(shlex.quote(relative(c)) for c in command), spec=json.dumps(spec),
                **frozen)
     (LAB / "done").mkdir(exist_ok=True)
     write_rows(LAB / "done" / f"{name}.readers", READERS, [dict(zip(READERS, (name, *r))) for r in readers])
@@ -535,6 +535,11 @@ def stage(name):
     write_rows(LAB / "done" / f"{name}.csv", columns, [row])
     kept.unlink(missing_ok=True)
     progress(name, row, seconds)
+
+
+def relative(word):
+    """A word of a command as it stands in rows: without the folders that a machine has LAB and the project in."""
+    return str(word).replace(f"{LAB}/", "").replace(f"{ROOT}/", "")
 
 
 def write_rows(path, columns, rows):

@@ -296,6 +296,10 @@ def test_going_on():
     second = lab.rows_of(done)[0]
     differ = [k for k in first if first[k] != second[k] and k not in ("seconds", "load")]
     check(not differ, "stopped and gone on with: the same row", differ)
+    words = [lab.relative(lab.LAB / "run/a"), lab.relative(lab.ROOT / "data/text/b.txt"), lab.relative("--steps")]
+    check(words == ["run/a", "data/text/b.txt", "--steps"], "commands in rows begin at the folder or the project", words)
+    committed = [r["command"] for r in lab.rows_of(lab.HERE / "results/stages.csv")]
+    check(not [c for c in [second["command"], *committed] if " /" in c], "and no row names a folder of its machine")
     check(json.loads(second["spec"])["seed"] == 1 and second["stage"] == name and float(second["loss"]) > 0,
           "a row says what it is")
     # stem, its growth, and the branch that goes on with it: from step 20 to 40, with the stem's seed and moments
