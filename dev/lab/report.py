@@ -176,14 +176,15 @@ def levels_of(e, found):
         if "looks" in c and (c["looks"] not in (2, 3) or not set(c["measure"]) & {"difference", "equal", "value"}):
             lab.fail(f"{e.name}: '{c['claim']}': looks is 2 or 3, of a difference, equal or value")
     arms = [c["measure"].get("difference", []) for c in claims]
-    levels = [(stats.of_looks(c["looks"]), f"seeds were planned {c['looks']} times") if "looks" in c else
-              (stats.LEVEL, "") for c in claims]
+    looks = [c.get("looks", 1) for c in claims]
+    levels = [(stats.of_looks(n), f"seeds were planned {n} times" if n > 1 else "") for n in looks]
     for arm in dict.fromkeys(a for pair in arms for a in pair):
         family = [n for n, pair in enumerate(arms) if arm in pair]
         p = [stats.verdict_p(found[n]["x"], claims[n]["verdict"]) if found[n] else 1 for n in family]
-        for n, level in zip(family, stats.holm(p)):
+        most = max(looks[n] for n in family)
+        for n, level in zip(family, stats.holm(p, stats.of_looks(most))):
             if level > levels[n][0]:
-                levels[n] = level, f"{len(family)} claims about {arm}"
+                levels[n] = level, f"{len(family)} claims about {arm}" + (f", {most} looks" if most > 1 else "")
     return levels
 
 

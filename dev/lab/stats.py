@@ -72,13 +72,13 @@ def jackknife(function, n):
     return whole, low, high
 
 
-def holm(p):
-    """The level of each of several intervals, so that all verdicts together hold in 95 of 100 tries (Holm, Scand. J.
-    Statistics 6, 1979): the smallest of m values of p has 1 - .05 / m, the next 1 - .05 / (m - 1), as long as each is
-    below its share; from the first that is not, all have the level of that one."""
+def holm(p, level=LEVEL):
+    """The level of each of several intervals, so that all verdicts together err in a = 1 - level of all tries (Holm,
+    Scand. J. Statistics 6, 1979): the smallest of m values of p has 1 - a / m, the next 1 - a / (m - 1), as long as each
+    is below its share; from the first that is not, all have the level of that one."""
     levels, order = [0.0] * len(p), numpy.argsort(p, kind="stable")
     for rank, n in enumerate(order):
-        share = (1 - LEVEL) / (len(p) - rank)
+        share = (1 - level) / (len(p) - rank)
         if p[n] > share:
             for rest in order[rank:]:
                 levels[rest] = 1 - share

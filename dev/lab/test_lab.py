@@ -40,6 +40,7 @@ def test_stats():
     x = [.001, .004, .002, .003]
     check(near(stats.holm([.01, .001, .3, .04]), [1 - .05 / 3, 1 - .05 / 4, .975, .975])
           and near(stats.holm([.03, .9]), [.975, .975]), "Holm's levels, down to the first that fails")
+    check(near(stats.holm([.001, .02], stats.of_looks(2)), [1 - .0294 / 2, 1 - .0294]), "... and after two looks")
     p = stats.verdict_p(x, {"yes": [-9, .004]})
     check(stats.verdict(*stats.mean_interval(x, 1 - p * 1.01)[1:3], {"yes": [-9, .004]}) == "yes"
           and stats.verdict(*stats.mean_interval(x, 1 - p * .99)[1:3], {"yes": [-9, .004]}) == "cannot tell",
@@ -229,6 +230,10 @@ def test_judging(results):
           "cannot tell", "... also if the arm is the first of both")
     check(e1(3, dict(continued=flat, copy=near_enough), looks=2)["copy"] == "cannot tell",
           "and so does a claim that was looked at twice")
+    # p between .0294 / 2 and .05 / 2: enough for two claims, not for two after two looks
+    clear = [1.5 - x for x in (.01, .0122, .0078)] + flat[3:]
+    two = {"continued": flat, "copy": clear, "copy-perturbed": clear}
+    check(e1(3, two)["copy"] == "so far yes" and e1(3, two, looks=2)["copy"] == "cannot tell", "both add up")
 
     # two unrelated arms: the pair's deviation is as large as that of two seeds
     e, rng = report.Experiment("noise", report.Results()), numpy.random.default_rng(3)
