@@ -413,16 +413,23 @@ def routing(traces, twins, experts):
     return {k: sum(v) if k == "dead" else float(numpy.mean(v)) for k, v in figures.items()}, readers
 
 
-def in_turns(rate, model, parent, turns=9):
-    """Medians of the model's rate and of its share of its parent's. A bare rate says as much of the machine's minute as
-    of the model, so the two take turns; without a parent the share is 1."""
-    pairs = [(rate(model), rate(parent) if parent else None) for _ in range(turns)]
+def in_turns(rate, model, source, turns=9):
+    """Medians of the model's rate and of its share of the source's. A bare rate says as much of the machine's minute as
+    of the model, so the two take turns; without a source the share is 1."""
+    pairs = [(rate(model), rate(source) if source else None) for _ in range(turns)]
     return statistics.median(own for own, _ in pairs), statistics.median(own / (other or own) for own, other in pairs)
 
 
-def evaluate(name, spec, threads):
-    """Figures of a stage's model: loss on each kind of text and on all; where it is asked for, with other K;
-    routing."""
+def grown_from(spec, specs):
+    """The stage whose model a stage's model was grown from, if it was, also when it has been trained on since."""
+    while spec and "grow" not in spec:
+        spec = specs.get(spec.get("parent"))
+    return spec and spec.get("parent")
+
+
+def evaluate(name, spec, source, threads):
+    """Figures of a stage's model: loss on each kind of text and on all; where it is asked for, with other K, and its
+    speed beside that of the stage `source`; routing."""
     folder, kinds, traces, found, readers = LAB / "run" / name, KINDS[spec["text"]], {}, {}, []
     batches = spec["evaluate"].get("batches", 0)
     common = [LAB / "bin" / TRAINER, "--model", folder, "--eval", "--batch", ROWS, "--seq", WINDOW, "--threads",
@@ -461,9 +468,9 @@ def evaluate(name, spec, threads):
     for k in spec.get("topk") or ():
         found[f"loss_k{k}"] = mean([score.search(loss(kind, "--topk", k)).groups() for kind in kinds])
     for batch in spec["evaluate"].get("speed") or ():
-        parent = LAB / "run" / spec["parent"] if "parent" in spec else None
-        found[f"speed_b{batch}"], share = in_turns(lambda model: rate(model, batch), folder, parent)
-        if parent:
+        found[f"speed_b{batch}"], share = in_turns(lambda model: rate(model, batch), folder,
+                                                   source and LAB / "run" / source)
+        if source:
             found[f"speed_b{batch}_share"] = share
     if experts:
         figures, readers = routing(traces, twins_of(folder), experts)
@@ -503,7 +510,7 @@ def stage(name):
         seconds = time.time() - started + (float(kept.read_text()) if kept.is_file() else 0)
         kept.write_text(f"{seconds:.1f}")
     load = os.getloadavg()[1]
-    figures, readers, per_token = evaluate(name, spec, threads)
+    figures, readers, per_token = evaluate(name, spec, grown_from(spec, specs), threads)
     parent = rows_of(LAB / "done" / f"{spec['parent']}.csv")[0] if "parent" in spec else None
     own, total = tokens_of(spec, specs)
     curve, begun = [], begun_at(spec, specs)

@@ -148,8 +148,11 @@ def test_routing():
 
 def test_in_turns():
     rates = iter([10, 20, 30, 10, 20, 5])           # shares .5, 3, 4; the median speeds' share would be 2
-    check(lab.in_turns(lambda _: next(rates), "model", "parent", 3) == (20, 3), "speed and share are medians of turns")
-    check(lab.in_turns(lambda _: 7, "model", None, 3) == (7, 1), "a model without a parent has a speed alone")
+    check(lab.in_turns(lambda _: next(rates), "model", "source", 3) == (20, 3), "speed and share are medians of turns")
+    check(lab.in_turns(lambda _: 7, "model", None, 3) == (7, 1), "a model without a source has a speed alone")
+    specs = {"dense": {"train": []}, "grown": {"parent": "dense", "grow": []}, "on": {"parent": "grown", "train": []}}
+    check([lab.grown_from(specs[n], specs) for n in ("on", "grown", "dense")] == ["dense", "dense", None],
+          "what a model was grown from")
 
 
 def test_report():
