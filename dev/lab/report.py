@@ -24,7 +24,7 @@ except ImportError:                                 # the report stands without 
     draw = None
 
 SKIPPED = {"tiny", "routers"}                       # what CI repeats; a table of another page
-ORDER = ["E1", "E1-carried", "E1-k4", "E2", "E7", "E10", "D1", "D2", "L1", "M1", "bf16", "I1"]
+ORDER = ["E1", "E1-carried", "E1-k4", "E2", "E7", "E7b", "E10", "D1", "D2", "L1", "M1", "bf16", "I1"]
 
 
 class Results:
