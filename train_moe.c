@@ -5,7 +5,7 @@ It trains, evaluates and samples Llama, Mistral, Mixtral, OLMoE, Qwen2, Qwen3 (b
 models on a CPU in fp32 or bf16, reads and writes their Hugging Face directories, and needs a C compiler and
 nothing else. Every forward pass is followed by its backward pass, by hand. To be read from top to bottom:
 
-    1  Configuration        what a model is: a dozen numbers
+    1  Configuration        what a model is: two dozen numbers
     2  Matrix products      y = x W^T and its two gradients, also for many experts at once
     3  Layers               embedding, cross-entropy, RMSNorm, rotary positions, attention
     4  Mixture of experts   top-K routing, balance losses, grouping tokens by expert, SwiGLU
@@ -104,10 +104,10 @@ static int count_sparse(const Config* c) {
 //     backward input   dx = dy W        dx (rows, C), or dx += dy W where x has several readers
 //     backward weight  dW += dy^T x     dW (OC, C), always a sum: micro-batches add to one gradient
 //
-// Their definition, order of additions and roundings included, is sum_products and which sums the loops below
-// ask of it. dev/lib/products.h computes the same bits many times faster: blocks, vectors and threads only
-// decide when an element is computed, and where its sum waits meanwhile. So bits never depend on how many
-// rows, threads or experts a call has: a token generated alone equals the same token in a batch.
+// sum_products and the loops below define them exactly, down to the order of additions and every rounding.
+// dev/lib/products.h computes the same bits many times faster: blocks, vectors and threads only decide when
+// an element is computed, and where its sum waits meanwhile. So bits never depend on how many rows, threads
+// or experts a call has: a token generated alone equals the same token in a batch.
 
 #include "dev/lib/products.h"     // fast_product, fast_block: these sums; blocks_of: n / size, rounded up
 
@@ -124,13 +124,13 @@ static int plain_products = PLAIN;
 #define MULTIPLY_ADD(sum, a, b) ((sum) + (a) * (b))
 #endif
 
-// Products that stay fp32 with --precision bf16: of routers, gates and biases
+// Products that stay fp32 with --precision bf16: of routers, of the shared expert's gate, of biases
 #define IN_FP32(call) do { int was = bf16_products; bf16_products = 0; call; bf16_products = was; } while (0)
 
 // *result = [*result if add] + sum over k < depth of left[k left_k] right[k right_k], by multiply-adds:
 //     fp32  k = 0, 1, 2, ..
-//     bf16  k = 1, 0, 3, 2, .., of numbers rounded to the nearest bf16, ties to even; zero are those beyond
-//           the depth and any below 2^-126, operand (unrounded) or sum: VDPBF16PS's way (Intel's manual)
+//     bf16  k = 1, 0, 3, 2, .., of numbers rounded to the nearest bf16, ties to even; as 0 count terms beyond
+//           the depth, and operands (before rounding) and sums below 2^-126, as in Intel's VDPBF16PS
 //     AMX   in place of that order, where TDPBF16PS computes: of every 32 values of k the even ones and the
 //           odd ones each make a sum from zero; the two are added, then to what was before
 static void sum_products(float* result, int add, const float* left, long left_k, const float* right,
@@ -232,14 +232,14 @@ static void multiply_block(float* result, long result_i, const float* left, long
 #include "dev/lib/vector_math.h"  // fast_exp, max_of
 
 // out (N, H) = table[tokens]       table (V, H), tokens (N)
-// (Here and below: a token alone, one row or the few of its experts, is not worth waking other threads for.)
+// (`if (N > 1)`, here and below: one token, or its experts' few rows, is too little to wake threads for.)
 static void embedding_forward(float* out, const int* tokens, const float* table, int N, int H) {
     #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) memcpy(out + (long)n * H, table + (long)tokens[n] * H, sizeof(float) * H);
 }
 
-// dtable[tokens] += dout. Two positions may hold the same token, so threads share the columns, 16 at
-// a time, a line of the cache, and not the rows: one thread makes each sum, in the order of the positions.
+// dtable[tokens] += dout. Two positions may hold the same token, so threads divide the columns (16 at a time,
+// a cache line) and not the rows: one thread makes each sum, in the order of the positions.
 static void embedding_backward(float* dtable, const float* dout, const int* tokens, int N, int H) {
     #pragma omp parallel for
     for (int column = 0; column < H; column += 16) {
@@ -298,12 +298,12 @@ static void rmsnorm_forward(float* out, long ld_out, float* rstd, const float* x
         }
 }
 
-// dweight is a sum over rows, within blocks of this many, then over these in order: threads change nothing.
+// dweight is a sum over vectors: within blocks of this many rows, then over these in order, for any threads.
 #define RMSNORM_ROWS 16
 static long rmsnorm_sums_size(int N, int size) { return (long)(N + RMSNORM_ROWS - 1) / RMSNORM_ROWS * size; }
 
 // With xhat = x rstd and s = rstd mean(dout weight xhat):
-//     dweight += sum over rows of dout xhat        dx (+)= rstd (dout weight - x s)
+//     dweight += sum over all vectors of dout xhat        dx (+)= rstd (dout weight - x s)
 // add = 1 adds to dx, which then is the gradient that flows past the norm on the residual stream.
 // sums: rmsnorm_sums_size(N, size) floats of scratch.
 static void rmsnorm_backward(float* dx, long ld_dx, int add, float* dweight, const float* dout, long ld_dout,
@@ -382,12 +382,12 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
     int blocks = (Tq + QUERY_BLOCK - 1) / QUERY_BLOCK;
     float scale = 1.0f / sqrtf((float)HD);
     Work work;
-    work_deal(&work, B * NH * blocks);  // work_take: a thread's next unit, or -1; who is done helps others
+    work_deal(&work, B * NH * blocks);  // each thread runs the loop below: work_take: its next unit, or -1
     #pragma omp parallel
     for (int helped = 0, unit; (unit = work_take(&work, &helped)) >= 0;) {
         int b = unit / (NH * blocks), h = unit / blocks % NH, block = unit % blocks;
         int first = block * QUERY_BLOCK, rows = imin(QUERY_BLOCK, Tq - first);
-        int past = Tk - Tq + first; // keys that even the block's first query sees, but for its own
+        int past = Tk - Tq + first; // keys before the block's first query
         int keys = past + rows, kv_head = h / (NH / NKV);
         const float* q_bh = q + ((long)b * Tq + first) * ld_q + (long)h * HD;
         const float* k_bh = k + (long)b * Tk * ld_k + (long)kv_head * HD;
@@ -398,7 +398,7 @@ static void attention_forward(float* out, float* lse, const float* q, long ld_q,
         for (int i = 0; i < rows; i++) {
             int seen = past + i + 1, padded = (seen + 15) / 16 * 16;
             float *p_i = p + i * ld, sum = 0;
-            // up to a multiple of 16, so that the sum has the same order of additions in every call
+            // to a multiple of 16: the order of additions then does not depend on how many keys a call has
             for (int j = seen; j < padded; j++) p_i[j] = -INFINITY;
             float max = max_of(p_i, padded);
             #pragma omp simd reduction(+ : sum)
@@ -502,7 +502,7 @@ static void softmax_router_forward(float* probs, float* lse, int* experts, float
         for (int e = 0; e < E; e++) sum += p[e] = fast_exp(z[e] - max);
         for (int e = 0; e < E; e++) p[e] /= sum;
         lse[n] = max + logf(sum);
-        choose_topk(experts_n, z, E, K);        // p has the same order, but ties from rounding
+        choose_topk(experts_n, z, E, K);        // not by p, in which rounding can make different z equal
         float gate_sum = 0;
         for (int k = 0; k < K; k++) gate_sum += gates_n[k] = p[experts_n[k]];
         for (int k = 0; k < K && norm_topk; k++) gates_n[k] /= gate_sum;
@@ -549,7 +549,7 @@ static void group_by_expert(int* offsets, int* assignment, int* row_of, const in
 //     AUX_SWITCH: the sum over sparse layers of E sum_e f_e P_e: 1 a layer when balanced
 //     AUX_HF: as in transformers, once over all layers' tokens, with f_e counted per token: K when balanced
 // Their gradients have one form:      dz_ne += aux_weight p_ne (f_e - sum_j f_j p_nj)
-// Their values are count_balance's, dev/lib/load.h, those of AUX_HF model_forward's.
+// The values: count_balance (dev/lib/load.h) adds up AUX_SWITCH and z-loss, model_forward computes AUX_HF.
 // The z-loss (2202.08906, eq. 5), mean over tokens of lse_n^2, lse_n = logsumexp(z_n), keeps logits small:
 //                                     dz_ne += z_weight lse_n p_ne
 
@@ -577,8 +577,8 @@ static void gather_rows(float* out, const float* x, const int* assignment, int r
 }
 
 // out_n = residual_n + sum over k of gates_nk y[row_of_nk], in the order of k, until row -1;  gates = NULL:
-// all are 1, residual = NULL: zero. out, residual (N, H), y (rows, H). This and gather_rows are each other's
-// transpose: each is the other's backward.
+// all are 1, residual = NULL: zero. out, residual (N, H), y (rows, H). Without gates this and gather_rows
+// are each other's transpose, so each the other's backward; dgates are made in swiglu_backward.
 static void combine_rows(float* out, const float* residual, const float* y, const float* gates,
                          const int* row_of, int N, int K, int H) {
     #pragma omp parallel for if (N > 1)
@@ -659,10 +659,10 @@ typedef struct {
 
 #include "dev/lib/layout.h"       // the tensors' names and places
 
-// The arrays of the forward and backward pass are two tables of {type, name, number of elements}: they make
-// the structures below and, in dev/lib/memory.h, the memory. Dimension letters as above, R = N K rows of
-// experts; for a dense layer E = K = 1. D: the dimension of latent prototypes (LPR). `sparse`, `training` and
-// what else stands as a factor is 1 or 0: an array that a model does not need has no elements.
+// The arrays of the forward and backward pass are two tables of {type, name, number of elements}, "X-macros":
+// MEMBER, below, makes structures of them, TAKE, in dev/lib/memory.h, the memory. Letters as above, R = N K
+// rows of experts; for a dense layer E = K = 1. D: the dimension of latent prototypes (LPR). `sparse`,
+// `training` and what else stands as a factor is 1 or 0: an array that a model does not need has no elements.
 typedef float Real;             // of activations; on a GPU, which has the first table too, also bfloat16
 
 // What each layer keeps for its backward pass.
@@ -683,7 +683,7 @@ typedef float Real;             // of activations; on a GPU, which has the first
     ARRAY(float, router_lse, sparse * N)            /* logsumexp(z) */                                      \
     ARRAY(float, probs, sparse * N * E)             /* softmax(z) */                                        \
     ARRAY(float, gates, sparse * N * K)             /* of a dense layer: Model.ones */                      \
-    ARRAY(int, experts, sparse * N * K)             /* (N, K) chosen, best first; behind them may be -1 */  \
+    ARRAY(int, experts, sparse * N * K)             /* (N, K) chosen, best first; -1 after the last */  \
     ARRAY(int, offsets, E + 1)                      /* these three: see group_by_expert */                  \
     ARRAY(int, assignment, sparse * R)              /* of a dense layer: Model.identity */                  \
     ARRAY(int, row_of, sparse * R)                  /* (N, K); of a dense layer: Model.identity */          \
@@ -1006,7 +1006,7 @@ static void ffn_layer_forward(Model* m, int l, float* out) {
     // 2. z = W_router ffn_in,  p = softmax z,  gates = p of the K best
     if (c->sparse[l]) IN_FP32(router_forward(m, l));
     else s->offsets[0] = 0, s->offsets[1] = N;
-    // 3. x_row = ffn_in (LPR: what experts_input is) of the row's token;  each expert's rows lie together
+    // 3. x_row = ffn_in of the row's token (with LPR lpr_input);  each expert's rows lie together
     gather_rows(t->x_rows, experts_input(m, l), s->assignment, s->offsets[E], K, H);
     // 4. (g, u) = W_gate_up x,  act = silu(g) u,  y = W_down act:  each expert on its own rows
     grouped_matmul_forward(s->gate_up, t->x_rows, w->gate_up, gate_up_size, H, 2 * I, E, s->offsets);
@@ -1144,8 +1144,8 @@ static void adamw(float* w, float* grad, float* m, float* v, long n, float clip_
     }
 }
 
-// Updates the parameters from the gradients and clears them; step counts from 1. Weight decay is for matrices
-// alone. Returns the norm of the gradients before they were clipped; if it is not finite, nothing is updated.
+// Updates the parameters and clears the gradients; step counts from 1. Weight decay is for matrices alone.
+// Returns the norm of the gradients before they were clipped; if it is not finite, nothing is updated.
 static double model_update(Model* m, const AdamW* o, double lr, long step) {
     if (m->backend->update) return m->backend->update(m, o, lr, step);
     double norm = gradient_norm(m), scale = 1;

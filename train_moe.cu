@@ -23,9 +23,9 @@ device.
 What is not for a first reading stands in dev/lib/cuda and is included in its place: experts' products and attention
 once more for tensor cores, router variants, the layout of memory, copies to and from the host.
 
-Dimension letters are those of train_moe.c. A kernel takes pointers and sizes and nothing else; the function that
-starts it, whose name begins with gpu_, stands below it and says what it computes; its last argument is the stream, 0 by
-default. `make cut` copies the main ones out, each into a file that compiles alone (dev/cut).
+Dimension letters are those of train_moe.c. A kernel takes pointers and sizes (the experts' also small structs of them).
+The function to call, whose name begins with gpu_, stands below it and says what it computes; its last argument is the
+stream, 0 by default. `make cut` copies the main ones out, each into a file that compiles alone (dev/cut).
 
 Figures of every kernel, and the same products and attention as a lesson in steps, are in dev/cuda.
 */
@@ -407,8 +407,8 @@ __device__ static inline void load_expert_tile(float* to, const Operand<float>& 
 }
 
 // One tile of a product; W_e is right.data + e * weight_stride, `columns` the number of columns of the result (of gate
-// if there are pairs). Sums are chains of fmaf in the order of k from 0, as in train_moe.c: an element's bits depend on
-// its two rows only.
+// if there are pairs). Sums are chains of fmaf in the order of k from 0, as in train_moe.c (but for a sum that goes
+// on, dW += ..: the finished chain is added to it): an element's bits depend on its two rows only.
 template <int PRODUCT, class Epilogue>
 __global__ void __launch_bounds__(256, 3)
 experts_fp32_kernel(Operand<float> left, Operand<float> right, long weight_stride, const int* offsets,
@@ -1886,8 +1886,8 @@ __global__ static void __launch_bounds__(1024)
     if (per_layer && threadIdx.x == 0) losses[0] += aux;
 }
 
-// balance_layer_forward of train_moe.c, after the grouping of one layer: counts the load and adds the layer's share to
-// the balance losses.
+// count_balance of dev/lib/load.h, after the grouping of one layer: counts the load and adds the layer's share to the
+// balance losses.
 // losses {aux_loss, z_loss} += {E sum_e f_e P_e if per_layer (AUX_SWITCH), mean over tokens of lse^2}
 // all_counts, all_probs (E) += the layer's assignments, its sums of probs over tokens
 // load, step_load (E) += its assignments, or both NULL: not counted
@@ -2150,7 +2150,7 @@ template <class Real> static void gpu_router_backward(Model* m, int l, float sca
     gpu_matmul_fp32(dw->router, dz, 1, d.E, s->ffn_in, d.H, 1, d.E, d.H, d.N, add, g->product_parts, PRODUCT_PARTS);
 }
 
-// Counts a layer's load and its share of the balance losses, as balance_layer_forward and observe_layer do.
+// Counts a layer's load and its share of the balance losses, as count_balance and observe_layer do.
 template <class Real> static void gpu_count_layer(Model* m, int l) {
     GpuModel<Real>* g = gpu_of<Real>(m);
     GpuLayer<Real>* s = &g->layers[l];

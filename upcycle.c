@@ -71,7 +71,7 @@ enum { // traits
 typedef struct {
     const char* name;
     int from;            // FROM_DENSE, FROM_MOE or both
-    MakeRows make;       // an expert: every one of a dense SRC, the copies of a mixture's (originals stay)
+    MakeRows make;       // makes an expert: of a dense SRC every one, of a mixture only the copies
     MakeRows carry;      // its AdamW moments, which go where weights go; NULL: a dense SRC's cannot
     const char* options; // that mean something to it and not to every method
     double strength;     // of --strength where it is not given
@@ -197,7 +197,7 @@ static void allocate_greedy(int* counts, const double* score, int E, int M, int 
     free(full);
 }
 
-// Originals first, then the second copies, then the third: with counts 3,1,2 the sources are 0 1 2 0 2 0.
+// Originals (number 0) first, then copies number 1, then 2: with counts 3,1,2 the sources are 0 1 2 0 2 0.
 static void place_copies(int* source, int* copy, const int* counts, int E, int M) {
     for (int number = 0, j = 0; j < M; number++)
         for (int e = 0; e < E; e++)
@@ -226,7 +226,7 @@ static double utility_fisher(double w2, double g2, double v2) { return (void)w2,
 static double* gradient_norms(const Source* s, const char* why) {
     int L = s->config.num_layers, E = s->config.num_experts;
     long H = s->config.hidden_size, I = s->config.moe_intermediate_size;
-    double* norms = NEW(double, 2L * L * E);
+    double* norms = NEW(double, (long)L * E * 2);
     Feed f = feed_calibration(s, why);
     Model* m = feed_model(&f, s->dir, FOR_TRAINING, 2); // 2: the exit code if it cannot be read
     for (int sequences; (sequences = feed_next(&f)) > 0;) {
@@ -340,7 +340,7 @@ static void drop_rows(const Plan* p, Target* t, long row, long rows, float* out)
     draw_rows(t, row, rows, out, 0, 1);
 }
 
-// An expert of N(0, --noise-std). The originals of a mixture are no targets of their method and stay.
+// An expert of N(0, --noise-std). From a mixture only copies are made so: its originals stay as they are.
 static void random_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     (void)p;
     t->std = t->holds == WEIGHTS ? ask.noise_std : 0;
@@ -375,8 +375,8 @@ static void noise_replace_rows(const Plan* p, Target* t, long row, long rows, fl
 // -----------------------------------------------------------------------------------------------------------
 // 4. The router's rows
 
-// A new row: N(0, std), uniform with that standard deviation (Drop-Upcycling's), or zero. Shards of a group
-// are given the same number, else it is the expert's.
+// A new row: N(0, std), uniform with that standard deviation (Drop-Upcycling's), or zero. `number` is the
+// expert's or, with `granular`, its group's: shards of a group get the same row.
 static void new_router_row(const Plan* p, float* row, int l, int number, long cols) {
     uint64_t key = stream_key(p, "router", l, number, ALL_MATRICES);
     const char* how = ask.router_init ? ask.router_init : is(p->method->name, "drop") ? "uniform" : "normal";
@@ -538,7 +538,7 @@ enum {
 // -----------------------------------------------------------------------------------------------------------
 // 6. Refusals
 //
-// What was insisted on (see options.h) and would mean nothing is refused; what agrees is no error.
+// What was asked for explicitly (insists, in options.h) and would have no effect is refused.
 
 // The names of the methods that start from a dense model (FROM_DENSE) or from a mixture
 static Names methods_from(int from) {

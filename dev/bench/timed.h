@@ -57,7 +57,7 @@ static void phase_leave(void) {
 #define rope(...)                           TIMED(PHASE_ATTENTION, rope, __VA_ARGS__)
 #define softmax_router_forward(...)         TIMED(PHASE_ROUTER, softmax_router_forward, __VA_ARGS__)
 #define softmax_router_backward(...)        TIMED(PHASE_ROUTER, softmax_router_backward, __VA_ARGS__)
-#define balance_layer_forward(...)          TIMED(PHASE_ROUTER, balance_layer_forward, __VA_ARGS__)
+#define count_balance(...)                  TIMED(PHASE_ROUTER, count_balance, __VA_ARGS__)
 #define balance_backward(...)               TIMED(PHASE_ROUTER, balance_backward, __VA_ARGS__)
 #define observe_layer(...)                  TIMED(PHASE_ROUTER, observe_layer, __VA_ARGS__)
 #define group_by_expert(...)                TIMED(PHASE_ROUTER, group_by_expert, __VA_ARGS__)

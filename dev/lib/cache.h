@@ -10,13 +10,13 @@ typedef struct {
 static KeysValues layer_keys_values(const Model* m, int l) {
     const Config* c = &m->config;
     const LayerActivations* s = &m->layers[l];
-    long HD = c->head_dim, Q = c->num_heads * HD, K = c->num_kv_heads * HD, N = (long)m->batch * m->length;
-    KeysValues kv = {s->rotated + Q, s->qkv + Q + K, Q + K, Q + 2 * K};
+    long HD = c->head_dim, Q = c->num_heads * HD, KV = c->num_kv_heads * HD, N = (long)m->batch * m->length;
+    KeysValues kv = {s->rotated + Q, s->qkv + Q + KV, Q + KV, Q + 2 * KV};
     if (m->purpose != FOR_GENERATION) return kv;
-    float *cache_k = m->cache_k + (long)l * m->positions * K,
-          *cache_v = m->cache_v + (long)l * m->positions * K;
-    copy_rows(cache_k + m->cached * K, K, kv.k, kv.ld_k, N, K);         // what is new joins the past
-    copy_rows(cache_v + m->cached * K, K, kv.v, kv.ld_v, N, K);
-    KeysValues cache = {cache_k, cache_v, K, K};
+    float *cache_k = m->cache_k + (long)l * m->positions * KV,
+          *cache_v = m->cache_v + (long)l * m->positions * KV;
+    copy_rows(cache_k + m->cached * KV, KV, kv.k, kv.ld_k, N, KV);         // what is new joins the past
+    copy_rows(cache_v + m->cached * KV, KV, kv.v, kv.ld_v, N, KV);
+    KeysValues cache = {cache_k, cache_v, KV, KV};
     return cache;
 }

@@ -89,19 +89,25 @@ static void observe_layer(Model* m, int l) {
     Observed* o = &m->observed[l];
     int N = m->batch * m->length, E = m->config.num_experts, K = m->topk[l];
     const int* family = m->family + (long)l * E;
+    double* entropies = m->scratch.entropies;
+    #pragma omp parallel for if (N > 1)     // N E logarithms; their sums below are in the order of the tokens
     for (int n = 0; n < N; n++) {
-        const float *p = s->probs + (long)n * E, *gates = s->gates + (long)n * K;
+        const float* p = s->probs + (long)n * E;
+        entropies[n] = 0;
+        for (int e = 0; e < E; e++) entropies[n] -= p[e] > 1e-30f ? p[e] * logf(p[e]) : 0;
+    }
+    for (int n = 0; n < N; n++) {
+        const float* gates = s->gates + (long)n * K;
         const int* experts = s->experts + (long)n * K;
         int distinct = 0, chosen = 0;
-        double entropy = 0, top = 0;
-        for (int e = 0; e < E; e++) entropy -= p[e] > 1e-30f ? p[e] * logf(p[e]) : 0;
+        double top = 0;
         for (int k = 0; k < K && experts[k] >= 0; k++, chosen++) {
             int known = 0;
             for (int j = 0; j < k && m->has_families; j++) known |= family[experts[j]] == family[experts[k]];
             distinct += !known;
             top = gates[k] > top ? gates[k] : top;
         }
-        o->entropy += entropy;
+        o->entropy += entropies[n];
         o->top_gate += top;
         o->sources += distinct;
         o->twins += distinct < chosen;

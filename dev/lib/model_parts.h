@@ -38,6 +38,7 @@ typedef struct {
     ARRAY(double, lpr_targets, lpr * E * D)
 
 #define ROUTER_SCRATCH_ARRAYS(ARRAY)                                                                                \
+    ARRAY(double, entropies, N)                                             /* of each token's probs */             \
     ARRAY(float, family_shift, (c->router.family_penalty > 0) * N * E)                                              \
     ARRAY(float, lpr_dread_out, training * lpr * N * D)                                                             \
     ARRAY(float, lpr_dprobs, training * lpr * N * E)                                                                \

@@ -56,7 +56,7 @@ static void slice_statistics(const View* v, const unsigned char* marked, int by_
 // (L, E, 2) squared norms of every expert's gate and up (0) and down (1)
 static double* expert_norms(const Source* s) {
     int L = s->config.num_layers, E = s->config.num_experts;
-    double* norms = NEW(double, 2L * L * E);
+    double* norms = NEW(double, (long)L * E * 2);
     for (int l = 0; l < L; l++)
         for (int e = 0; s->config.sparse[l] && e < E; e++)
             for (int matrix = GATE; matrix <= DOWN; matrix++) {
