@@ -689,7 +689,7 @@ static Plan* plan_create(const char* src) {
 
     p->carries = !is(ask.optimizer, "reset");
     if (p->carries) {
-        refuse_moments(p);
+        refuse_moments(p, src);
         p->states[EXP_AVG] = open_or_die(src, ".exp_avg");
         p->states[EXP_AVG_SQ] = open_or_die(src, ".exp_avg_sq");
     }
@@ -743,6 +743,7 @@ static void read_options(int argc, char** argv) {
     options_parse_table(ask_table, NUM_ASKED, print_help_of_upcycle, argc, argv);
     refuse_idle_options();
     if (ask.inspect && optind < argc) die(2, "%s: --inspect DIR takes no SRC and DST", argv[optind]);
+    for (int i = optind; i < argc; i++) if (!*argv[i]) die(2, "SRC or DST is empty; expected a directory");
     if (!ask.inspect && !ask.methods && argc - optind != 2)
         die(2, "expected SRC DST --experts M, found %d director%s; see --help", argc - optind,
             argc - optind == 1 ? "y" : "ies");

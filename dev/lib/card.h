@@ -76,13 +76,32 @@ static int write_generation_config(const Model* m, const char* out, const char* 
     return write_text_file(out, dir, "generation_config.json", &t, error);
 }
 
-// tokenizer_config.json beside a tokenizer.json that came without one: transformers would take the model's own class,
-// and that cut words by its own rule.
-static int write_tokenizer_config(const char* out, const char* dir, Error* error) {
+// The class in tokenizer_config.json of a new model, beside a tokenizer.json that came without that file or with one
+// that names none: transformers would take the class of the model's type, which cuts words by its own rule.
+static int write_tokenizer_class(const char* out, const char* dir, Error* error) {
+    char path[PATH_SIZE];
     Text t = {NULL, 0, 0};
-    text_print(&t, "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n"
-               "  \"clean_up_tokenization_spaces\": false\n}\n");
-    return write_text_file(out, dir, "tokenizer_config.json", &t, error);
+    Error ignored = {""};
+    text_print(&t, "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\"");
+    if (access(join_path(path, dir, "tokenizer_config.json"), F_OK)) {
+        text_print(&t, ",\n  \"clean_up_tokenization_spaces\": false\n}\n");
+        return write_text_file(out, dir, "tokenizer_config.json", &t, error);
+    }
+    Json* j = json_read(path, &ignored);
+    const Json* named = json_get(j, "tokenizer_class");
+    int ok = 1, adds = j && j->type == JSON_OBJECT && (!named || named->type == JSON_NULL);
+    for (int i = 0; adds && i < j->count; i++) {
+        if (j->items[i] == named) continue;
+        text_print(&t, ",\n  ");
+        text_json_string(&t, j->items[i]->key);
+        text_print(&t, ": ");
+        text_json_value(&t, j->items[i]);
+    }
+    text_print(&t, "\n}\n");
+    if (adds) ok = write_file(path, t.data, t.length, error);
+    json_free(j);
+    free(t.data);
+    return ok;
 }
 
 // ---- which programs open a model ------------------------------------------------------------------------------------
@@ -320,7 +339,6 @@ static int write_card(const Model* m, const char* out, const char* dir, Error* e
     return (!m->source || !strcmp(m->source, out) || carry_card(m->source, dir, error)) &&
            (!m->reads_bytes || c->vocab_size < 256 || has_tokenizer(dir) || write_byte_tokenizer(out, dir, error)) &&
            (m->source || holds(dir, "generation_config.json") || write_generation_config(m, out, dir, error)) &&
-           (m->source || !m->tokenizer || holds(dir, "tokenizer_config.json") ||
-            write_tokenizer_config(out, dir, error)) &&
+           (m->source || !m->tokenizer || write_tokenizer_class(out, dir, error)) &&
            write_readme(c, m->reads_bytes, m->source, out, out, dir, error);
 }

@@ -43,6 +43,9 @@ typedef struct {
     char error[512];                    // what was wrong with the last file or window
 } Dataset;
 
+// what a training run adds to messages: where the name of a missing file comes from; how to need less text
+static const char *data_advice = "", *val_advice = "";
+
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
@@ -177,8 +180,8 @@ static int data_file_inspect(Dataset* d, DataFile* f, Part part, BytesAllowed ra
         if (part == WHOLE && all < T + 1)
             return data_error(d, "%s: %ld %s, but --seq %d needs at least %d", path, all, unit, T, T + 1);
         if (part != WHOLE && all < 2L * (T + 1))
-            return data_error(d, "%s: %ld %s, but --seq %d needs at least %d (half of them for validation; "
-                              "--val none uses all)", path, all, unit, T, 2 * (T + 1));
+            return data_error(d, "%s: %ld %s, but --seq %d needs at least %d (half of them for validation%s)", path,
+                              all, unit, T, 2 * (T + 1), val_advice);
     }
     f->windows = (f->count - 1) / T;
     return 1;
@@ -193,7 +196,8 @@ static int data_file_open(Dataset* d, DataFile* f, const char* path, Part part, 
     if (strcmp(path, "<embedded>")) {
         f->fd = open(path, O_RDONLY);
         if (f->fd < 0)
-            return data_error(d, "%s: %s; expected a text or a .bin file of tokens", path, strerror(errno));
+            return data_error(d, "%s: %s; expected a text or a .bin file of tokens%s", path, strerror(errno),
+                              data_advice);
         if (fstat(f->fd, &st)) return data_error(d, "%s: %s", path, strerror(errno));
         if (S_ISDIR(st.st_mode))
             return data_error(d, "%s: a directory; name the files in it (of *.parquet and *.arrow "
@@ -220,8 +224,6 @@ static uint64_t data_file_hash(const DataFile* f) {
     return hash;
 }
 
-static const char* data_advice = "";      // said behind what is wrong with a file
-
 // Opens the files of a comma-separated list of names and patterns; each pattern's files are sorted by name.
 // raw_allowed = NO_BYTES: a text becomes tokens by encode_file, and is refused without it.
 static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part, BytesAllowed raw_allowed) {
@@ -236,7 +238,7 @@ static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part,
         setrlimit(RLIMIT_NOFILE, &limit);
     }
     char *names = copy_string(list), *rest = names, *name;
-    while ((name = strsep(&rest, ",")) != NULL) {
+    while ((name = next_path(&rest)) != NULL) {
         glob_t found;
         memset(&found, 0, sizeof found);
         // a name without a match stands for itself, so that opening it says what is wrong
@@ -245,7 +247,7 @@ static Dataset* dataset_open(const char* list, int T, int vocab_size, Part part,
             d->files = (DataFile*)realloc(d->files, sizeof(DataFile) * (d->num_files + 1));
             if (!d->files) die(1, "out of memory");
             DataFile* f = &d->files[d->num_files++];
-            if (!data_file_open(d, f, found.gl_pathv[i], part, raw_allowed)) die(2, "%s%s", d->error, data_advice);
+            if (!data_file_open(d, f, found.gl_pathv[i], part, raw_allowed)) die(2, "%s", d->error);
             if (d->num_files > 1 && ((f->width == 1) != d->raw || (f->ids != NULL) != d->encoded))
                 die(2, "%s: text and token shards cannot be mixed in one run", f->path);
             d->raw = f->width == 1;

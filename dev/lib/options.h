@@ -224,6 +224,7 @@ static void option_unknown(const char* argument, const struct option* longs) {
 static void option_set(Option* o, const char* text) {
     char* end;
     if (o->type == OPT_TEXT) {
+        if (!*text && strcmp(o->name, "prompt")) die(2, "--%s: empty; expected %s", o->name, o->argument);
         *(const char**)o->value = text;
     } else if (o->type == OPT_CHOICE) {
         if (choice_index(o->argument, text) < 0)
@@ -884,6 +885,7 @@ static int run_train(Config* c) {
     const char* stored = options.resume ? " (so says trainer.json, relative to where the run was started; go there, or "
                                           "name the data again)" : "";
     data_advice = option_given("data") ? "" : stored;
+    val_advice = "; --val none uses all";
     int split = !options.val;
     Dataset *data = dataset_open(options.data, T, INT_MAX, split ? TRAIN_PART : WHOLE, bytes_are_tokens), *val = NULL;
     if (c->vocab_size == 0 && !data->raw)
@@ -942,10 +944,12 @@ static int run_train(Config* c) {
     run.sampling.top_p = options.top_p;
     run.sampling.top_k = (int)options.top_k;
     run.sampling.seed = run.seed;
-    run.sample_tokens = option_given("tokens") ? (int)options.tokens : demonstration ? 600 : 200;
+    run.sample_tokens = demonstration && !option_given("tokens") ? 600 : (int)options.tokens;
     run.routers.micro_batches = run.accum;
     c->router.bias_rule = choice_index("sign|quantile|id", options.bias_rule);
-    if (c->router.bias_rule == BIAS_ID && !options.resume && !option_given("bias-rate")) options.bias_rate = 0.006;
+    const Json* rule = json_get(json_get(trainer_state, "options"), "bias-rule");       // of the run that goes on
+    int was_id = rule && !strcmp(rule->string, "id");
+    if (c->router.bias_rule == BIAS_ID && !was_id && !option_given("bias-rate")) options.bias_rate = 0.006;
     if (c->router.bias_rule == BIAS_QUANTILE && option_given("bias-rate"))
         die(2, "--bias-rate: --bias-rule quantile has no step; sign and id have one");
     run.routers.bias_rate = options.bias_rate;

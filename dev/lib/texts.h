@@ -108,8 +108,8 @@ static const Encoder* encoder_of_model(const char* what) {
     if (encoder && !strcmp(made_of, encoder_dir)) return encoder;
     join_path(path, encoder_dir, "tokenizer.json");
     if (access(path, F_OK))
-        die(2, "%s: this model reads tokens, and %s is not there to make them; make shards with "
-            "data/tokenize_text.py, or give --prompt-ids", what, path);
+        die(2, "%s: this model reads tokens, and %s is not there to make them; %s", what, path,
+            strcmp(what, "--prompt") ? "make shards with data/tokenize_text.py" : "give them with --prompt-ids");
     Json* j = json_read(path, &error);
     if (!j) die(2, "%s", error.text);
     encoder_free(encoder);

@@ -107,6 +107,14 @@ static const char* join_path(char* path, const char* dir, const char* name) {
     return path;
 }
 
+// The next of a comma-separated list of paths; NULL: no more. What exists as a whole, commas and all, is one path.
+static char* next_path(char** rest) {
+    char* all = *rest;
+    if (!all || access(all, F_OK)) return strsep(rest, ",");
+    *rest = NULL;
+    return all;
+}
+
 // the position of a choice among "a|b|c", or -1
 static int choice_index(const char* choices, const char* text) {
     size_t n = strlen(text);

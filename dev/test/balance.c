@@ -190,6 +190,17 @@ static void test_grown_bias(void) {
          *grown = keep_json(json_read(join_path(path, up_path("id"), "trainer.json"), &error));
     check(ok && grown && json_get(old, "last_load")->count > 0 && json_get(grown, "last_load")->count == 0,
           "ID's loads of the last step stay behind");
+    // the rule's own rate, also where it is new to a run that goes on; a rate that was given stays
+    static const char* goes_on[][3] = {{"sign", "--steps 2 --router sigmoid", "--bias-rule id --steps 3"},
+                                       {"given", "--steps 2 --router sigmoid --bias-rule id --bias-rate 0.01",
+                                        "--bias-rule id --steps 3"}};
+    for (int i = 0; i < 2; i++) {
+        ok = train_run(goes_on[i][0], goes_on[i][1]) == 0 && resume_run(goes_on[i][0], goes_on[i][2]) == 0;
+        Json* j = keep_json(json_read(join_path(path, temp(goes_on[i][0]), "trainer.json"), &error));
+        const Json* rate = json_get(json_get(j, "options"), "bias-rate");
+        check(ok && rate && rate->number == (i ? 0.01 : 0.006), "%s: ID's rate is %s", goes_on[i][2],
+              rate ? rate->string : "missing");
+    }
 }
 
 static void test_balance(void) {

@@ -31,6 +31,8 @@ static void test_bad_commands(void) {
                {"--val-", "--val-: may be any of --val-every, --val-batches"},
                {"--expert 4", "--expert: may be any of --experts, --expert-ffn"},
                {"--dense=1", "--dense=1: the option takes no value"},
+               {"--model= --prompt a", "--model: empty; expected DIR"},
+               {"--data= --steps 1", "--data: empty; expected F,.."},
                {"words", "words: unexpected"},
                {"--steps 5 more", "more: unexpected"},
                {"--steps five", "--steps five: expected a whole number from 0"},

@@ -193,6 +193,8 @@ static void test_data_errors(void) {
     write_shard(bin, SHARD_MAGIC_16, 1, 30, 2, 30, 0);
     snprintf(list, sizeof list, "%s,%s", text, bin);
     check_data_error("text and shards together", list, "--val none", "cannot be mixed", "bad.bin");
+    write_text(temp("a,b.txt"), "seventeen letters");
+    check_data_error("a comma in a name", temp("a,b.txt"), "", "17 bytes, but", "a,b.txt");
     check_data_error("missing file", temp("absent.txt"), "", "No such file", "absent.txt");
     check_data_error("pattern without a match", temp("absent*.txt"), "", "No such file", "absent*.txt");
     snprintf(list, sizeof list, "%s,", text);

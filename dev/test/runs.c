@@ -507,6 +507,8 @@ static void test_resume_changes(void) {
     check(code == 0 && error_lines() == 1 && strstr(ran.err, "other data (") &&
               strstr(ran.err, "moved.txt of 20000 bytes"),
           "data with other bytes: %.300s", ran.err);
+    code = resume_run("a", "--steps 9 --seq 30000");
+    check(code == 2 && !strstr(ran.err, "so says"), "too long a --seq: %.300s", ran.err);
     unlink(temp("moved.txt"));
     code = resume_run("a", "--steps 9");
     check(code == 2 && error_lines() == 1 && strstr(ran.err, "so says trainer.json"), "data that are gone: %.300s",

@@ -128,6 +128,13 @@ static void test_other_tokenizers(void) {
               has_member(IN("from_bare/config.json"), "eos_token_id", "null") &&
               has_member(IN("from_bare/tokenizer_config.json"), "tokenizer_class", "\"PreTrainedTokenizerFast\""),
           "tokenizer.json alone, and shards");
+    write_text(IN("bare/tokenizer_config.json"), "{\"model_max_length\": 1024, \"eos_token\": \"</s>\"}");
+    code = run_program("--tokenizer %s --data %s " TINY " --steps 1 --out %s", IN("bare"), IN("tokens.bin"),
+                       IN("from_classless"));
+    check(code == 0 && has_member(IN("from_classless/tokenizer_config.json"), "model_max_length", "1024") &&
+              has_member(IN("from_classless/tokenizer_config.json"), "eos_token", "\"</s>\"") &&
+              has_member(IN("from_classless/tokenizer_config.json"), "tokenizer_class", "\"PreTrainedTokenizerFast\""),
+          "a tokenizer_config.json without a class gets one, and keeps the rest");
     // fewer tokens than bytes
     mkdir(IN("few_tokens"), 0777);
     write_text(IN("few_tokens/tokenizer.json"), MODEL("\"a\": 0, \"b\": 1, \"ab\": 2", "\"a b\"") "}");

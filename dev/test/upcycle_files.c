@@ -98,6 +98,14 @@ static void test_up_optimizer(void) {
     long step = json_whole(json_get(trainer, "step"), LONG_MAX),
          start = json_whole(json_get(trainer, "family_start"), LONG_MAX);
     check(step > 0 && start == step, "new families are penalised from the step at which the run goes on: %ld", start);
+    UP("{}/m3 {}/adam_twice --experts 6 --optimizer copy");
+    join_path(up_output, up_path("adam_twice"), "trainer.json");
+    write_text(up_output, "{\"step\": 4, \"options\": {\"family-penalty\": 3, \"family-steps\": 2, \"steps\": 9}}");
+    UP("{}/adam_twice {}/adam_again --experts 12 --method family --optimizer copy");
+    trainer = keep_json(json_read(join_path(up_output, up_path("adam_again"), "trainer.json"), &trainer_error));
+    const Json* options_left = json_get(trainer, "options");
+    check(options_left && options_left->count == 1 && json_get(options_left, "steps"),
+          "... with no strength or length of families before them");
     // twins of a shard: one in each group, or none
     up_make("dense", QWEN3, 2, H, I, 0, 0, 0, 8);
     static const struct { const char *arguments; int twins; } shards[] = {
@@ -577,6 +585,7 @@ static void test_up_receipt(void) {
         {GOLDEN "olmoe {}/r%d --experts 12", "not kept", "each shrinks by about 2", 1e-4, 2},
         {GOLDEN "mixtral {}/r%d --experts 10 --method family", "kept exactly", NULL, 0, 1e-6},
         {GOLDEN "mixtral_top1 {}/r%d --experts 10", "kept exactly", "copies get no token", 0, 1e-6},
+        {GOLDEN "olmoe {}/r%d --experts 12 --method drop --topk 3", "not kept", "transformers may choose", 1e-4, 2},
         {GOLDEN "olmoe {}/r%d --experts 12 --method multiply", "kept exactly", "--strength 0.01", 0, 1e-6},
         {GOLDEN "olmoe {}/r%d --experts 12 --method multiply --strength 0.1", "not kept", NULL, 1e-3, 2},
         {GOLDEN "qwen3 {}/r%d --layers-to 5 --ffn-to 30", "kept exactly; the new", "2 copies of a unit", 0, 1e-6},

@@ -4,7 +4,7 @@
 static void open_sources(Plan* p, const char* src) {
     p->sources[p->num_sources++] = p->states[WEIGHTS] = open_or_die(src, "");
     char *names = copy_string(ask.sources ? ask.sources : ""), *rest = names, *name;
-    while (ask.sources && (name = strsep(&rest, ",")) != NULL) {
+    while (ask.sources && (name = next_path(&rest)) != NULL) {
         if (p->num_sources == MAX_SOURCES) die(2, "--sources: more than %d", MAX_SOURCES);
         if (!*name) die(2, "--sources %s: a directory is missing between commas", ask.sources);
         Source* s = open_or_die(name, "");

@@ -5,7 +5,8 @@
 // gradient. With `interpolate` a copy's are the mean with those of the next expert.
 #pragma once
 
-static void refuse_moments(const Plan* p) {
+static void refuse_moments(const Plan* p, const char* src) {
+    char path[PATH_SIZE];
     if (p->method->traits & MERGES || (p->dense && (p->num_sources > 1 || !p->method->carry)))
         die(2,
             "--optimizer %s: the experts of this method have no weights that moments could go with; --optimizer reset "
@@ -14,6 +15,9 @@ static void refuse_moments(const Plan* p) {
     if (is(ask.optimizer, "interpolate") && (p->dense || is(p->method->name, "shuffle")))
         die(2, "--optimizer interpolate: %s has no next expert to interpolate with; --optimizer copy fits",
             p->dense ? "a dense model" : "a permuted copy");
+    if (access(optimizer_path(path, src), F_OK))
+        die(2, "--optimizer %s: %s: %s; --optimizer reset fits a model without moments", ask.optimizer, path,
+            strerror(errno));
 }
 
 // How the moments of an expert from source e differ from the source's
@@ -34,9 +38,22 @@ static void carry_router_row(const Plan* p, const Target* t, float* row, const R
     }
 }
 
+// j, an object, without the members of a comma-separated list
+static void text_json_without(Text* t, const Json* j, const char* left_out) {
+    text_print(t, "{");
+    for (int i = 0, listed = 0; i < j->count; i++) {
+        if (lists(left_out, j->items[i]->key)) continue;
+        text_print(t, "%s", listed++ ? ", " : "");
+        text_json_string(t, j->items[i]->key);
+        text_print(t, ": ");
+        text_json_value(t, j->items[i]);
+    }
+    text_print(t, "}");
+}
+
 // With moments carried over, the run goes on where it was: ./train_moe --resume --out DST continues the step count, the
 // schedule and the bias correction. Only what was counted since the last validation starts again, and the penalty of
-// families, if there are new ones.
+// families, if there are new ones: from here, with its own strength and length, which the last one's options are not.
 static void write_trainer(const Plan* p, const char* dir) {
     Text t = {NULL, 0, 0};
     const Json* j = p->trainer;
@@ -50,6 +67,8 @@ static void write_trainer(const Plan* p, const char* dir) {
             text_print(&t, "[]");
         else if (is(j->items[i]->key, "family_start") && is(p->method->name, "family"))
             text_print(&t, "%ld", json_whole(json_get(j, "step"), LONG_MAX));
+        else if (is(j->items[i]->key, "options") && is(p->method->name, "family"))
+            text_json_without(&t, j->items[i], "family-steps,family-penalty");
         else
             text_json_value(&t, j->items[i]);
     }

@@ -233,9 +233,12 @@ static void find_properties(const Plan* p, Findings* f) {
         {collapse && !all_copies,
          "K = {K}: twins tie or nearly tie, so most tokens reach only about {near sources}; --method "
          "family avoids it"},
+        {mixture && is(p->router->name, "copy") && !twins && !family && !(equal && K % m == 0),
+         "the router's rows of copies are equal, and the copies are not: where a tie decides, transformers may choose "
+         "another copy, with other logits; --router perturb-new avoids it"},
         {mixture && K == 1 && is(p->router->name, "copy") && !family,
-         "K = 1: a tie goes to the lower index, so copies get no token until the router moves; --router perturb-new or "
-         "--method family avoid it"},
+         "K = 1: here a tie goes to the lower index, so copies get no token until the router moves; --router "
+         "perturb-new or --method family avoid it"},
         {mixture && !norm && !sigmoid && !family && !all_copies,
          K == 1 ? "gates are not renormalised: each shrinks by about {m}, the number of copies, and with K = 1 the "
                   "output does too; --method family avoids it"
