@@ -283,8 +283,9 @@ def arm_table(e):
     readings = e.spec.get("readings", {})
     heads = ["arm", "n", "tokens", "loss (s)", "minus the source continued", "minus the small model left alone",
              "minus the larger all along", "the same at equal FLOPs", "gap closure", "jump", "level for good after",
-             "MaxVio", "dead", "twins' cosine", "overlap", "distinct sources a token", "expert and kind: shared nats"]
-    rows = []
+             "Gini", "min/max", "MaxVio", "dead", "twins' cosine", "overlap", "distinct sources a token",
+             "expert and kind: shared nats"]
+    rows, of_balance = [], "gini" in str(e.spec.get("claims"))
     # of training tokens, if all arms have been trained, else of validation
     load = "train_" if all(e.column(a, "train_max_vio") for a in e.arms if e.column(a, "loss")) else ""
     for arm in e.arms:
@@ -330,7 +331,8 @@ def arm_table(e):
             row["jump"] = short(round(statistics.mean(jumps.values()), 6))
         if grown and "grow" in e.spec["arms"][arm] and compared(readings.get("after")):
             row["level for good after"] = healed(e, arm, readings["after"])
-        for head, key, digits in (("MaxVio", load + "max_vio", 2), ("dead", load + "dead", 1),
+        for head, key, digits in (*(("Gini", load + "gini", 3), ("min/max", load + "min_max", 3))[:2 * of_balance],
+                                  ("MaxVio", load + "max_vio", 2), ("dead", load + "dead", 1),
                                   ("twins' cosine", "twin_cosine", 3), ("overlap", "overlap", 3),
                                   ("distinct sources a token", "sources", 2),
                                   ("expert and kind: shared nats", "reading", 3)):
