@@ -648,8 +648,27 @@ static void move_files(const char* from, const char* to, Error* error) {
     if (d) closedir(d);
 }
 
+// Removes the shards that OUT/model.safetensors takes the place of; first the index, which leads readers to them.
+static void remove_shards(const char* out, Error* error) {
+    char path[PATH_SIZE];
+    struct dirent* entry;
+    if (access(join_path(path, out, "model.safetensors"), F_OK)) return;
+    if (unlink(join_path(path, out, "model.safetensors.index.json")) && errno != ENOENT) {
+        set_error(error, "%s: %s", path, strerror(errno));
+        return;
+    }
+    DIR* d = opendir(out);
+    if (!d) set_error(error, "%s: %s", out, strerror(errno));
+    while (d && (entry = readdir(d)) != NULL)
+        if (!fnmatch("model-[0-9]*-of-[0-9]*.safetensors", entry->d_name, 0) &&
+            unlink(join_path(path, out, entry->d_name)))
+            set_error(error, "%s: %s", path, strerror(errno));
+    if (d) closedir(d);
+}
+
 // The last step of a save, also made by --resume if a save was interrupted here: moves OUT/.ready's files into OUT.
-// Moments of version 0.1 that lie beside the model are then those of an earlier step.
+// Shards that lie there, and moments of version 0.1 beside the model, are then those of an earlier step. What is killed
+// before all of them are gone leaves OUT/.ready, and so is finished by --resume.
 static int finish_save(const char* out, Error* error) {
     char ready[PATH_SIZE], path[PATH_SIZE];
     join_path(ready, out, ".ready");
@@ -658,6 +677,7 @@ static int finish_save(const char* out, Error* error) {
     if (!error->text[0] && !access(join_path(path, out, OPTIMIZER_FILE), F_OK) &&
         unlink(join_path(path, out, "optimizer.safetensors")) && errno != ENOENT)
         set_error(error, "%s: %s", path, strerror(errno));
+    if (!error->text[0]) remove_shards(out, error);
     if (error->text[0] || !flush_directory(out, error)) return 0;
     if (rmdir(ready)) return set_error(error, "%s: %s", ready, strerror(errno));
     return 1;

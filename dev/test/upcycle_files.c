@@ -264,8 +264,64 @@ static void test_up_files(void) {
 
 static int up_exists(const char* name) { return !access(up_path(name), F_OK); }
 
+// 1 if a directory holds one model.safetensors, and neither shards nor their index.
+static int up_is_one_file(const char* name) {
+    DIR* d = opendir(up_path(name));
+    struct dirent* entry;
+    char path[PATH_SIZE];
+    int others = 0;
+    while (d && (entry = readdir(d)) != NULL) others += strstr(entry->d_name, "model") == entry->d_name;
+    if (d) closedir(d);
+    return others == 1 && up_exists(join_path(path, name, "model.safetensors"));
+}
+
+// A run that goes on from shards leaves none of them, wherever it is killed.
+static void test_up_sharded_run(void) {
+    up_begin();
+    up_make("m3", QWEN3_MOE, 2, 24, 40, 3, 2, 1, 5);
+    write_corpus(up_path("text.txt"), 20000);
+    UP("{}/m3 {}/source --experts 6 --optimizer copy --shard-size 20K");
+    char run[1024], kill_at[16];
+    snprintf(run, sizeof run, "--resume --out %s --data %s --val none --steps 9 --seq 16 --batch 2 --save-every 1",
+             up_path("sharded"), up_path("text.txt"));
+    copy_directory(up_path("source"), up_path("sharded"));
+    int code = run_program("%s", run);
+    check(code == 0 && up_is_one_file("sharded"), "a run that goes on from shards leaves one model.safetensors");
+    show_failure(code == 0);
+    copy_directory(up_path("sharded"), up_path("expected"));
+    int ok = 1, kills = 0;
+    for (code = 1; code && ok && kills < 100;) {
+        remove_tree(up_path("sharded"));
+        copy_directory(up_path("source"), up_path("sharded"));
+        snprintf(kill_at, sizeof kill_at, "%d", ++kills);
+        setenv("KILL_AT_FLUSH", kill_at, 1);
+        code = run_program("%s", run);
+        unsetenv("KILL_AT_FLUSH");
+        ok = (code == 0 || code == -SIGKILL) && (!code || run_program("%s", run) == 0) && up_is_one_file("sharded") &&
+             same_file(up_path("sharded/model.safetensors"), up_path("expected/model.safetensors")) &&
+             same_file(up_path("sharded/" OPTIMIZER_FILE), up_path("expected/" OPTIMIZER_FILE));
+    }
+    check(ok && kills > 6, "killed at each of %d flushes: it ends with the same bytes, and no shards", kills - 1);
+    show_failure(ok);
+    // a shard that cannot be removed
+    remove_tree(up_path("sharded"));
+    copy_directory(up_path("source"), up_path("sharded"));
+    mkdir(up_path("sharded/model-00099-of-00099.safetensors"), 0777);
+    code = run_program("%s", run);
+    check(code == 1 && strstr(ran.err, "model-00099-of-00099.safetensors: ") &&
+              !up_exists("sharded/model.safetensors.index.json"),
+          "a shard that cannot be removed: %.150s", strstr(ran.err, "could not be") ? strstr(ran.err, "could not be") : "");
+    rmdir(up_path("sharded/model-00099-of-00099.safetensors"));
+    code = run_program("%s", run);
+    check(code == 0 && up_is_one_file("sharded") &&
+              same_file(up_path("sharded/model.safetensors"), up_path("expected/model.safetensors")),
+          "and without it the run goes on to the same bytes");
+    show_failure(code == 0);
+}
+
 // The destination is whole or absent.
 static void test_up_safety(void) {
+    test_up_sharded_run();
     up_begin();
     up_make("m3", QWEN3_MOE, 2, 24, 40, 3, 2, 1, 5);
     UP("{}/m3 {}/here --experts 6");
