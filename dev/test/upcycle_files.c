@@ -319,9 +319,60 @@ static void test_up_sharded_run(void) {
     show_failure(code == 0);
 }
 
+// Starts upcycle --force, which is stopped while it writes: 12 MB an expert, so that there is time.
+static pid_t up_stopped(const char* src, const char* dst, int experts) {
+    char saving[PATH_SIZE], number[16];
+    snprintf(saving, sizeof saving, "%.4000s.saving", up_path(dst));
+    snprintf(number, sizeof number, "%d", experts);
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        if (!freopen("/dev/null", "w", stdout) || !freopen(up_path("errors"), "w", stderr)) _exit(9);
+        execl(self_path, self_path, "--as-upcycle", up_path(src), up_path(dst), "--experts", number, "--force",
+              (char*)NULL);
+        _exit(9);
+    }
+    for (int wait = 0; wait < 10000 && access(saving, F_OK); wait++) usleep(1000);
+    kill(pid, SIGSTOP);
+    return pid;
+}
+
+// --force leaves a run alone that trains in DST, and no run begins there while upcycle works.
+static void test_up_locks(void) {
+    up_begin();
+    up_make("m3", QWEN3_MOE, 2, 24, 40, 3, 2, 1, 5);
+    up_make("large", QWEN3, 1, 512, 2048, 0, 0, 0, 1);
+    copy_directory(up_path("m3"), up_path("run"));
+    int run = open(up_path("run"), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    flock(run, LOCK_EX | LOCK_NB);
+    int code = up_run("", "{}/m3 {}/run --experts 6 --force");
+    check(code == 2 && strstr(up_output, "run: a run is writing there; stop it first") && !up_exists("run.saving") &&
+              same_file(up_path("run/model.safetensors"), up_path("m3/model.safetensors")),
+          "--force does not replace what a run writes: %.*s", (int)strcspn(up_output, "\n"), up_output);
+    flock(run, LOCK_UN);
+    pid_t pid = up_stopped("large", "run", 48);
+    code = run_program("--resume --out %s --steps 9", up_path("run"));
+    check(up_exists("run.saving") && code == 2 && strstr(ran.err, "run: another run is writing there"),
+          "no run begins in what is being replaced: %.100s", ran.err);
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+    close(run);
+    UP("{}/m3 {}/run --experts 6 --force");
+    check(!up_exists("run.saving") && !up_exists("run/trainer"), "afterwards it is replaced");
+    pid = up_stopped("large", "late", 12);
+    copy_directory(up_path("m3"), up_path("late"));
+    kill(pid, SIGCONT);
+    int status;
+    waitpid(pid, &status, 0);
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 1 && !up_exists("late.saving") &&
+              same_file(up_path("late/trainer.json"), up_path("m3/trainer.json")),
+          "nor does it replace what has come there while it worked");
+}
+
 // The destination is whole or absent.
 static void test_up_safety(void) {
     test_up_sharded_run();
+    test_up_locks();
     up_begin();
     up_make("m3", QWEN3_MOE, 2, 24, 40, 3, 2, 1, 5);
     UP("{}/m3 {}/here --experts 6");
