@@ -14,6 +14,7 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -61,6 +62,8 @@ static double seconds(void) {
 
 #include "terminal.h"
 
+static int died = 0;                    // the end has its line
+
 // Bad input ends the program with one line and exit code 2 (the user's to mend), a failure while running with 1.
 __attribute__((noreturn, format(printf, 2, 3))) static void die(int code, const char* format, ...) {
     va_list args;
@@ -71,12 +74,30 @@ __attribute__((noreturn, format(printf, 2, 3))) static void die(int code, const 
     vfprintf(stderr, format, args);
     fprintf(stderr, "\n");
     va_end(args);
+    died = 1;
     exit(code);
+}
+
+// What every program does last: if something printed could not be written, a full disk, say, that is a failure. That
+// nobody reads it (`| head`, a terminal that is gone) is none.
+static void end_output(void) {
+    struct pollfd output = {1, POLLOUT, 0};
+    fflush(stdout);
+    if (!ferror(stdout) || died || (poll(&output, 1, 0) > 0 && output.revents & (POLLERR | POLLHUP))) return;
+    // the reason may be an earlier one's, and errno another's by now: a try tells
+    const char* why = write(1, "\n", 1) < 0 ? strerror(errno) : "not all of it could be written";
+    end_progress();
+    fprintf(stderr, "%s: standard output: %s\n", program_name, why);
+    _exit(1);
 }
 
 // What every program does first.
 static void begin_program(const char* name) {
+    int fd = 0;
     program_name = name;
+    while (fd >= 0 && fd <= 2) fd = open("/dev/null", O_RDWR);  // a file must not get 1 or 2, which is printed to
+    if (fd > 2) close(fd);
+    atexit(end_output);
     if (!arithmetic_holds())
         die(1, "compiled with flags that change values (-funsafe-math-optimizations or the like): "
                "build with -O3 alone");

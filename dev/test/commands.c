@@ -204,6 +204,38 @@ static void test_help(void) {
     check(code == 2, "an error before --help is an error");
 }
 
+// Output that cannot be written is a failure and takes nothing else with it; that nobody reads it is none.
+static void test_full_output(void) {
+    static const char* runs[] = {"--as-train-moe --help", "--as-train-moe --version",
+                                 "--as-train-moe --model trained --prompt ab",
+                                 "--as-train-moe --model trained --data corpus.txt --eval --seq 24",
+                                 "--as-train-moe --data corpus.txt --steps 3 --layers 1 --hidden 16 --out full",
+                                 "--as-upcycle --help", "--as-upcycle --methods", "--as-upcycle --inspect trained",
+                                 "--as-upcycle trained full_up --experts 7"};
+    static const char said[] = ": standard output: No space left on device";
+    char command[PATH_SIZE * 3];
+    for (int i = 0; i < (int)(sizeof runs / sizeof runs[0]); i++) {
+        snprintf(command, sizeof command, "cd %s; rm -rf full full_up; (sleep 0.05; %s %s 2>stderr) | true", temp_dir,
+                 self_path, runs[i]);
+        int code = system(command);
+        read_output("stderr", ran.err, sizeof ran.err);
+        check(code == 0 && !strstr(ran.err, "standard output"), "%s: nobody reads what it prints", runs[i]);
+        if (!exists("/dev/full")) continue;         // only Linux has it
+        snprintf(command, sizeof command, "cd %s; rm -rf full full_up; %s %s 2>stderr >/dev/full", temp_dir, self_path,
+                 runs[i]);
+        code = system(command);
+        read_output("stderr", ran.err, sizeof ran.err);
+        const char* line = strstr(ran.err, said);
+        int saved = !strstr(runs[i], "--out") || saved_step("full") == 3;
+        if (strstr(runs[i], "full_up")) saved = exists(temp("full_up/config.json"));
+        check(code >> 8 == 1 && line && strlen(line) == strlen(said) && saved, "%s: a disk is full%s", runs[i], said);
+        if (!line) printf("       exit code %d, stderr: %s\n", code >> 8, ran.err);
+        snprintf(command, sizeof command, "cd %s; rm -rf full full_up; %s %s 2>/dev/null >&-", temp_dir, self_path,
+                 runs[i]);
+        check(system(command) == 0, "%s: an output that is closed is none", runs[i]);
+    }
+}
+
 static void test_not_finite(void) {
     // a norm so large that the next layer's squares overflow
     remove_tree(temp("b"));
@@ -435,6 +467,7 @@ static void test_command_line(void) {
     write_text(temp("words/tokenizer.json"),
                "{\"decoder\": {\"type\": \"ByteLevel\"}, \"model\": {\"vocab\": {\"a\": 0}}}");
     test_help();
+    test_full_output();
     test_bad_commands();
     test_agreement();
     char arguments[1024];
