@@ -640,6 +640,57 @@ static void print_bits_per_byte(const Config* c, const Dataset* d, long tokens, 
     tokenizer_close(t);
 }
 
+static int is_same_file(const char* a, const char* b) {
+    struct stat s, t;
+    return !stat(a, &s) && !stat(b, &t) && s.st_dev == t.st_dev && s.st_ino == t.st_ino;
+}
+
+// What --trace or --dump makes is written beside its file, with .saving behind the name, until it is whole. What is no
+// regular file, a pipe or /dev/null, is written as it is: then result_saving is empty.
+static char result_file[PATH_SIZE], result_saving[PATH_SIZE];
+
+static void result_drop(void) {
+    if (*result_saving) unlink(result_saving);
+}
+
+static void result_refuse(const char* option, const char* file, const char* read) {
+    if (is_same_file(file, read) || is_same_file(result_saving, read))
+        die(2, "--%s %s: would write over %s, which is read; choose another name", option, file, read);
+}
+
+// Before anything is computed: refuses what cannot be written, or is read. Returns the path that is written.
+static const char* result_begin(const char* option, const char* file, const Dataset* d) {
+    char real[PATH_SIZE], path[PATH_SIZE];
+    struct stat st;
+    int there = !stat(file, &st), regular = !there || S_ISREG(st.st_mode);
+    if (there && S_ISDIR(st.st_mode)) die(2, "--%s %s: is a directory; give the name of a file in it", option, file);
+    const char* target = there && regular && realpath(file, real) ? real : file;       // the file, not a link to it
+    if (strlen(target) + 8 > PATH_SIZE) die(2, "--%s %.60s...: the path is too long", option, file);
+    strcpy(result_file, target);
+    if (regular) strcat(strcpy(result_saving, target), ".saving");
+    for (int i = 0; i < d->num_files; i++) result_refuse(option, file, d->files[i].path);
+    DIR* model = opendir(options.model);
+    for (struct dirent* entry; model && (entry = readdir(model)) != NULL;)
+        if (travels(entry->d_name) || !fnmatch("model*.safetensors*", entry->d_name, 0) ||
+            !strcmp(entry->d_name, "config.json"))
+            result_refuse(option, file, join_path(path, options.model, entry->d_name));
+    if (model) closedir(model);
+    if (!regular) return result_file;
+    if (there && access(file, W_OK)) die(2, "--%s %s: %s", option, file, strerror(errno));
+    int fd = open(result_saving, O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+    if (fd < 0) die(2, "--%s: %s: %s", option, result_saving, strerror(errno));
+    close(fd);
+    atexit(result_drop);
+    return result_saving;
+}
+
+// The moment from which the file is there.
+static void result_end(const char* option) {
+    if (*result_saving && rename(result_saving, result_file))
+        die(1, "--%s %s: %s", option, result_file, strerror(errno));
+    result_saving[0] = 0;
+}
+
 static int run_eval(Config* c) {
     if (!options.model) die(2, "--eval wants --model DIR");
     if (!options.data) die(2, "--eval wants --data FILE");
@@ -650,11 +701,12 @@ static int run_eval(Config* c) {
     long batches = option_given("val-batches") ? options.val_batches : 0;
     Dataset* d = dataset_open(options.data, T, c->vocab_size, WHOLE, reads_bytes(c, options.model));
     check_length(c, options.model, T);
+    const char* trace = options.trace ? result_begin("trace", options.trace, d) : NULL;
     Model* m = load_model(c, options.model, FOR_SCORING, B, T, T);
     Batch batch = batch_create(B, T);
     m->counting_load = options.load || options.trace;
     if (options.trace) {
-        m->trace = fopen(options.trace, "w");
+        m->trace = fopen(trace, "w");
         if (!m->trace) die(2, "--trace %s: %s", options.trace, strerror(errno));
         fprintf(m->trace, "window,position,token,layer");
         for (int k = 0; k < c->num_experts_per_tok; k++) fprintf(m->trace, ",expert_%d", k + 1);
@@ -666,7 +718,13 @@ static int run_eval(Config* c) {
     double start = seconds(), loss = evaluate(m, d, batches, batch), elapsed = seconds() - start;
     long tokens = (batches > 0 ? lmin(batches * B, d->windows) : d->windows) * T;
     if (d->error[0]) die(2, "%s", d->error);
-    if (m->trace && fclose(m->trace)) die(1, "--trace %s: %s", options.trace, strerror(errno));
+    if (m->trace) {
+        errno = 0;
+        if (fflush(m->trace) || ferror(m->trace) || flush_to_disk(fileno(m->trace)))
+            die(1, "--trace %s: %s", options.trace, errno ? strerror(errno) : "not all of it could be written");
+        fclose(m->trace);
+        result_end("trace");
+    }
     printf("loss %.6f | perplexity %.4f", loss, exp(loss));
     if (d->raw) printf(" | bits per byte %.4f", loss / M_LN2);
     if (d->encoded) print_bits_per_byte(c, d, tokens, loss);
@@ -686,6 +744,7 @@ static int run_dump(Config* c) {
     Dataset* d = dataset_open(options.data, T, V, WHOLE, reads_bytes(c, options.model));
     if (d->windows < B) die(2, "--batch %d: %s has only %ld windows of %d tokens", B, options.data, d->windows, T + 1);
     check_length(c, options.model, T);
+    const char* temporary = result_begin("dump", options.dump, d);
     Model* m = load_model(c, options.model, FOR_TRAINING, B, T, T);
     Batch batch = batch_create(B, T);
     for (int b = 0; b < B; b++) dataset_window(d, b, batch.tokens + (long)b * T, batch.targets + (long)b * T);
@@ -719,12 +778,8 @@ static int run_dump(Config* c) {
         out[count++] = o;
     }
     Error error = {""};
-    char temporary[PATH_SIZE];
-    snprintf(temporary, sizeof temporary, "%s.saving", options.dump);
-    if (!safetensors_write(temporary, out, count, &error) || rename(temporary, options.dump)) {
-        unlink(temporary);
-        die(1, "%s", error.text[0] ? error.text : strerror(errno));
-    }
+    if (!safetensors_write(temporary, out, count, &error)) die(1, "%s", error.text);
+    result_end("dump");
     printf("loss %.6f, aux loss %.6f; %d tensors in %s\n", losses.loss, losses.aux, count, options.dump);
     free(logits);
     free(out);

@@ -128,6 +128,9 @@ static void test_bad_commands(void) {
                {"--model @/trained --data @/absent --eval", "No such file"},
                {"--model @/trained --data @/corpus.txt --eval --seq 100000", "needs at least"},
                {"--model @/trained --data @/corpus.txt --batch 999 --seq 24 --dump @/new", "has only 833 windows"},
+               {"--model @/trained --data @/corpus.txt --seq 24 --dump @/absent/dump", "absent/dump.saving: No such"},
+               {"--model @/trained --data @/corpus.txt --seq 24 --dump @/trained", "is a directory; give the name of"},
+               {"--model @/trained --data @/corpus.txt --eval --seq 24 --trace @/trained", "is a directory"},
                {"--model @/trained --prompt-ids 1,x", "found x"},
                {"--model @/trained --prompt-ids 256", "numbers from 0 to 255"},
                {"--model @/trained --prompt-ids -1", "numbers from 0 to 255"},
@@ -150,7 +153,6 @@ static void test_bad_commands(void) {
         snprintf(with_out, sizeof with_out, "%s%s", writes ? "--out @/new " : "", bad[i].arguments);
         check_refused(2, with_out, expected);
     }
-    check_refused(1, "--model @/trained --data @/corpus.txt --batch 1 --seq 8 --dump @/absent/dump", "No such file");
 }
 
 // Options that say what is so already, or switch off what is not there: one line for every arm, one for the start of a
@@ -430,6 +432,40 @@ static void test_trace(void) {
     dataset_close(d);
 }
 
+// What --trace and --dump write takes its place when it is whole, and is never what is read.
+static void test_results(void) {
+    static const char* over[] = {"--eval --trace @/mine", "--eval --trace @/mine.link",
+                                 "--eval --trace @/trained/config.json", "--dump @/mine",
+                                 "--dump @/trained/model.safetensors"};
+    char arguments[512], command[PATH_SIZE * 3];
+    copy_file(temp("corpus.txt"), temp("mine"));
+    copy_file(temp("corpus.txt"), temp("other.saving"));
+    if (symlink("mine", temp("mine.link")) || symlink("traced.csv", temp("traced.link")))
+        die(1, "%s: %s", temp_dir, strerror(errno));
+    for (EACH(i, over)) {
+        snprintf(arguments, sizeof arguments, "--model @/trained --data @/mine --seq 24 %s", over[i]);
+        check_refused(2, arguments, "which is read; choose another name");
+    }
+    check_refused(2, "--model @/trained --data @/other.saving --seq 24 --eval --trace @/other", "which is read");
+    check(same_file(temp("mine"), temp("corpus.txt")) && same_file(temp("other.saving"), temp("corpus.txt")) &&
+              !exists(temp("mine.saving")), "the data are as they were");
+    // token 256 is beyond the vocabulary, and comes late
+    write_shard(temp("late.bin"), SHARD_MAGIC_16, 1, 300, 2, 300, 0);
+    write_text(temp("traced.csv"), "old");
+    int code = run_program("--model %s --data %s --eval --seq 8 --batch 1 --trace %s", temp("trained"),
+                           temp("late.bin"), temp("traced.csv"));
+    check(code == 2 && count_lines(temp("traced.csv")) == 0 && !exists(temp("traced.csv.saving")),
+          "a trace that stops half-way leaves the old one: %s", ran.err);
+    code = run_program("--model %s --data %s --eval --seq 24 --val-batches 1 --trace %s", temp("trained"), temp("mine"),
+                       temp("traced.link"));
+    struct stat st;
+    check(code == 0 && count_lines(temp("traced.csv")) > 1 && !lstat(temp("traced.link"), &st) && S_ISLNK(st.st_mode),
+          "a trace through a link");
+    snprintf(command, sizeof command, "cd %s; %s --as-train-moe --model trained --data mine --eval --seq 24 "
+             "--val-batches 1 --trace /dev/fd/3 3>&1 >/dev/null | cat >piped.csv", temp_dir, self_path);
+    check(system(command) == 0 && same_file(temp("traced.csv"), temp("piped.csv")), "a trace into a pipe");
+}
+
 static void test_command_line(void) {
     write_corpus(temp("corpus.txt"), 20000);
     check(train_run("trained", "--steps 4 --save-every 2") == 0, "a model to work with");
@@ -473,6 +509,7 @@ static void test_command_line(void) {
     char arguments[1024];
     test_eval();
     test_trace();
+    test_results();
     test_dump();
     test_not_finite();
     int code =

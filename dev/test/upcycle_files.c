@@ -310,7 +310,7 @@ static void test_up_sharded_run(void) {
     code = run_program("%s", run);
     check(code == 1 && strstr(ran.err, "model-00099-of-00099.safetensors: ") &&
               !up_exists("sharded/model.safetensors.index.json"),
-          "a shard that cannot be removed: %.150s", strstr(ran.err, "could not be") ? strstr(ran.err, "could not be") : "");
+          "a shard that cannot be removed is named");
     rmdir(up_path("sharded/model-00099-of-00099.safetensors"));
     code = run_program("%s", run);
     check(code == 0 && up_is_one_file("sharded") &&
