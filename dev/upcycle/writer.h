@@ -367,7 +367,7 @@ static int holds_moments_only(const char* path) {
     return only;
 }
 
-static int replaced = -1; // the directory that --force replaces, with the lock that keeps runs of train_moe out of it
+static int replaced_lock = -1; // on the directory that --force replaces: it keeps runs of train_moe out
 
 // DST without slashes at its end; it must not exist, or hold a checkpoint and --force be given. The source is never
 // touched.
@@ -405,10 +405,10 @@ static void check_destination(const char* dst, char* clean, Source** sources, in
     if (!exists) return;
     if (!ask.force) die(2, "%s exists; choose another DST, or --force replaces it", dst);
     if (!S_ISDIR(st.st_mode)) die(2, "%s is not a directory; --force replaces checkpoints only", dst);
-    if (replaced < 0) {
-        replaced = open(clean, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-        if (replaced < 0) die(2, "%s: %s", dst, strerror(errno));
-        if (!lock_directory(replaced, dst)) die(2, "%s: a run is writing there; stop it first", dst);
+    if (replaced_lock < 0) {
+        replaced_lock = open(clean, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+        if (replaced_lock < 0) die(2, "%s: %s", dst, strerror(errno));
+        if (!lock_directory(replaced_lock, dst)) die(2, "%s: a run is writing there; stop it first", dst);
     }
     DIR* d = opendir(clean);
     struct dirent* entry;
@@ -486,7 +486,7 @@ static void finish_saving(const char* dst) {
     heed_signals();
     // what has come to DST since it was looked at and locked is not replaced
     struct stat now, then;
-    int replace = replaced >= 0 && !stat(dst, &now) && !fstat(replaced, &then) && now.st_ino == then.st_ino;
+    int replace = replaced_lock >= 0 && !stat(dst, &now) && !fstat(replaced_lock, &then) && now.st_ino == then.st_ino;
     // Both have the marker for a moment: what is killed here leaves DST.saving as what upcycle may remove.
     join_path(marker, dst, SAVING_MARKER);
     if (replace && !write_file(marker, "", 0, &error)) die(1, "%s", error.text);
