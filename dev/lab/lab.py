@@ -64,11 +64,58 @@ def read_yaml(text):
     return yaml.load(text, Loader)
 
 
-def read_experiment(name):
-    """The YAML file NAME or experiments/NAME.yaml; with `extends`, settings and arms of that file stand before its
-    own."""
+def arm_of(words, arms):
+    """ARM, ARM@grow, ARM.KEY, ARM@grow.KEY -> (ARM or ARM@grow, KEY or loss); names of arms may have points. None: no
+    arm."""
+    words = str(words)
+    arm = max((a for a in arms if words == a or words.startswith((f"{a}.", f"{a}@grow"))), key=len, default=None)
+    rest = words[len(arm or ""):]
+    grown, rest = rest.startswith("@grow"), rest.removeprefix("@grow")
+    return (arm + "@grow" * grown, rest[1:] or "loss") if arm and rest[:1] in ("", ".") else None
+
+
+def strings(x):
+    """All strings in lists and the like."""
+    return [x] if isinstance(x, str) else [s for y in (x.values() if isinstance(x, dict) else x) for s in strings(y)]
+
+
+def wrong_in(own):
+    """What is no experiment in a file, in words; None: nothing was found."""
+    def is_range(r):
+        return isinstance(r, list) and len(r) == 2 and all(isinstance(v, (int, float)) for v in r)
+
+    for key, kind, what in (("seeds", list, "a list of whole numbers"), ("use", list, "a list of arms"),
+                            ("arms", dict, "arms by name"), ("train", str, "options of train_moe"),
+                            ("evaluate", dict, "batches, trace or speed"), ("claims", list, "a list")):
+        if key in own and not isinstance(own[key], kind):
+            return f"{key} is {own[key]!r}, not {what}"
+    if not own.get("seeds", [1]) or not all(type(s) is int for s in own.get("seeds", [])):
+        return f"seeds is {own['seeds']}, not a list of whole numbers"
+    if own.get("text", "debian") not in KINDS:
+        return f"text '{own['text']}' is none of {', '.join(KINDS)}; a new one wants a line in KINDS of lab.py"
+    for name, arm in own.get("arms", {}).items():
+        if not isinstance(arm or {}, dict):
+            return f"arm '{name}' is {arm!r}, not {{from, grow, train, ..}}"
+        if unknown := set(arm or {}) - {"from", "grow", "train", "branch", "needs", "topk", "label"}:
+            return f"arm '{name}' has unknown {', '.join(sorted(unknown))}"
+    for c in own.get("claims", []):
+        if not isinstance(c, dict) or not {"claim", "measure", "verdict"} <= set(c):
+            return f"a claim has claim, measure and verdict; {c!r} lacks one"
+        kinds = {"difference", "value", "ratio", "noise", "closure", "closures", "equal"}
+        if not isinstance(c["measure"], dict) or len(c["measure"]) != 1 or not set(c["measure"]) <= kinds:
+            return f"'{c['claim']}': its measure is one of {', '.join(sorted(kinds))}"
+        if not isinstance(c["verdict"], dict) or not c["verdict"] or not all(
+                is_range(r) or isinstance(r, list) and r and all(map(is_range, r)) for r in c["verdict"].values()):
+            return f"'{c['claim']}': verdict gives each name a range [LEAST, MOST], or a list of them"
+    return None
+
+
+def read_experiment(name, within=()):
+    """The YAML file NAME (as seen from FROM, where make was called) or experiments/NAME.yaml; with `extends`, settings
+    and arms of that file stand before its own."""
     import yaml
-    path = pathlib.Path(name) if name.endswith((".yaml", ".yml")) else HERE / "experiments" / f"{name}.yaml"
+    path = pathlib.Path(os.environ.get("FROM", ""), name) if name.endswith((".yaml", ".yml")) else \
+        HERE / "experiments" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (HERE / "experiments").glob("*.yaml")))
         fail(f"{path}: no such file; an experiment is a YAML file or one of {known}")
@@ -76,21 +123,25 @@ def read_experiment(name):
         own = read_yaml(path.read_text()) or {}
     except yaml.YAMLError as e:
         fail(f"{path}: {' '.join(str(e).split())}")
+    if wrong := "no keys and values" if not isinstance(own, dict) else wrong_in(own):
+        fail(f"{path}: {wrong}; see template.yaml")
     own.setdefault("name", path.stem)
+    own["given"] = name
     if "extends" in own:
-        before = read_experiment(own["extends"])
+        if own["extends"] in (name, *within):
+            fail(f"{path}: extends itself")
+        before = read_experiment(own["extends"], (name, *within))
         # the other arms only stand there to be built on
         asked = own.get("use", []) + list(own.get("arms") or {})
         own = {**{k: before[k] for k in SETTINGS if k in before}, **own,
                "arms": {**before["arms"], **own.get("arms", {})}}
         own["asked"] = asked
-        for key in ("gap", "readings"):                                 # what is compared, if it is there
-            named = before.get(key) or []
-            arms = [a for x in (named.values() if isinstance(named, dict) else named)
-                    for a in ([x] if isinstance(x, str) else x)]
-            if named and set(arms) <= set(asked):
-                own.setdefault(key, named)
-    unknown = set(own) - {"name", "title", "extends", "arms", "asked", "use",
+        # what is compared, if it is there
+        if set(strings(before.get("gap", ["none"]))) <= set(asked):
+            own.setdefault("gap", before["gap"])
+        own.setdefault("readings", {k: v for k, v in before.get("readings", {}).items()
+                                    if set(strings(v)) <= set(asked)})
+    unknown = set(own) - {"name", "given", "title", "extends", "arms", "asked", "use",
                           "tier", "notes", "gap", "claims", "readings", "figure", *SETTINGS}
     unknown |= set(own.get("asked", ())) - set(own.get("arms") or {})
     if unknown or not own.get("arms") or "train" not in own:
@@ -99,11 +150,19 @@ def read_experiment(name):
     own.setdefault("text", "debian")
     own.setdefault("seeds", [1, 2, 3])
     own.setdefault("asked", list(own["arms"]))
+    for c in own.get("claims", []):
+        kind, item = next(iter(c["measure"].items()))
+        for words in strings(item if kind != "equal" else {k: v for k, v in item.items() if k != "by"}):
+            if not arm_of(words, own["arms"]):
+                fail(f"{path}: '{c['claim']}': '{words}' is no arm")
     return own
 
 
 def words(text):
-    return shlex.split(str(text)) if text else []
+    try:
+        return shlex.split(str(text)) if text else []
+    except ValueError as e:
+        fail(f"options {text}: {e}")
 
 
 def known_options():
@@ -148,8 +207,6 @@ def stages_of(experiment, known=None):
             fail(f"{experiment['name']}: arm '{path[-1] if path else arm}' is from '{arm}', which is "
                  f"{'itself' if arm in path else 'no arm'}")
         a, parent = arms[arm] or {}, None
-        if set(a) - {"from", "grow", "train", "branch", "needs", "topk", "label"}:
-            fail(f"{experiment['name']}: arm '{arm}' has unknown {', '.join(set(a))}; see template.yaml")
         if known and (lacking := missing(a, known)):
             last[arm, seed] = None
             left.append(f"{experiment['name']}: {arm} is left out until the programs have {lacking}")
@@ -190,6 +247,14 @@ def option(words_, name, default=None):
     return found[-1] if found else default
 
 
+def whole(words_, name, default):
+    """The same, a whole number."""
+    value = str(option(words_, name, default))
+    if not value.isdecimal():
+        fail(f"{name} {value}: expected a whole number")
+    return int(value)
+
+
 def tokens_of(spec, specs):
     """Tokens that a stage trains on, and those with all before it."""
     own = before = 0
@@ -198,8 +263,8 @@ def tokens_of(spec, specs):
     if "train" in spec:
         chain, begun, size = whole_options(spec, specs), begun_at(spec, specs), 1
         for name, default in (("--batch", 8), ("--seq", 128), ("--accum", 1)):
-            size *= int(option(chain, name, default))
-        own = (int(option(chain, "--steps", 1000)) - begun) * size
+            size *= whole(chain, name, default)
+        own = (whole(chain, "--steps", 1000) - begun) * size
     return own, before + own
 
 
@@ -211,7 +276,7 @@ def whole_options(spec, specs):
 
 def begun_at(spec, specs):
     """The steps that the run had made before a branch of it; else 0."""
-    return int(option(whole_options(specs[spec["parent"]], specs), "--steps", 1000)) if spec.get("branch") else 0
+    return whole(whole_options(specs[spec["parent"]], specs), "--steps", 1000) if spec.get("branch") else 0
 
 
 # Texts
@@ -601,15 +666,23 @@ def plan(names):
 
 def collect():
     """Brings the rows of finished stages into dev/lab/results/, those of the experiments in experiments/: what somebody
-    asks in a file of his own stays in LAB. A row that is there and not in LAB stays."""
+    asks in a file of his own stays in LAB. A row that is there and not in LAB stays; so does one of another canary,
+    whose pairs LAB's would take away."""
     RESULTS.mkdir(exist_ok=True)
+    there = {r["stage"]: r["canary"] for r in rows_of(RESULTS / "stages.csv")} if (RESULTS / "stages.csv").is_file() \
+        else {}
+    other = {p.stem for p in (LAB / "done").glob("*.csv")
+             if p.stem in there and rows_of(p)[0]["canary"] != there[p.stem]}
+    if other:
+        print(f"lab: {len(other)} rows of dev/lab/results/ stay as they are: {LAB}'s have another canary. Delete them "
+              "there, with their pairs, to replace them", file=sys.stderr)
     wanted = {n for p in (HERE / "experiments").glob("*.yaml") for n in stages_of(read_experiment(p.stem))[1]}
     for target, pattern, sort in (("stages", "*.csv", "stage"), ("curves", "*.curve", "stage"),
                                   ("readers", "*.readers", "stage")):
         rows, columns, path = {}, [], RESULTS / f"{target}.csv"
         for source in [path, *sorted((LAB / "done").glob(pattern))]:
             for row in rows_of(source) if source.is_file() else ():
-                if row[sort] not in wanted:
+                if row[sort] not in wanted or source != path and row[sort] in other:
                     continue
                 key = (row[sort], row["step"] if target == "curves" else "", row.get("layer"), row.get("kind"))
                 rows[key] = row

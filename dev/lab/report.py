@@ -62,17 +62,9 @@ class Experiment:
         return {seed: float(row[key]) for seed, row in rows.items() if row and row.get(key) not in (None, "")}
 
     def values(self, words):
-        """ARM, ARM.KEY, ARM@grow, ARM@grow.KEY: of each seed."""
-        arm, _, key = str(words).partition(".")
-        if arm not in self.spec["arms"] and str(words) not in self.spec["arms"]:    # the name itself may have a point
-            arm = max((a for a in self.spec["arms"] if str(words).startswith(a)), key=len, default=arm)
-            arm += "@grow" if str(words)[len(arm):].startswith("@grow") else ""
-            if str(words)[len(arm):][:1] not in ("", ".") or arm.removesuffix("@grow") not in self.spec["arms"]:
-                lab.fail(f"{self.name}: '{words}' is no arm")
-            key = str(words)[len(arm) + 1:]
-        elif str(words) in self.spec["arms"]:
-            arm, key = str(words), ""
-        return self.column(arm, key or "loss"), arm
+        """ARM, ARM.KEY, ARM@grow, ARM@grow.KEY: {seed: value}, and which rows they are in."""
+        arm, key = lab.arm_of(words, self.spec["arms"]) or lab.fail(f"{self.name}: '{words}' is no arm")
+        return self.column(arm, key), arm
 
     def curve(self, arm, seed):
         """(tokens before the arm's last training, {tokens in all: validation loss}) of one seed."""
@@ -118,9 +110,20 @@ def noise_ratio(x, y):
     return float(numpy.std(numpy.subtract(x, y), ddof=1) / math.sqrt(numpy.var(x, ddof=1) + numpy.var(y, ddof=1)))
 
 
+def found(at, n, p=None, sd=None, unit="%", why=None):
+    """What was measured, from at(level): (value, low, high)."""
+    value, low, high = at(stats.LEVEL)
+    return dict(value=value, low=low, high=high, at=lambda level: at(level)[1:], n=n, p=p, sd=sd, unit=unit,
+                **({"why": why} if why else {}))
+
+
+def nothing(level):
+    return math.nan, -math.inf, math.inf
+
+
 def measure(e, claim):
-    """What a claim's measure came to: dict of value, low, high, n, p, sd (of pairs), why; None if there is too
-    little."""
+    """What a claim's measure came to: dict of value, low, high, n, p, sd (of pairs), why, and at(level): the interval
+    of another level than 95 %; None if there is too little."""
     kind, item = next(iter(claim["measure"].items()))
     if kind in ("difference", "value", "equal", "ratio"):
         if kind == "equal":
@@ -131,56 +134,61 @@ def measure(e, claim):
                 list(numpy.subtract(*columns))
         if len(x) < 2:
             return None
-        value, low, high, p = stats.mean_interval(x)
-        if kind == "ratio":
-            value, low, high = (math.exp(v) for v in (value, low, high))
-        return dict(value=value, low=low, high=high, p=p if kind in ("difference", "equal") else None, n=len(x), x=x,
-                    sd=statistics.stdev(x), unit="")
+        bare, p = (math.exp if kind == "ratio" else float), stats.mean_interval(x)[3]
+        return found(lambda level: [bare(v) for v in stats.mean_interval(x, level)[:3]], n=len(x), unit="",
+                     p=p if kind in ("difference", "equal") else None, sd=statistics.stdev(x))
     if kind == "noise":
         (x, y), _ = e.together(*item)
         if len(x) < 3:
             return None
 
-        found = [math.exp(v) for v in stats.jackknife(
-            lambda seeds: math.log(noise_ratio(numpy.array(x)[seeds], numpy.array(y)[seeds])), len(x))]
-        return dict(zip(("value", "low", "high"), found), n=len(x), p=None,
-                    sd=float(numpy.std(numpy.subtract(x, y), ddof=1)), unit="")
+        def of(seeds):
+            return math.log(noise_ratio(numpy.array(x)[seeds], numpy.array(y)[seeds]))
+
+        return found(lambda level: [math.exp(v) for v in stats.jackknife(of, len(x), level)], n=len(x), unit="",
+                     sd=float(numpy.std(numpy.subtract(x, y), ddof=1)))
     if kind == "closure":
         (x, low, high), _ = e.together(*e.ends(item))
         if len(x) < 2:
             return None
         if not stats.gap_is_wide(low, high):
             gap = numpy.subtract(low, high)
-            return dict(value=math.nan, low=-math.inf, high=math.inf, n=len(x), p=None, sd=None, unit="%",
-                        why=f"n {len(x)}; gap {short(gap.mean())}, s {short(gap.std(ddof=1))}: not above "
-                        f"{stats.SIGMAS} standard errors")
-        return dict(zip(("value", "low", "high"), stats.closure(low, high, x)), n=len(x), p=None, sd=None, unit="%")
+            return found(nothing, n=len(x), why=f"n {len(x)}; gap {short(gap.mean())}, s {short(gap.std(ddof=1))}: not "
+                         f"above {stats.SIGMAS} standard errors")
+        return found(lambda level: stats.closure(low, high, x, level), n=len(x))
     if kind == "closures":
         (x, a, b, y, c, d), _ = e.together(*e.ends(item[0]), *e.ends(item[1]))
         if len(x) < 3 or not (stats.gap_is_wide(a, b) and stats.gap_is_wide(c, d)):
-            return None if len(x) < 3 else dict(value=math.nan, low=-math.inf, high=math.inf, n=len(x), p=None, sd=None,
-                                                unit="%", why=f"no gap above {stats.SIGMAS} standard errors")
+            return None if len(x) < 3 else found(nothing, n=len(x), why=f"no gap above {stats.SIGMAS} standard errors")
         x, a, b, y, c, d = map(numpy.array, (x, a, b, y, c, d))
-        found = stats.jackknife(lambda s: float((a[s] - x[s]).mean() / (a[s] - b[s]).mean()
-                                                - (c[s] - y[s]).mean() / (c[s] - d[s]).mean()), len(x))
-        return dict(zip(("value", "low", "high"), found), n=len(x), p=None, sd=None, unit="%")
+
+        def between(s):
+            return float((a[s] - x[s]).mean() / (a[s] - b[s]).mean() - (c[s] - y[s]).mean() / (c[s] - d[s]).mean())
+
+        return found(lambda level: stats.jackknife(between, len(x), level), n=len(x))
     lab.fail(f"{e.name}: '{kind}' is none of difference, value, ratio, noise, closure, closures, equal")
 
 
-def levels_of(e, found):
+def levels_of(e, measured):
     """For each claim the level of the interval that it is judged by, and why it is not 95 %: several claims, run yet or
-    not, compare one of its two arms (or a figure of it) with others (Holm; of the two, the stricter), or seeds were
-    added after a look."""
+    not, compare one of its arms (or a figure of it) with others, or with a gap (Holm; of two arms, the stricter), or
+    seeds were added after a look."""
     claims = e.spec["claims"]
     for c in claims:
-        if "looks" in c and (c["looks"] not in (2, 3) or not set(c["measure"]) & {"difference", "equal", "value"}):
-            lab.fail(f"{e.name}: '{c['claim']}': looks is 2 or 3, of a difference, equal or value")
-    arms = [c["measure"].get("difference", []) for c in claims]
+        if c.get("looks", 2) not in (2, 3):
+            lab.fail(f"{e.name}: '{c['claim']}': looks is 2 or 3")
+
+    def compared(measure):
+        (kind, item), = measure.items()
+        return item if kind == "difference" else [e.ends(item)[0]] if kind == "closure" else \
+            [e.ends(i)[0] for i in item] if kind == "closures" else []
+
+    arms = [compared(c["measure"]) for c in claims]
     looks = [c.get("looks", 1) for c in claims]
     levels = [(stats.of_looks(n), f"seeds were planned {n} times" if n > 1 else "") for n in looks]
     for arm in dict.fromkeys(a for pair in arms for a in pair):
         family = [n for n, pair in enumerate(arms) if arm in pair]
-        p = [stats.verdict_p(found[n]["x"], claims[n]["verdict"]) if found[n] else 1 for n in family]
+        p = [stats.verdict_p(measured[n]["at"], claims[n]["verdict"]) if measured[n] else 1 for n in family]
         most = max(looks[n] for n in family)
         for n, level in zip(family, stats.holm(p, stats.of_looks(most))):
             if level > levels[n][0]:
@@ -197,7 +205,7 @@ def judged(e):
         if f is None:
             rows.append((claim, None, "not run yet" if e.done() < len(e.specs) else "cannot tell", "n below 2"))
             continue
-        f["least"], f["most"] = stats.mean_interval(f["x"], level)[1:3] if because else (f["low"], f["high"])
+        f["least"], f["most"] = f["at"](level) if because else (f["low"], f["high"])
         said = stats.verdict(f["least"], f["most"], claim["verdict"])
         why = f.get("why") or f"n {f['n']}"
         if f["n"] < stats.FEWEST and f["sd"] != 0:
@@ -209,7 +217,8 @@ def judged(e):
             if f["n"] > 3:
                 why += f"; {f['n']} pairs see {short(stats.detectable(f['sd'], f['n'], level))}"
         if because:
-            why += f"; judged by [{short(f['least'])}, {short(f['most'])}], {100 * level:.1f} %: {because}"
+            judging = interval({**f, "low": f["least"], "high": f["most"]}).partition("[")[2]
+            why += f"; judged by [{judging}, {100 * level:.1f} %: {because}" if judging else ""
         rows.append((claim, f, said, why))
     return rows
 
@@ -281,7 +290,10 @@ def healed(e, arm, continued):
 def arm_table(e):
     """One row for each arm that has one, with all figures; columns without any are left out."""
     readings = e.spec.get("readings", {})
-    heads = ["arm", "n", "tokens", "loss (s)", "minus the source continued", "minus the small model left alone",
+    # what `after` names is the source continued, or else a grown arm
+    other = readings.get("after") if "grow" in e.spec["arms"].get(readings.get("after"), {}) else None
+    after = f"minus {other}" if other else "minus the source continued"
+    heads = ["arm", "n", "tokens", "loss (s)", after, "minus the small model left alone",
              "minus the larger all along", "the same at equal FLOPs", "gap closure", "jump", "level for good after",
              "Gini", "min/max", "MaxVio", "dead", "twins' cosine", "overlap", "distinct sources a token",
              "expert and kind: shared nats"]
@@ -311,7 +323,7 @@ def arm_table(e):
             return interval(dict(zip(("value", "low", "high"), found), unit="")) + (
                 f", n {n}" if n < len(losses) else "")
 
-        for head, key in (("minus the source continued", "after"), ("minus the small model left alone", "alone"),
+        for head, key in ((after, "after"), ("minus the small model left alone", "alone"),
                           ("minus the larger all along", "total")):
             if grown and compared(readings.get(key)):
                 pairs, _ = e.together(arm, readings[key])
@@ -329,7 +341,7 @@ def arm_table(e):
         jumps = e.column(arm, "jump") or e.column(f"{arm}@grow", "jump")
         if jumps:
             row["jump"] = short(round(statistics.mean(jumps.values()), 6))
-        if grown and "grow" in e.spec["arms"][arm] and compared(readings.get("after")):
+        if grown and not other and "grow" in e.spec["arms"][arm] and compared(readings.get("after")):
             row["level for good after"] = healed(e, arm, readings["after"])
         for head, key, digits in (*(("Gini", load + "gini", 3), ("min/max", load + "min_max", 3))[:2 * of_balance],
                                   ("MaxVio", load + "max_vio", 2), ("dead", load + "dead", 1),
@@ -426,7 +438,8 @@ def figures(e):
 
 def joint_law(e):
     """2502.03009's law, L = A D1^-a D2^(-b + c log D1) + L0, with D1 tokens before and D2 after the transition, in
-    millions, fitted to the means of tNcM. Five numbers from nine points: shown, nothing is concluded."""
+    millions, A, a, b and L0 not below 0, fitted to the means of tNcM. Five numbers from nine points: shown, nothing is
+    concluded."""
     from scipy.optimize import curve_fit
     found = [(t, c, list(e.column(f"t{t}c{c}", "loss").values())) for t in (1, 2, 3) for c in (1, 2, 3)]
     if not all(losses for _, _, losses in found):
@@ -438,14 +451,16 @@ def joint_law(e):
         return A * d[0] ** -a * d[1] ** (-b + c * numpy.log(d[0])) + least
 
     try:
-        fitted, _ = curve_fit(law, tokens, losses, p0=(0.5, 0.1, 0.1, 0, losses.min() - 0.3), maxfev=20000)
+        fitted, _ = curve_fit(law, tokens, losses, p0=(0.5, 0.1, 0.1, 0, losses.min() - 0.3), maxfev=20000,
+                              bounds=([0, 0, 0, -numpy.inf, 0], numpy.inf))
     except RuntimeError:
         return "The joint law of 2502.03009 could not be fitted."
     A, a, b, c, least = fitted
     residual = abs(law(tokens, *fitted) - losses).max()
     return (f"The joint law of 2502.03009, fitted to nine means: L = {A:.3f} D1^{-a:.3f} D2^({-b:.3f} + {c:.3f} ln D1) "
-            f"+ {least:.3f}, D1 and D2 in millions of tokens; largest residual {residual:.4f}. Five numbers "
-            "from nine points: nothing is concluded.")
+            f"+ {least:.3f}, D1 and D2 in millions of tokens; largest residual {residual:.4f}. " +
+            ("Its floor falls to 0: these points tell no law apart." if least < 0.01 else
+             "Five numbers from nine points: nothing is concluded."))
 
 
 # The report: a list of ("h", level, text), ("p", text), ("table", heads, rows), ("figure", name, caption), ("code",
@@ -501,7 +516,7 @@ def blocks(experiments, results):
         budget = sum(lab.tokens_of(s, e.specs)[0] for s in e.specs.values()) / 1e6
         yield "p", (f"Text {e.spec['text']}, {len(e.seeds)} seeds, {budget:.1f}M tokens in all; {e.done()} of "
                     f"{len(e.specs)} stages are done. It is repeated by")
-        yield "code", f"make lab E={e.name}"
+        yield "code", f"make lab E={e.spec['given']}"
         yield ("table", ["claim", "expected", "ranges", "seen [95 %]", "verdict"],
                [[c["claim"], " ".join(str(c.get("expected", "")).split()) +
                  (f" (written {c['written']})" if "written" in c else ""), ranges(c["verdict"]),

@@ -6,7 +6,8 @@
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
 E=${1:?make lab E=NAME: an experiment of dev/lab/experiments or a YAML file}
-export LAB="${LAB:-$here/../../out/lab}" OMP_WAIT_POLICY=passive
+# FROM: where a YAML file is named from; Snakemake works in LAB
+export LAB="${LAB:-$here/../../out/lab}" FROM="$PWD" OMP_WAIT_POLICY=passive
 mkdir -p "$LAB" && LAB=$(cd "$LAB" && pwd)
 python3 -c 'import snakemake, pandas, scipy, yaml' 2>/dev/null ||
     { echo "lab: python3 -m pip install -r dev/lab/requirements.txt" >&2; exit 2; }
@@ -23,4 +24,4 @@ jobs=${JOBS:-$(nproc)}
     --quiet rules progress reason host $OPTIONS 2>&1 9>&- || echo $? >"$LAB/status"; } |
     grep --line-buffered -v '^Select jobs\|^Execute [0-9]\|^Building DAG\|^Using shell\|^Complete log\|^Elapsed' || true
 python3 "$here/lab.py" collect
-[ ! -f "$LAB/status" ] || exit "$(cat "$LAB/status")"
+[ ! -f "$LAB/status" ] || { status=$(cat "$LAB/status"); exit "${status:-1}"; }

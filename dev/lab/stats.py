@@ -43,7 +43,7 @@ def gap_is_wide(low, high):
     return len(gap) >= FEWEST and gap.mean() > SIGMAS * gap.std(ddof=1) / math.sqrt(len(gap))
 
 
-def closure(low, high, x):
+def closure(low, high, x, level=LEVEL):
     """(low - x) / (low - high), a ratio of means, with Fieller's interval: all r for which the mean of (low - x) -
     r (low - high) is not told from 0, the solutions of (a - r b)^2 <= t^2 (v_aa - 2 r v_ab + r^2 v_bb) / n."""
     a, b = numpy.subtract(low, x), numpy.subtract(low, high)
@@ -51,7 +51,7 @@ def closure(low, high, x):
     ratio = float(a.mean() / b.mean()) if n and b.mean() else math.nan
     if n < 2:
         return ratio, -math.inf, math.inf
-    v, t2 = numpy.cov(a, b, ddof=1) / n, quantile(n) ** 2
+    v, t2 = numpy.cov(a, b, ddof=1) / n, quantile(n, level) ** 2
     p = b.mean() ** 2 - t2 * v[1, 1]
     q = a.mean() * b.mean() - t2 * v[0, 1]
     r = a.mean() ** 2 - t2 * v[0, 0]
@@ -61,21 +61,21 @@ def closure(low, high, x):
     return ratio, float((q - math.sqrt(inside)) / p), float((q + math.sqrt(inside)) / p)
 
 
-def jackknife(function, n):
+def jackknife(function, n, level=LEVEL):
     """function(indices of seeds) with an interval from pseudo-values n f - (n - 1) f without seed i, by Student's t."""
     every = list(range(n))
     if n < 2:
         return function(every), -math.inf, math.inf
     whole = function(every)
     pseudo = [n * whole - (n - 1) * function(every[:i] + every[i + 1:]) for i in every]
-    _, low, high, _ = mean_interval(pseudo)
+    _, low, high, _ = mean_interval(pseudo, level)
     return whole, low, high
 
 
 def holm(p, level=LEVEL):
     """The level of each of several intervals, so that all verdicts together err in a = 1 - level of all tries (Holm,
-    Scand. J. Statistics 6, 1979): the smallest of m values of p has 1 - a / m, the next 1 - a / (m - 1), as long as each
-    is below its share; from the first that is not, all have the level of that one."""
+    Scand. J. Statistics 6, 1979): the smallest of m values of p has 1 - a / m, the next 1 - a / (m - 1), as long as
+    each is below its share; from the first that is not, all have the level of that one."""
     levels, order = [0.0] * len(p), numpy.argsort(p, kind="stable")
     for rank, n in enumerate(order):
         share = (1 - level) / (len(p) - rank)
@@ -87,15 +87,19 @@ def holm(p, level=LEVEL):
     return levels
 
 
-def verdict_p(x, ranges):
-    """1 - the level of the largest interval about the mean of x that a range of the verdict still holds."""
-    mean, n = float(numpy.mean(x)), len(x)
-    error = float(numpy.std(x, ddof=1)) / math.sqrt(n)
-    room = max((min(mean - least, most - mean) for given in ranges.values()
-                for least, most in (given if isinstance(given[0], list) else [given])), default=0)
-    if room <= 0 or error == 0:
-        return float(room <= 0)
-    return float(2 * distributions.t.sf(room / error, n - 1))
+def verdict_p(at, ranges):
+    """1 - the level of the largest interval, at(level) = (low, high), that a range of the verdict holds; 1: not even
+    that of one half."""
+    inside, outside = 0.5, 1e-12            # 1 - level, on the way to each other
+    if verdict(*at(1 - inside), ranges) == "cannot tell":
+        return 1.0
+    while inside > 1.0001 * outside:
+        middle = math.sqrt(inside * outside)
+        if verdict(*at(1 - middle), ranges) == "cannot tell":
+            outside = middle
+        else:
+            inside = middle
+    return inside
 
 
 def of_looks(looks):

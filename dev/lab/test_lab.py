@@ -41,7 +41,7 @@ def test_stats():
     check(near(stats.holm([.01, .001, .3, .04]), [1 - .05 / 3, 1 - .05 / 4, .975, .975])
           and near(stats.holm([.03, .9]), [.975, .975]), "Holm's levels, down to the first that fails")
     check(near(stats.holm([.001, .02], stats.of_looks(2)), [1 - .0294 / 2, 1 - .0294]), "... and after two looks")
-    p = stats.verdict_p(x, {"yes": [-9, .004]})
+    p = stats.verdict_p(lambda level: stats.mean_interval(x, level)[1:3], {"yes": [-9, .004]})
     check(stats.verdict(*stats.mean_interval(x, 1 - p * 1.01)[1:3], {"yes": [-9, .004]}) == "yes"
           and stats.verdict(*stats.mean_interval(x, 1 - p * .99)[1:3], {"yes": [-9, .004]}) == "cannot tell",
           "the level at which a verdict ends", p)
@@ -305,7 +305,8 @@ def test_going_on():
     differ = [k for k in first if first[k] != second[k] and k not in ("seconds", "load")]
     check(not differ, "stopped and gone on with: the same row", differ)
     words = [lab.relative(lab.LAB / "run/a"), lab.relative(lab.ROOT / "data/text/b.txt"), lab.relative("--steps")]
-    check(words == ["run/a", "data/text/b.txt", "--steps"], "commands in rows begin at the folder or the project", words)
+    check(words == ["run/a", "data/text/b.txt", "--steps"], "commands in rows begin at the folder or the project",
+          words)
     committed = [r["command"] for r in lab.rows_of(lab.HERE / "results/stages.csv")]
     check(not [c for c in [second["command"], *committed] if " /" in c], "and no row names a folder of its machine")
     check(json.loads(second["spec"])["seed"] == 1 and second["stage"] == name and float(second["loss"]) > 0,
