@@ -689,7 +689,7 @@ def collect():
                 columns += [c for c in row if c not in columns]
         if rows:
             write_rows(path, columns, [rows[k] for k in sorted(rows, key=lambda k: [str(x).rjust(12) for x in k])])
-            print(f"{path.relative_to(ROOT)}: {len(rows)} rows")
+            print(f"{relative(path)}: {len(rows)} rows")
 
 
 def show_list():

@@ -73,8 +73,9 @@ def test_stats():
 
 def refused(text, expected):
     path = pathlib.Path(FOLDER.name) / "my.yaml"
-    path.write_text(text)
-    done = subprocess.run([sys.executable, "-c", f"import lab; lab.stages_of(lab.read_experiment('{path}'))"],
+    path.write_text(text.replace("{path}", str(path)))
+    code = f"import lab; s = lab.stages_of(lab.read_experiment('{path}'))[1]; [lab.tokens_of(x, s) for x in s.values()]"
+    done = subprocess.run([sys.executable, "-c", code],
                           cwd=lab.HERE, capture_output=True, text=True)
     check(done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1,
           f"refused: {expected}", done.stderr)
@@ -91,6 +92,24 @@ def test_experiments():
     refused("arms: {a: {train: ''}}", "needs train and arms")
     refused("extends: tiny\nuse: [nothing]", "unknown nothing")
     refused("arms: [", "my.yaml")
+    refused("[1, 2]", "no keys and values")
+    refused("extends: tiny\nseeds: 3", "seeds is 3, not a list")
+    refused("extends: tiny\nseeds: [a]", "seeds is ['a'], not a list")
+    refused("extends: tiny\nuse: copy", "use is 'copy', not a list")
+    refused("extends: {path}", "extends itself")
+    refused("extends: tiny\ntext: mine", "text 'mine' is none of")
+    refused("train: ''\narms: {a: {train: '--steps \"5'}}", "No closing quotation")
+    refused("train: ''\narms: {a: {train: --steps abc}}", "--steps abc: expected a whole number")
+    refused("extends: tiny\nclaims: [{claim: x, verdict: {yes: [0, 1]}}]", "lacks one")
+    refused("extends: tiny\nclaims: [{claim: x, measure: {value: copy}, verdict: {yes: 0}}]", "a range [LEAST, MOST]")
+    refused("extends: tiny\nclaims: [{claim: x, measure: {value: cope}, verdict: {yes: [0, 1]}}]", "'cope' is no arm")
+    mine = pathlib.Path(FOLDER.name) / "readings.yaml"
+    mine.write_text("extends: E1\nuse: [continued, copy]")
+    check(lab.read_experiment(str(mine))["readings"] == {"after": "continued"}, "readings of the arms that are there")
+    os.environ["FROM"] = FOLDER.name
+    check(lab.read_experiment("readings.yaml")["asked"] == ["continued", "copy"],
+          "a file is named from where one stands")
+    del os.environ["FROM"]
     ids = {}
     for path in (lab.HERE / "experiments").glob("*.yaml"):
         last, specs, _ = lab.stages_of(lab.read_experiment(path.stem))
@@ -144,6 +163,22 @@ def test_routing():
           "what experts read", found)
     check(readers == [(0, "a", "0.667 0.000 1.000 0.000 0.000"), (0, "b", "0.333 1.000 0.000 1.000 0.000")],
           "shares of the kinds", readers)
+
+
+def test_collect():
+    stage = sorted(lab.stages_of(lab.read_experiment("tiny"))[1])[0]
+    results, lab.RESULTS = lab.RESULTS, pathlib.Path(FOLDER.name) / "results"
+    (lab.LAB / "done").mkdir(exist_ok=True)
+    kept = []
+    for canary, loss in (("a", 1), ("b", 2), ("a", 3)):
+        lab.write_rows(lab.LAB / "done" / f"{stage}.csv", ["stage", "canary", "loss"],
+                       [dict(stage=stage, canary=canary, loss=loss)])
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            lab.collect()
+        kept.append(lab.rows_of(lab.RESULTS / "stages.csv")[0]["loss"])
+    (lab.LAB / "done" / f"{stage}.csv").unlink()
+    lab.RESULTS = results
+    check(kept == ["1", "1", "3"], "a row takes the place of one of the same canary alone", kept)
 
 
 def test_in_turns():
@@ -237,6 +272,17 @@ def test_judging(results):
     clear = [1.5 - x for x in (.01, .0122, .0078)] + flat[3:]
     two = {"continued": flat, "copy": clear, "copy-perturbed": clear}
     check(e1(3, two)["copy"] == "so far yes" and e1(3, two, looks=2)["copy"] == "cannot tell", "both add up")
+
+    # a closure is one of its arm's claims: with two others that say nothing it wants 1 - .05 / 3
+    e = report.Experiment("E1", report.Results())
+    e.results.stages = {k: dict(v) for k, v in results.stages.items()}
+    e.spec["claims"] = [c for c in e.spec["claims"] if c["measure"] == {"closure": "copy-perturbed"}] + [
+        dict(claim=other, measure=dict(difference=["copy-perturbed", other]), verdict={"yes": [9, 99]})
+        for other in ("random", "continued")]
+    (_, f, _, why), *_ = report.judged(e)
+    low, high = stats.closure(*(e.together(*e.ends("copy-perturbed"))[0][n] for n in (1, 2, 0)), 1 - .05 / 3)[1:]
+    check(near([f["least"], f["most"]], [low, high]) and "3 claims about copy-perturbed" in why and f["low"] > low,
+          "gap closure is corrected, too", why)
 
     # two unrelated arms: the pair's deviation is as large as that of two seeds
     e, rng = report.Experiment("noise", report.Results()), numpy.random.default_rng(3)
@@ -338,6 +384,7 @@ if __name__ == "__main__":
         test_stats()
         test_experiments()
         test_routing()
+        test_collect()
         test_in_turns()
         test_report()
         test_going_on()
