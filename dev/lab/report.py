@@ -491,8 +491,8 @@ def blocks(experiments, results):
                 "written down before the run (or when the claim says), else it is *cannot tell*; *so far*: not all "
                 "seeds have been run. Where several claims compare one figure of an arm, or close a gap by it, the "
                 "interval that is judged is wider (Holm: in 19 of 20 tries all verdicts on these are right); other "
-                "claims, other arms and other experiments are not corrected for each other. *n pairs see x*: an effect of x is found "
-                "by n pairs in four of five tries, at the level that judges.")
+                "claims, other arms and other experiments are not corrected for each other. *n pairs see x*: an "
+                "effect of x is found by n pairs in four of five tries, at the level that judges.")
     yield "p", ("In the tables of arms: loss (s): mean and deviation over seeds. minus: after as many tokens, pair by "
                 "pair, only for arms from the source that is continued; n, where fewer pairs than seeds have been run. "
                 "level for good after: the tokens after the transition from which on the arm is no worse than that, to "
