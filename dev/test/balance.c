@@ -196,7 +196,7 @@ static void test_grown_bias(void) {
                                         "--bias-rule id --steps 3"}};
     for (int i = 0; i < 2; i++) {
         ok = train_run(goes_on[i][0], goes_on[i][1]) == 0 && resume_run(goes_on[i][0], goes_on[i][2]) == 0;
-        Json* j = keep_json(json_read(join_path(path, temp(goes_on[i][0]), "trainer.json"), &error));
+        Json* j = keep_json(json_read(join_path(path, temp("%s", goes_on[i][0]), "trainer.json"), &error));
         const Json* rate = json_get(json_get(j, "options"), "bias-rate");
         check(ok && rate && rate->number == (i ? 0.01 : 0.006), "%s: ID's rate is %s", goes_on[i][2],
               rate ? rate->string : "missing");
