@@ -75,8 +75,10 @@ def arm_of(words, arms):
 
 
 def strings(x):
-    """All strings in lists and the like."""
-    return [x] if isinstance(x, str) else [s for y in (x.values() if isinstance(x, dict) else x) for s in strings(y)]
+    """All that stands in lists and dicts, as strings."""
+    if not isinstance(x, (list, dict)):
+        return [str(x)]
+    return [s for y in (x.values() if isinstance(x, dict) else x) for s in strings(y)]
 
 
 def wrong_in(own):
@@ -86,7 +88,9 @@ def wrong_in(own):
 
     for key, kind, what in (("seeds", list, "a list of whole numbers"), ("use", list, "a list of arms"),
                             ("arms", dict, "arms by name"), ("train", str, "options of train_moe"),
-                            ("evaluate", dict, "batches, trace or speed"), ("claims", list, "a list")):
+                            ("evaluate", dict, "batches, trace or speed"), ("claims", list, "a list"),
+                            ("extends", str, "an experiment"), ("gap", list, "[SMALLER, LARGER]"),
+                            ("readings", dict, "after, total, alone, flops")):
         if key in own and not isinstance(own[key], kind):
             return f"{key} is {own[key]!r}, not {what}"
     if not own.get("seeds", [1]) or not all(type(s) is int for s in own.get("seeds", [])):
@@ -137,7 +141,7 @@ def read_experiment(name, within=()):
                "arms": {**before["arms"], **own.get("arms", {})}}
         own["asked"] = asked
         # what is compared, if it is there
-        if set(strings(before.get("gap", ["none"]))) <= set(asked):
+        if "gap" in before and set(before["gap"]) <= set(asked):
             own.setdefault("gap", before["gap"])
         own.setdefault("readings", {k: v for k, v in before.get("readings", {}).items()
                                     if set(strings(v)) <= set(asked)})
@@ -152,7 +156,9 @@ def read_experiment(name, within=()):
     own.setdefault("asked", list(own["arms"]))
     for c in own.get("claims", []):
         kind, item = next(iter(c["measure"].items()))
-        for words in strings(item if kind != "equal" else {k: v for k, v in item.items() if k != "by"}):
+        if kind == "equal" and not (isinstance(item, dict) and {"arms", "with", "by"} == set(item)):
+            fail(f"{path}: '{c['claim']}': equal wants arms, with and by; see template.yaml")
+        for words in strings([item["arms"], item["with"]] if kind == "equal" else item):
             if not arm_of(words, own["arms"]):
                 fail(f"{path}: '{c['claim']}': '{words}' is no arm")
     return own

@@ -103,7 +103,12 @@ def test_experiments():
     refused("extends: tiny\nclaims: [{claim: x, verdict: {yes: [0, 1]}}]", "lacks one")
     refused("extends: tiny\nclaims: [{claim: x, measure: {value: copy}, verdict: {yes: 0}}]", "a range [LEAST, MOST]")
     refused("extends: tiny\nclaims: [{claim: x, measure: {value: cope}, verdict: {yes: [0, 1]}}]", "'cope' is no arm")
+    refused("extends: tiny\nclaims: [{claim: x, measure: {difference: [1, 2]}, verdict: {yes: [0, 1]}}]", "'1' is no")
+    refused("extends: tiny\nclaims: [{claim: x, measure: {equal: [a]}, verdict: {yes: [0, 1]}}]", "equal wants arms")
+    refused("extends: [tiny]", "not an experiment")
     mine = pathlib.Path(FOLDER.name) / "readings.yaml"
+    mine.write_text("extends: L1\nuse: [none]")
+    check("gap" not in lab.read_experiment(str(mine)), "an arm may be called none")
     mine.write_text("extends: E1\nuse: [continued, copy]")
     check(lab.read_experiment(str(mine))["readings"] == {"after": "continued"}, "readings of the arms that are there")
     os.environ["FROM"] = FOLDER.name
