@@ -63,7 +63,8 @@ static int write_byte_tokenizer(const char* out, const char* dir, Error* error) 
     return write_text_file(out, dir, "tokenizer_config.json", &t, error);
 }
 
-// generation_config.json of a new model: greedy, to the longest text that the model is meant for.
+// generation_config.json of a new model: greedy, as many tokens as a sample here has. (With a max_length every longer
+// prompt would be an error.)
 static int write_generation_config(const Model* m, const char* out, const char* dir, Error* error) {
     static const char* keys[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
     Text t = {NULL, 0, 0};
@@ -72,7 +73,7 @@ static int write_generation_config(const Model* m, const char* out, const char* 
         text_print(&t, "%s\n  \"%s\": ", i ? "," : "{", keys[i]);
         text_add(&t, ids ? ids : "null", ids ? strlen(ids) : 4);
     }
-    text_print(&t, ",\n  \"max_length\": %d\n}\n", m->config.max_position_embeddings);
+    text_print(&t, ",\n  \"max_new_tokens\": 256\n}\n");
     return write_text_file(out, dir, "generation_config.json", &t, error);
 }
 
@@ -142,11 +143,10 @@ static int engine_notes(const Config* c, char lines[4][256]) {
         snprintf(lines[n++], 256, "llama.cpp and MLX want a Qwen2-MoE to have an lm_head.weight; this one is tied");
     if (c->arch == QWEN2_MOE && count_sparse(c) < c->num_layers)
         snprintf(lines[n++], 256, "llama.cpp and MLX know no dense layers in a Qwen2-MoE; this one has some");
-    if (c->arch == DOTS1)
-        snprintf(lines[n++], 256, "a Dots1 with%s shared experts opens in transformers%s fail%s, and mistral.rs has no "
-                 "such class", c->num_shared_experts ? "" : "out",
-                 c->num_shared_experts ? ", vLLM and MLX; llama.cpp" : "; vLLM, llama.cpp and MLX",
-                 c->num_shared_experts ? "s" : "");
+    if (c->arch == DOTS1 && (!c->num_shared_experts || c->num_kv_heads != c->num_heads))
+        snprintf(lines[n++], 256, "a Dots1 with%s opens in transformers%s, and mistral.rs has no such class",
+                 c->num_shared_experts ? " fewer key/value heads than heads" : "out shared experts",
+                 c->num_shared_experts ? ", vLLM and MLX; llama.cpp fails" : "; vLLM, llama.cpp and MLX fail");
     return n;
 }
 
@@ -269,7 +269,8 @@ static void card_engines(Text* t, const Config* c) {
         text_print(
             t,
             "transformers (`AutoModelForCausalLM`), vLLM%s%s MLX%s have the class %s.\n",
-            c->arch == DOTS1 ? "" : ", llama.cpp (`convert_hf_to_gguf.py`)", mistral_rs ? "," : " and",
+            c->arch == DOTS1 && c->num_kv_heads != c->num_heads ? "" : ", llama.cpp (`convert_hf_to_gguf.py`)",
+            mistral_rs ? "," : " and",
             mistral_rs ? " and mistral.rs" : "", archs[c->arch].class_name);
     for (int i = 0; i < n; i++) text_print(t, "- %s.\n", lines[i]);
 }

@@ -426,15 +426,18 @@ static void config_to_json(Text* t, const Config* c, const Json* luggage, const 
     }
     while (first < c->num_layers && !c->sparse[first]) first++;
     if (c->arch == DOTS1) text_print(t, "  \"first_k_dense_replace\": %d,\n", first);
-    // the luggage, sorted by name, and among it two keys that mistral.rs wants of a Qwen3
-    static const char* wanted[] = {"max_window_layers", "use_sliding_window"};
-    int next = c->arch == QWEN3 || c->arch == QWEN3_MOE ? 0 : 2;
-    for (int i = 0; i <= luggage->count; i++) {
+    // the luggage, sorted by name, and among it keys that engines want: mistral.rs of a Qwen3, llama.cpp of a Dots1
+    char layers[16];
+    snprintf(layers, sizeof layers, "%d", c->num_layers);
+    const char* wanted[][2] = {{"max_window_layers", layers},
+                               {"scoring_func", "\"sigmoid\""},
+                               {"use_sliding_window", "false"}};
+    int qwen3 = c->arch == QWEN3 || c->arch == QWEN3_MOE;
+    for (int i = 0, next = 0; i <= luggage->count; i++) {
         const Json* v = i < luggage->count ? luggage->items[i] : NULL;
-        for (; next < 2 && (!v || strcmp(wanted[next], v->key) <= 0); next++)
-            if (json_get(luggage, wanted[next])) continue;
-            else if (next) text_print(t, "  \"use_sliding_window\": false,\n");
-            else text_print(t, "  \"max_window_layers\": %d,\n", c->num_layers);
+        for (; next < 3 && (!v || strcmp(wanted[next][0], v->key) <= 0); next++)
+            if ((next == 1 ? c->arch == DOTS1 : qwen3) && !json_get(luggage, wanted[next][0]))
+                text_print(t, "  \"%s\": %s,\n", wanted[next][0], wanted[next][1]);
         if (!v || key_is_owned(c, v->key)) continue;
         text_print(t, "  ");
         text_json_string(t, v->key);

@@ -101,7 +101,7 @@ static void test_byte_tokenizer(void) {
               says("a/tokenizer_config.json", "\"eos_token\": \"\\u0000\""),
           "the model's vocabulary stays 256, the end of a text is known to the tokenizer alone");
     json_free(j);
-    check(says("a/generation_config.json", "\"max_length\": "), "a new model has a generation_config.json");
+    check(says("a/generation_config.json", "\"max_new_tokens\": 256"), "a new model has a generation_config.json");
     // another tokenizer in its place
     copy_file(temp("a/tokenizer.json"), temp("b/tokenizer.json"));
     char* text = copy_string(text_of("b/tokenizer.json"));
@@ -143,10 +143,16 @@ static void test_engine_choices(void) {
     Error error = {""};
     Text t = {NULL, 0, 0};
     int read = config_read(&c, "dev/reference/golden/dots1_shared", &error);
+    c.num_kv_heads = c.num_heads / 2;
     card_engines(&t, &c);
-    check(read && strstr(t.data, "vLLM and MLX have the class Dots1ForCausalLM.") &&
-              strstr(t.data, "opens in transformers, vLLM and MLX; llama.cpp fails, and"),
+    check(read && strstr(t.data, "), vLLM and MLX have the class Dots1ForCausalLM.") &&
+              strstr(t.data, "key/value heads than heads opens in transformers, vLLM and MLX; llama.cpp fails, and"),
           "a Dots1 with shared experts: %s", t.data);
+    t.length = 0;
+    c.num_kv_heads = c.num_heads;
+    card_engines(&t, &c);
+    check(strstr(t.data, ", llama.cpp (`convert_hf_to_gguf.py`) and MLX have the class Dots1ForCausalLM.\n") &&
+              !strstr(t.data, "\n- "), "a Dots1 that llama.cpp computes, too: %s", t.data);
     free(t.data);
     train_run("a", "--steps 0 --heads 4 --arch olmoe");
     check(config_read(&c, temp("a"), &error) && !c.norm_topk_prob && c.num_kv_heads == 4 && c.rms_norm_eps == 1e-5,
@@ -154,6 +160,8 @@ static void test_engine_choices(void) {
     train_run("a", "--steps 0");
     check(says("a/config.json", "\"use_sliding_window\": false") && says("a/config.json", "\"max_window_layers\": "),
           "Qwen3-MoE has the keys that mistral.rs wants");
+    train_run("a", "--steps 0 --router sigmoid");
+    check(says("a/config.json", "\"scoring_func\": \"sigmoid\""), "Dots1 has the key that llama.cpp wants");
 }
 
 static void test_cards(void) {

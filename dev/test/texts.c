@@ -73,7 +73,7 @@ static void test_new_tokenizer(void) {
               has_member(IN("new/config.json"), "eos_token_id", "2") &&
               has_member(IN("new/config.json"), "pad_token_id", "0"), "config.json has its special tokens");
     check(has_member(IN("new/generation_config.json"), "eos_token_id", "2") &&
-              has_member(IN("new/generation_config.json"), "max_length", "16"), "so has generation_config.json");
+              has_member(IN("new/generation_config.json"), "max_new_tokens", "256"), "so has generation_config.json");
     check(same_files("tok", "new", tokenizer_files, 5) && !exists(IN("new/notes.txt")) &&
               !exists(IN("new/upcycle.json")), "its files go along, and no others");
     code = run_program("--model %s --data " CASE_TEXT " --eval", IN("new"));
