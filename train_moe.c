@@ -1269,7 +1269,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         if (out && (last || is_due(run->save_every, done))) save_step(&r, m, done);
         if ((last || is_due(run->val_every, done)) && !stop_signal)
             s.problem = validate(&r, m, val, batch, done);
-        if (generator && is_due(run->sample_every, done) && !last && !stop_signal) {
+        if (generator && is_due(run->sample_every, done) && !stop_signal) {
             end_progress();
             print_sample(generator, m, &run->sampling, run->sample_tokens);
         }

@@ -303,7 +303,8 @@ static void options_parse_table(Option* table, int count, void (*help)(void), in
         if (c == '?' && optopt > 0 && optopt < 256) die(2, "-%c: unknown option; see --help", optopt);
         if (c == '?') option_unknown(argv[optind - 1], longs);
         if (c == 'h' || index >= count) {
-            if (c == 'h' || index == count) help();
+            if (c == 'h' || index == count)
+                help(), printf("  %-24s %s\n", "--help, --version", "this; which version it is");
             else printf("%s %s\n", program_name, VERSION);
             exit(0);
         }
@@ -1073,7 +1074,8 @@ static int run_train(Config* c) {
     files_to_json(&run_files, "data_files", data);
     if (val && !split) files_to_json(&run_files, "val_files", val);
     int code = train(m, &run, data, val, generator, options.out);
-    if (code == 0 && demonstration) print_sample(generator, m, &run.sampling, run.sample_tokens);
+    if (code == 0 && demonstration && !is_due(run.sample_every, run.steps))
+        print_sample(generator, m, &run.sampling, run.sample_tokens);
     dataset_close(data);
     if (val) dataset_close(val);
     if (generator) model_free(generator);

@@ -67,6 +67,7 @@ static void test_new_tokenizer(void) {
                            "--out %s", IN("tok"), IN("new"));
     const char* sample = strstr(ran.out, "a sample:\n");
     check(code == 0 && strstr(ran.out, "vocabulary 420,") && sample, "a new model with a tokenizer");
+    check(sample && strstr(sample + 1, "a sample:\n"), "the last step has a sample if it is due");
     check(sample && strspn(sample + strlen("a sample:\n"), "0123456789 \n") < 12, "its samples are text");
     check(has_member(IN("new/config.json"), "vocab_size", "420") &&
               has_member(IN("new/config.json"), "bos_token_id", "1") &&
