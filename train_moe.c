@@ -12,8 +12,8 @@ nothing else. Every forward pass is followed by its backward pass, by hand. To b
     5  The model            parameters, activations, forward, backward, AdamW
     6  Training             learning rate, accumulation, the loop
 
-One evening: the block (section 1), the three formulas (2), RMSNorm (3), all of 4, and of 5 the arrays and
-what lies between router_forward and ffn_layer_backward. dev/reading.md lists one token's way as calls.
+One evening: the block (section 1), the three formulas (2), RMSNorm (3), all of 4, of 5 what a layer keeps
+and its five steps, and train_step. dev/reading.md has their lines, and one token's way as a list of calls.
 
 What is hardened or fast stands in the headers of dev/lib, included where they are needed; nobody has to read
 them. How to go on: routers beyond softmax, dev/lib/routers.h; the same on a GPU, train_moe.cu; more experts
