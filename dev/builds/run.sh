@@ -20,7 +20,8 @@ lacks musl-gcc || check "a library of OpenMP that does not fit is not taken" \
     "make CC=musl-gcc CFLAGS='-O0 -static' all | grep 'OpenMP: *not found' && ./train_moe --version"
 for cc in gcc gcc-11 clang clang-13; do
     lacks $cc && continue
-    for flag in -Ofast -ffast-math -ffinite-math-only -funsafe-math-optimizations "-fassociative-math -fno-signed-zeros"; do
+    for flag in -Ofast -ffast-math -ffinite-math-only -funsafe-math-optimizations "-fassociative-math -fno-signed-zeros" \
+        -freciprocal-math; do
         rm -f train_moe
         # either the compiler refuses, with our line, or the program does
         check "$cc $flag" "make CC=$cc CFLAGS='-O1 $flag' train_moe 2>err; if [ -x train_moe ]; then

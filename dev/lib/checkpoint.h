@@ -368,8 +368,9 @@ static int key_is_owned(const Config* c, const char* name) {
         if (config_keys[i].member && config_keys[i].fallback[c->arch] != NO_KEY &&
             choice_index(config_keys[i].names, name) >= 0)
             return 1;
+    // (auto_map would name a file of code that does not travel, and what is written is transformers' own class)
     static const char always[] =
-        "architectures|model_type|base_model_type|rope_parameters|rope_scaling|dtype|torch_dtype";
+        "architectures|auto_map|model_type|base_model_type|rope_parameters|rope_scaling|dtype|torch_dtype";
     return choice_index(always, name) >= 0 ||
            (names_dense_layers(c->arch) && choice_index("decoder_sparse_step|mlp_only_layers", name) >= 0) ||
            (c->arch == DOTS1 && !strcmp(name, "first_k_dense_replace"));
@@ -579,10 +580,12 @@ static int optimizer_load(Model* m, const char* dir, Error* error) {
 // Files that belong to the tokenizer, to the licence or to the model's history travel from the source to every save.
 static const char templates_dir[] = "additional_chat_templates";   // the one directory among them
 static int travels(const char* name) {
-    static const char* patterns[] = {"tokenizer*", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken",
-                                     "*piece*.model", "special_tokens_map.json", "added_tokens.json",
-                                     "generation_config.json", "*processor_config.json", "chat_template*",
-                                     "*.jinja", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*", "upcycle.json"};
+    static const char* patterns[] = {"tokenizer*", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken", "tiktoken.model",
+                                     "*piece*.model", "*.spm", "bpe.codes", "normalizer.json", "tokenization_*.py",
+                                     "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+                                     "*processor_config.json", "chat_template*", "*.jinja",
+                                     "[Ll][Ii][Cc][Ee][Nn][CScs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "COPYING*",
+                                     "USE_POLICY*", "upcycle.json"};
     int found = 0;
     for (size_t i = 0; i < sizeof patterns / sizeof patterns[0]; i++) found |= !fnmatch(patterns[i], name, 0);
     return found;

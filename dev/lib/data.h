@@ -38,6 +38,7 @@ typedef struct {
     DataFile* files;
     int num_files;
     int T, vocab_size, raw, encoded;    // raw = 1: bytes are tokens; encoded = 1: a tokenizer made tokens of a text
+    const char* zeros;                  // NULL, or a file whose bytes are tokens, and that begins like no text
     long windows, tokens;
     unsigned char* buffer;              // (T + 1, 4) a window as it is in the file
     char error[512];                    // what was wrong with the last file or window
@@ -167,9 +168,11 @@ static int data_file_inspect(Dataset* d, DataFile* f, Part part, BytesAllowed ra
             return data_error(d, "%s: text, but this model does not read bytes; make token shards with "
                               "data/tokenize_text.py", path);
         // a text has no zeros, tokens of two or four bytes do
-        if (raw_allowed != BYTES && have && memchr(header, 0, (size_t)have))
+        int zeros = have && memchr(header, 0, (size_t)have) != NULL;
+        if (zeros && raw_allowed != BYTES)
             return data_error(d, "%s: no text, and no header of a token shard; data/tokenize_text.py makes shards",
                               path);
+        if (zeros) d->zeros = path;
         long all = f->size;
         f->width = 1;
         if (!raw_allowed) f->ids = encoded_take(path, &all), f->width = (int)sizeof(int);

@@ -174,8 +174,9 @@ static const struct {
     Need need;
     const char* off;
 } option_needs[] = {
-    {"topk", EXPERTS, "1"}, {"expert-ffn", EXPERTS, NULL}, {"sparse-step", EXPERTS, NULL}, {"router", EXPERTS, NULL},
-    {"logit-norm", EXPERTS, NULL}, {"aux", EXPERTS, "0"}, {"z-loss", EXPERTS, NULL}, {"aux-adaptive", EXPERTS, NULL},
+    {"topk", EXPERTS, "1|2"}, {"expert-ffn", EXPERTS, NULL}, {"sparse-step", EXPERTS, NULL}, {"router", EXPERTS, NULL},
+    {"logit-norm", EXPERTS, NULL}, {"aux", EXPERTS, "0|0.01"}, {"z-loss", EXPERTS, NULL},
+    {"aux-adaptive", EXPERTS, NULL},
     {"topk-range", EXPERTS, "1:1"}, {"load", EXPERTS, NULL}, {"trace", EXPERTS, NULL}, {"ffn", DENSE_LAYERS, NULL},
     {"bias-rate", SIGMOID, "0"}, {"bias-rule", SIGMOID, NULL}, {"lpr-dim", LPR, NULL},
     {"lpr-weight", LPR, "0"}, {"lpr-diversity", LPR, "0"}, {"lpr-kl", LPR, "0"}, {"lpr-align", LPR, "0"},
@@ -186,15 +187,16 @@ static const struct {
     {"load", SCORING, NULL}, {"trace", SCORING, NULL}, {"fixed-router", EXPERTS, NULL}, {"skip-below", EXPERTS, NULL},
     {"skip-below", NO_GRADIENT, NULL}};
 
-// Whether an option has its default or the value `off` (NULL: there is none).
+// Whether an option has its default or a value of `off`, "a|b" (NULL: there is none).
 static int asks_nothing(const Option* o, const char* off) {
     const char* values[] = {o->start, off};
-    int nothing = 0;
-    for (int i = 0; i < 2; i++)
-        nothing |= values[i] && (o->type == OPT_TEXT || o->type == OPT_CHOICE
-                                     ? !strcmp(*(const char**)o->value, values[i])
-                                     : (o->type == OPT_REAL ? *(double*)o->value : (double)*(long*)o->value) ==
-                                           strtod(values[i], NULL));
+    int nothing = 0, text = o->type == OPT_TEXT || o->type == OPT_CHOICE;
+    double number = o->type == OPT_REAL ? *(double*)o->value : text ? 0 : (double)*(long*)o->value;
+    for (int i = 0; i < 2; i++) {
+        if (text) nothing |= values[i] && choice_index(values[i], *(const char**)o->value) >= 0;
+        for (const char* s = text ? NULL : values[i]; s; s = strchr(s, '|') ? strchr(s, '|') + 1 : NULL)
+            nothing |= number == strtod(s, NULL);
+    }
     return nothing;
 }
 
@@ -950,6 +952,9 @@ static int run_train(Config* c) {
     if (data->raw && !options.model && c->vocab_size > 256)
         die(2, "%s: has no header of a token shard, and of its bytes there are 256, not --vocab %d; make shards with "
             "data/tokenize_text.py, give --tokenizer, or leave out --vocab", data->files[0].path, c->vocab_size);
+    if (data->zeros)
+        fprintf(stderr, "%s: warning: %s has zero bytes, as no text has; its bytes are the tokens all the same "
+                "(data/tokenize_text.py makes shards of what has other tokens)\n", program_name, data->zeros);
     data->vocab_size = c->vocab_size;
     data_advice = option_given("val") ? "" : stored;
     if (split && (data->raw || data->encoded))
@@ -1006,7 +1011,8 @@ static int run_train(Config* c) {
     const Json* rule = json_get(json_get(trainer_state, "options"), "bias-rule");       // of the run that goes on
     int was_id = rule && !strcmp(rule->string, "id");
     if (c->router.bias_rule == BIAS_ID && !was_id && !option_given("bias-rate")) options.bias_rate = 0.006;
-    if (c->router.bias_rule == BIAS_QUANTILE && option_given("bias-rate"))
+    const Option* rate = option_find("bias-rate");
+    if (c->router.bias_rule == BIAS_QUANTILE && rate->given && !asks_nothing(rate, "0"))
         die(2, "--bias-rate: --bias-rule quantile has no step; sign and id have one");
     run.routers.bias_rate = options.bias_rate;
     topk_range_from_options(c, &run);
@@ -1125,6 +1131,9 @@ static void check_shape(const Option* o, const Config* c, const char* dir) {
             die(2, "--%s%s%s: the model in %s is not like that; leave it out", o->name, *text ? " " : "", text, dir);
     } else {
         double asked = o->type == OPT_REAL ? *(double*)o->value : (double)*(long*)o->value;
+        if (shape[k].is != asked && o->value == &options.sparse_step)
+            die(2, "--sparse-step %ld: other layers of the model in %s are sparse; leave it out", options.sparse_step,
+                dir);
         if (shape[k].is != asked)
             die(2, "--%s %.15g: the model in %s has %.15g; leave it out", o->name, asked, dir, shape[k].is);
     }
@@ -1132,6 +1141,8 @@ static void check_shape(const Option* o, const Config* c, const char* dir) {
 
 // Refuses what contradicts the model, and nothing else. dir: where it comes from, NULL if it is new.
 static void check_needs(const Config* c, const char* dir, int training) {
+    if (options.dense && option_given("experts") && options.experts > 0)
+        die(2, "--dense and --experts %ld contradict each other; --experts 0 is a dense model", options.experts);
     int families = dir && c->num_experts > 0 && c->router.kind != ROUTER_LPR;
     const int met[NUM_NEEDS] = {c->num_experts > 0, count_sparse(c) < c->num_layers, c->router.kind == ROUTER_SIGMOID,
                                 c->router.kind == ROUTER_LPR, c->router.kind == ROUTER_DYNAMIC,

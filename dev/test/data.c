@@ -236,6 +236,9 @@ static void test_no_text(void) {
     check_data_error("no header, .BIN", temp("TRAIN.BIN"), "", "a .bin file of tokens starts with", "TRAIN.BIN");
     write_bytes(temp("thing"), bytes, sizeof bytes);
     check_data_error("no header, --vocab 300", temp("thing"), "--vocab 300", "has no header of a token shard", "thing");
+    int code = run_program("--data %s --seq 8 --batch 1 --layers 1 --hidden 16 --heads 2 --steps 0", temp("thing"));
+    check(code == 0 && error_lines() == 1 && strstr(ran.err, "has zero bytes, as no text has"), "no header, bytes: %s",
+          ran.err);
     Dataset other;
     memset(&other, 0, sizeof other);
     other.T = 8;

@@ -595,7 +595,7 @@ static void test_up_refusals(void) {
                  {GOLDEN "qwen3 {}/x --experts 4 --method family", "is dense"},
                  {GOLDEN "qwen3 {}/x --experts 4 --select grad2", "is dense"},
                  {"{}/m3 {}/x --experts 6 --method granular", "fitting are"},
-                 {"{}/m3 {}/x --experts 6 --layers every-2", "is a mixture"},
+                 {"{}/m3 {}/x --experts 6 --layers every-2", "other layers of"},
                  {"{}/m3 {}/x --experts 6 --norm-topk 0", "is a mixture"},
                  {"{}/m3 {}/x --experts 2", "load|router-norm"},
                  {"{}/m3 {}/x --experts 6 --select reap", "keep"},
@@ -658,10 +658,11 @@ static void test_up_refusals(void) {
         "--router-init normal --prune-weights 0 --cap 3 --score-on all --calibrate {}/short.bin --reference {}/m3 "
         "--arch qwen3",
         GOLDEN "qwen3 --experts 4 --select uniform --score-on all --cap 3 --router copy --router-delta 0 "
-        "--prune-weights 0 --strength 0 --batch 8 --check-batches 10 --calibrate-batches 10 --reference {}/m3"};
-    for (int i = 0; i < 2; i++) {
+        "--prune-weights 0 --strength 0 --batch 8 --check-batches 10 --calibrate-batches 10 --reference {}/m3 --shared 0",
+        "{}/m3 --experts 6 --layers every-1", "{}/m3 --experts 6 --layers 0-1"};
+    for (EACH(i, agree)) {
         int code = up_run("", "%s {}/agrees", agree[i]);
-        check(code == 0 && up_exists("agrees/config.json"), "options that agree, %d: %.200s", i, code ? up_output : "");
+        check(code == 0 && up_exists("agrees/config.json"), "options that agree, %d: %.200s", (int)i, code ? up_output : "");
         remove_tree(up_path("agrees"));
     }
     setenv("NO_LOCKS", "1", 1);

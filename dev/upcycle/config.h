@@ -123,6 +123,10 @@ static void plan_config(Plan* p) {
     else if (is(p->method->name, "multiply")) c->num_experts_per_tok = multiplied_topk(p, from);
     else if (asked("topk")) c->num_experts_per_tok = (int)ask.topk;
     if (!p->dense && count_sparse(c) == 0) die(2, "%s: has experts in name only: no layer is sparse", s->dir);
+    char sparse[MAX_LAYERS];
+    parse_layers(ask.layers, sparse, c->num_layers);
+    if (!p->dense && asked("layers") && memcmp(sparse, c->sparse, (size_t)c->num_layers))
+        die(2, "--layers %s: other layers of %s are sparse, and stay so; leave it out", ask.layers, s->dir);
     c->num_experts = p->M;
     for (int i = 0; i < 3; i++)
         if (c->arch == targets[i]) fits = names[i];

@@ -70,7 +70,7 @@ static void plan_growth(Plan* p) {
         die(2, "--optimizer %s: the layers or widths of the moments are others; --optimizer reset fits", ask.optimizer);
     for (int i = 0; i < NUM_ASKED && stays_dense(p); i++)
         if (insists(ask_table[i].name) &&
-            (ask_table[i].use == USE_DENSE || lists("arch,topk,router-init,router-std", ask_table[i].name)))
+            (ask_table[i].use == USE_DENSE || lists("arch,layers,topk,router-init,router-std", ask_table[i].name)))
             die(2, "--%s is about experts, and DST has none; --experts M makes it a mixture", ask_table[i].name);
     Growth* g = p->growth = NEW(Growth, 1);
     g->from = c;
