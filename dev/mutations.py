@@ -141,7 +141,7 @@ MUTATIONS = [
     ("(!*scheme && add && add->type == JSON_FALSE) ? NEVER", "!*scheme ? NEVER"),
     ("if (!raw_allowed) f->ids = encoded_take(path, &all), f->width = (int)sizeof(int);",
      "if (!raw_allowed) f->ids = encoded_take(path, &all), f->width = 1;"),
-    ("bytes += !t->pieces ? 1 : t->pieces[d->files[i].ids[k]] ? t->lengths[d->files[i].ids[k]] : 0;", "bytes += 1;"),
+    ("bytes += !t->pieces ? 1 : t->pieces[b.targets[k]] ? t->lengths[b.targets[k]] : 0;", "bytes += 1;"),
     ("if (f->ids[k] < 0 || f->ids[k] >= d->vocab_size)", "if (0)"),
     # the tokenizer of a new model, prompts from standard input
     ("if (*vocab_size < size)", "if (0)"),

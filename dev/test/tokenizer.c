@@ -188,3 +188,21 @@ static void test_tokenizer(void) {
     test_tokenizer_details();
     test_tokenizer_models();
 }
+    // the same of a shard with these tokens
+    Text shard = {NULL, 0, 0};
+    put_i32(&shard, SHARD_MAGIC_32);
+    put_i32(&shard, 7);
+    put_i32(&shard, count);
+    while (shard.length < SHARD_HEADER) put_i32(&shard, 0);
+    for (long k = 0; k < count; k++) put_i32(&shard, ids[k]);
+    write_bytes(temp("text.bin"), shard.data, shard.length);
+    free(shard.data);
+    code = run_program("--model %s --data %s --eval --seq 16", temp("tokenized"), temp("text.bin"));
+    line = strstr(ran.out, "\nloss ");
+    double again = 0;
+    read = sscanf(line ? line : "", "\nloss %*f | perplexity %*f | bits per byte %lf", &again);
+    check(code == 0 && read == 1 && fabs(again - bits) < 1e-6, "--eval of a shard: %s%s", ran.out, ran.err);
+    unlink(temp("tokenized/tokenizer.json"));
+    code = run_program("--model %s --data %s --eval --seq 16", temp("tokenized"), temp("text.bin"));
+    check(code == 0 && !strstr(ran.out, "bits per byte"), "but nobody knows its bytes without the tokenizer");
+    copy_file(json, temp("tokenized/tokenizer.json"));
