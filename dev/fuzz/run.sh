@@ -35,8 +35,9 @@ printf '\101some text, of which bytes are tokens' >$work/data/text
 # small tokenizers of both dialects, a zero, a text
 model='"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "<0x41>": 3}, "merges": ["a b"], "byte_fallback": true}'
 for parts in '"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": true}' \
-        '"normalizer": {"type": "Prepend", "prepend": "b"}, "added_tokens": [{"id": 9, "content": "ba", "rstrip": true}]'; do
-    printf '{%s, %s}\0abba A b\n' "$parts" "$model" >"$work/tokenizer/${#parts}"
+        '"normalizer": {"type": "Prepend", "prepend": "b"}, "added_tokens": [{"id": 9, "content": "ba", "rstrip": true}]' \
+        '"normalizer": {"type": "NFC"}, "added_tokens": [{"id": 9, "content": "ba", "normalized": true}]'; do
+    printf '{%s, %s}\0abba A b e\314\201\n' "$parts" "$model" >"$work/tokenizer/${#parts}"
 done
 [ ! -x $work/fuzz_safetensors ] ||
     WRITE_SEED=$work/safetensors/valid $work/fuzz_safetensors -runs=0 $work/safetensors >$work/seed.log 2>&1

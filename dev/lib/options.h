@@ -632,13 +632,14 @@ static void count_rows(Model* m, int l) {
 }
 
 // " | bits per byte": the loss of the first `tokens` targets over the bytes that they print.
-static void print_bits_per_byte(const Config* c, const Dataset* d, long tokens, double loss) {
+static void print_bits_per_byte(const Config* c, Dataset* d, long tokens, double loss, Batch b) {
     Tokenizer* t = tokenizer_open(options.model, c->vocab_size);
     double bytes = 0;
-    long left = tokens;
-    for (int i = 0; i < d->num_files; i++)
-        for (long k = 1; k <= d->files[i].windows * d->T && left > 0; k++, left--)
-            bytes += !t->pieces ? 1 : t->pieces[d->files[i].ids[k]] ? t->lengths[d->files[i].ids[k]] : 0;
+    for (long w = 0; w < tokens / d->T && (t->pieces || t->bytes); w++) {
+        dataset_window(d, w, b.tokens, b.targets);
+        for (int k = 0; k < d->T; k++)
+            bytes += !t->pieces ? 1 : t->pieces[b.targets[k]] ? t->lengths[b.targets[k]] : 0;
+    }
     if (bytes > 0) printf(" | bits per byte %.4f", loss / M_LN2 * (double)tokens / bytes);
     tokenizer_close(t);
 }
@@ -730,7 +731,7 @@ static int run_eval(Config* c) {
     }
     printf("loss %.6f | perplexity %.4f", loss, exp(loss));
     if (d->raw) printf(" | bits per byte %.4f", loss / M_LN2);
-    if (d->encoded) print_bits_per_byte(c, d, tokens, loss);
+    else print_bits_per_byte(c, d, tokens, loss, batch);
     printf(" | %ld tokens, %.0f tokens/s", tokens, tokens / elapsed);
     if (rows) printf(" | %.3f experts a token and layer", (double)rows / ((double)tokens * count_sparse(c)));
     printf("\n");
