@@ -1,4 +1,5 @@
-// checkpoint.h: Hugging Face directories, and saves that survive kill -9. Needs safetensors.h, layout.h, a Model.
+// checkpoint.h: Hugging Face directories, and saves that survive kill -9. Needs safetensors.h, layout.h,
+// a Model; to save one trainer_to_json of options.h and write_card of card.h, which come later.
 //
 // A checkpoint is a Hugging Face directory: config.json, model.safetensors and the tokenizer's files; beside them our
 // trainer.json (options and step) and trainer/optimizer.safetensors (AdamW's moments; vLLM loads every *.safetensors
