@@ -119,6 +119,6 @@ static void growth_to_json(Text* t, const Growth* g, int layers) {
     for (int l = 0; l < layers; l++) text_print(t, "%s%d", l ? ", " : "", g->source[l]);
     text_print(t, "], \"new\": [");
     for (int l = 0; l < layers; l++) text_print(t, "%s%d", l ? ", " : "", g->is_new[l]);
-    text_print(t, "], \"new_layers\": \"%s\", \"width\": [%d, %d]},\n", g->zero ? "zero" : "copy", g->width[0],
-               g->width[1]);
+    text_print(t, "], \"depth\": \"%s\", \"new_layers\": \"%s\", \"width\": [%d, %d]},\n",
+               ask.depth, g->zero ? "zero" : "copy", g->width[0], g->width[1]);
 }
