@@ -294,7 +294,8 @@ static void card_engines(Text* t, const Config* c, const char* tokenizer) {
             llama_cpp ? ", llama.cpp (`convert_hf_to_gguf.py`)" : "", mistral_rs ? "," : " and",
             mistral_rs ? " and mistral.rs" : "", archs[c->arch].class_name);
     if (llama_cpp && tokenizer)
-        text_print(t, "- llama.cpp's converter knows tokenizers by a hash and stops at one that it has not seen%s.\n",
+        text_print(t,
+                   "- llama.cpp's converter knows BPE tokenizers by a hash and stops at one that it has not seen%s.\n",
                    tokenizer);
     for (int i = 0; i < n; i++) text_print(t, "- %s.\n", lines[i]);
 }

@@ -258,7 +258,7 @@ static void find_properties(const Plan* p, Findings* f) {
          "experts no method separates them"},
         {wider && p->dense && (twins || (granular && !dropped)),
          "the {times} copies of a unit get equal gradients and never separate in a deterministic trainer; upcycling by "
-         "--method noise-replace separates them, drop those pairs of which it draws a unit anew"},
+         "--method noise-replace separates them (drop: those of which it draws one anew)"},
         {wider && lists("drop,noise,granular", name) && !twins && (dropped || !granular) && stay > 0,
          "about {pairs} % of the pairs of copies of a unit are still equal: these get equal gradients and never "
          "separate in a deterministic trainer; --method noise-replace separates all"},
