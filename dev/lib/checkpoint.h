@@ -1,4 +1,5 @@
-// checkpoint.h: Hugging Face directories, and saves that survive kill -9. Needs safetensors.h, layout.h, a Model.
+// checkpoint.h: Hugging Face directories, and saves that survive kill -9. Needs safetensors.h, layout.h,
+// a Model; to save one trainer_to_json of options.h and write_card of card.h, which come later.
 //
 // A checkpoint is a Hugging Face directory: config.json, model.safetensors and the tokenizer's files; beside them our
 // trainer.json (options and step) and trainer/optimizer.safetensors (AdamW's moments; vLLM loads every *.safetensors
@@ -580,10 +581,10 @@ static int optimizer_load(Model* m, const char* dir, Error* error) {
 // Files that belong to the tokenizer, to the licence or to the model's history travel from the source to every save.
 static const char templates_dir[] = "additional_chat_templates";   // the one directory among them
 static int travels(const char* name) {
-    static const char* patterns[] = {"tokenizer*", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken", "tiktoken.model",
-                                     "*piece*.model", "*.spm", "bpe.codes", "normalizer.json", "tokenization_*.py",
-                                     "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-                                     "*processor_config.json", "chat_template*", "*.jinja",
+    static const char* patterns[] = {"tokenizer*", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken",
+                                     "tiktoken.model", "*piece*.model", "*.spm", "bpe.codes", "normalizer.json",
+                                     "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
+                                     "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja",
                                      "[Ll][Ii][Cc][Ee][Nn][CScs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "COPYING*",
                                      "USE_POLICY*", "upcycle.json"};
     int found = 0;

@@ -144,13 +144,13 @@ static void test_engine_choices(void) {
     Text t = {NULL, 0, 0};
     int read = config_read(&c, "dev/reference/golden/dots1_shared", &error);
     c.num_kv_heads = c.num_heads / 2;
-    card_engines(&t, &c);
+    card_engines(&t, &c, NULL);
     check(read && strstr(t.data, "), vLLM and MLX have the class Dots1ForCausalLM.") &&
               strstr(t.data, "key/value heads than heads opens in transformers, vLLM and MLX; llama.cpp fails, and"),
           "a Dots1 with shared experts: %s", t.data);
     t.length = 0;
     c.num_kv_heads = c.num_heads;
-    card_engines(&t, &c);
+    card_engines(&t, &c, NULL);
     check(strstr(t.data, ", llama.cpp (`convert_hf_to_gguf.py`) and MLX have the class Dots1ForCausalLM.\n") &&
               !strstr(t.data, "\n- "), "a Dots1 that llama.cpp computes, too: %s", t.data);
     free(t.data);
@@ -168,6 +168,10 @@ static void test_cards(void) {
     train_run("a", "--steps 1");
     check(says("a/README.md", "    ./train_moe --data ") && says("a/README.md", "Qwen3MoeForCausalLM"),
           "a run's card has its command and class");
+    check(!says("a/README.md", "came with") && says("a/README.md", "as that of bytes, until its `get_vocab_base_pre`"),
+          "nothing of files that are not there; llama.cpp and bytes");
+    train_run("a1", "--steps 0 --layers 1 --experts 2");
+    check(says("a1/README.md", "of 1 layer, hidden") && says("a1/README.md", " in 1 layer, "), "one layer");
     check(resume_run("a", "--steps 2") == 0 && says("a/README.md", "    ./train_moe --data ") &&
               says("a/README.md", "--resume --steps 2\n"),
           "resumed: both commands");
@@ -206,8 +210,11 @@ static void test_cards(void) {
     write_text(temp("up/.gitattributes"), "*.safetensors filter=lfs");
     write_text(temp("up/README.md"), "mine");
     check(up_run("", "%s %s --experts 9 --force", temp("a"), temp("up")) == 0 && !exists(temp("up/trainer")) &&
-              says("up/README.md", "## Commands"),
-          "--force accepts cards, licences, .gitattributes and trainer/: %.80s", up_output);
+              !strcmp(text_of("up/README.md"), "mine") && same_file(temp("a/README.md"), temp("up/README.source.md")),
+          "--force accepts cards, licences, .gitattributes and trainer/, and leaves a card as it is: %.80s", up_output);
+    remove(temp("up/README.md"));
+    check(up_run("", "%s %s --experts 9 --force", temp("a"), temp("up")) == 0 && says("up/README.md", "## Commands") &&
+              says("up/README.md", "`README.source.md` and a licence came with"), "one of its own is written anew");
     mkdir(temp("up/trainer"), 0777);
     write_text(temp("up/trainer/notes"), "mine");
     check(up_run("", "%s %s --experts 6 --force", temp("a"), temp("up")) == 2 && says("up/trainer/notes", "mine"),
