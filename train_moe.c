@@ -130,7 +130,7 @@ static int plain_products = PLAIN;
 // *result = [*result if add] + sum over k < depth of left[k left_k] right[k right_k], by multiply-adds:
 //     fp32  k = 0, 1, 2, ..
 //     bf16  k = 1, 0, 3, 2, .., of numbers rounded to the nearest bf16, ties to even; as 0 count terms beyond
-//           the depth, and operands (before rounding) and sums below 2^-126, as in Intel's VDPBF16PS
+//           the depth, and operands (before rounding) and (x86-64, ARM) sums below 2^-126, as in VDPBF16PS
 //     AMX   in place of that order, where TDPBF16PS computes: of every 32 values of k the even ones and the
 //           odd ones each make a sum from zero; the two are added, then to what was before
 static void sum_products(float* result, int add, const float* left, long left_k, const float* right,

@@ -41,7 +41,19 @@ MUTATIONS = [
     ("(uint8_t)(t < 3 ? rows : LINE)", "(uint8_t)(t < 3 ? TILE_ROWS : LINE)"),
     ("FLUSHED(FLUSHED(tiles[c][i]) + even)", "FLUSHED((TileRow)tiles[c][i] + even)"),
     ("IN_FP32(router_forward(m, l));", "router_forward(m, l);"),
+    # what is bf16
+    ("    multiply_block(p, ld, q_bh, ld_q, 1, k_bh, 1, ld_k, rows, keys, HD, 0);",
+     "    IN_FP32(multiply_block(p, ld, q_bh, ld_q, 1, k_bh, 1, ld_k, rows, keys, HD, 0));"),
+    ("    multiply_block(dv_b, ld_dv, p, 1, ld, dout_bh, ld_out, 1, keys, HD, rows, add);",
+     "    IN_FP32(multiply_block(dv_b, ld_dv, p, 1, ld, dout_bh, ld_out, 1, keys, HD, rows, add));"),
+    ("    grouped_matmul_forward(t->y_rows, t->act, w->down, down_size, I, H, E, s->offsets);",
+     "    IN_FP32(grouped_matmul_forward(t->y_rows, t->act, w->down, down_size, I, H, E, s->offsets));"),
+    ("    grouped_matmul_backward_weight(dw->gate_up, dgate_up, t->x_rows, gate_up_size, H, 2 * I, E, s->offsets);",
+     "    IN_FP32(grouped_matmul_backward_weight(dw->gate_up, dgate_up, t->x_rows, gate_up_size, H, 2 * I, E, "
+     "s->offsets));"),
+    # a run's precision
     ("USE_RUN, &options.precision,", "USE_OTHER, &options.precision,"),
+    ('text_print(&what, ", --precision %s", precision->string);', ";"),
     # layers
     ("s *= r * r / size;", "s *= r / size;"),
     ("float d = r * (dout_ng[i] * weight[i] - x_ng[i] * s);", "float d = r * (dout_ng[i] * weight[i] + x_ng[i] * s);"),

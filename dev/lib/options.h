@@ -429,7 +429,8 @@ static void list_other_files(Text* what, const char* kind, const Json* files, co
     if (!others && files->count != d->num_files) text_print(what, ", other %s (%d files)", kind, files->count);
 }
 
-// One line if the run was begun with other data, or with options that decide which of it are read when.
+// One line if the run was begun with other data, with options that decide which of it are read when, or in another
+// precision.
 static void tell_changes(const Json* state, const char* out, const Dataset* data, const Dataset* val) {
     static const char* kept[] = {"batch", "accum", "seq", "seed"};
     Text what = {NULL, 0, 0};
@@ -440,6 +441,9 @@ static void tell_changes(const Json* state, const char* out, const Dataset* data
         text_print(&what, ", --%s %ld", kept[i], was);
         reordered |= i >= 2;
     }
+    const Json* precision = json_get(json_get(state, "options"), "precision");
+    if (precision && precision->type == JSON_STRING && strcmp(precision->string, options.precision))
+        text_print(&what, ", --precision %s", precision->string);
     size_t before = what.length;
     list_other_files(&what, "data", json_get(state, "data_files"), data);
     reordered |= what.length > before;
