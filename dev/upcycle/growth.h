@@ -2,7 +2,8 @@
 // these layers and widths, so that a model grows up and out in one call, as AquilaMoE's does (arXiv 2408.06567).
 #pragma once
 
-// The layer of SRC, of L, that layer l of DST, of `depth`, comes from. The first from each is that layer itself, others are new.
+// The layer of SRC, of L, that layer l of DST, of `depth`, comes from. The first from each is that layer itself, others
+// are new.
 static int interposed(int l, int L, int depth) { return (int)((long)l * L / depth); } // 0 0 1 1 2 2
 static int stacked(int l, int L, int depth) { return (void)depth, l % L; }            // 0 1 2 0 1 2
 static const struct {
