@@ -21,9 +21,10 @@ ARCH   := $(shell for a in -march=native -mcpu=native; do $(CC) $$a -E -x c /dev
 endif
 # gnu11 and not c11: the latter switches off the contraction of a * b + c into one instruction, which halves the speed
 # Promises without which gcc does not turn some loops into vector code: nobody asks errno about a square root, nobody
-# wants to be stopped by a comparison with what is not a number. No result changes. (dev/bench/README.md: what it bought)
+# wants to be stopped by a comparison with what is not a number. (dev/bench/README.md: what it bought. Loops that are
+# vector code fuse a * b + c in other places, so last digits are those of these flags: `make single` wants the first.)
 MATH    = -fno-math-errno -fno-trapping-math
-FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra $(if $(PLAIN),-DPLAIN=$(PLAIN)) \
+FLAGS   = -std=gnu11 $(CFLAGS) $(ARCH) $(MATH) -Wall -Wextra $(if $(filter-out 0,$(PLAIN)),-DPLAIN=1) \
           $(if $(BF16),-DBF16_MODEL) $(if $(filter amx,$(BF16)),-DAMX_MODEL)
 $(if $(filter-out model amx,$(BF16)),$(error BF16 is model or amx, not '$(BF16)'))
 # what the compiler says of itself; --version is silent where CC is more than a name
@@ -75,6 +76,9 @@ LIB     = train_moe.c $(sort $(wildcard dev/lib/*.h))
 UPCYCLE = upcycle.c $(sort $(wildcard dev/upcycle/*.h))
 TESTS   = test_moe.c $(sort $(wildcard dev/test/*.[ch]))
 
+# What else a program is made of: that text, and the compiler with its flags, as other flags want another build.
+MORE    = build/embedded.h build/flags
+
 all: train_moe upcycle
 	@echo "compiler: $(CC) $(CFLAGS) $(ARCH)"
 ifeq ($(ARCH),)
@@ -93,13 +97,13 @@ else
 endif
 	@echo "next:     ./train_moe (a minute), make run (a few), make test, ./train_moe --help, ./upcycle --help"
 
-train_moe: $(LIB) build/embedded.h
+train_moe: $(LIB) $(MORE)
 	$(CC) $(FLAGS) train_moe.c -o $@ -lm
 
-upcycle: $(UPCYCLE) $(LIB) build/embedded.h
+upcycle: $(UPCYCLE) $(LIB) $(MORE)
 	$(CC) $(FLAGS) upcycle.c -o $@ -lm
 
-test_moe: $(TESTS) $(UPCYCLE) $(LIB) build/embedded.h
+test_moe: $(TESTS) $(UPCYCLE) $(LIB) $(MORE)
 	$(CC) $(FLAGS) test_moe.c -o $@ -lm
 
 # Says what is missing, and refuses kernels that spill registers to memory.
@@ -155,8 +159,12 @@ build/embedded.h: build/embedded.txt
 	   sed 's/  */,/g; s/^,//; s/,*$$/,/; /^,$$/d'; echo "0}; static const long embedded_size = sizeof embedded_text - 1;"; } >$@.new
 	@mv $@.new $@
 
-# Each program as one file that compiles alone: cc -O3 -march=native -fopenmp FILE -lm. Every file is put where it is
-# first included.
+# (a file that does not change makes nothing anew)
+build/flags: always
+	@mkdir -p build; echo '$(CC) $(FLAGS)' | cmp -s - $@ || echo '$(CC) $(FLAGS)' >$@
+
+# Each program as one file that compiles alone: cc -O3 -march=native -fno-math-errno -fopenmp FILE -lm.
+# Every file is put where it is first included.
 build/%_single.c: %.c $(UPCYCLE) $(LIB) build/embedded.h
 	@awk 'function emit(path, line, parts, folder) { \
 	        if (path in seen) return; seen[path]; folder = path; sub(/[^\/]*$$/, "", folder); \
@@ -185,21 +193,21 @@ test_gpu: test_moe_cu
 	./test_moe_cu
 
 # how fast training is, in about two minutes; BENCH=--short: only whether it works
-build/bench: dev/bench/bench.c dev/bench/timed.h $(LIB) build/embedded.h
+build/bench: dev/bench/bench.c dev/bench/timed.h $(LIB) $(MORE)
 	$(CC) $(FLAGS) dev/bench/bench.c -o $@ -lm
 
 bench: build/bench
 	build/bench $(BENCH)
 
 # our matrix products beside those of other libraries; BLAS="libmkl_rt.so libopenblas.so": which
-build/products: dev/bench/products.c $(LIB) build/embedded.h
+build/products: dev/bench/products.c $(LIB) $(MORE)
 	$(CC) $(FLAGS) -rdynamic dev/bench/products.c -o $@ -lm -ldl
 
 products: build/products
 	build/products $(BLAS)
 
 # dev/lessons/run.sh builds, runs and compares them
-build/lessons/%: dev/lessons/%.c dev/lessons/lesson.h $(LIB) build/embedded.h
+build/lessons/%: dev/lessons/%.c dev/lessons/lesson.h $(LIB) $(MORE)
 	@mkdir -p build/lessons
 	$(CC) $(FLAGS) $< -o $@ -lm
 
@@ -211,7 +219,7 @@ picture: train_moe upcycle
 	dev/report/picture.sh
 
 # the tokens of a text by dev/lib/tokenizer.h, for dev/tokenizer/check.py
-build/encode: dev/tokenizer/encode.c $(LIB) build/embedded.h
+build/encode: dev/tokenizer/encode.c $(LIB) $(MORE)
 	$(CC) $(FLAGS) dev/tokenizer/encode.c -o $@ -lm
 
 # JOBS, THREADS, LAB, TRAINER, OPTIONS: dev/lab/README.md
@@ -228,4 +236,5 @@ references:
 clean:
 	rm -rf build train_moe train_moe_cu upcycle test_moe test_moe_cu
 
-.PHONY: all single cut test_cut run test test_gpu test_standin test_ptx bench products lessons picture lab references clean
+.PHONY: all single cut test_cut run test test_gpu test_standin test_ptx bench products lessons picture lab references clean \
+        always

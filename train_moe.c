@@ -12,8 +12,8 @@ nothing else. Every forward pass is followed by its backward pass, by hand. To b
     5  The model            parameters, activations, forward, backward, AdamW
     6  Training             learning rate, accumulation, the loop
 
-One evening: the block (section 1), the three formulas (2), RMSNorm (3), all of 4, and of 5 the arrays and
-what lies between router_forward and ffn_layer_backward. dev/reading.md lists one token's way as calls.
+One evening: the block (section 1), the three formulas (2), RMSNorm (3), all of 4, of 5 what a layer keeps
+and its five steps, and train_step. dev/reading.md has their lines, and one token's way as a list of calls.
 
 What is hardened or fast stands in the headers of dev/lib, included where they are needed; nobody has to read
 them. How to go on: routers beyond softmax, dev/lib/routers.h; the same on a GPU, train_moe.cu; more experts
@@ -130,7 +130,7 @@ static int plain_products = PLAIN;
 // *result = [*result if add] + sum over k < depth of left[k left_k] right[k right_k], by multiply-adds:
 //     fp32  k = 0, 1, 2, ..
 //     bf16  k = 1, 0, 3, 2, .., of numbers rounded to the nearest bf16, ties to even; as 0 count terms beyond
-//           the depth, and operands (before rounding) and sums below 2^-126, as in Intel's VDPBF16PS
+//           the depth, and operands (before rounding) and (x86-64, ARM) sums below 2^-126, as in VDPBF16PS
 //     AMX   in place of that order, where TDPBF16PS computes: of every 32 values of k the even ones and the
 //           odd ones each make a sum from zero; the two are added, then to what was before
 static void sum_products(float* result, int add, const float* left, long left_k, const float* right,
@@ -1269,7 +1269,7 @@ static int train(Model* m, const Run* run, Dataset* data, Dataset* val, Model* g
         if (out && (last || is_due(run->save_every, done))) save_step(&r, m, done);
         if ((last || is_due(run->val_every, done)) && !stop_signal)
             s.problem = validate(&r, m, val, batch, done);
-        if (generator && is_due(run->sample_every, done) && !last && !stop_signal) {
+        if (generator && is_due(run->sample_every, done) && !stop_signal) {
             end_progress();
             print_sample(generator, m, &run->sampling, run->sample_tokens);
         }

@@ -1,10 +1,10 @@
 /*
 train_moe.cu: the mixture-of-experts GPT of train_moe.c on an NVIDIA GPU.
 
-It is the same program with the same options, data, checkpoints and training loop, which it takes from train_moe.c; here
-are only the kernels and the code that starts them. Products and activations are bf16 (--precision bf16, the default) or
-float (fp32); master weights, moments, gradients of weights, norms, the router, softmax and all sums are float or wider.
-Dense products are cuBLAS's, everything else is here:
+It is the same program with the same options (but --router dynamic, --fixed-router and --skip-below, which are refused),
+data, checkpoints and training loop, which it takes from train_moe.c; here are only the kernels and what starts them.
+Products and activations are bf16 (--precision bf16, the default) or float (fp32); master weights, moments, gradients of
+weights, norms, the router, softmax and all sums are float or wider. Dense products are cuBLAS's, all else is here:
 
      1  Small things         errors, numbers in memory, sums over warps and blocks
      2  Instructions         asynchronous copies and tensor cores, for which C++ has no words [dev/lib/cuda]

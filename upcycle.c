@@ -288,7 +288,7 @@ static void plan_experts(Plan* p) {
 // -----------------------------------------------------------------------------------------------------------
 // 3. What an expert is made of
 
-// Sparse upcycling and Expert Upcycling: copies.
+// Copies, as they are. (family: while train_moe's penalty is infinite, a token gets one of an expert's.)
 static void source_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     (void)p;
     view_read(&t->from, row, rows, out);
@@ -347,12 +347,12 @@ static void random_rows(const Plan* p, Target* t, long row, long rows, float* ou
     draw_rows(t, row, rows, out, 0, 1);
 }
 
-// Drop-Upcycling's baseline: N(0, 0.02) is added to half of the units. Method.carry has the moments.
+// Drop-Upcycling's baseline: N(0, 0.02) is added to half of the units.
 static void noise_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     int matrix = is(ask.drop_indices, "shared") ? ALL_MATRICES : t->matrix;
     uint64_t key = stream_key(p, "noise", t->layer, t->expert, matrix);
     if (row == 0) t->marked = draw_units(t->units, ask.noise_fraction, key);
-    t->std = ask.noise_std;
+    t->std = ask.noise_std; // moments never come here: Method.carry
     source_rows(p, t, row, rows, out);
     draw_rows(t, row, rows, out, 1, 1);
 }
@@ -466,11 +466,11 @@ static const Method methods[] = {
     {"granular", FROM_DENSE, shard_rows, shard_rows, "granularity,scale,drop-ratio,drop-indices", 0, 0,
      "{M} experts: the shards of the FFN, group after group",
      "nearly kept: without renormalisation the scale is exact only while the router is zero",
-     "gates sum to 1, and no --drop-ratio", "2410.07524, 2604.25578"},
+     "gates sum to 1, --scale exact, no --drop-ratio", "2410.07524, 2604.25578"},
     {"partition", FROM_DENSE, shard_rows, shard_rows, "scale,drop-ratio,drop-indices", 0, UNLIKE,
      "{M} experts: the shards of the FFN",
      "not kept: a token sees {K} of {M} shards of the FFN, scaled to its size",
-     "K = M, a zero router, and no --drop-ratio", "2406.16554, 2604.25578"},
+     "K = M, a zero router, --scale exact, no --drop-ratio", "2406.16554, 2604.25578"},
     {"domains", FROM_DENSE, domain_rows, domain_rows, "unit-share", 0, UNLIKE,
      "{M} experts, each the FFN's units that are most active on one text",
      "not kept: every expert holds {share} % of the FFN's units, those most active on its text", "no",

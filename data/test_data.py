@@ -116,8 +116,9 @@ def test_round_trip(tokenizers, d):
     check("chunks give the tokens of the whole text", tokens[:-1] == whole)
 
     n = len(whole) + 1
-    works("a tiny last shard joins its neighbour", "tokenize_text.py", "--tokenizer", d / "tok/tokenizer.json",
-          "--out", d / "s/b", "--shard-tokens", n // 2 - 100, d / "a.txt")
+    out = works("a tiny last shard joins its neighbour", "tokenize_text.py", "--tokenizer", d / "tok/tokenizer.json",
+                "--out", d / "s/b", "--shard-tokens", n // 2 - 100, d / "a.txt")
+    check("... the advice for train_moe is the tokenizer's folder", out.endswith(f"--tokenizer {d / 'tok'}\n"))
     files = sorted((d / "s").glob("b_train_*.bin"))
     check("... two shards with all tokens", len(files) == 2 and sum(len(read_shard(f)[0]) for f in files) == n)
     works("--force", "tokenize_text.py", "--tokenizer", d / "tok", "--out", d / "s/b", "--force", d / "a.txt")
@@ -155,7 +156,8 @@ def test_round_trip(tokenizers, d):
     (d / "w.txt").write_text("w69999 w1\nw65536 w12")
     out = works("70,000 tokens", "tokenize_text.py", "--tokenizer", d / "large.json", "--out", d / "s/g", d / "w.txt")
     check("... are uint32", read_shard(d / "s/g_train_000000.bin") == ([69999, 1, 65536, 12], 4))
-    check("... and named for --vocab", "--vocab 70000" in out)
+    check("... whose tokenizer is to be called tokenizer.json",
+          f"--tokenizer DIR that has {d / 'large.json'} as DIR/tokenizer.json" in out)
     for size, width in ((65536, 2), (65537, 4)):
         large = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
         large.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

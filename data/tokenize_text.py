@@ -170,7 +170,8 @@ def main():
     size = check_files(args.inputs)
     tokenizer, ids = load_tokenizer(args.tokenizer)
     folder = Path(args.tokenizer)
-    separator = find_separator(args.separator, tokenizer, ids, folder if folder.is_dir() else folder.parent)
+    folder = folder if folder.is_dir() else folder.parent
+    separator = find_separator(args.separator, tokenizer, ids, folder)
     kind = "uint16" if ids <= 65536 else "uint32"
     prefix = Path(args.out)
     if not prefix.name or args.out.endswith(os.sep) or prefix.is_dir():
@@ -216,10 +217,12 @@ def main():
             n = len(shards.counts)
             print(f"{shards.path(0)}{f' and {n - 1} more' if n > 1 else ''}: {sum(shards.counts):,} {kind} tokens")
     total = sum(train.counts) + sum(val.counts)
+    named = Path(args.tokenizer).is_dir() or Path(args.tokenizer).name == "tokenizer.json"
     print(f"{documents:,} document{'s' * (documents != 1)}, "
           + ("no separator between them" if separator is None else
              f"after each {tokenizer.id_to_token(separator) or 'token'} ({separator})")
-          + f"; {total / seconds / 1e6:.2f} M tokens/s. For train_moe: --vocab {ids}")
+          + f"; {total / seconds / 1e6:.2f} M tokens/s. For a new model of train_moe: "
+          + (f"--tokenizer {folder}" if named else f"--tokenizer DIR that has {args.tokenizer} as DIR/tokenizer.json"))
     sys.stdout.flush()
 
 

@@ -13,9 +13,12 @@ text=${text:-$PWD/build/embedded.txt}
 steps=${2:-1000}
 extra=${3:-400}
 dir=out/story
+for n in "$steps" "$extra"; do
+    case $n in '' | 0* | *[!0-9]*) echo "dev/story.sh: steps are a whole number from 1 on, not '$n'" >&2; exit 2 ;; esac
+done
+size=$(wc -c <"$text")      # what cannot be read ends here
 rm -rf $dir
 mkdir -p $dir
-size=$(wc -c <"$text")
 head -c $((size - size / 10)) "$text" >$dir/train.txt
 tail -c $((size / 10)) "$text" >$dir/val.txt
 

@@ -66,6 +66,12 @@ with tempfile.TemporaryDirectory() as d:
         code, lines = screen_of(80, *command)
         wide = screen_of(300, *command)[1]
         check(f"{' '.join(command)} fits 80 columns", lines == wide, lines)
+    Path("out/story").mkdir(parents=True, exist_ok=True)
+    Path("out/story/kept").touch()
+    for wrong in [d / "none"], [d / "text.txt", "abc"], [d / "text.txt", 9, 0]:
+        code, lines = screen_of(80, "dev/story.sh", *wrong)
+        check(f"dev/story.sh {' '.join(map(str, wrong[1:]))}: one line, and the last story stays",
+              code == 2 and len(lines) == 1 and Path("out/story/kept").exists(), lines)
     code, lines = screen_of(80, "dev/story.sh", d / "text.txt", 9, 3)
     steps = [line for line in lines if line.startswith("step ")]
     told = [line for line in lines if line.endswith(" left in all)")]

@@ -13,6 +13,7 @@ they have AVX-512. peers.sh compiles one function that lets it take the fast one
 everywhere (it makes PyTorch about twice as fast on a Zen 5).
 """
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -85,6 +86,13 @@ def ours(name, seconds, bf16, environment):
     return [float(row.split()[1]) for row in out.splitlines()[-1 - bf16:]]
 
 
+def answer(process, seconds):
+    """The worker's fastest step within these seconds; None if the worker has ended."""
+    with contextlib.suppress(BrokenPipeError, ValueError):
+        print(seconds, file=process.stdin, flush=True)
+        return float(process.stdout.readline())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--configs", default=",".join(CONFIGS))
@@ -110,15 +118,22 @@ def main():
         mine, theirs = [0.0] * (1 + options.bf16), {}
         for way in ways:
             command = [sys.executable, __file__, "--threads", str(options.threads), "--worker", name, way]
+            best = 0
             with subprocess.Popen(command, env=for_torch, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                   stderr=subprocess.DEVNULL, text=True) as process:
                 if process.stdout.readline().strip() == "ready":  # otherwise this way does not exist here
                     for _ in range(options.rounds):
                         now = ours(name, options.seconds, options.bf16, environment)
                         mine = [max(pair) for pair in zip(mine, now)]
-                        print(options.seconds, file=process.stdin, flush=True)
-                        theirs[way] = max(theirs.get(way, 0), tokens / float(process.stdout.readline()))
-                process.stdin.close()
+                        best = answer(process, options.seconds)
+                        if best is None:
+                            break
+                        theirs[way] = max(theirs.get(way, 0), tokens / best)
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+            if best is None:
+                sys.exit(f"peers.py: {name}, {way}: PyTorch ended during a measurement (out of memory?); "
+                         f"echo 1 | python {sys.argv[0]} --worker {name} {way} shows what it says")
         ratios = []
         for bf16, speed in enumerate(mine):
             known = [theirs[way] for way in theirs if bf16 or not way.endswith(("+autocast", "+bf16"))]

@@ -20,7 +20,8 @@ lacks musl-gcc || check "a library of OpenMP that does not fit is not taken" \
     "make CC=musl-gcc CFLAGS='-O0 -static' all | grep 'OpenMP: *not found' && ./train_moe --version"
 for cc in gcc gcc-11 clang clang-13; do
     lacks $cc && continue
-    for flag in -Ofast -ffast-math -ffinite-math-only -funsafe-math-optimizations "-fassociative-math -fno-signed-zeros"; do
+    for flag in -Ofast -ffast-math -ffinite-math-only -funsafe-math-optimizations "-fassociative-math -fno-signed-zeros" \
+        -freciprocal-math; do
         rm -f train_moe
         # either the compiler refuses, with our line, or the program does
         check "$cc $flag" "make CC=$cc CFLAGS='-O1 $flag' train_moe 2>err; if [ -x train_moe ]; then
@@ -29,7 +30,9 @@ for cc in gcc gcc-11 clang clang-13; do
 done
 lacks clang || check "macOS's clang" "LIBOMP=$(dirname "$(find /usr/lib/llvm-* -name libomp.so 2>/dev/null | head -n 1)") \
     make CC=$here/dev/builds/macos/clang CFLAGS=-O0 all | grep 'OpenMP: *found' && \
-    make -n -W train_moe.c CC='clang -Xclang' train_moe | grep -v thread-jumps"
+    make -n -W train_moe.c CC=$here/dev/builds/macos/clang train_moe >out && grep train_moe.c out && ! grep thread-jumps out"
+check "other flags build anew, the same do not" "make CFLAGS=-O0 build/encode && make CFLAGS=-O0 build/encode >out && \
+    ! grep encode.c out && make CFLAGS=-O0 PLAIN=1 build/encode | grep DPLAIN=1"
 lacks arm-linux-gnueabihf-gcc || check "32 bits" "arm-linux-gnueabihf-gcc -std=gnu11 -w -I. -fsyntax-only train_moe.c 2>err; \
     [ \$? -ne 0 ] && grep '64-bit machine is needed' err"
 lacks riscv64-linux-gnu-gcc || check "RISC-V: a hint at ARCH" "make CC=riscv64-linux-gnu-gcc CFLAGS=-O0 all | grep 'ARCH: .*ARCH=-march'"

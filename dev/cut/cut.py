@@ -193,6 +193,8 @@ def select(items, where, names, own):
                 outer = outer.parent
             if outer and outer.wanted and not item.group.names:
                 item.wanted = item.group.wanted = True
+        elif item.kind == "include":                # one under #if goes with what else is wanted there
+            item.wanted |= bool(item.group and item.group.wanted and not item.group.guard)
         elif item.kind == "comment":
             # a text goes with what follows it, unless it is a heading: a line, and nothing below it
             text = [line for line in item.lines if not re.match(r"// ?-+$", line)]

@@ -1,5 +1,5 @@
 /*
-products.c: y = x W^T and its two gradients in fp32, for one matrix or for the matrices of many experts at once.
+products.c: y = x W^T and its two gradients in fp32 or bf16, for one matrix or the matrices of many experts at once.
 
     cc -O3 -march=native -fopenmp products.c -o products -lm && ./products && ./products --bench
 
@@ -16,19 +16,21 @@ Shapes     x (rows, C), W (OC, C), y (rows, OC), row-major without gaps; W_e is 
 Sums       Each element is one chain of multiply-adds in the order of its index, as the plain loops in the same
            functions write it (plain_products = 1 lets them compute): the bits depend neither on the number of threads
            nor on the other rows, so that a row alone gives what it gives in a batch.
-bf16       With bf16_products = 1 operands are rounded to bf16 and added in the order of the instruction VDPBF16PS,
-           which bf16_packing = PACK_PAIRS uses. PACK_TILES is AMX's TDPBF16PS, which adds in another order; where
-           AMX_TILES is 0 or tiles_permitted() is, only the plain loops know it.
+bf16       With bf16_products = 1 operands are rounded to bf16 and added in the order of the instruction VDPBF16PS: in
+           fp32 arithmetic as long as bf16_packing is PACK_ROUNDED, by the instruction with PACK_PAIRS, which wants
+           PAIRS_TILE to be 1 (-march names a processor with AVX-512 BF16). With PACK_TILES AMX's TDPBF16PS computes,
+           which adds in another order: where AMX_TILES is 1, after tiles_permitted() has returned 1. The test says
+           whether a processor's instructions add as the plain loops do.
 Memory     Each thread keeps 0.5 to 0.8 MB of scratch from its first product on.
 Before     gathering rows by expert (routing.c). After: SwiGLU, and adding up each token's rows.
 
 Cut out of the mixture-of-experts trainer train_moe.c and dev/lib/products.h, whose comments it keeps. The test compares
-with plain loops in doubles, and bit by bit with those in floats.
+with plain loops in doubles, and bit by bit with those in floats, in fp32 and in each way of bf16.
 */
 #include "before.h"
 
 // cut: grouped_matmul_forward grouped_matmul_backward_input grouped_matmul_backward_weight
-// cut: matmul_forward matmul_backward_input matmul_backward_weight -copy_rows
+// cut: matmul_forward matmul_backward_input matmul_backward_weight tiles_permitted -copy_rows
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Test and benchmark: nothing from here on is needed where the functions are used
@@ -41,6 +43,13 @@ enum { MOST_EXPERTS = 8 };
 static void share_rows(int* offsets, int E, int rows) {
     for (int e = 0; e <= E; e++) offsets[e] = (int)((long)rows * e * e / (E * E));
     if (E > 1) offsets[2] = offsets[1];
+}
+
+// A number as the products see it: in bf16 8 significant bits are left of it, ties to even.
+static double seen(float x) {
+    int exponent;
+    double digits = frexp(x, &exponent);
+    return bf16_products ? ldexp(rint(digits * 256), exponent - 8) : x;
 }
 
 // The products by which = 0 .. 2 (forward, dx, dW), added to what result holds where that is asked for.
@@ -79,10 +88,10 @@ static void test(int E, int rows, int C, int OC) {
                         long at = which == 2 ? ((long)e * OC + i) * C + j : (first + i) * J + j;
                         double sum = add ? start[at] : 0, size = fabs(sum);
                         for (long k = 0; k < depth; k++) {
-                            double term = (double)left[which == 2 ? (first + k) * OC + i : (first + i) * depth + k] *
-                                          (which == 0   ? W[j * C + k]
-                                           : which == 1 ? W[k * C + j]
-                                                        : right[(first + k) * C + j]);
+                            double term = seen(left[which == 2 ? (first + k) * OC + i : (first + i) * depth + k]) *
+                                          seen(which == 0   ? W[j * C + k]
+                                               : which == 1 ? W[k * C + j]
+                                                            : right[(first + k) * C + j]);
                             sum += term;
                             size += fabs(term);
                         }
@@ -118,11 +127,16 @@ static void bench(int rows) {
 }
 
 static void tests(void) {
-    test(1, 1, 1, 1);
-    test(1, 3, 70, 41);             // few rows
-    test(1, 130, 33, 5);            // few columns
-    test(1, 67, 600, 90);           // several chunks of k
-    test(5, 160, 48, 65);           // experts, one without rows
+    for (int way = PACK_FP32; way <= PACK_TILES; way++) {
+        if ((way == PACK_PAIRS && !PAIRS_TILE) || (way == PACK_TILES && !(AMX_TILES && tiles_permitted()))) continue;
+        bf16_products = way != PACK_FP32;
+        bf16_packing = (Packing)way;
+        test(1, 1, 1, 1);
+        test(1, 3, 70, 41);             // few rows
+        test(1, 130, 33, 5);            // few columns
+        test(1, 67, 600, 90);           // several chunks of k
+        test(5, 160, 48, 65);           // experts, one without rows
+    }
 }
 
 int main(int argc, char** argv) { return run(argc, argv, tests, bench, 2048); }

@@ -2,11 +2,13 @@
 """Compiles and runs the files that cut.py makes, each alone in an empty folder:  make test_cut [CUT=WORD]
 
 CUT: cpu, gpu, or a part of a file's name; --all before it: all planted bugs, not one a file. Files for CPUs are
-compiled as C, with and without the sanitizers, and read as C++. Files for GPUs are compiled by nvcc ($NVCC; without one
-they are left out) for sm_80 and sm_90a, and run on the GPU, where there is one, and on the stand-in (dev/cuda/standin),
-with the CUDA headers of $CUDA_TOP: as an H100, and as an H100 and an A100 whose copies come as late as they may. No
-compiler may warn. Then bugs are planted in each file, whose test must turn red. Ends with `N passed, N failed`.
+compiled as C by the command in their manuals, for other processors and for the sanitizers, and read as C++. Files for
+GPUs are compiled by nvcc ($NVCC; without one they are left out) for sm_80 and sm_90a, and run on the GPU, where there
+is one, and on the stand-in (dev/cuda/standin), with the CUDA headers of $CUDA_TOP: as an H100, and as an H100 and an
+A100 whose copies come as late as they may. No compiler may warn. Then bugs are planted in each file, whose test must
+turn red. Ends with `N passed, N failed`.
 """
+import itertools
 import os
 import pathlib
 import re
@@ -23,6 +25,8 @@ GPUS = ("-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_9
         "-gencode arch=compute_80,code=compute_80")         # PTX, for other cards
 PLAYED = f"g++ -std=gnu++17 -O1 -fopenmp -Wall -Wno-unknown-pragmas -I{STANDIN} -include standin.h -I{TOP}/include"
 NOT_OURS = "-Wno-maybe-uninitialized -Wno-class-memaccess -Wno-sign-compare"    # nvcc does not know these warnings
+HERE = "-O3 -march=native -fopenmp"                                             # what the files for CPUs tell to use
+ELSEWHERE = ("haswell", "znver3", "skylake-avx512", "cooperlake", "sapphirerapids")     # AVX2, AVX-512, BF16, AMX
 AS = [{}, {"STANDIN_LAZY": "7"}, {"STANDIN_LAZY": "7", "STANDIN_ARCH": "80"}]       # what the stand-in plays
 
 # file: (what stands in it exactly once, what takes its place) ...
@@ -56,6 +60,7 @@ BUGS = {
     "products.c": [
         ("copied ? buffer : adding ? r : NULL", "copied ? buffer : NULL"),
         ("for (; c < C; c++) {\n            for (int q", "for (; c < 0; c++) {\n            for (int q"),
+        ("Packing how = bf16_products ? bf16_packing : PACK_FP32;", "Packing how = PACK_FP32;"),
     ],
     "attention.c": [
         ("(ds_i[j] - D) * scale", "ds_i[j] * scale"),
@@ -106,9 +111,9 @@ def its_lines(name):
 def build(name, folder):
     """Compiles a file for its test: for a CPU, or for the CPU that plays a GPU. Returns the code and what was said."""
     if name.endswith(".c"):
-        return run(f"cc -O2 -fopenmp -Wall -Wextra -Werror {name} -o test -lm", folder)
+        return run(f"cc {HERE} -Wall -Wextra -Werror {name} -o test -lm", folder)
     played = run(f"{sys.executable} {STANDIN}/translate.py {name}", folder)
-    (pathlib.Path(folder) / "test.cpp").write_text(played[1])
+    (folder / "test.cpp").write_text(played[1])
     return played if played[0] else run(f"{PLAYED} {NOT_OURS} -Werror test.cpp ../standin.o -o test", folder)
 
 
@@ -120,11 +125,17 @@ def passes(folder, environment):
 def test(name, folder):
     shutil.copy(ROOT / "build/cut" / name, folder)
     if name.endswith(".c"):
-        check_run(f"{name}: as C++", f"cc -x c++ -std=gnu++17 -fopenmp -fsyntax-only -Wall -Werror {name}", folder)
-        check_run(f"{name}: for the sanitizers", "cc -O1 -g -fsanitize=address,undefined "
-                  f"-fno-sanitize-recover=undefined {name} -o test -lm", folder)
-        good, said = passes(folder, {})
-        check(good, f"{name}: under the sanitizers", said)
+        check(f"cc {HERE} {name} -o {name[:-2]} -lm" in (folder / name).read_text(), f"{name}: its command is tested")
+        for cc, arch in itertools.product(filter(shutil.which, ("gcc", "clang")), ELSEWHERE):
+            if run(f"{cc} -march={arch} -fopenmp -include omp.h -E -x c /dev/null", folder)[0] == 0:
+                check_run(f"{name}: {cc} -march={arch}", f"{cc} -O1 -march={arch} -fopenmp -Wall -Wextra -Werror -c "
+                          f"{name} -o test.o", folder)
+        check_run(f"{name}: as C++", "cc -x c++ -std=gnu++17 -march=native -fopenmp -fsyntax-only -Wall -Werror "
+                  f"{name}", folder)
+        if check_run(f"{name}: for the sanitizers", "cc -O2 -g -march=native -fsanitize=address,undefined "
+                     f"-fno-sanitize-recover=undefined {name} -o test -lm", folder):
+            good, said = passes(folder, {})
+            check(good, f"{name}: under the sanitizers", said)
         settings = [{}]
     else:
         check_run(f"{name}: nvcc, sm_80 and sm_90a, alone",
@@ -148,7 +159,7 @@ def plant(name, folder, bugs):
         what = f"{name}: {' '.join(old.split())}  ->  {' '.join(new.split())}"
         if not check(text.count(old) == 1, f"{what}: stands there once"):
             continue
-        (pathlib.Path(folder) / name).write_text(text.replace(old, new))
+        (folder / name).write_text(text.replace(old, new))
         code, said = build(name, folder)
         red = code == 0 and not all(passes(folder, setting)[0] for setting in (AS if name.endswith(".cu") else [{}]))
         check(red, f"{what}: is found", said)
@@ -173,8 +184,8 @@ def main():
             its_lines(name)
             if kind == "gpu" and not os.path.exists(f"{folder}/standin.o"):
                 check_run("the stand-in", f"{PLAYED} -c {STANDIN}/standin.cpp -o standin.o", folder)
-            alone = f"{folder}/{name}.alone"
-            os.mkdir(alone)
+            alone = pathlib.Path(folder, f"{name}.alone")
+            alone.mkdir()
             test(name, alone)
             plant(name, alone, bugs if "--all" in sys.argv else bugs[:1])
     check(tested, "some file was tested (those for GPUs want nvcc)")

@@ -54,16 +54,11 @@ def vllm(directory, prompt):
 
 
 def llama_cpp(directory, prompt):
-    """convert_hf_to_gguf.py knows tokenizers by a hash of what they make of a text; ours it does not: it is told."""
-    source = next((ROOT / "build/engines/llama.cpp/source").glob("*/vendor/llama.cpp"))
-    sys.path[:0] = [str(source), str(source / "gguf-py")]
-    import runpy
     import xllamacpp
-    from conversion.base import TextModel
-    TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+    from to_gguf import convert
+    source = next((ROOT / "build/engines/llama.cpp/source").glob("*/vendor/llama.cpp"))
     with tempfile.TemporaryDirectory() as folder:
-        sys.argv = ["", str(directory), "--outfile", f"{folder}/model.gguf", "--outtype", "f32"]
-        runpy.run_path(str(source / "convert_hf_to_gguf.py"), run_name="__main__")
+        convert(source, directory, f"{folder}/model.gguf", "--outtype", "f32")
         options = xllamacpp.CommonParams()
         options.model.path = f"{folder}/model.gguf"
         options.n_ctx, options.n_parallel, options.cpuparams.n_threads, options.warmup = 128, 1, 1, False

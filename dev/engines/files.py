@@ -62,8 +62,9 @@ def check_directory(directory, name):
                    "--temperature", 0)
         ends = text if text.endswith("\n") else text + "\n"         # a sample ends its line
         check(ends.encode() == ours, f"{name}: generate says {text!r}, train_moe {ours!r}")
-        length = model.generate(tokenizer("A", return_tensors="pt")["input_ids"]).shape[1]
-        check(length == config["max_position_embeddings"], f"{name}: generate stops at the model's length")
+        longer = config["max_position_embeddings"] + 6
+        length = model.generate(tokenizer("A" * longer, return_tensors="pt")["input_ids"]).shape[1]
+        check(length == longer + 256, f"{name}: generate adds 256 tokens to any prompt, not {length - longer}")
     except Exception as problem:
         check(False, f"{name}: {problem!r}")
     # vLLM: without an index every *.safetensors of the directory is loaded, with one those that it names

@@ -24,6 +24,7 @@ for dir in dev/reference/golden/*/; do
     head -c 3000 "$dir/model.safetensors" | tail -c +9 >"$work/json/$name.header"
 done
 head -c 20000 dev/reference/golden/llama/model.safetensors >$work/safetensors/cut
+echo '{"weight_map": {"model.embed_tokens.weight": "a.safetensors", "model.norm.weight": "a.safetensors"}}' >$work/safetensors/index
 echo '{"step": 5, "sequences": 40, "data_files": [{"file": "t", "bytes": 9, "hash": "ab"}], "options": {"batch": 8, "seq": 4}}' \
     >$work/json/trainer
 # shards of 6 tokens, 16 and 32 bits wide, behind the byte that chooses how they are read; a text
@@ -34,8 +35,9 @@ printf '\101some text, of which bytes are tokens' >$work/data/text
 # small tokenizers of both dialects, a zero, a text
 model='"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "<0x41>": 3}, "merges": ["a b"], "byte_fallback": true}'
 for parts in '"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": true}' \
-        '"normalizer": {"type": "Prepend", "prepend": "b"}, "added_tokens": [{"id": 9, "content": "ba", "rstrip": true}]'; do
-    printf '{%s, %s}\0abba A b\n' "$parts" "$model" >"$work/tokenizer/${#parts}"
+        '"normalizer": {"type": "Prepend", "prepend": "b"}, "added_tokens": [{"id": 9, "content": "ba", "rstrip": true}]' \
+        '"normalizer": {"type": "NFC"}, "added_tokens": [{"id": 9, "content": "ba", "normalized": true}]'; do
+    printf '{%s, %s}\0abba A b e\314\201\n' "$parts" "$model" >"$work/tokenizer/${#parts}"
 done
 [ ! -x $work/fuzz_safetensors ] ||
     WRITE_SEED=$work/safetensors/valid $work/fuzz_safetensors -runs=0 $work/safetensors >$work/seed.log 2>&1
@@ -45,8 +47,8 @@ for word in model_type num_hidden_layers hidden_size num_attention_heads vocab_s
         mlp_only_layers rope_parameters rope_type llama mixtral olmoe qwen2 qwen3 qwen3_moe dots1 train_moe \
         base_model_type sliding_window use_sliding_window max_window_layers layer_types rope_scaling rope_theta \
         output_router_logits router_type family_penalty lpr lpr_align_form eos_token_id default inf \
-        sequences tokens step options data_files bytes hash dtype shape data_offsets __metadata__ F32 BF16 F16 I32 null true false \
-        lm_head.weight 1e-06 18446744073709551616 9223372036854775807; do
+        weight_map a.safetensors sequences tokens step options data_files bytes hash dtype shape data_offsets \
+        __metadata__ F32 BF16 F16 I32 null true false lm_head.weight 1e-06 18446744073709551616 9223372036854775807; do
     echo "\"$word\""
 done >$work/words
 printf '"\\\\u0000"\n"\\\\ud800"\n"\\\\udc00"\n"[["\n"{}"\n' >>$work/words
@@ -62,5 +64,6 @@ for target in $targets; do
     fi
     grep -E 'number_of_executed_units|average_exec_per_sec' $work/$target.log || true
     grep -E ' cov: ' $work/$target.log | tail -n 1
+    rm -rf $work/folder.*
 done
 exit $status

@@ -128,6 +128,15 @@ def test_experiments():
                 check(False, f"{path.stem}: {claim}")
     check(all(n in specs for last, specs in ids.values() for n in last.values()),
           "all arms of all experiments have stages")
+    new = {}                                        # one of each set of options, whatever their numbers
+    for options in (s["train"] for _, specs in ids.values() for n, s in specs.items() if n.startswith("scratch-")):
+        new[tuple(w for w in options if not w[0].isdecimal())] = options
+    for options in new.values():
+        done = subprocess.run(["./train_moe", *options, "--data", "LICENSE", "--val", "none", "--steps", "0"],
+                              capture_output=True, text=True)
+        if done.returncode:
+            check(False, " ".join(options), done.stderr)
+    check(len(new) > 20, "what begins an arm of any experiment is no error")
     check(ids["E7"][1][ids["E7"][0]["plain@grow", 1]]["parent"] == ids["E1"][0]["sigmoid-source", 1],
           "E7 shares E1's source")
     last, specs = ids["tiny"]

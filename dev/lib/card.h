@@ -63,7 +63,8 @@ static int write_byte_tokenizer(const char* out, const char* dir, Error* error) 
     return write_text_file(out, dir, "tokenizer_config.json", &t, error);
 }
 
-// generation_config.json of a new model: greedy, to the longest text that the model is meant for.
+// generation_config.json of a new model: greedy, as many tokens as a sample here has. (With a max_length every longer
+// prompt would be an error.)
 static int write_generation_config(const Model* m, const char* out, const char* dir, Error* error) {
     static const char* keys[] = {"bos_token_id", "eos_token_id", "pad_token_id"};
     Text t = {NULL, 0, 0};
@@ -72,7 +73,7 @@ static int write_generation_config(const Model* m, const char* out, const char* 
         text_print(&t, "%s\n  \"%s\": ", i ? "," : "{", keys[i]);
         text_add(&t, ids ? ids : "null", ids ? strlen(ids) : 4);
     }
-    text_print(&t, ",\n  \"max_length\": %d\n}\n", m->config.max_position_embeddings);
+    text_print(&t, ",\n  \"max_new_tokens\": 256\n}\n");
     return write_text_file(out, dir, "generation_config.json", &t, error);
 }
 
@@ -142,11 +143,10 @@ static int engine_notes(const Config* c, char lines[4][256]) {
         snprintf(lines[n++], 256, "llama.cpp and MLX want a Qwen2-MoE to have an lm_head.weight; this one is tied");
     if (c->arch == QWEN2_MOE && count_sparse(c) < c->num_layers)
         snprintf(lines[n++], 256, "llama.cpp and MLX know no dense layers in a Qwen2-MoE; this one has some");
-    if (c->arch == DOTS1)
-        snprintf(lines[n++], 256, "a Dots1 with%s shared experts opens in transformers%s fail%s, and mistral.rs has no "
-                 "such class", c->num_shared_experts ? "" : "out",
-                 c->num_shared_experts ? ", vLLM and MLX; llama.cpp" : "; vLLM, llama.cpp and MLX",
-                 c->num_shared_experts ? "s" : "");
+    if (c->arch == DOTS1 && (!c->num_shared_experts || c->num_kv_heads != c->num_heads))
+        snprintf(lines[n++], 256, "a Dots1 with%s opens in transformers%s, and mistral.rs has no such class",
+                 c->num_shared_experts ? " fewer key/value heads than heads" : "out shared experts",
+                 c->num_shared_experts ? ", vLLM and MLX; llama.cpp fails" : "; vLLM, llama.cpp and MLX fail");
     return n;
 }
 
@@ -241,14 +241,35 @@ static const char* json_item(const Json* j, const char* key, int i) {
     return v && v->type == JSON_ARRAY && i < v->count && v->items[i]->string ? v->items[i]->string : NULL;
 }
 
+// What a receipt of upcycle says of experts, layers and widths, behind `start`: "2 -> 4 layers by stack, FFN 8 -> 16".
+static const char* step_changes(char* text, size_t size, const char* start, const Json* r) {
+    const Json *growth = json_get(r, "growth"), *fresh = json_get(growth, "new");
+    const char *before = json_item(r, "experts", 0), *after = json_item(r, "experts", 1);
+    const char *narrow = json_item(growth, "width", 0), *wide = json_item(growth, "width", 1);
+    const char* depth = json_text(growth, "depth", NULL);
+    int mixture = before && strcmp(before, "0"), layers = fresh && fresh->type == JSON_ARRAY ? fresh->count : 0;
+    int old = 0;
+    size_t n = 0;
+    text[0] = 0;
+    for (int l = 0; l < layers; l++) old += fresh->items[l]->number == 0;
+    if (before && after && strcmp(after, "0") && (!growth || strcmp(before, after)))
+        n = (size_t)snprintf(text, size, "%s%.20s -> %.20s experts", start, mixture ? before : "dense", after);
+    if (old < layers)
+        n += (size_t)snprintf(text + n, size - n, "%s%d -> %d layers%s%.20s", n ? ", " : start, old, layers,
+                              depth ? " by " : "", depth ? depth : "");
+    if (narrow && wide && strcmp(narrow, wide))
+        snprintf(text + n, size - n, "%s%s %.20s -> %.20s", n ? ", " : start, mixture ? "experts of width" : "FFN",
+                 narrow, wide);
+    return text;
+}
+
 // The receipts in upcycle.json, the first upcycling first.
 static void card_receipts(Text* t, const Json* r) {
     if (!r || r->type != JSON_OBJECT) return;
     card_receipts(t, json_get(r, "parent"));
-    const char *before = json_item(r, "experts", 0), *after = json_item(r, "experts", 1), *item;
-    text_print(t, "- `%s`", json_text(r, "method", "?"));
-    if (before && after && strcmp(after, "0"))
-        text_print(t, ": %s -> %s experts", strcmp(before, "0") ? before : "dense", after);
+    char changes[256];
+    const char *before, *after, *item;
+    text_print(t, "- `%s`%s", json_text(r, "method", "?"), step_changes(changes, sizeof changes, ": ", r));
     for (int i = 0; (item = json_item(r, "sources", i)) != NULL; i++)
         text_print(t, "%s`%s`", i ? ", " : ", from ", item);
     before = json_item(r, "parameters", 0), after = json_item(r, "parameters", 1);
@@ -261,17 +282,34 @@ static void card_receipts(Text* t, const Json* r) {
                    json_item(check, "loss", 0), json_item(check, "loss", 1));
 }
 
-static void card_engines(Text* t, const Config* c) {
+// tokenizer: what to add of it; NULL if there is none
+static void card_engines(Text* t, const Config* c, const char* tokenizer) {
     char lines[4][256];
-    int n = engine_notes(c, lines);
+    int n = engine_notes(c, lines), shared = c->num_shared_experts > 0;
+    int llama_cpp = is_ordinary(c) && (c->arch != DOTS1 || (shared && c->num_kv_heads == c->num_heads));
     int mistral_rs = c->arch != OLMOE && c->arch != QWEN2_MOE && c->arch != DOTS1;
-    if (is_ordinary(c) && (c->arch != DOTS1 || c->num_shared_experts > 0))
+    if (is_ordinary(c) && (c->arch != DOTS1 || shared))
         text_print(
             t,
             "transformers (`AutoModelForCausalLM`), vLLM%s%s MLX%s have the class %s.\n",
-            c->arch == DOTS1 ? "" : ", llama.cpp (`convert_hf_to_gguf.py`)", mistral_rs ? "," : " and",
+            llama_cpp ? ", llama.cpp (`convert_hf_to_gguf.py`)" : "", mistral_rs ? "," : " and",
             mistral_rs ? " and mistral.rs" : "", archs[c->arch].class_name);
+    if (llama_cpp && tokenizer)
+        text_print(t,
+                   "- llama.cpp's converter knows BPE tokenizers by a hash and stops at one that it has not seen%s; "
+                   "dev/engines/to_gguf.py of train_moe tells it the rule.\n",
+                   tokenizer);
     for (int i = 0; i < n; i++) text_print(t, "- %s.\n", lines[i]);
+}
+
+static int has_licence(const char* dir) {
+    DIR* d = opendir(dir);
+    int found = 0;
+    for (struct dirent* entry; d && (entry = readdir(d)) != NULL;)
+        found |= !fnmatch("[Ll][Ii][Cc][Ee][Nn][CScs][Ee]*", entry->d_name, 0) ||
+                 !fnmatch("COPYING*", entry->d_name, 0);
+    if (d) closedir(d);
+    return found;
 }
 
 // README.md of the model in `dir`, whose files will be moved into `out`. It comes from the directory `from`, if not
@@ -300,15 +338,17 @@ static int write_readme(const Config* c, int bytes, const char* from, const char
         if (!strncmp(s, "license", 7)) text_print(&t, "%.*s\n", (int)n, s);
         s += n + (s[n] == '\n');
     }
-    text_print(&t, "---\n\n# %s\n\n%s of %d layers, hidden size %d, %d/%d heads of size %d, vocabulary %d%s.\n",
+    text_print(&t, "---\n\n# %s\n\n%s of %d layer%s, hidden size %d, %d/%d heads of size %d, vocabulary %d%s.\n",
                last ? last + 1 : name, is_ordinary(c) ? archs[c->arch].class_name : "A model of train_moe's own type",
-               c->num_layers, c->hidden_size, c->num_heads, c->num_kv_heads, c->head_dim, c->vocab_size,
+               c->num_layers, c->num_layers > 1 ? "s" : "", c->hidden_size, c->num_heads, c->num_kv_heads, c->head_dim,
+               c->vocab_size,
                bytes ? ": its tokens are the bytes of the text" : "");
     if (c->num_experts)
         text_print(&t,
-                   "%d experts of width %d in each of %d layers, %s%d per token: %ld parameters, %ld of them active "
+                   "%d expert%s of width %d in %s%d layer%s, %s%d per token: %ld parameters, %ld of them active "
                    "for a token.\n",
-                   c->num_experts, c->moe_intermediate_size, count_sparse(c),
+                   c->num_experts, c->num_experts > 1 ? "s" : "", c->moe_intermediate_size,
+                   count_sparse(c) > 1 ? "each of " : "", count_sparse(c), count_sparse(c) > 1 ? "s" : "",
                    c->router.kind == ROUTER_DYNAMIC ? "at most " : "", c->num_experts_per_tok, total, active);
     else
         text_print(&t, "It is dense: %ld parameters.\n", total);
@@ -319,14 +359,19 @@ static int write_readme(const Config* c, int bytes, const char* from, const char
     if (receipt) {
         text_print(&t, "\n## Lineage\n\n");
         card_receipts(&t, receipt);
-        text_print(&t, "\n`upcycle.json` says which expert came from which.\n");
+        if (c->num_experts) text_print(&t, "\n`upcycle.json` says which expert came from which.\n");
     }
     text_print(&t, "\n## Engines\n\n");
-    card_engines(&t, c);
+    card_engines(&t, c, bytes ? ", as that of bytes, until its `get_vocab_base_pre` returns `gpt-2` for it"
+                        : has_tokenizer(out) || has_tokenizer(dir) ? "" : NULL);
     text_print(&t,
-               "\n## Files\n\n`trainer.json` and `trainer/`, where they are, serve `train_moe --resume` alone. "
-               "`README.source.md` and a licence\ncame with the model, or "
-               "the tokenizer, that this one was made from.\n");
+               "\n## Files\n\n`trainer.json` and `trainer/`, where they are, serve `train_moe --resume` alone.\n");
+    int card_came = holds(out, "README.source.md") || holds(dir, "README.source.md");
+    int licence_came = has_licence(out) || has_licence(dir);
+    if (card_came || licence_came)
+        text_print(&t, "%s%s%s came with the model, or the tokenizer, that this one was made from.\n",
+                   card_came ? "`README.source.md`" : "", card_came && licence_came ? " and " : "",
+                   !licence_came ? "" : card_came ? "a licence" : "The licence");
     json_free(receipt);
     free(card);
     free(commands.data);

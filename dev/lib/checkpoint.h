@@ -1,4 +1,5 @@
-// checkpoint.h: Hugging Face directories, and saves that survive kill -9. Needs safetensors.h, layout.h, a Model.
+// checkpoint.h: Hugging Face directories, and saves that survive kill -9. Needs safetensors.h, layout.h,
+// a Model; to save one trainer_to_json of options.h and write_card of card.h, which come later.
 //
 // A checkpoint is a Hugging Face directory: config.json, model.safetensors and the tokenizer's files; beside them our
 // trainer.json (options and step) and trainer/optimizer.safetensors (AdamW's moments; vLLM loads every *.safetensors
@@ -368,8 +369,9 @@ static int key_is_owned(const Config* c, const char* name) {
         if (config_keys[i].member && config_keys[i].fallback[c->arch] != NO_KEY &&
             choice_index(config_keys[i].names, name) >= 0)
             return 1;
+    // (auto_map would name a file of code that does not travel, and what is written is transformers' own class)
     static const char always[] =
-        "architectures|model_type|base_model_type|rope_parameters|rope_scaling|dtype|torch_dtype";
+        "architectures|auto_map|model_type|base_model_type|rope_parameters|rope_scaling|dtype|torch_dtype";
     return choice_index(always, name) >= 0 ||
            (names_dense_layers(c->arch) && choice_index("decoder_sparse_step|mlp_only_layers", name) >= 0) ||
            (c->arch == DOTS1 && !strcmp(name, "first_k_dense_replace"));
@@ -426,15 +428,18 @@ static void config_to_json(Text* t, const Config* c, const Json* luggage, const 
     }
     while (first < c->num_layers && !c->sparse[first]) first++;
     if (c->arch == DOTS1) text_print(t, "  \"first_k_dense_replace\": %d,\n", first);
-    // the luggage, sorted by name, and among it two keys that mistral.rs wants of a Qwen3
-    static const char* wanted[] = {"max_window_layers", "use_sliding_window"};
-    int next = c->arch == QWEN3 || c->arch == QWEN3_MOE ? 0 : 2;
-    for (int i = 0; i <= luggage->count; i++) {
+    // the luggage, sorted by name, and among it keys that engines want: mistral.rs of a Qwen3, llama.cpp of a Dots1
+    char layers[16];
+    snprintf(layers, sizeof layers, "%d", c->num_layers);
+    const char* wanted[][2] = {{"max_window_layers", layers},
+                               {"scoring_func", "\"sigmoid\""},
+                               {"use_sliding_window", "false"}};
+    int qwen3 = c->arch == QWEN3 || c->arch == QWEN3_MOE;
+    for (int i = 0, next = 0; i <= luggage->count; i++) {
         const Json* v = i < luggage->count ? luggage->items[i] : NULL;
-        for (; next < 2 && (!v || strcmp(wanted[next], v->key) <= 0); next++)
-            if (json_get(luggage, wanted[next])) continue;
-            else if (next) text_print(t, "  \"use_sliding_window\": false,\n");
-            else text_print(t, "  \"max_window_layers\": %d,\n", c->num_layers);
+        for (; next < 3 && (!v || strcmp(wanted[next][0], v->key) <= 0); next++)
+            if ((next == 1 ? c->arch == DOTS1 : qwen3) && !json_get(luggage, wanted[next][0]))
+                text_print(t, "  \"%s\": %s,\n", wanted[next][0], wanted[next][1]);
         if (!v || key_is_owned(c, v->key)) continue;
         text_print(t, "  ");
         text_json_string(t, v->key);
@@ -577,9 +582,11 @@ static int optimizer_load(Model* m, const char* dir, Error* error) {
 static const char templates_dir[] = "additional_chat_templates";   // the one directory among them
 static int travels(const char* name) {
     static const char* patterns[] = {"tokenizer*", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken",
-                                     "*piece*.model", "special_tokens_map.json", "added_tokens.json",
-                                     "generation_config.json", "*processor_config.json", "chat_template*",
-                                     "*.jinja", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*", "upcycle.json"};
+                                     "tiktoken.model", "*piece*.model", "*.spm", "bpe.codes", "normalizer.json",
+                                     "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
+                                     "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja",
+                                     "[Ll][Ii][Cc][Ee][Nn][CScs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "COPYING*",
+                                     "USE_POLICY*", "upcycle.json"};
     int found = 0;
     for (size_t i = 0; i < sizeof patterns / sizeof patterns[0]; i++) found |= !fnmatch(patterns[i], name, 0);
     return found;

@@ -38,6 +38,7 @@ typedef struct {
     DataFile* files;
     int num_files;
     int T, vocab_size, raw, encoded;    // raw = 1: bytes are tokens; encoded = 1: a tokenizer made tokens of a text
+    const char* zeros;                  // NULL, or a file whose bytes are tokens, and that begins like no text
     long windows, tokens;
     unsigned char* buffer;              // (T + 1, 4) a window as it is in the file
     char error[512];                    // what was wrong with the last file or window
@@ -67,6 +68,17 @@ typedef enum { NO_BYTES, BYTES, PERHAPS_BYTES } BytesAllowed;
 static void warn_of_bytes(const char* text, int vocab_size) {
     fprintf(stderr, "%s: warning: %s is read as bytes, but nothing says what the model's %d tokens mean\n",
             program_name, text, vocab_size);
+}
+
+static int name_ends_in(const char* path, const char* ending) {
+    size_t n = strlen(path), k = strlen(ending);
+    return n > k && !strcasecmp(path + n - k, ending);
+}
+
+static void note_json(const char* path) {
+    if (name_ends_in(path, ".json") || name_ends_in(path, ".jsonl") || name_ends_in(path, ".ndjson"))
+        fprintf(stderr, "%s: note: %s is read as plain text, with JSON's braces and keys; data/tokenize_text.py makes "
+                "token shards of the texts in JSON lines (*.jsonl)\n", program_name, path);
 }
 
 // The tokens of a text, for models with a tokenizer; NULL where nobody can make them. Ends the program if it fails.
@@ -136,7 +148,6 @@ static int data_file_inspect(Dataset* d, DataFile* f, Part part, BytesAllowed ra
     if (f->fd < 0) have = 0;
     else if (!read_at(f->fd, header, (size_t)have, 0)) return data_error(d, "%s: %s", path, strerror(errno));
     int magic = have >= 4 ? read_i32(header) : 0;
-    size_t length = strlen(path);
     if (magic == SHARD_MAGIC_16 || magic == SHARD_MAGIC_32) {
         int version = magic == SHARD_MAGIC_16 ? 1 : 7;
         if (have < SHARD_HEADER)
@@ -158,7 +169,7 @@ static int data_file_inspect(Dataset* d, DataFile* f, Part part, BytesAllowed ra
             if ((size_t)have >= n && !memcmp(header, not_text[i].magic, n))
                 return data_error(d, "%s: %s, no text; %s", path, not_text[i].what, not_text[i].advice);
         }
-        if (length > 4 && !strcasecmp(path + length - 4, ".bin"))
+        if (name_ends_in(path, ".bin"))
             return data_error(d, "%s: magic %d at byte 0; a .bin file of tokens starts with %d (uint16) or %d "
                               "(uint32), see data/README.md", path, magic, SHARD_MAGIC_16, SHARD_MAGIC_32);
         if (!raw_allowed && f->fd < 0)
@@ -167,9 +178,12 @@ static int data_file_inspect(Dataset* d, DataFile* f, Part part, BytesAllowed ra
             return data_error(d, "%s: text, but this model does not read bytes; make token shards with "
                               "data/tokenize_text.py", path);
         // a text has no zeros, tokens of two or four bytes do
-        if (raw_allowed != BYTES && have && memchr(header, 0, (size_t)have))
+        int zeros = have && memchr(header, 0, (size_t)have) != NULL;
+        if (zeros && raw_allowed != BYTES)
             return data_error(d, "%s: no text, and no header of a token shard; data/tokenize_text.py makes shards",
                               path);
+        if (zeros) d->zeros = path;
+        if (part != VAL_PART) note_json(path);
         long all = f->size;
         f->width = 1;
         if (!raw_allowed) f->ids = encoded_take(path, &all), f->width = (int)sizeof(int);

@@ -338,7 +338,8 @@ static Json* json_read(const char* path, Error* error) {
     char* text = read_file(path, 1 << 30, &length, error);
     if (!text) return NULL;
     Json* j = json_parse(text, length, &inner);
-    if (!j) set_error(error, "%s: %s", path, inner.text);
+    int pointer = !j && !strncmp(text, "version https://git-lfs", 23);
+    if (!j) set_error(error, "%s: %s", path, pointer ? "a git-lfs pointer; git lfs pull fetches the file" : inner.text);
     free(text);
     return j;
 }

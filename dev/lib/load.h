@@ -1,4 +1,5 @@
-// load.h: what the experts of a model do: load, entropy, similarity of twins. Needs train_moe.c's Model.
+// load.h: what the experts of a model do: load, entropy, similarity of twins. Needs train_moe.c's Model
+// and count_families of checkpoint.h, which comes later.
 #pragma once
 
 // of load.csv
@@ -180,10 +181,15 @@ static void print_figures(const Model* m, const char* name, const LayerFigures* 
 // Once, below the first figures: how to read them.
 static void explain_figures(const Model* m) {
     static int explained;
+    const char* twins =
+        !m->has_families         ? ""
+        : count_families(m) == 1 ? ";\n      twins: experts copied from one"
+                                 : ";\n      twins: experts copied from one; chosen together: share of tokens with "
+                                   "two of\n      them; sources/token: different originals among a token's experts";
     if (explained++) return;
     printf("      (all experts used alike: Gini 0, min/max 1, MaxVio 0; entropy in nats, of the\n"
            "      router, %.3f: it prefers none; top gate: the largest weight of an expert%s)\n",
-           log((double)m->config.num_experts), m->has_families ? ";\n      twins: experts copied from one" : "");
+           log((double)m->config.num_experts), twins);
 }
 
 // Prints a line of means over the sparse layers (of dead experts: the sum), with each = 1 also one for each layer, and

@@ -22,11 +22,13 @@
 #endif
 
 // The same for flags that leave no trace in macros (clang's -fassociative-math, say). Returns 1 if arithmetic is exact:
-// nothing is reordered (which takes away the rounding, fast_exp's too), infinities are seen, small numbers are not 0.
+// nothing is reordered (which takes away the rounding, fast_exp's too), a division is one, infinities are seen, small
+// numbers are not 0.
 static int arithmetic_holds(void) {
-    volatile float one = 1, third = 1.0f / 3, infinite = INFINITY, small = 1e-38f;
-    float e = fast_exp(one), rounded = (third + 12582912.0f) - 12582912.0f;
-    return e > 2.71828f && e < 2.71829f && rounded == 0 && !isfinite(infinite) && small * 0.5f > 0;
+    volatile float one = 1, five = 5, third = 1.0f / 3, infinite = INFINITY, small = 1e-38f;
+    float e = fast_exp(one), rounded = (third + 12582912.0f) - 12582912.0f, ratio = five / 49.0f;
+    return ratio == 0x1.a1f58ep-4f && e > 2.71828f && e < 2.71829f && rounded == 0 && !isfinite(infinite) &&
+           small * 0.5f > 0;
 }
 
 // A processor without an instruction that the compiler chose (-march=native on another machine) stops the program with

@@ -1,4 +1,5 @@
-// memory.h: a model's memory, counted and taken once: model_create, model_free. Needs layout.h.
+// memory.h: a model's memory, counted and taken once: model_create, model_free. Needs layout.h
+// and json_free of json.h, which comes later.
 #pragma once
 
 #define TAKE(type, name, count) s->name = (type*)take(a, sizeof(type) * (size_t)(count));

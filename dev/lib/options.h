@@ -174,8 +174,9 @@ static const struct {
     Need need;
     const char* off;
 } option_needs[] = {
-    {"topk", EXPERTS, "1"}, {"expert-ffn", EXPERTS, NULL}, {"sparse-step", EXPERTS, NULL}, {"router", EXPERTS, NULL},
-    {"logit-norm", EXPERTS, NULL}, {"aux", EXPERTS, "0"}, {"z-loss", EXPERTS, NULL}, {"aux-adaptive", EXPERTS, NULL},
+    {"topk", EXPERTS, "1|2"}, {"expert-ffn", EXPERTS, NULL}, {"sparse-step", EXPERTS, NULL}, {"router", EXPERTS, NULL},
+    {"logit-norm", EXPERTS, NULL}, {"aux", EXPERTS, "0|0.01"}, {"z-loss", EXPERTS, NULL},
+    {"aux-adaptive", EXPERTS, NULL},
     {"topk-range", EXPERTS, "1:1"}, {"load", EXPERTS, NULL}, {"trace", EXPERTS, NULL}, {"ffn", DENSE_LAYERS, NULL},
     {"bias-rate", SIGMOID, "0"}, {"bias-rule", SIGMOID, NULL}, {"lpr-dim", LPR, NULL},
     {"lpr-weight", LPR, "0"}, {"lpr-diversity", LPR, "0"}, {"lpr-kl", LPR, "0"}, {"lpr-align", LPR, "0"},
@@ -186,15 +187,16 @@ static const struct {
     {"load", SCORING, NULL}, {"trace", SCORING, NULL}, {"fixed-router", EXPERTS, NULL}, {"skip-below", EXPERTS, NULL},
     {"skip-below", NO_GRADIENT, NULL}};
 
-// Whether an option has its default or the value `off` (NULL: there is none).
+// Whether an option has its default or a value of `off`, "a|b" (NULL: there is none).
 static int asks_nothing(const Option* o, const char* off) {
     const char* values[] = {o->start, off};
-    int nothing = 0;
-    for (int i = 0; i < 2; i++)
-        nothing |= values[i] && (o->type == OPT_TEXT || o->type == OPT_CHOICE
-                                     ? !strcmp(*(const char**)o->value, values[i])
-                                     : (o->type == OPT_REAL ? *(double*)o->value : (double)*(long*)o->value) ==
-                                           strtod(values[i], NULL));
+    int nothing = 0, text = o->type == OPT_TEXT || o->type == OPT_CHOICE;
+    double number = o->type == OPT_REAL ? *(double*)o->value : text ? 0 : (double)*(long*)o->value;
+    for (int i = 0; i < 2; i++) {
+        if (text) nothing |= values[i] && choice_index(values[i], *(const char**)o->value) >= 0;
+        for (const char* s = text ? NULL : values[i]; s; s = strchr(s, '|') ? strchr(s, '|') + 1 : NULL)
+            nothing |= number == strtod(s, NULL);
+    }
     return nothing;
 }
 
@@ -303,7 +305,8 @@ static void options_parse_table(Option* table, int count, void (*help)(void), in
         if (c == '?' && optopt > 0 && optopt < 256) die(2, "-%c: unknown option; see --help", optopt);
         if (c == '?') option_unknown(argv[optind - 1], longs);
         if (c == 'h' || index >= count) {
-            if (c == 'h' || index == count) help();
+            if (c == 'h' || index == count)
+                help(), printf("  %-24s %s\n", "--help, --version", "this; which version it is");
             else printf("%s %s\n", program_name, VERSION);
             exit(0);
         }
@@ -426,7 +429,8 @@ static void list_other_files(Text* what, const char* kind, const Json* files, co
     if (!others && files->count != d->num_files) text_print(what, ", other %s (%d files)", kind, files->count);
 }
 
-// One line if the run was begun with other data, or with options that decide which of it are read when.
+// One line if the run was begun with other data, with options that decide which of it are read when, or in another
+// precision.
 static void tell_changes(const Json* state, const char* out, const Dataset* data, const Dataset* val) {
     static const char* kept[] = {"batch", "accum", "seq", "seed"};
     Text what = {NULL, 0, 0};
@@ -437,6 +441,9 @@ static void tell_changes(const Json* state, const char* out, const Dataset* data
         text_print(&what, ", --%s %ld", kept[i], was);
         reordered |= i >= 2;
     }
+    const Json* precision = json_get(json_get(state, "options"), "precision");
+    if (precision && precision->type == JSON_STRING && strcmp(precision->string, options.precision))
+        text_print(&what, ", --precision %s", precision->string);
     size_t before = what.length;
     list_other_files(&what, "data", json_get(state, "data_files"), data);
     reordered |= what.length > before;
@@ -629,13 +636,14 @@ static void count_rows(Model* m, int l) {
 }
 
 // " | bits per byte": the loss of the first `tokens` targets over the bytes that they print.
-static void print_bits_per_byte(const Config* c, const Dataset* d, long tokens, double loss) {
+static void print_bits_per_byte(const Config* c, Dataset* d, long tokens, double loss, Batch b) {
     Tokenizer* t = tokenizer_open(options.model, c->vocab_size);
     double bytes = 0;
-    long left = tokens;
-    for (int i = 0; i < d->num_files; i++)
-        for (long k = 1; k <= d->files[i].windows * d->T && left > 0; k++, left--)
-            bytes += !t->pieces ? 1 : t->pieces[d->files[i].ids[k]] ? t->lengths[d->files[i].ids[k]] : 0;
+    for (long w = 0; w < tokens / d->T && (t->pieces || t->bytes); w++) {
+        dataset_window(d, w, b.tokens, b.targets);
+        for (int k = 0; k < d->T; k++)
+            bytes += !t->pieces ? 1 : t->pieces[b.targets[k]] ? t->lengths[b.targets[k]] : 0;
+    }
     if (bytes > 0) printf(" | bits per byte %.4f", loss / M_LN2 * (double)tokens / bytes);
     tokenizer_close(t);
 }
@@ -727,7 +735,7 @@ static int run_eval(Config* c) {
     }
     printf("loss %.6f | perplexity %.4f", loss, exp(loss));
     if (d->raw) printf(" | bits per byte %.4f", loss / M_LN2);
-    if (d->encoded) print_bits_per_byte(c, d, tokens, loss);
+    else print_bits_per_byte(c, d, tokens, loss, batch);
     printf(" | %ld tokens, %.0f tokens/s", tokens, tokens / elapsed);
     if (rows) printf(" | %.3f experts a token and layer", (double)rows / ((double)tokens * count_sparse(c)));
     printf("\n");
@@ -949,6 +957,9 @@ static int run_train(Config* c) {
     if (data->raw && !options.model && c->vocab_size > 256)
         die(2, "%s: has no header of a token shard, and of its bytes there are 256, not --vocab %d; make shards with "
             "data/tokenize_text.py, give --tokenizer, or leave out --vocab", data->files[0].path, c->vocab_size);
+    if (data->zeros)
+        fprintf(stderr, "%s: warning: %s has zero bytes, as no text has; its bytes are the tokens all the same "
+                "(data/tokenize_text.py makes shards of what has other tokens)\n", program_name, data->zeros);
     data->vocab_size = c->vocab_size;
     data_advice = option_given("val") ? "" : stored;
     if (split && (data->raw || data->encoded))
@@ -1005,7 +1016,8 @@ static int run_train(Config* c) {
     const Json* rule = json_get(json_get(trainer_state, "options"), "bias-rule");       // of the run that goes on
     int was_id = rule && !strcmp(rule->string, "id");
     if (c->router.bias_rule == BIAS_ID && !was_id && !option_given("bias-rate")) options.bias_rate = 0.006;
-    if (c->router.bias_rule == BIAS_QUANTILE && option_given("bias-rate"))
+    const Option* rate = option_find("bias-rate");
+    if (c->router.bias_rule == BIAS_QUANTILE && rate->given && !asks_nothing(rate, "0"))
         die(2, "--bias-rate: --bias-rule quantile has no step; sign and id have one");
     run.routers.bias_rate = options.bias_rate;
     topk_range_from_options(c, &run);
@@ -1073,7 +1085,8 @@ static int run_train(Config* c) {
     files_to_json(&run_files, "data_files", data);
     if (val && !split) files_to_json(&run_files, "val_files", val);
     int code = train(m, &run, data, val, generator, options.out);
-    if (code == 0 && demonstration) print_sample(generator, m, &run.sampling, run.sample_tokens);
+    if (code == 0 && demonstration && !is_due(run.sample_every, run.steps))
+        print_sample(generator, m, &run.sampling, run.sample_tokens);
     dataset_close(data);
     if (val) dataset_close(val);
     if (generator) model_free(generator);
@@ -1123,6 +1136,9 @@ static void check_shape(const Option* o, const Config* c, const char* dir) {
             die(2, "--%s%s%s: the model in %s is not like that; leave it out", o->name, *text ? " " : "", text, dir);
     } else {
         double asked = o->type == OPT_REAL ? *(double*)o->value : (double)*(long*)o->value;
+        if (shape[k].is != asked && o->value == &options.sparse_step)
+            die(2, "--sparse-step %ld: other layers of the model in %s are sparse; leave it out", options.sparse_step,
+                dir);
         if (shape[k].is != asked)
             die(2, "--%s %.15g: the model in %s has %.15g; leave it out", o->name, asked, dir, shape[k].is);
     }
@@ -1130,6 +1146,8 @@ static void check_shape(const Option* o, const Config* c, const char* dir) {
 
 // Refuses what contradicts the model, and nothing else. dir: where it comes from, NULL if it is new.
 static void check_needs(const Config* c, const char* dir, int training) {
+    if (options.dense && option_given("experts") && options.experts > 0)
+        die(2, "--dense and --experts %ld contradict each other; --experts 0 is a dense model", options.experts);
     int families = dir && c->num_experts > 0 && c->router.kind != ROUTER_LPR;
     const int met[NUM_NEEDS] = {c->num_experts > 0, count_sparse(c) < c->num_layers, c->router.kind == ROUTER_SIGMOID,
                                 c->router.kind == ROUTER_LPR, c->router.kind == ROUTER_DYNAMIC,

@@ -241,21 +241,27 @@ static SafeTensors* safetensors_open(const char* path, Error* error) {
 }
 
 // What a folder without model.safetensors holds instead, and what makes one of it. In a remedy @ is the folder, # the
-// file; the first row that fits counts. (All remedies but the last two were run.)
+// file, by a name of its own if a shell would take the true one for something else; the first row that fits counts.
+// (The conversions of Meta's and Mistral's formats were not run.)
 static void explain_missing(const char* dir, Error* error) {
-#define WITH_TRANSFORMERS "python3 -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('@'"
     static const struct { const char *pattern, *what, *remedy; } others[] = {
         {"model-*-of-*.safetensors", "shards, but not their model.safetensors.index.json", "download that file too"},
         {"adapter_model.*", "an adapter", "python3 -c \"from peft import AutoPeftModelForCausalLM as M; "
-         "M.from_pretrained('@').merge_and_unload().save_pretrained('OUT')\""},
-        {"pytorch_model*.bin", "PyTorch's format", WITH_TRANSFORMERS ").save_pretrained('OUT')\""},
+         "M.from_pretrained('@').merge_and_unload().save_pretrained('OUT'); from transformers import AutoTokenizer "
+         "as T; T.from_pretrained('@').save_pretrained('OUT')\""},
+        {"pytorch_model*.bin", "PyTorch's format", "python3 -c \"from transformers import AutoModelForCausalLM as M, "
+         "AutoTokenizer as T; [X.from_pretrained('@').save_pretrained('OUT') for X in (M, T)]\""},
         {"*.gguf", "a GGUF file", "pip install gguf accelerate && python3 -c \"from transformers import "
-         "AutoModelForCausalLM as M; m = M.from_pretrained('@', gguf_file='#'); m.hf_quantizer = None; "
-         "del m.config.quantization_config; m.save_pretrained('OUT')\""},
-        {"consolidated*.pth", "Meta's format", "python3 src/transformers/models/llama/convert_llama_weights_to_hf.py "
-         "--input_dir @ --output_dir OUT, in transformers' repository"},
+         "AutoModelForCausalLM as M, AutoTokenizer as T; m = M.from_pretrained('@', gguf_file='#'); "
+         "m.hf_quantizer = None; del m.config.quantization_config; m.save_pretrained('OUT'); "
+         "T.from_pretrained('@', gguf_file='#').save_pretrained('OUT')\""},
+        {"consolidated*.pth", "Meta's format, or Mistral's", "python3 src/transformers/models/llama/"
+         "convert_llama_weights_to_hf.py --input_dir @ --output_dir OUT, in transformers' repository, or "
+         "mistral/convert_mistral_weights_to_hf.py @ OUT"},
         {"consolidated*.safetensors", "Mistral's format", "python3 src/transformers/models/mistral/"
-         "convert_mistral_weights_to_hf.py --input_dir @ --output_dir OUT, in transformers' repository"}};
+         "convert_mistral_weights_to_hf.py @ OUT, in transformers' repository"},
+        {"checkpoint-*", "a folder of a Trainer", "name that one: @/#"},
+        {"*.safetensors", "a file of tensors", "if it is the whole model, call it model.safetensors"}};
     int best = (int)(sizeof others / sizeof others[0]);
     char found[256] = "";
     DIR* d = opendir(dir);
@@ -269,7 +275,10 @@ static void explain_missing(const char* dir, Error* error) {
     if (!*found) return;
     Text t = {NULL, 0, 0};
     for (const char* s = others[best].remedy; *s; s++)
-        if (*s == '@' || *s == '#') text_print(&t, "%s", *s == '@' ? dir : found);
+        if (*s == '@' || *s == '#') {
+            const char* name = *s == '@' ? dir : found;
+            text_print(&t, "%s", strpbrk(name, " '\"$`\\*?!&|;<>()") ? *s == '@' ? "DIR" : "FILE" : name);
+        }
         else text_add(&t, s, 1);
     set_error(error, "%s: no model.safetensors; %s is %s: %s", dir, found, others[best].what, t.data);
     free(t.data);
@@ -311,7 +320,7 @@ static SafeTensors* safetensors_open_model(const char* dir, Error* error) {
     for (int i = 0; i < s->num_tensors && !error->text[0]; i++)
         if (!json_get(map, s->tensors[i].name)) list_name(&unlisted, s->tensors[i].name);
     names_note(s, &absent, "entries of the index whose shard does not hold the tensor", error);
-    names_note(s, &unlisted, "that the index does not list tensors", error);
+    names_note(s, &unlisted, "that the index does not name tensors, which are used", error);
     if (error->text[0] && strict) {
         Error inner = *error;
         error->text[0] = 0;

@@ -177,22 +177,33 @@ static void tokenizer_close(Tokenizer* t) {
 
 // ---- classes of characters -------------------------------------------------------------------------------------
 
-enum { LETTER = 1, NUMBER = 2, SPACE = 4, MARK = 8, NOT_NFC = 16 };
-static unsigned char* character_classes;            // (0x110001) made at first use; the last: bytes that are no UTF-8
+enum { LETTER = 1, NUMBER = 2, SPACE = 4, MARK = 8 };
+// (0x110001) made at first use; the last: bytes that are no UTF-8. Multiples of MARK: ranks of combining classes.
+static uint16_t* character_classes;
 
-// Marks the characters that a text of unicode.h lists.
+static int unicode_digit(const char** text) {
+    char d = *(*text)++;
+    return d >= 'a' ? d - 'a' + 26 : d >= 'A' ? d - 'A' : d >= '0' ? d - '0' + 52 : d == '+' ? 62 : 63;
+}
+
+// The next number of a text of unicode.h.
+static int unicode_number(const char** text) {
+    int n = 0, shift = 0, digit;
+    do {
+        digit = unicode_digit(text);
+        n |= (digit & 31) << shift;
+        shift += 5;
+    } while (digit > 31);
+    return n;
+}
+
+// Gives the characters that a text of unicode.h lists a class; 0: the one of each run that it tells.
 static void classes_add(const char* runs, int class_) {
-    long c = 0;
-    for (int inside = 0; *runs; inside = !inside) {
-        long n = 0, place = 1;
-        for (int last = 0; !last; place *= 32) {
-            char d = *runs++;
-            int digit = d >= 'a' ? d - 'a' + 26 : d >= 'A' ? d - 'A' : d >= '0' ? d - '0' + 52 : d == '+' ? 62 : 63;
-            n += place * (digit % 32);
-            last = digit < 32;
-        }
-        for (; n > 0; n--, c++)
-            if (inside) character_classes[c] |= (unsigned char)class_;
+    for (int c = 0, n; *runs;) {
+        c += unicode_number(&runs);
+        n = unicode_number(&runs);
+        for (int of_run = class_ ? class_ : unicode_digit(&runs) * MARK; n > 0; n--)
+            character_classes[c++] |= (uint16_t)of_run;
     }
 }
 
@@ -200,12 +211,11 @@ static void classes_make(void) {
     static const int spaces[][2] = {{9, 13}, {32, 32}, {0x85, 0x85}, {0xA0, 0xA0}, {0x1680, 0x1680}, {0x2000, 0x200A},
                                     {0x2028, 0x2029}, {0x202F, 0x202F}, {0x205F, 0x205F}, {0x3000, 0x3000}};
     if (character_classes) return;
-    character_classes = (unsigned char*)checked_malloc(0x110001);
-    memset(character_classes, 0, 0x110001);
+    character_classes = (uint16_t*)checked_malloc(0x110001 * sizeof(uint16_t));
+    memset(character_classes, 0, 0x110001 * sizeof(uint16_t));
     classes_add(unicode_letters, LETTER);
     classes_add(unicode_numbers, NUMBER);
-    classes_add(unicode_marks, MARK);
-    classes_add(unicode_not_nfc, NOT_NFC);
+    classes_add(unicode_marks, 0);
     for (size_t i = 0; i < sizeof spaces / sizeof spaces[0]; i++)
         for (int c = spaces[i][0]; c <= spaces[i][1]; c++) character_classes[c] |= SPACE;
 }
@@ -289,11 +299,11 @@ static const char* word_end(const char* s, const char* end, const WordRule* r) {
     return t > s ? t : space_end;                       // all but the last space, which belongs to what follows
 }
 
-// ---- a tokenizer.json ------------------------------------------------------------------------------------------
+// ---- hash tables -----------------------------------------------------------------------------------------------
 
 typedef struct {
-    uint64_t key;                   // of a piece its hash; of a merge left << 32 | right
-    const char* piece;              // of a piece; NULL: of a merge, or nothing
+    uint64_t key;                   // of a piece its hash; of a pair left << 32 | right
+    const char* piece;              // of a piece; NULL: of something else, or nothing
     int length, id, rank;           // id = -1: an empty place
 } HashPlace;
 
@@ -302,22 +312,152 @@ typedef struct {
     size_t size;
 } HashTable;
 
-typedef enum { PREPEND, REPLACE, CHECK_NFC, CUT_WORDS, CUT_DIGITS, CUT_AT_PREFIX } TextStepKind;
+static void table_make(HashTable* t, size_t entries) {
+    for (t->size = 16; t->size < 2 * entries; t->size *= 2) {}
+    t->places = (HashPlace*)checked_malloc(sizeof(HashPlace) * t->size);
+    for (size_t i = 0; i < t->size; i++) t->places[i].id = -1;
+}
+
+// The place of a piece (or, with piece = NULL, of a key alone), empty or not.
+static HashPlace* table_at(const HashTable* t, uint64_t key, const char* piece, int length) {
+    for (size_t i = (size_t)((key * 0x9E3779B97F4A7C15ull) >> 32) & (t->size - 1);; i = (i + 1) & (t->size - 1)) {
+        HashPlace* p = &t->places[i];
+        if (p->id < 0) return p;
+        if (p->key == key && (!piece || (p->length == length && !memcmp(p->piece, piece, (size_t)length)))) return p;
+    }
+}
+
+// A new entry; 0 if there is one already, which stays.
+static int table_put(HashTable* t, uint64_t key, const char* piece, int length, int id, int rank) {
+    HashPlace *p = table_at(t, key, piece, length), place = {key, piece, length, id, rank};
+    if (p->id >= 0) return 0;
+    *p = place;
+    return 1;
+}
+
+// ---- form NFC (Unicode's annex 15) -------------------------------------------------------------------------------
+
+// What characters are made of, made at first use: by character, id and rank are the two parts, the second 0 if there is
+// one; by first << 32 | second, id is the character.
+static HashTable decompositions, compositions;
+
+static void decompositions_add(const char* runs, int parts) {
+    int seconds[128], num_seconds = 0, firsts[2] = {0, 0}, turn = 0;
+    for (int c = 0; *runs;) {
+        c += unicode_number(&runs);
+        for (int n = unicode_number(&runs); n > 0; n--, c++) {
+            int *first = &firsts[turn++ % parts], d = unicode_number(&runs), second = 1;   // twice, plus 1: not joined
+            *first += d & 1 ? -(d + 1) / 2 : d / 2;
+            if (parts == 2) {
+                int k = unicode_number(&runs);
+                if (k == num_seconds) seconds[num_seconds++] = unicode_number(&runs);
+                second = seconds[k];
+            }
+            uint64_t pair = (uint64_t)*first << 32 | (uint64_t)(second >> 1);
+            table_put(&decompositions, (uint64_t)c, NULL, 0, *first, second >> 1);
+            if (!(second & 1)) table_put(&compositions, pair, NULL, 0, c, 0);
+        }
+    }
+}
+
+// The character that two make, or -1. Hangul's are numbered: a lead, one of 21 vowels, and none or one of 27 tails.
+static int composed(int first, int second) {
+    int lead = first - 0x1100, vowel = second - 0x1161, syllable = first - 0xAC00, tail = second - 0x11A7;
+    if (lead >= 0 && lead < 19 && vowel >= 0 && vowel < 21) return 0xAC00 + (lead * 21 + vowel) * 28;
+    if (syllable >= 0 && syllable < 11172 && syllable % 28 == 0 && tail > 0 && tail < 28) return first + tail;
+    return table_at(&compositions, (uint64_t)first << 32 | (uint64_t)second, NULL, 0)->id;
+}
+
+// A starter, with the marks behind it in the order of their classes; marks alone at the begin of a text.
+typedef struct {
+    int* characters;
+    int count, room;
+} MarkedCharacter;
+
+static int rank_of(int c) { return character_classes[c] / MARK; }
+
+// Joins the starter with the marks that it can take: none that stands before is of the same class or a higher one.
+static void marks_join(MarkedCharacter* m) {
+    int kept = 1;
+    if (m->count == 0 || rank_of(m->characters[0])) return;
+    for (int i = 1; i < m->count; i++) {
+        int c = m->characters[i], blocked = kept > 1 && rank_of(m->characters[kept - 1]) >= rank_of(c);
+        int whole = blocked ? -1 : composed(m->characters[0], c);
+        if (whole >= 0) m->characters[0] = whole;
+        else m->characters[kept++] = c;
+    }
+    m->count = kept;
+}
+
+static void marks_write(MarkedCharacter* m, Text* out) {
+    char bytes[4];
+    marks_join(m);
+    for (int i = 0; i < m->count; i++) text_add(out, bytes, (size_t)utf8_write(bytes, (uint32_t)m->characters[i]));
+    m->count = 0;
+}
+
+static void marks_put(MarkedCharacter* m, int c, Text* out) {
+    const HashPlace* parts = table_at(&decompositions, (uint64_t)c, NULL, 0);
+    if (parts->id >= 0) {
+        marks_put(m, parts->id, out);
+        if (parts->rank) marks_put(m, parts->rank, out);
+        return;
+    }
+    int rank = rank_of(c), at;
+    if (rank == 0) {
+        marks_join(m);
+        int whole = m->count == 1 ? composed(m->characters[0], c) : -1;
+        if (whole >= 0) m->count = 0, c = whole;
+        marks_write(m, out);
+    }
+    if (m->count == m->room) {
+        m->room = 2 * m->room + 16;
+        m->characters = (int*)realloc(m->characters, sizeof(int) * (size_t)m->room);
+        if (!m->characters) die(1, "out of memory");
+    }
+    for (at = m->count++; at > 0 && rank_of(m->characters[at - 1]) > rank; at--)
+        m->characters[at] = m->characters[at - 1];
+    m->characters[at] = c;
+}
+
+// Adds a text in form NFC: its characters taken apart, marks in order, and put together again.
+static void text_add_nfc(Text* out, const char* s, const char* end) {
+    MarkedCharacter m = {NULL, 0, 0};
+    if (!decompositions.size) {
+        table_make(&decompositions, 2100);
+        table_make(&compositions, 1000);
+        decompositions_add(unicode_pairs, 2);
+        decompositions_add(unicode_singles, 1);
+    }
+    for (int n; s < end; s += n) {
+        int c = character_at(s, end, &n);
+        if (c < 0x110000) marks_put(&m, c, out);
+        else marks_write(&m, out), text_add(out, s, 1);
+    }
+    marks_write(&m, out);
+    free(m.characters);
+}
+
+// ---- a tokenizer.json ------------------------------------------------------------------------------------------
+
+typedef enum { PREPEND, REPLACE, MAKE_NFC, CUT_AT_ADDED, CUT_WORDS, CUT_DIGITS, CUT_AT_PREFIX } TextStepKind;
 typedef enum { NEVER, FIRST, ALWAYS, UNLESS_THERE } PrependWhen;
 
-// What is done to a part of the text, in order: PREPEND `with`, REPLACE `what` by `with`, refuse what is perhaps not in
-// form NFC, cut into words by a rule, cut out digits (most = 1: each), cut before each `with`.
+// What is done to a part of the text, in order: PREPEND `with`, REPLACE `what` by `with`, bring into form NFC, cut at
+// the added tokens that are found in what came of it, cut into words by a rule, cut out digits (most = 1: each), cut
+// before each `with`.
 typedef struct {
     TextStepKind kind;
     PrependWhen when;
     char *what, *with;
     const WordRule* rule;
-    int most;
+    int most, normalized;           // normalized: which added tokens
 } TextStep;
 
 typedef struct {
     char* content;
     int length, id, strip_left, strip_right;
+    int normalized;                 // 0: found in the text; 1: in what the normalizer leaves of it
 } AddedToken;
 
 typedef struct {
@@ -337,29 +477,6 @@ static uint64_t piece_hash(const char* s, size_t n) {
     uint64_t h = 0xCBF29CE484222325ull;
     for (size_t i = 0; i < n; i++) h = (h ^ (unsigned char)s[i]) * 0x100000001B3ull;
     return h;
-}
-
-static void table_make(HashTable* t, size_t entries) {
-    for (t->size = 16; t->size < 2 * entries; t->size *= 2) {}
-    t->places = (HashPlace*)checked_malloc(sizeof(HashPlace) * t->size);
-    for (size_t i = 0; i < t->size; i++) t->places[i].id = -1;
-}
-
-// The place of a piece (or, with piece = NULL, of a merge), empty or not.
-static HashPlace* table_at(const HashTable* t, uint64_t key, const char* piece, int length) {
-    for (size_t i = (size_t)((key * 0x9E3779B97F4A7C15ull) >> 32) & (t->size - 1);; i = (i + 1) & (t->size - 1)) {
-        HashPlace* p = &t->places[i];
-        if (p->id < 0) return p;
-        if (p->key == key && (!piece || (p->length == length && !memcmp(p->piece, piece, (size_t)length)))) return p;
-    }
-}
-
-// A new entry; 0 if there is one already, which stays.
-static int table_put(HashTable* t, uint64_t key, const char* piece, int length, int id, int rank) {
-    HashPlace *p = table_at(t, key, piece, length), place = {key, piece, length, id, rank};
-    if (p->id >= 0) return 0;
-    *p = place;
-    return 1;
 }
 
 static int piece_id(const Encoder* e, const char* s, size_t n) {
@@ -397,7 +514,7 @@ static int add_steps(Encoder* e, const Json* j, Error* error) {
     }
     if (e->num_steps + 4 > 16) return set_error(error, "more steps than 16");
     if (!strcmp(type, "NFC")) {
-        add_step(e, CHECK_NFC);
+        add_step(e, MAKE_NFC);
     } else if (!strcmp(type, "Prepend")) {
         TextStep* s = add_step(e, PREPEND);
         s->when = ALWAYS;
@@ -465,19 +582,6 @@ static int add_template(Encoder* e, const Json* j, Error* error) {
         }
     }
     return 1;
-}
-
-// Whether an added token of the other kind of `normalized` has this one's last bytes as its first, or holds it.
-static int overlaps_other_kind(const Json* added, const Json* a) {
-    const char* content = json_string_of(a, "content");
-    for (int i = 0; i < added->count; i++) {
-        const char* other = json_string_of(added->items[i], "content");
-        if (!*other || json_flag(added->items[i], "normalized") == json_flag(a, "normalized")) continue;
-        if (strstr(other, content)) return 1;
-        for (const char* s = content; *s; s++)
-            if (!strncmp(other, s, strlen(s))) return 1;
-    }
-    return 0;
 }
 
 static int longer_first(const void* a, const void* b) {
@@ -558,20 +662,25 @@ static int read_merges(Encoder* e, const Json* model, Error* error) {
 
 static int read_added(Encoder* e, const Json* j, Error* error) {
     const Json *added = json_get(j, "added_tokens"), *normalizer = json_get(j, "normalizer");
-    int changes = json_contains_type(normalizer, "Prepend") || json_contains_type(normalizer, "Replace");
+    int changes = json_contains_type(normalizer, "Prepend") || json_contains_type(normalizer, "Replace"), late = 0;
     e->added = (AddedToken*)checked_malloc(sizeof(AddedToken) * (size_t)(1 + (added ? added->count : 0)));
     for (int i = 0; added && i < added->count; i++) {
         const Json* a = added->items[i];
         const char* content = json_string_of(a, "content");
-        // those with and without `normalized` are found one kind after the other: here all at once, so none may overlap
-        if (json_flag(a, "single_word") || (changes && json_flag(a, "normalized")) || overlaps_other_kind(added, a))
+        int normalized = json_flag(a, "normalized"), id = (int)json_whole(json_get(a, "id"), INT_MAX);
+        if (json_flag(a, "single_word") || (changes && normalized))
             return set_error(error, "added token \"%.40s\" is found in a way that is not supported", content);
-        AddedToken token = {copy_string(content), (int)strlen(content), (int)json_whole(json_get(a, "id"), INT_MAX),
-                            json_flag(a, "lstrip"), json_flag(a, "rstrip")};
-        if (*content && token.id >= 0) e->begins[(unsigned char)*content] = 1, e->added[e->num_added++] = token;
-        else free(token.content);
+        if (!*content || id < 0) continue;
+        Text t = {NULL, 0, 0};
+        if (normalized && json_contains_type(normalizer, "NFC")) text_add_nfc(&t, content, content + strlen(content));
+        else text_add(&t, content, strlen(content));
+        AddedToken token = {t.data, (int)t.length, id, json_flag(a, "lstrip"), json_flag(a, "rstrip"), normalized};
+        e->begins[(unsigned char)*token.content] = 1;
+        e->added[e->num_added++] = token;
+        late |= normalized;
     }
     qsort(e->added, (size_t)e->num_added, sizeof(AddedToken), longer_first);
+    if (late) add_step(e, CUT_AT_ADDED)->normalized = 1;
     return 1;
 }
 
@@ -587,8 +696,9 @@ static int encoder_read(Encoder* e, const Json* j, Error* error) {
         return set_error(error, "its pieces have a prefix or suffix");
     if (json_contains_type(normalizer, "ByteLevel")) return set_error(error, "its normalizer is ByteLevel");
     e->bytes_first = json_contains_type(json_get(j, "pre_tokenizer"), "ByteLevel");
+    add_step(e, CUT_AT_ADDED);
     return read_vocabulary(e, model, error) && read_merges(e, model, error) && add_steps(e, normalizer, error) &&
-           add_steps(e, json_get(j, "pre_tokenizer"), error) && read_added(e, j, error) &&
+           read_added(e, j, error) && add_steps(e, json_get(j, "pre_tokenizer"), error) &&
            add_template(e, json_get(j, "post_processor"), error);
 }
 
@@ -731,6 +841,14 @@ static int starts_with(const char* s, const char* end, const char* prefix) {
     return n > 0 && (size_t)(end - s) >= n && !memcmp(s, prefix, n);
 }
 
+// The added token of a kind that begins at s, the longest, or NULL.
+static const AddedToken* added_at(const Encoder* e, const char* s, const char* end, int normalized) {
+    if (!e->begins[(unsigned char)*s]) return NULL;
+    for (int i = 0; i < e->num_added; i++)
+        if (e->added[i].normalized == normalized && starts_with(s, end, e->added[i].content)) return &e->added[i];
+    return NULL;
+}
+
 // What the steps from number `step` on make of a part of the text; first = 1: the text begins with it.
 static int encode_part(const Encoder* e, WordMerger* w, int step, const char* s, const char* end, int first, Ids* out,
                        Error* error) {
@@ -741,22 +859,37 @@ static int encode_part(const Encoder* e, WordMerger* w, int step, const char* s,
         encode_word(e, w, s, (size_t)(end - s), out);
         return 1;
     }
-    if (how->kind == CHECK_NFC) {
-        const char* begin = s;
-        for (int n, last = 0, class_; s < end; s += n, last = class_ & MARK) {
-            class_ = class_at(s, end, &n);
-            if (class_ & NOT_NFC || (last && class_ & MARK))
-                return set_error(error, "its tokenizer wants form NFC, which U+%04X may break; normalise the text "
-                                 "first, or encode it with dev/reference/encode.py",
-                                 (unsigned)character_at(s, end, &n));
+    if (how->kind == CUT_AT_ADDED) {
+        for (const char *begin = s, *part = s;;) {
+            const AddedToken* added = s < end ? added_at(e, s, end, how->normalized) : NULL;
+            if (s < end && !added) {
+                s++;
+                continue;
+            }
+            const char* part_end = s;
+            int n;
+            for (const char* t = s; added && added->strip_left && t > part;) {
+                for (t--; t > part && (*t & 0xC0) == 0x80;) t--;
+                if (!(class_at(t, s, &n) & SPACE) || t + n != part_end) break;
+                part_end = t;
+            }
+            if (!encode_part(e, w, step + 1, part, part_end, first && part == begin, out, error)) return 0;
+            if (!added) return 1;
+            ids_add(out, added->id);
+            s += added->length;
+            if (added->strip_right) s = run_of(s, end, SPACE, 0, LONG_MAX);
+            part = s;
         }
-        return encode_part(e, w, step + 1, begin, end, first, out, error);
     }
-    if (how->kind == PREPEND || how->kind == REPLACE) {
+    if (how->kind == PREPEND || how->kind == REPLACE || how->kind == MAKE_NFC) {
         int wanted = how->when == ALWAYS || (how->when != NEVER && !starts_with(s, end, how->with));
         int put = how->kind == PREPEND && wanted && (how->when != FIRST || first);
         if (how->kind == PREPEND && !put) return encode_part(e, w, step + 1, s, end, first, out, error);
         Text changed = {NULL, 0, 0};
+        if (how->kind == MAKE_NFC) {
+            text_add_nfc(&changed, s, end);
+            s = end;
+        }
         if (put) {
             text_add(&changed, how->with, strlen(how->with));
             text_add(&changed, s, (size_t)(end - s));
@@ -782,43 +915,15 @@ static int encode_part(const Encoder* e, WordMerger* w, int step, const char* s,
     return 1;
 }
 
-// The added token that begins at s, the longest, or NULL.
-static const AddedToken* added_at(const Encoder* e, const char* s, const char* end) {
-    if (!e->begins[(unsigned char)*s]) return NULL;
-    for (int i = 0; i < e->num_added; i++)
-        if (starts_with(s, end, e->added[i].content)) return &e->added[i];
-    return NULL;
-}
-
 // The tokens of a text of `length` bytes, *count of them; the caller frees them. whole = 1: with those that the
-// tokenizer puts around a text. Bytes that are no UTF-8 are characters of their own. NULL and an error if the text is
-// not in the form that the tokenizer wants.
+// tokenizer puts around a text. Bytes that are no UTF-8 are characters of their own. NULL and an error if a word is too
+// long.
 static int* encode(const Encoder* e, const char* text, size_t length, int whole, long* count, Error* error) {
-    const char *s = text, *end = text + length, *part = s;
     Ids out = {NULL, 0, 0};
     WordMerger word;
     memset(&word, 0, sizeof word);
     for (int i = 0; whole && i < e->num_before; i++) ids_add(&out, e->before[i]);
-    int ok = 1, n;
-    while (s <= end && ok) {
-        const AddedToken* added = s < end ? added_at(e, s, end) : NULL;
-        if (s < end && !added) {
-            s++;
-            continue;
-        }
-        const char* part_end = s;
-        for (const char* t = s; added && added->strip_left && t > part;) {
-            for (t--; t > part && (*t & 0xC0) == 0x80;) t--;
-            if (!(class_at(t, s, &n) & SPACE) || t + n != part_end) break;
-            part_end = t;
-        }
-        ok = encode_part(e, &word, 0, part, part_end, part == text, &out, error);
-        if (!added) break;
-        ids_add(&out, added->id);
-        s += added->length;
-        if (added->strip_right) s = run_of(s, end, SPACE, 0, LONG_MAX);
-        part = s;
-    }
+    int ok = encode_part(e, &word, 0, text, text + length, 1, &out, error);
     for (int i = 0; whole && i < e->num_after; i++) ids_add(&out, e->after[i]);
     free(word.symbols);
     free(word.heap);

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-T, WINDOWS, VOCABULARY, TOLERANCE = 128, 4, 320, 1.5e-6         # of losses that are printed with six digits
+T, WINDOWS, VOCABULARY, TOLERANCE = 128, 4, 320, 1e-6         # of losses that are printed with six digits
 
 
 def dense(kind, heads, head_dim=None, **keys):

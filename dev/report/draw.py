@@ -13,6 +13,7 @@ import html
 import math
 import pathlib
 import re
+import textwrap
 from typing import NamedTuple, Sequence
 
 COLOURS = 8
@@ -190,12 +191,15 @@ def lines(title, series, x_label, y_label, width=360, height=250, log_x=False, l
 def heat(title, rows, row_names, column_names, width=360, cell=14, share=None, key=("", ""), describe="", groups=(),
          row_label="", column_label="", widest=60):
     """A heat map. rows: numbers, None is left empty. share(v) in -1 .. 1: how strong its colour is, below 0 the other
-    colour; without it v itself. key: what the strongest colour of each kind says. groups: a line above these rows."""
+    colour; without it v itself. key: what the strongest colour of each kind says. groups: a line above these rows.
+    cell: the height of a row; None makes squares."""
     share = share or (lambda v: v)
     left = 16 + 6.2 * max([len(str(n)) for n in row_names] + [len(row_label)])
     top = 54 if any(key) else 38
     columns = max(len(r) for r in rows)
     wide, few = min((width - left - 10) / columns, widest), len(rows) * columns <= 4000    # cells that say their number
+    cell = cell or round(wide, 1)
+    every_row = math.ceil(11 / cell)
     body = [text(8, 16, title, kind="title"), text(left - 6, top - 5, row_label, "end", "small")]
     if any(key):
         for i, (sign, words) in enumerate(zip(("less", "more"), key)):
@@ -205,7 +209,7 @@ def heat(title, rows, row_names, column_names, width=360, cell=14, share=None, k
                          text(x + 18, 34, words, kind="small")]
     for i, row in enumerate(rows):
         y = top + i * cell
-        if cell >= 9:
+        if i % every_row == 0:
             body.append(text(left - 6, y + cell / 2 + 4, row_names[i], "end", "small"))
         for j, value in enumerate(row):
             if value is None:
@@ -215,7 +219,7 @@ def heat(title, rows, row_names, column_names, width=360, cell=14, share=None, k
             body.append(f'<rect x="{left + j * wide:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{cell}" '
                         f'stroke="var(--paper)" stroke-width=".6" fill="var(--{"more" if strength >= 0 else "less"})" '
                         f'fill-opacity="{abs(strength):.3f}">{words}</rect>')
-    bottom = top + len(rows) * cell
+    bottom = round(top + len(rows) * cell, 1)
     body += [f'<path class="grid" d="M{left:.1f} {top}H{left + columns * wide:.1f}V{bottom}H{left:.1f}Z"/>']
     body += [f'<path stroke="var(--ink)" d="M6 {top + g * cell}H{left + columns * wide:.1f}"/>' for g in groups if g]
     every = max(1, math.ceil(max(len(str(n)) for n in column_names) * 7 / wide))
@@ -227,34 +231,41 @@ def heat(title, rows, row_names, column_names, width=360, cell=14, share=None, k
 
 def tree(title, levels, edges, gaps, width=360, row=22, describe="", slots=None):
     """Generations from left to right. levels: the nodes' names of each; edges: for each level but the first, the place
-    of each node's parent in the level before it, or -1; gaps: for each of these levels the methods of its edges, one
-    for all or a list of each node's, which are written over them.
-    Nodes are drawn below their parents, so that no edges cross. slots[level][node]: its colour."""
+    of each node's parent in the level before it, or -1, or a list of places; gaps: for each of these levels the methods
+    of its edges, one for all or a list of each node's, which are written over them.
+    Nodes are drawn below their parents, so that no edges of trees cross. slots[level][node]: its colour."""
+    edges = [[[p for p in (ps if isinstance(ps, list) else [ps]) if p >= 0] for ps in level] for level in edges]
     order = [list(range(len(levels[0])))]
+    if edges and any(len(ps) > 1 for ps in edges[0]):   # what is merged lies together
+        order[0].sort(key=lambda n: next((c for c, ps in enumerate(edges[0]) if n in ps), len(edges[0])))
     for parents in edges:                               # a level's nodes in the order of their parents
         place = {node: i for i, node in enumerate(order[-1])}
-        order.append(sorted(range(len(parents)), key=lambda n: (place.get(parents[n], len(place)), n)))
+        first = [min([place[p] for p in ps] or [len(place)]) for ps in parents]
+        order.append(sorted(range(len(parents)), key=lambda n: (first[n], n)))
     most = max(len(level) for level in levels)
     boxes = [14 + 7 * max(len(str(n)) for n in names) for names in levels]
     step = (width - 16 - boxes[-1]) / max(1, len(levels) - 1)
     boxes = [min(box, step - 40) if len(levels) > 1 else box for box in boxes]
-    heights, body, top = {}, [text(8, 16, title, kind="title")], 50
+    above = [gap if isinstance(gap, list) else [gap] for gap in gaps]
+    above = [textwrap.wrap(" / ".join(filter(None, dict.fromkeys(gap))), max(8, int(step / 6))) for gap in above]
+    heights, body, top = {}, [text(8, 16, title, kind="title")], 50 + 13 * (max(map(len, above), default=1) - 1)
     for level in range(len(levels) - 1, -1, -1):        # leaves are dealt rows; a parent stands amid its children
         nodes = order[level]
         for i, node in enumerate(nodes):
             below = level + 1 < len(levels)
-            children = [heights[level + 1, c] for c, p in enumerate(edges[level]) if p == node] if below else []
+            children = [heights[level + 1, c] + (ps.index(node) - (len(ps) - 1) / 2) * row
+                        for c, ps in enumerate(edges[level]) if node in ps] if below else []
             wanted = sum(children) / len(children) if children else top + (i + .5) * row * most / len(nodes)
             heights[level, node] = max(wanted, heights[level, nodes[i - 1]] + row if i else top + row / 2)
     for level, names in enumerate(levels):
         x, box = 8 + level * step, boxes[level]
         if level:
             methods = gaps[level - 1] if isinstance(gaps[level - 1], list) else [gaps[level - 1]] * len(names)
-            said = " / ".join(dict.fromkeys(methods))
-            body.append(text(x - (step - boxes[level - 1]) / 2, 36, said, "middle", "small"))
+            body += [text(x - (step - boxes[level - 1]) / 2, 36 + 13 * i, said, "middle", "small")
+                     for i, said in enumerate(above[level - 1])]
         for node in order[level]:
-            y, parent = heights[level, node], edges[level - 1][node] if level else -1
-            if parent >= 0:
+            y = heights[level, node]
+            for parent in edges[level - 1][node] if level else []:
                 start, y0 = x - step + boxes[level - 1], heights[level - 1, parent]
                 middle, slot = (start + x) / 2, slots[level][node] if slots else 0
                 words = html.escape(f"{levels[level - 1][parent]} to {names[node]}: {methods[node]}")

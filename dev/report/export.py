@@ -35,11 +35,14 @@ def record(event):
 def rows(out):                  # (step, {name: number}) of each row
     for name in ("log.csv", "val.csv"):
         for row in csv.DictReader(open(out / name, newline="")) if (out / name).exists() else ():
-            yield int(row.pop("step")), {k: float(v) for k, v in row.items() if v}
+            if None not in row.values():                # a killed run's last row may be cut
+                yield int(row.pop("step")), {k: float(v) for k, v in row.items() if v}
 
 
 def main(how, outs):
     for out in map(pathlib.Path, outs):
+        if not (out / "log.csv").is_file():
+            sys.exit(f"export.py: {out}: there is no log.csv; give what train_moe --out wrote")
         if how == "wandb":
             import wandb
             run = wandb.init(project="train_moe", name=out.name)
@@ -56,4 +59,6 @@ def main(how, outs):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:]) if sys.argv[1:2] in (["tensorboard"], ["wandb"]) else sys.exit(__doc__.strip())
+    if sys.argv[1:2] not in (["tensorboard"], ["wandb"]) or not sys.argv[2:]:
+        sys.exit(__doc__.strip())
+    main(sys.argv[1], sys.argv[2:])

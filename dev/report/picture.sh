@@ -1,6 +1,7 @@
 #!/bin/sh
 # The page and the README's pictures of a small story, a few minutes: a dense model, 4 experts from it (copy), 8 from
-# these (copy, and family), each trained on, on this project's own source.
+# these (copy, and family), each trained on, on this project's own source. The tokens are those of pictures/text.txt,
+# an older piece of it that stays what it is.
 #
 #     dev/report/picture.sh [FACTOR of all steps, 1]       writes out/picture/report.html and out/picture/*.svg
 set -e
@@ -27,7 +28,7 @@ for method in copy family; do
     echo "3. 8 experts, $method"
     grow $dir/moe4 $dir/moe8-$method.start --experts 8 --method $method
     train 400 --model $dir/moe8-$method.start --lr 1e-3 --decay-frac 0.5 --seed 3 --out $dir/moe8-$method
-    sed -n '/^\/\/ 4. Mixture/,$p' train_moe.c | head -c 3600 >$dir/text.txt
-    ./train_moe --model $dir/moe8-$method --data $dir/text.txt --eval --trace $dir/moe8-$method/trace.csv >$dir/log 2>&1
+    ./train_moe --model $dir/moe8-$method --data dev/report/pictures/text.txt --eval \
+        --trace $dir/moe8-$method/trace.csv >$dir/log 2>&1 || { cat $dir/log >&2; exit 1; }
 done
 python3 dev/report/run.py $dir/dense $dir/moe4 $dir/moe8-copy $dir/moe8-family --to $dir/report.html --svg $dir

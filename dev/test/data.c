@@ -205,6 +205,21 @@ static void test_data_errors(void) {
     check_data_error("missing --val", text, list, "No such file", "absent.txt");
 }
 
+// A text of JSON is a text, but hardly the one that is meant: a note says so, once.
+static void test_json_note(void) {
+    static const char* const names[] = {"web.jsonl", "web.JSON", "web.ndjson", "json", "web.jsonl.txt"};
+    char line[200];
+    memset(line, 'a', sizeof line);
+    for (int i = 0; i < 5; i++) {
+        write_bytes(temp("%s", names[i]), line, sizeof line);
+        int code = run_program("--data %s --layers 1 --hidden 32 --experts 2 --steps 1 --batch 1 --seq 16 --out %s",
+                               temp("%s", names[i]), temp("noted_%d", i));
+        const char *note = strstr(ran.err, "is read as plain text"), *again = note ? strstr(note + 1, "note:") : NULL;
+        check(code == 0 && (note != NULL) == (i < 3) && !again && (!note || strstr(note, "data/tokenize_text.py")),
+              "%s: %s", names[i], ran.err);
+    }
+}
+
 // Archives, tables and tokens without a header are no text, whatever they are called.
 static void test_no_text(void) {
     static const struct {
@@ -236,6 +251,9 @@ static void test_no_text(void) {
     check_data_error("no header, .BIN", temp("TRAIN.BIN"), "", "a .bin file of tokens starts with", "TRAIN.BIN");
     write_bytes(temp("thing"), bytes, sizeof bytes);
     check_data_error("no header, --vocab 300", temp("thing"), "--vocab 300", "has no header of a token shard", "thing");
+    int code = run_program("--data %s --seq 8 --batch 1 --layers 1 --hidden 16 --heads 2 --steps 0", temp("thing"));
+    check(code == 0 && error_lines() == 1 && strstr(ran.err, "has zero bytes, as no text has"), "no header, bytes: %s",
+          ran.err);
     Dataset other;
     memset(&other, 0, sizeof other);
     other.T = 8;
@@ -249,6 +267,7 @@ static void test_no_text(void) {
 
 static void test_data(void) {
     test_windows();
+    test_json_note();
     test_no_text();
     test_shards();
     test_normal();

@@ -101,7 +101,7 @@ static void test_byte_tokenizer(void) {
               says("a/tokenizer_config.json", "\"eos_token\": \"\\u0000\""),
           "the model's vocabulary stays 256, the end of a text is known to the tokenizer alone");
     json_free(j);
-    check(says("a/generation_config.json", "\"max_length\": "), "a new model has a generation_config.json");
+    check(says("a/generation_config.json", "\"max_new_tokens\": 256"), "a new model has a generation_config.json");
     // another tokenizer in its place
     copy_file(temp("a/tokenizer.json"), temp("b/tokenizer.json"));
     char* text = copy_string(text_of("b/tokenizer.json"));
@@ -143,10 +143,16 @@ static void test_engine_choices(void) {
     Error error = {""};
     Text t = {NULL, 0, 0};
     int read = config_read(&c, "dev/reference/golden/dots1_shared", &error);
-    card_engines(&t, &c);
-    check(read && strstr(t.data, "vLLM and MLX have the class Dots1ForCausalLM.") &&
-              strstr(t.data, "opens in transformers, vLLM and MLX; llama.cpp fails, and"),
+    c.num_kv_heads = c.num_heads / 2;
+    card_engines(&t, &c, NULL);
+    check(read && strstr(t.data, "), vLLM and MLX have the class Dots1ForCausalLM.") &&
+              strstr(t.data, "key/value heads than heads opens in transformers, vLLM and MLX; llama.cpp fails, and"),
           "a Dots1 with shared experts: %s", t.data);
+    t.length = 0;
+    c.num_kv_heads = c.num_heads;
+    card_engines(&t, &c, NULL);
+    check(strstr(t.data, ", llama.cpp (`convert_hf_to_gguf.py`) and MLX have the class Dots1ForCausalLM.\n") &&
+              !strstr(t.data, "\n- "), "a Dots1 that llama.cpp computes, too: %s", t.data);
     free(t.data);
     train_run("a", "--steps 0 --heads 4 --arch olmoe");
     check(config_read(&c, temp("a"), &error) && !c.norm_topk_prob && c.num_kv_heads == 4 && c.rms_norm_eps == 1e-5,
@@ -154,12 +160,18 @@ static void test_engine_choices(void) {
     train_run("a", "--steps 0");
     check(says("a/config.json", "\"use_sliding_window\": false") && says("a/config.json", "\"max_window_layers\": "),
           "Qwen3-MoE has the keys that mistral.rs wants");
+    train_run("a", "--steps 0 --router sigmoid");
+    check(says("a/config.json", "\"scoring_func\": \"sigmoid\""), "Dots1 has the key that llama.cpp wants");
 }
 
 static void test_cards(void) {
     train_run("a", "--steps 1");
     check(says("a/README.md", "    ./train_moe --data ") && says("a/README.md", "Qwen3MoeForCausalLM"),
           "a run's card has its command and class");
+    check(!says("a/README.md", "came with") && says("a/README.md", "as that of bytes, until its `get_vocab_base_pre`"),
+          "nothing of files that are not there; llama.cpp and bytes");
+    train_run("a1", "--steps 0 --layers 1 --experts 2");
+    check(says("a1/README.md", "of 1 layer, hidden") && says("a1/README.md", " in 1 layer, "), "one layer");
     check(resume_run("a", "--steps 2") == 0 && says("a/README.md", "    ./train_moe --data ") &&
               says("a/README.md", "--resume --steps 2\n"),
           "resumed: both commands");
@@ -198,8 +210,11 @@ static void test_cards(void) {
     write_text(temp("up/.gitattributes"), "*.safetensors filter=lfs");
     write_text(temp("up/README.md"), "mine");
     check(up_run("", "%s %s --experts 9 --force", temp("a"), temp("up")) == 0 && !exists(temp("up/trainer")) &&
-              says("up/README.md", "## Commands"),
-          "--force accepts cards, licences, .gitattributes and trainer/: %.80s", up_output);
+              !strcmp(text_of("up/README.md"), "mine") && same_file(temp("a/README.md"), temp("up/README.source.md")),
+          "--force accepts cards, licences, .gitattributes and trainer/, and leaves a card as it is: %.80s", up_output);
+    remove(temp("up/README.md"));
+    check(up_run("", "%s %s --experts 9 --force", temp("a"), temp("up")) == 0 && says("up/README.md", "## Commands") &&
+              says("up/README.md", "`README.source.md` and a licence came with"), "one of its own is written anew");
     mkdir(temp("up/trainer"), 0777);
     write_text(temp("up/trainer/notes"), "mine");
     check(up_run("", "%s %s --experts 6 --force", temp("a"), temp("up")) == 2 && says("up/trainer/notes", "mine"),

@@ -227,6 +227,40 @@ static void test_up_depth(void) {
     const Json* growth = json_get(up_receipt(up_path("g9")), "growth");
     check(json_get(growth, "layers")->items[1]->number == 0 && json_get(growth, "new")->items[1]->number == 1 &&
               json_get(growth, "width")->items[1]->number == 60, "the receipt tells layers and width");
+    // the lineage and the card tell it, too, those of a model that was made of it as well
+    UP(GOLDEN "qwen3 {}/stacked --layers-to 6 --depth stack --ffn-to 30");
+    UP("{}/stacked {}/out --experts 2");
+    UP(GOLDEN "qwen3_moe {}/grown --layers-to 8 --ffn-to 36");
+    char card[PATH_SIZE];
+    size_t length;
+    Error unread = {""};
+    static const struct { const char *dir, *line; } grown[] = {
+        {"stacked", "copy%s3 -> 6 layers by stack, FFN 15 -> 30"}, {"out", "copy%sdense -> 2 experts"},
+        {"out", "copy%s3 -> 6 layers by stack, FFN 15 -> 30"}, {"g9", "granular%sdense -> 8 experts, 3 -> 4 layers by"},
+        {"grown", "copy%s4 -> 8 layers by interpose, experts of width 9 -> 36"}};
+    for (EACH(i, grown)) {
+        char line[96], listed[96];
+        snprintf(line, sizeof line, grown[i].line, ", ");
+        snprintf(listed, sizeof listed, grown[i].line, "`: ");
+        char* text = read_file(join_path(card, up_path(grown[i].dir), "README.md"), 1 << 20, &length, &unread);
+        keep(A_BLOCK, text);
+        int told = up_run("", "--inspect {}/%s", grown[i].dir) == 0 && strstr(up_output, line) != NULL;
+        check(told && text && strstr(text, listed) &&
+                  (strstr(text, "which expert came") != NULL) == (strcmp(grown[i].dir, "stacked") != 0),
+              "%s: %s", grown[i].dir, line);
+    }
+    // copies of a unit: what separates them, and what does not
+    UP(GOLDEN "qwen3 {}/drop2 --ffn-to 30 --experts 2 --method drop --drop-ratio 0.4");
+    check(strstr(up_output, "about 36 % of the pairs of copies of a unit are still equal") != NULL, "drop: some pairs");
+    UP(GOLDEN "qwen3 {}/noise2 --ffn-to 30 --experts 2 --method noise-replace");
+    long width, hidden = 0;
+    float* gate = up_tensor(up_path("noise2"), "model.layers.0.mlp.experts.1.gate_proj.weight", &width);
+    int twins = 0;
+    hidden = width / 30;
+    for (int u = 0; u < 15; u++) twins += same_floats(gate + u * hidden, gate + (u + 15) * hidden, hidden);
+    check(twins == 0 && !strstr(up_output, "of a unit"), "noise-replace: none");
+    UP(GOLDEN "qwen3_moe {}/moe2 --ffn-to 18 --experts 8 --method drop");
+    check(strstr(up_output, "own experts no method separates them") != NULL, "a mixture: its experts keep theirs");
     // what config.json says of layers is said of all of them
     up_make("w", QWEN3, 2, 24, 40, 0, 0, 0, 5);
     add_members(up_path("w"), "\"sliding_window\": 8, \"use_sliding_window\": true, \"max_window_layers\": 2");

@@ -76,7 +76,8 @@ static void test_leftovers(void) {
                "entries of the index whose shard does not hold the tensor (1): model.rotary_emb.inv_freq");
     p.count -= 2;
     write_shard_index(&p, names);
-    check_same("a tensor without an entry", made, golden("llama"), "that the index does not list tensors (1): ");
+    check_same("a tensor without an entry", made, golden("llama"),
+               "that the index does not name tensors, which are used (1): ");
     p.pieces[0].shard = 1;
     p.count++;
     write_shard_index(&p, names);
@@ -106,14 +107,17 @@ static void test_other_formats(void) {
     static const struct {
         const char *files, *expected, *command;
     } folders[] = {
-        {"pytorch_model.bin", "pytorch_model.bin is PyTorch's format", "@').save_pretrained('OUT')"},
+        {"pytorch_model.bin", "pytorch_model.bin is PyTorch's format",
+         "T; [X.from_pretrained('@').save_pretrained('OUT')"},
         {"pytorch_model-00002-of-00002.bin", "is PyTorch's format", "@').save_pretrained('OUT')"},
         {"training_args.bin", "No such file", ""},
         {"tiny-q8_0.gguf", "tiny-q8_0.gguf is a GGUF file", "'@', gguf_file='tiny-q8_0.gguf')"},
         {"adapter_model.safetensors pytorch_model.bin", "adapter_model.safetensors is an adapter",
          "merge_and_unload()"},
         {"consolidated.00.pth", "Meta's format", "convert_llama_weights_to_hf.py --input_dir @ --output_dir"},
-        {"consolidated.safetensors", "Mistral's format", "convert_mistral_weights_to_hf.py --input_dir @"},
+        {"consolidated.safetensors", "Mistral's format", "convert_mistral_weights_to_hf.py @ OUT"},
+        {"checkpoint-500", "checkpoint-500 is a folder of a Trainer", "name that one: @/checkpoint-500"},
+        {"model.fp16.safetensors", "model.fp16.safetensors is a file of tensors", "call it model.safetensors"},
         {"model-00001-of-00002.safetensors", "shards, but not their model.safetensors.index.json",
          "download that file"}};
     for (EACH(i, folders)) {

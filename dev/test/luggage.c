@@ -13,7 +13,8 @@ static const char* foreign_keys[] = {"router_jitter_noise", "attention_dropout",
 static const char* foreign_files[] = {"chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json",
                                       "merges.txt", "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json",
                                       "special_tokens_map.json", "preprocessor_config.json", "generation_config.json",
-                                      "LICENSE", "tekken.json", "additional_chat_templates/tool_use.jinja"};
+                                      "LICENSE", "License.md", "notice.txt", "tokenization_x.py", "source.spm",
+                                      "tekken.json", "additional_chat_templates/tool_use.jinja"};
 
 // A configuration of make_config with more members.
 static const char* config_with(const char* type, const char* members) {

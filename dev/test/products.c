@@ -239,8 +239,137 @@ static void test_amx_order(void) {
     check(!same_floats(out[0], right, SIZE), "VDPBF16PS's order is another one");
 }
 
-// Which products are bf16: of a model with all kinds, each is what that product is, by itself, of the same operands.
-static void test_bf16_places(void) {
+// One product of a model against the fp32 product of the same operands, rounded to bf16: as near as fp32 is, and not as
+// near to that of the operands as they are. (result, left, right) as in fast_product; result starts from base, or NULL.
+static void check_place(const char* what, int kind, const float* result, const float* base, const float* left,
+                        const float* right, int C, int OC, int E, const int* offsets) {
+    long sizes[] = {(long)offsets[E] * OC, (long)offsets[E] * C, (long)E * OC * C}, n = sizes[kind];
+    double errors[2];
+    for (int round = 0; round < 2; round++) {
+        long num_left = sizes[kind == FORWARD], num_right = sizes[kind == BACKWARD_WEIGHT ? 1 : 2];
+        float *l = copy_floats(left, num_left), *r = copy_floats(right, num_right);
+        float* out = base ? copy_floats(base, n) : (float*)memset(kept_floats(n), 0, floats_bytes(n));
+        for (long i = 0; i < num_left && round; i++) l[i] = bf16_operand(l[i]);
+        for (long i = 0; i < num_right && round; i++) r[i] = bf16_operand(r[i]);
+        if (kind == FORWARD) IN_FP32(grouped_matmul_forward(out, l, r, (long)OC * C, C, OC, E, offsets));
+        else if (kind == BACKWARD_INPUT)
+            IN_FP32(grouped_matmul_backward_input(out, l, r, (long)OC * C, C, OC, E, offsets, 1));
+        else IN_FP32(grouped_matmul_backward_weight(out, l, r, (long)OC * C, C, OC, E, offsets));
+        for (long i = 0; i < n && kind == FORWARD && base; i++) out[i] += base[i];
+        errors[round] = relative_error(out, result, n);
+    }
+    check(errors[1] < 3e-6 && errors[0] > 1e-4, "in bf16: %s, off by %.1e, from what is not rounded by %.1e", what,
+          errors[1], errors[0]);
+}
+
+// Of attention: with one head and thread the blocks of scores are in scratch afterwards.
+static void test_bf16_attention(void) {
+    enum { T = 29, HD = 18, LAST = T - 1 };     // the last query sees all keys
+    float *q = random_floats(T * HD, 1), *k = random_floats(T * HD, 2), *v = random_floats(T * HD, 3);
+    float *dout = random_floats(T * HD, 4), *out = kept_floats(T * HD), *sums = kept_floats(T * HD);
+    float *dq = kept_floats(T * HD), *dk = kept_floats(T * HD), *dv = kept_floats(T * HD);
+    float *p = kept_floats(T * T), *ds = kept_floats(T * T), scores[T], dp[T], lse[T];
+    float *scratch = kept_floats(attention_scratch_size(T)), *last = p + LAST * T;
+    int all[] = {0, T}, one[] = {0, 1};
+    double scale = 1 / sqrt((double)HD), total = 0, D = 0;
+    set_threads(1);
+    use_way(WAYS - 1);
+    attention_forward(out, lse, q, HD, k, HD, v, HD, 1, T, T, 1, 1, HD, scratch);
+    copy_rows(p, T, scratch, score_stride(T), T, T);            // exp(scale (score - max)), which were not yet divided
+    for (int i = 0; i < T; i++, total = 0) {
+        for (int j = 0; j < T; j++) total += p[i * T + j];
+        for (int d = 0; d < HD; d++) sums[i * HD + d] = (float)(out[i * HD + d] * total);
+        for (int j = 0; j < T && i == LAST; j++) scores[j] = (float)((log(last[j] / total) + lse[LAST]) / scale);
+    }
+    check_place("attention: q k^T", FORWARD, scores, NULL, q + LAST * HD, k, HD, T, 1, one);
+    check_place("attention: p v", BACKWARD_INPUT, sums, NULL, p, v, HD, T, 1, all);
+    attention_backward(dq, dk, dv, dout, out, lse, q, HD, k, HD, v, HD, HD, HD, 1, T, 1, 1, HD, scratch);
+    copy_rows(p, T, scratch, score_stride(T), T, T);            // exp(scale score - lse)
+    copy_rows(ds, T, scratch + QUERY_BLOCK * score_stride(T), score_stride(T), T, T);
+    for (int d = 0; d < HD; d++) D += (double)dout[LAST * HD + d] * out[LAST * HD + d];
+    for (int j = 0; j < T; j++) {
+        scores[j] = (float)((log(last[j]) + lse[LAST]) / scale);
+        dp[j] = (float)(ds[LAST * T + j] / (last[j] * scale) + D);
+    }
+    check_place("attention: q k^T again", FORWARD, scores, NULL, q + LAST * HD, k, HD, T, 1, one);
+    check_place("attention: dout v^T", FORWARD, dp, NULL, dout + LAST * HD, v, HD, T, 1, one);
+    check_place("attention: ds k", BACKWARD_INPUT, dq, NULL, ds, k, HD, T, 1, all);
+    check_place("attention: ds^T q", BACKWARD_WEIGHT, dk, NULL, ds, q, HD, T, 1, all);
+    check_place("attention: p^T dout", BACKWARD_WEIGHT, dv, NULL, p, dout, HD, T, 1, all);
+    use_way(0);
+    set_threads(default_threads);
+}
+
+// Of all linear layers, forward and backward, in models of one layer, with an arbitrary gradient of its output.
+static void test_bf16_layers(void) {
+    enum { B = 2, T = 13, N = B * T };
+    use_way(WAYS - 1);
+    for (int shared = 0; shared < 2; shared++) {
+        Config c = tiny_config(shared ? QWEN2_MOE : QWEN3_MOE, 1, 5, 2);
+        Model* m = new_model(&c, FOR_TRAINING, B, T);
+        LayerWeights *w = m->weights.layers, *dw = m->dweights.layers;
+        LayerActivations* s = m->layers;
+        Scratch* t = &m->scratch;
+        int tokens[N + 1], H = c.hidden_size, V = c.vocab_size, E = c.num_experts, K = 2, I = c.moe_intermediate_size;
+        int Q = c.num_heads * c.head_dim, QKV = qkv_width(&c), S = shared_width(&c, 0), all[] = {0, N}, one[] = {0, 1};
+        fill_tokens(tokens, N + 1, V, 3);
+        fill_random(m->params, m->layout.total, 5);
+        model_forward(m, tokens, tokens + 1, B, T);
+        float *dx = random_floats((long)N * H, 6), *dy_rows = kept_floats((long)N * K * H);
+        if (shared) {
+            float* sum = kept_floats((long)N * H);
+            copy_rows(t->dx, H, dx, H, N, H);
+            check_place("shared expert, gate and up", FORWARD, s->shared_gate_up, NULL, s->ffn_in, w->shared_gate_up, H,
+                        2 * S, 1, all);
+            check_place("shared expert, down", FORWARD, t->y_rows, NULL, t->act, w->shared_down, S, H, 1, all);
+            ffn_layer_backward(m, 0, 1);
+            check_place("shared expert, down: dx", BACKWARD_INPUT, t->dact, NULL, dx, w->shared_down, S, H, 1, all);
+            check_place("shared expert, down: dW", BACKWARD_WEIGHT, dw->shared_down, NULL, dx, t->gated_act, S, H, 1,
+                        all);
+            check_place("shared expert, gate and up: dW", BACKWARD_WEIGHT, dw->shared_gate_up, NULL, s->shared_gate_up,
+                        s->ffn_in, H, 2 * S, 1, all);
+            combine_rows(sum, NULL, t->dx_rows, NULL, s->row_of, N, K, H);      // what dnormed is the sum of besides
+            IN_FP32(matmul_backward_input(sum, t->drouter, w->router, N, H, E, 1));
+            IN_FP32(matmul_backward_input(sum, t->dgates, w->shared_gate, N, H, 1, 1));
+            check_place("shared expert, gate and up: dx", BACKWARD_INPUT, t->dnormed, sum, s->shared_gate_up,
+                        w->shared_gate_up, H, 2 * S, 1, all);
+            continue;
+        }
+        check_place("LM head", FORWARD, m->logits, NULL, m->final_out, m->weights.lm_head, H, V, 1, all);
+        check_place("q, k and v", FORWARD, s->qkv, NULL, s->attn_in, w->qkv, H, QKV, 1, all);
+        check_place("attention's output", FORWARD, s->x_mid, s->x, s->attn, w->attn_out, Q, H, 1, all);
+        check_place("experts, gate and up", FORWARD, s->gate_up, NULL, t->x_rows, w->gate_up, H, 2 * I, E, s->offsets);
+        check_place("experts, down", FORWARD, t->y_rows, NULL, t->act, w->down, I, H, E, s->offsets);
+        copy_rows(t->dx, H, dx, H, N, H);
+        gather_rows(dy_rows, dx, s->assignment, N * K, K, H);
+        ffn_layer_backward(m, 0, 1);
+        check_place("experts, down: dx", BACKWARD_INPUT, t->dact, NULL, dy_rows, w->down, I, H, E, s->offsets);
+        check_place("experts, down: dW", BACKWARD_WEIGHT, dw->down, NULL, dy_rows, t->gated_act, I, H, E, s->offsets);
+        check_place("experts, gate and up: dW", BACKWARD_WEIGHT, dw->gate_up, NULL, s->gate_up, t->x_rows, H, 2 * I, E,
+                    s->offsets);
+        check_place("experts, gate and up: dx", BACKWARD_INPUT, t->dx_rows, NULL, s->gate_up, w->gate_up, H, 2 * I, E,
+                    s->offsets);
+        copy_rows(t->dx, H, dx, H, N, H);
+        attention_layer_backward(m, 0);
+        check_place("attention's output: dx", BACKWARD_INPUT, t->dattn, NULL, dx, w->attn_out, Q, H, 1, all);
+        check_place("attention's output: dW", BACKWARD_WEIGHT, dw->attn_out, NULL, dx, s->attn, Q, H, 1, all);
+        check_place("q, k and v: dx", BACKWARD_INPUT, t->dnormed, NULL, t->dqkv, w->qkv, H, QKV, 1, all);
+        check_place("q, k and v: dW", BACKWARD_WEIGHT, dw->qkv, NULL, t->dqkv, s->attn_in, H, QKV, 1, all);
+        model_forward(m, tokens, tokens + 1, B, T);
+        model_backward(m, 1);
+        check_place("LM head: dW", BACKWARD_WEIGHT, m->dweights.lm_head, NULL, m->logits, m->final_out, H, V, 1, all);
+        // of one token the norm's gradient tells that of its output: dweight = dout x rstd
+        float* dnorm = (float*)memset(m->dweights.final_norm, 0, floats_bytes(H));
+        model_forward(m, tokens, tokens + 1, 1, 1);
+        model_backward(m, 1);
+        for (int i = 0; i < H; i++) dnorm[i] /= m->final_in[i] * m->final_rstd[0];
+        check_place("LM head: dx", BACKWARD_INPUT, dnorm, NULL, m->logits, m->weights.lm_head, H, V, 1, one);
+    }
+    use_way(0);
+}
+
+// What stays fp32, of a model with all kinds: each is what that product is, by itself, of the same operands.
+static void test_fp32_places(void) {
     enum { B = 2, T = 13, N = B * T };
     Model* m = open_model("dev/reference/golden/qwen2_moe", FOR_TRAINING, B, T);
     const Config* c = &m->config;
@@ -250,14 +379,10 @@ static void test_bf16_places(void) {
     fill_tokens(tokens, N + 1, V, 3);
     use_way(WAYS - 1);
     model_forward(m, tokens, tokens + 1, B, T);
-    float *logits = copy_floats(m->logits, (long)N * V), *out = kept_floats((long)N * V);
-    float* gates = copy_floats(s->shared_gates, N);
-    matmul_forward(out, m->final_out, m->weights.lm_head, N, H, V);
-    check(same_floats(out, logits, (long)N * V), "the LM head's product is bf16");
-    out = kept_floats((long)N * QKV);
+    float *gates = copy_floats(s->shared_gates, N), *out = kept_floats((long)N * QKV);
     matmul_forward(out, s->attn_in, w->qkv, N, H, QKV);
     for (int i = 0; i < N * QKV; i++) out[i] += w->qkv_bias[i % QKV];
-    check(same_floats(out, s->qkv, N * QKV), "that of q, k and v is, and their bias is fp32");
+    check(same_floats(out, s->qkv, N * QKV), "the bias of q, k and v is fp32");
     use_way(0);
     matmul_forward(out, s->ffn_in, w->router, N, H, E);
     check(same_floats(out, s->router_logits, N * E), "the router's product is fp32");
@@ -285,7 +410,9 @@ static const Tolerances of_bf16_products = {0.12, 0.02, 0.015, 0.2, 0.4, 3, 0.1}
 static void test_bf16(void) {
     test_bf16_products();
     test_amx_order();
-    test_bf16_places();
+    test_bf16_attention();
+    test_bf16_layers();
+    test_fp32_places();
     use_way(WAYS - 1);
     for (EACH(i, golden_models))
         test_golden_model("golden", golden_models[i], of_bf16_products);

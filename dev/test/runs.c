@@ -243,6 +243,35 @@ static void test_precision(void) {
     ok &= run_program("--model %s --precision bf16", temp("a")) == 0 && !strncmp(ran.out, "products: bf16, ", 16);
     check(ok, "training, --eval, --prompt and a sample in bf16");
     show_failure(ok);
+    ok = resume_run("a", "--steps 3") == 0 && error_lines() == 0 && !strncmp(ran.out, "products: bf16, ", 16);
+    check(ok, "a resume goes on in bf16, and says no more");
+    ok = resume_run("a", "--steps 4 --precision fp32") == 0 && error_lines() == 1;
+    check(ok && strstr(ran.err, "until step 3") && strstr(ran.err, "had --precision bf16; it goes on"),
+          "one in fp32 says what it was: %.300s", ran.err);
+    ok = resume_run("a", "--steps 5") == 0 && error_lines() == 0 && !strstr(ran.out, "products: bf16");
+    check(ok, "and is remembered");
+}
+
+// What diverges does so in bf16 as in fp32: as late, with the same line, and the last checkpoint stays whole.
+static void test_divergence(void) {
+    long steps[2] = {0, 0};
+    char said[2][200] = {"", ""}, arguments[256];
+    int whole = 1;
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        snprintf(arguments, sizeof arguments, "--lr 1000 --clip 0 --steps 40 --save-every 1 --val none --precision %s",
+                 bf16 ? "bf16" : "fp32");
+        int code = train_run("a", arguments);
+        const char* line = strstr(ran.err, "train_moe: step ");
+        sscanf(line ? line : "", "train_moe: step %ld: %199[^;]", &steps[bf16], said[bf16]);
+        Error error = {""};
+        whole &= code == 1 && saved_step("a") == steps[bf16] - 1 && strstr(ran.err, "is intact") &&
+                 !exists(temp("a/.saving")) && !exists(temp("a/.ready")) && try_load(temp("a"), &error) != NULL;
+    }
+    check(steps[0] > 1 && steps[1] >= steps[0] - 1 && !strcmp(said[0], "the gradient is not finite") &&
+              !strcmp(said[0], said[1]),
+          "a run that diverges: fp32 at step %ld, bf16 at step %ld: %s", steps[0], steps[1], said[1]);
+    check(whole, "its last checkpoint is whole in both");
+    show_failure(whole);
 }
 
 static void test_signal(int signal_number, const char* name, const char* reference, int steps) {
@@ -650,6 +679,7 @@ static void test_determinism(void) {
     test_stop_and_resume("sigmoid", "--router sigmoid --bias-rate 0.01");
     test_stop_and_resume("LPR", "--router lpr");
     test_precision();
+    test_divergence();
     test_stop_and_resume("bf16, which trainer.json remembers", "--precision bf16");
     train_run("a", "--steps 60");
     test_signal(SIGTERM, "SIGTERM", "a", 60);

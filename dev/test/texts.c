@@ -67,13 +67,14 @@ static void test_new_tokenizer(void) {
                            "--out %s", IN("tok"), IN("new"));
     const char* sample = strstr(ran.out, "a sample:\n");
     check(code == 0 && strstr(ran.out, "vocabulary 420,") && sample, "a new model with a tokenizer");
+    check(sample && strstr(sample + 1, "a sample:\n"), "the last step has a sample if it is due");
     check(sample && strspn(sample + strlen("a sample:\n"), "0123456789 \n") < 12, "its samples are text");
     check(has_member(IN("new/config.json"), "vocab_size", "420") &&
               has_member(IN("new/config.json"), "bos_token_id", "1") &&
               has_member(IN("new/config.json"), "eos_token_id", "2") &&
               has_member(IN("new/config.json"), "pad_token_id", "0"), "config.json has its special tokens");
     check(has_member(IN("new/generation_config.json"), "eos_token_id", "2") &&
-              has_member(IN("new/generation_config.json"), "max_length", "16"), "so has generation_config.json");
+              has_member(IN("new/generation_config.json"), "max_new_tokens", "256"), "so has generation_config.json");
     check(same_files("tok", "new", tokenizer_files, 5) && !exists(IN("new/notes.txt")) &&
               !exists(IN("new/upcycle.json")), "its files go along, and no others");
     code = run_program("--model %s --data " CASE_TEXT " --eval", IN("new"));

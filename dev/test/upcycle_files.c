@@ -595,7 +595,7 @@ static void test_up_refusals(void) {
                  {GOLDEN "qwen3 {}/x --experts 4 --method family", "is dense"},
                  {GOLDEN "qwen3 {}/x --experts 4 --select grad2", "is dense"},
                  {"{}/m3 {}/x --experts 6 --method granular", "fitting are"},
-                 {"{}/m3 {}/x --experts 6 --layers every-2", "is a mixture"},
+                 {"{}/m3 {}/x --experts 6 --layers every-2", "other layers of"},
                  {"{}/m3 {}/x --experts 6 --norm-topk 0", "is a mixture"},
                  {"{}/m3 {}/x --experts 2", "load|router-norm"},
                  {"{}/m3 {}/x --experts 6 --select reap", "keep"},
@@ -658,10 +658,13 @@ static void test_up_refusals(void) {
         "--router-init normal --prune-weights 0 --cap 3 --score-on all --calibrate {}/short.bin --reference {}/m3 "
         "--arch qwen3",
         GOLDEN "qwen3 --experts 4 --select uniform --score-on all --cap 3 --router copy --router-delta 0 "
-        "--prune-weights 0 --strength 0 --batch 8 --check-batches 10 --calibrate-batches 10 --reference {}/m3"};
-    for (int i = 0; i < 2; i++) {
+        "--prune-weights 0 --strength 0 --batch 8 --check-batches 10 --calibrate-batches 10 --reference {}/m3 "
+        "--shared 0",
+        "{}/m3 --experts 6 --layers every-1", "{}/m3 --experts 6 --layers 0-1"};
+    for (EACH(i, agree)) {
         int code = up_run("", "%s {}/agrees", agree[i]);
-        check(code == 0 && up_exists("agrees/config.json"), "options that agree, %d: %.200s", i, code ? up_output : "");
+        check(code == 0 && up_exists("agrees/config.json"), "options that agree, %d: %.200s", (int)i,
+              code ? up_output : "");
         remove_tree(up_path("agrees"));
     }
     setenv("NO_LOCKS", "1", 1);
@@ -678,10 +681,58 @@ static void test_up_refusals(void) {
     }
 }
 
+// Every method with every option that can make a claim of the receipt true or false, on some sources: what is "kept
+// exactly" is, and what is not said to be is not.
+static void test_up_claims(void) {
+    static const struct { const char *source, *arguments; int from; } bases[] = {
+        {"dense", "--experts 6 --topk 3", FROM_DENSE},
+        {"dense", "--experts 6 --topk 6 --norm-topk 0", FROM_DENSE},
+        {"dense", "--experts 6 --topk 6 --router-init zero", FROM_DENSE},
+        {"dense", "--experts 6 --topk 3 --norm-topk 0 --router-init zero", FROM_DENSE},
+        {"one", "--experts 4 --topk 2", FROM_MOE}, // a mixture of one expert
+        {"one", "--experts 4 --topk 4 --router perturb-new", FROM_MOE},
+        {"norm", "--experts 6 --topk 4", FROM_MOE},
+        {"raw", "--experts 6 --topk 3", FROM_MOE},
+        {"raw", "--experts 6 --topk 4 --router perturb-new --router-delta 0", FROM_MOE}};
+    static const struct { const char *name, *value; } options[] = {
+        {"method", NULL}, {"scale", "cuberoot"}, {"scale", "none"}, {"drop-ratio", "0"}, {"noise-fraction", "0"},
+        {"noise-std", "0"}, {"unit-share", "1"}, {"shared", "0"}, {"strength", "0"}, {"strength", "1"},
+        {"strength", "0.01"}};
+    int runs = 0, kept = 0, wrong = 0;
+    up_make("dense", QWEN3, 2, 24, 24, 0, 0, 0, 1);
+    up_make("one", QWEN3_MOE, 2, 24, 24, 1, 1, 1, 2);
+    up_make("norm", QWEN3_MOE, 2, 24, 24, 3, 2, 1, 3);
+    up_make("raw", QWEN3_MOE, 2, 24, 24, 3, 2, 0, 4);
+    for (int i = 0; i < NUM_METHODS; i++)
+        for (EACH(b, bases))
+            for (EACH(o, options)) {
+                const Method* m = &methods[i];
+                char more[256] = "";
+                if (!(m->from & bases[b].from) || (o > 0 && !lists(m->options, options[o].name))) continue;
+                if (o > 0) snprintf(more, sizeof more, "--%s %s", options[o].name, options[o].value);
+                if (is(m->name, "granular")) strcat(more, " --granularity 3");
+                if (lists("importance,marks,cluster", m->name)) strcat(more, " --calibrate {}/few.bin");
+                if (is(m->name, "domains"))
+                    strcat(more, " --calibrate {}/few.bin,{}/few.bin,{}/few.bin,{}/few.bin,{}/few.bin,{}/few.bin");
+                int code = up_run("", "{}/%s {}/claim %s --method %s %s --check {}/few.bin --seq 12 --batch 2 --force",
+                                  bases[b].source, bases[b].arguments, m->name, more);
+                if (code == 2) continue; // refused: one of the options is not for this method
+                const char *function = strstr(up_output, "function: "), *logits = strstr(up_output, "of the logits ");
+                int exactly = function && !strncmp(function, "function: kept exactly", 22);
+                int right = logits && exactly == (atof(logits + 14) < 3e-6);
+                runs++, kept += exactly, wrong += !right;
+                if (!right)
+                    printf("       %s %s --method %s %s: %s\n", bases[b].source, bases[b].arguments, m->name, more,
+                           up_output);
+            }
+    check(wrong == 0 && runs > 150 && kept > 40, "%d claims, %d of them kept exactly: %d wrong", runs, kept, wrong);
+}
+
 // What the receipt says of the function must agree with what --check finds.
 static void test_up_receipt(void) {
     up_begin();
     up_make_random_shard("few.bin", 600, 29);
+    test_up_claims();
     static const struct { const char *arguments, *function, *warning; double least, most; } cases[] = {
         {GOLDEN "llama {}/r%d --experts 4", "kept exactly", "no language-model gradient", 0, 1e-6},
         {GOLDEN "qwen3 {}/r%d --experts 4 --norm-topk 0", "not kept", "shrinks by about E / K = 2", 1e-2, 2},
@@ -699,7 +750,10 @@ static void test_up_receipt(void) {
         {GOLDEN "olmoe {}/r%d --layers-to 3 --new-layers copy", "not kept: copied layers", NULL, 1e-2, 2},
         {GOLDEN "mixtral {}/r%d --experts 3 --select weight", "not kept: 2 of 5 experts are gone", NULL, 1e-4, 2},
         {GOLDEN "mixtral {}/r%d --experts 5", "kept exactly", NULL, 0, 1e-6},
-        {GOLDEN "mixtral {}/r%d --experts 8 --method scaled", "not kept", "1 distinct source", 1e-4, 2}};
+        {GOLDEN "mixtral {}/r%d --experts 8 --method scaled", "not kept", "1 distinct source", 1e-4, 2},
+        {GOLDEN "qwen3 {}/r%d --experts 5 --topk 5 --method partition", "nearly kept: gates weigh", NULL, 1e-4, 2},
+        {GOLDEN "mixtral_top1 {}/r%d --experts 15 --topk 2", "kept exactly: the top 2 are copies of SRC's one", NULL, 0,
+         1e-6}};
     for (int i = 0; i < (int)(sizeof cases / sizeof cases[0]); i++) {
         char arguments[256], name[16];
         snprintf(name, sizeof name, "r%d", i);
@@ -724,6 +778,15 @@ static void test_up_receipt(void) {
     j = up_receipt(up_path("r7"));
     check(fabs(json_get(json_get(j, "check"), "distinct_sources")->number - 2) < 1e-9,
           "family x 2, K = 2: every token reaches 2");
+    UP("{}/one {}/four --experts 4 --topk 2 --check {}/few.bin --seq 12");
+    check(strstr(up_output, "kept exactly: gates sum to 1, and every expert is SRC's one") &&
+              strstr(up_output, "never separate") && !strstr(up_output, "family") && !strstr(up_output, "reach only"),
+          "copies of one: no advice that would be refused");
+    UP(VARIANTS "dynamic {}/dynamic --experts 6 --check {}/few.bin --seq 12");
+    const char* experts = strstr(up_output, "a token's ");
+    const char* sources = experts ? strstr(experts, "experts come from ") : NULL;
+    check(sources && atof(experts + 10) > 1 && atof(experts + 10) < 4 && atof(experts + 10) >= atof(sources + 18),
+          "dynamic: %.80s", experts ? experts : up_output);
     check(up_run("", "--inspect {}/r5 --data {}/few.bin --seq 12") == 0 && strstr(up_output, "5 of 45 pairs equal") &&
               strstr(up_output, "within families 1.0000") && strstr(up_output, "copy, 5 -> 10 experts") &&
               strstr(up_output, "Gini"),

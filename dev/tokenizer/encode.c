@@ -3,6 +3,7 @@ encode.c: the tokens of a text by dev/lib/tokenizer.h, for check.py, which compa
 
     encode TOKENIZER.JSON TEXT          prints the tokens, one in a line
     encode TOKENIZER.JSON TEXT --back   the text that they make again
+    encode --nfc TEXT                   the text in form NFC
 */
 #define TRAIN_MOE_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -14,6 +15,17 @@ int main(int argc, char** argv) {
     long count = 0;
     begin_program("encode");
     if (argc < 3) die(2, "give a tokenizer.json and a text");
+    if (!strcmp(argv[1], "--nfc")) {
+        char* given = read_file(argv[2], 1ul << 31, &length, &error);
+        if (!given) die(2, "%s", error.text);
+        Text nfc = {NULL, 0, 0};
+        classes_make();
+        text_add_nfc(&nfc, given, given + length);
+        fwrite(nfc.data, 1, nfc.length, stdout);
+        free(nfc.data);
+        free(given);
+        return 0;
+    }
     Json* j = json_read(argv[1], &error);
     Encoder* e = j ? encoder_make(j, &error) : NULL;
     char* text = e ? read_file(argv[2], 1ul << 31, &length, &error) : NULL;

@@ -123,6 +123,10 @@ static void plan_config(Plan* p) {
     else if (is(p->method->name, "multiply")) c->num_experts_per_tok = multiplied_topk(p, from);
     else if (asked("topk")) c->num_experts_per_tok = (int)ask.topk;
     if (!p->dense && count_sparse(c) == 0) die(2, "%s: has experts in name only: no layer is sparse", s->dir);
+    char sparse[MAX_LAYERS];
+    parse_layers(ask.layers, sparse, c->num_layers);
+    if (!p->dense && asked("layers") && memcmp(sparse, c->sparse, (size_t)c->num_layers))
+        die(2, "--layers %s: other layers of %s are sparse, and stay so; leave it out", ask.layers, s->dir);
     c->num_experts = p->M;
     for (int i = 0; i < 3; i++)
         if (c->arch == targets[i]) fits = names[i];
@@ -155,17 +159,17 @@ static void grow_luggage(Plan* p) {
     const Growth* g = p->growth;
     const Json* types = json_get(p->luggage, "layer_types");
     char count[16];
-    int layers, L = source_config(p)->num_layers, N = p->config.num_layers;
-    if (N == L) return;
+    int layers, L = source_config(p)->num_layers, depth = p->config.num_layers;
+    if (depth == L) return;
     if (active_window(p->luggage, &g->from, &layers) && layers < L)
         die(2, "--layers-to: %s has a sliding window in %d of %d layers, and new layers belong to neither kind",
             p->sources[0]->dir, layers, L);
-    snprintf(count, sizeof count, "%d", N);
+    snprintf(count, sizeof count, "%d", depth);
     if (!layers && luggage_number(p->luggage, g->from.arch, "max_window_layers") >= L)
         json_set_raw(p->luggage, "max_window_layers", count);
     if (json_absent(types) || types->count != L) return;
     Text t = {NULL, 0, 0};
-    for (int l = 0; l < N; l++) text_print(&t, "%s\"%s\"", l ? ", " : "[", types->items[g->source[l]]->string);
+    for (int l = 0; l < depth; l++) text_print(&t, "%s\"%s\"", l ? ", " : "[", types->items[g->source[l]]->string);
     text_print(&t, "]");
     json_set_raw(p->luggage, "layer_types", t.data);
     free(t.data);

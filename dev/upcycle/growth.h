@@ -2,12 +2,13 @@
 // these layers and widths, so that a model grows up and out in one call, as AquilaMoE's does (arXiv 2408.06567).
 #pragma once
 
-// The layer of SRC, of L, that layer l of N comes from. The first from each is that layer itself, others are new.
-static int interposed(int l, int L, int N) { return (int)((long)l * L / N); } // 0 0 1 1 2 2
-static int stacked(int l, int L, int N) { return (void)N, l % L; }            // 0 1 2 0 1 2
+// The layer of SRC, of L, that layer l of DST, of `depth`, comes from. The first from each is that layer itself, others
+// are new.
+static int interposed(int l, int L, int depth) { return (int)((long)l * L / depth); } // 0 0 1 1 2 2
+static int stacked(int l, int L, int depth) { return (void)depth, l % L; }            // 0 1 2 0 1 2
 static const struct {
     const char* name;
-    int (*source)(int l, int L, int N);
+    int (*source)(int l, int L, int depth);
 } depths[] = {{"interpose", interposed}, {"stack", stacked}};
 
 typedef struct Growth {
@@ -55,22 +56,22 @@ static void source_grow(Source* s, const Growth* g, const Config* c) {
 static void plan_growth(Plan* p) {
     Config c = p->sources[0]->config;
     int* width = p->dense ? &c.intermediate_size : &c.moe_intermediate_size;
-    int L = c.num_layers, N = asked("layers-to") ? (int)ask.layers_to : L, I = *width, seen[MAX_LAYERS] = {0};
+    int L = c.num_layers, depth = asked("layers-to") ? (int)ask.layers_to : L, I = *width, seen[MAX_LAYERS] = {0};
     int times = asked("ffn-to") ? (int)ask.ffn_to / I : 1, kind = choice_index("interpose|stack", ask.depth);
-    if (N < L) die(2, "--layers-to %d: SRC has %d layers, and none can be taken away", N, L);
-    if (N == L && (insists("depth") || insists("new-layers")))
+    if (depth < L) die(2, "--layers-to %d: SRC has %d layers, and none can be taken away", depth, L);
+    if (depth == L && (insists("depth") || insists("new-layers")))
         die(2, "--%s is about new layers, and there are none; --layers-to N adds some",
             insists("depth") ? "depth" : "new-layers");
     if (asked("ffn-to") && (times < 1 || times * (long)I != ask.ffn_to || times & (times - 1)))
         die(2, "--ffn-to %ld: expected %d times 2, 4, 8, ..., by which dividing is exact", ask.ffn_to, I);
-    if (N == L && times == 1) return;
+    if (depth == L && times == 1) return;
     if (ask.calibrate)
         die(2, "--calibrate: SRC has other layers or widths than what it grows into; grow first, then upcycle that");
     if (!is(ask.optimizer, "reset"))
         die(2, "--optimizer %s: the layers or widths of the moments are others; --optimizer reset fits", ask.optimizer);
     for (int i = 0; i < NUM_ASKED && stays_dense(p); i++)
         if (insists(ask_table[i].name) &&
-            (ask_table[i].use == USE_DENSE || lists("arch,topk,router-init,router-std", ask_table[i].name)))
+            (ask_table[i].use == USE_DENSE || lists("arch,layers,topk,router-init,router-std", ask_table[i].name)))
             die(2, "--%s is about experts, and DST has none; --experts M makes it a mixture", ask_table[i].name);
     Growth* g = p->growth = NEW(Growth, 1);
     g->from = c;
@@ -79,9 +80,9 @@ static void plan_growth(Plan* p) {
     g->width[1] = *width = I * times;
     g->zero = is(ask.new_layers, "zero");
     if (c.arch == MIXTRAL || c.arch == OLMOE) c.intermediate_size = *width; // one key for both
-    c.num_layers = N;
-    for (int l = 0; l < N; l++) {
-        int from = g->source[l] = depths[kind].source(l, L, N);
+    c.num_layers = depth;
+    for (int l = 0; l < depth; l++) {
+        int from = g->source[l] = depths[kind].source(l, L, depth);
         g->is_new[l] = (char)(seen[from]++ > 0);
         g->num_new += g->is_new[l];
         c.sparse[l] = g->from.sparse[from];
@@ -119,6 +120,6 @@ static void growth_to_json(Text* t, const Growth* g, int layers) {
     for (int l = 0; l < layers; l++) text_print(t, "%s%d", l ? ", " : "", g->source[l]);
     text_print(t, "], \"new\": [");
     for (int l = 0; l < layers; l++) text_print(t, "%s%d", l ? ", " : "", g->is_new[l]);
-    text_print(t, "], \"new_layers\": \"%s\", \"width\": [%d, %d]},\n", g->zero ? "zero" : "copy", g->width[0],
-               g->width[1]);
+    text_print(t, "], \"depth\": \"%s\", \"new_layers\": \"%s\", \"width\": [%d, %d]},\n",
+               ask.depth, g->zero ? "zero" : "copy", g->width[0], g->width[1]);
 }

@@ -4,6 +4,7 @@
     python3 dev/upcycle/methods.py             writes it
     python3 dev/upcycle/methods.py --check     fails if the page has another one
 """
+import os
 import pathlib
 import re
 import sys
@@ -13,7 +14,7 @@ SOURCES = {path: path.read_text() for path in [FOLDER.parents[1] / "upcycle.c", 
 
 
 def explained(function):
-    """A function, where it stands, and the comment above it as one line; or those of the operator that it calls."""
+    """A link to a function's line, and the comment above it as one line; or those of the operator that it calls."""
     for path, text in SOURCES.items():
         above, found, body = text.partition(f"\nstatic void {function}(")
         comment = []
@@ -25,7 +26,9 @@ def explained(function):
         if found and not comment and operator:
             return explained(operator[0])
         if comment:
-            return function, path.name, " ".join(comment).replace("|", "\\|")
+            line = above.count("\n") + 2
+            link = f"{os.path.relpath(path, FOLDER)}#L{line}"
+            return f"[`{function}`]({link}), {path.name}:{line}", " ".join(comment).replace("|", "\\|")
     sys.exit(f"{function}: no such function with a comment above it")
 
 
@@ -36,9 +39,9 @@ def table():
     yield "|---|---|---|---|"
     for row in re.split(r"\n    (?=\{\")", "\n" + rows)[1:]:
         name, function = re.match(r'\{"([a-z-]+)", [A-Z_| ]+,\s*(\w+)', row).groups()
-        function, place, comment = explained(function)
+        place, comment = explained(function)
         paper = re.findall(r'"([^"]*)"', row)[-1]
-        yield f"| `{name}` | {comment} | `{function}`, {place} | {paper} |"
+        yield f"| `{name}` | {comment} | {place} | {paper} |"
 
 
 def main():

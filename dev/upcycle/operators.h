@@ -6,7 +6,8 @@
 
 static double strength(const Plan* p) { return asked("strength") ? ask.strength : p->method->strength; }
 
-// w + alpha std(W) N(0, 1), std of the source's matrix; alpha (--strength): copy-noise 0.01, multiply 0, a copy
+// w + alpha std(W) N(0, 1), std of the source's matrix; alpha (--strength): 0.01. (multiply: alpha 0, a copy; with m
+// times the experts, K becomes m K, so that a token gets all m copies of its experts.)
 static void copy_noise_rows(const Plan* p, Target* t, long row, long rows, float* out) {
     if (row == 0) {
         slice_statistics(&t->from, NULL, 0, &t->mean, &t->std);

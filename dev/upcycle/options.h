@@ -34,7 +34,7 @@ static Option ask_table[] = {
     {"threads", OPT_WHOLE, USE_OTHER, &ask.threads, 1, 4096, NULL, "N", "all cores by default", 0},
 
     {"norm-topk", OPT_WHOLE, USE_DENSE, &ask.norm_topk, 0, 1, NULL, "0|1", "gates sum to 1 (1)", 0},
-    {"layers", OPT_TEXT, USE_DENSE, &ask.layers, 0, 0, "all", "LIST", "become sparse: all, every-2, or 1,3,8-11", 0},
+    {"layers", OPT_TEXT, USE_OTHER, &ask.layers, 0, 0, "all", "LIST", "become sparse: all, every-2, or 1,3,8-11", 0},
     {"sources", OPT_TEXT, USE_DENSE, &ask.sources, 0, 0, NULL, "DIR,..", "more dense models; SRC is source 0", 0},
     {"rest", OPT_CHOICE, USE_DENSE, &ask.rest, 0, 0, NULL, "mean|base",
      "of sources, but FFNs: mean or SRC's (mean, if alike)", 0},
@@ -95,7 +95,7 @@ static int insists(const char* name) {
     static const char* off[][2] = {{"select", "uniform"}, {"router", "copy"}, {"router-init", "normal"},
                                    {"strength", "0"}, {"router-delta", "0"}, {"prune-weights", "0"},
                                    {"granularity", "1"}, {"drop-ratio", "0"}, {"noise-std", "0"},
-                                   {"noise-fraction", "0"}};
+                                   {"noise-fraction", "0"}, {"shared", "0"}};
     const char* switched_off = NULL;
     int i = 0;
     for (int k = 0; k < (int)(sizeof off / sizeof off[0]); k++)

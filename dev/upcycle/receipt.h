@@ -28,7 +28,7 @@ typedef struct {
     int holds;
     const char* sentence;
 } Finding;
-enum { MAX_WORDS = 32 };
+enum { MAX_WORDS = 48 };
 typedef struct {
     const char* name[MAX_WORDS];
     char text[MAX_WORDS][256];
@@ -77,19 +77,43 @@ static int most_copies(const Plan* p, int* equal) {
     return most;
 }
 
+// 1 if all experts that are made from one source compute what it computes: by their method, or since nothing of them is
+// drawn, mixed or cut with these options.
+static int copies_are_equal(const Plan* p) {
+    const char* name = p->method->name;
+    long n = imin(p->config.hidden_size, p->config.moe_intermediate_size); // singular vectors
+    double a = strength(p);
+    if (lists("granular,partition", name)) return p->shards == 1 && (!asked("drop-ratio") || ask.drop_ratio == 0);
+    if (is(name, "drop")) return ask.drop_ratio == 0;
+    if (lists("noise,noise-replace", name))
+        return ask.noise_fraction == 0 || (is(name, "noise") && ask.noise_std == 0);
+    if (is(name, "domains")) return ask.unit_share == 1;
+    if (is(name, "interpolate") && p->E == 1) return 1; // the next expert is the same one
+    if (lists("multiply,copy-noise,interpolate,svd-perturb", name)) return a == 0;
+    if (is(name, "scaled")) return a == 1;
+    if (is(name, "sparse-code-mix")) n = lmin(n, 64); // atoms
+    if (p->method->traits & SHARE) return p->E == 1 || floor(a * (double)n + 1e-9) == 0; // as draw_units counts
+    return (p->method->traits & EQUAL) != 0;
+}
+
 #define NOT_KEPT "not kept: "
 static void find_properties(const Plan* p, Findings* f) {
     const Config *from = &p->sources[0]->config, *to = &p->config;
     const char* name = p->method->name;
     int K = to->num_experts_per_tok, K0 = from->num_experts_per_tok, M = p->M, E = p->E, norm = to->norm_topk_prob;
     int equal, m = imax(1, most_copies(p, &equal)), G = p->shards, multiply = is(name, "multiply");
-    int twins = p->method->traits & EQUAL && !(multiply && strength(p) > 0), all_copies = equal && K == m * K0;
+    int twins = copies_are_equal(p), all_copies = equal && K == m * K0;
     int mixture = !p->dense, one_model = p->num_sources == 1, larger = M > E, one = K == 1 && K0 == 1;
     int family = is(name, "family"), granular = is(name, "granular"), parts = p->method->traits & PARTS;
-    int sharded = granular || parts || is(name, "partition"), scale = granular ? G : norm ? K : M;
+    int shards = granular || is(name, "partition"), sharded = shards || parts;
+    int sums = norm || (K == M && to->router.kind == ROUTER_SOFTMAX); // a token's gates sum to 1
+    int dropped = asked("drop-ratio") && ask.drop_ratio > 0; // also of shards
+    int zero_router = is(ask.router_init, "zero"), exponent;
+    double scale = parts ? (norm ? K : M) : norm ? G : (double)M * G / K; // as in part_scale and shard_scale
     int is_new = p->method->traits & NEW_ROWS, lpr = from->router.kind == ROUTER_LPR;
     int sigmoid = from->router.kind == ROUTER_SIGMOID, raw = sigmoid && !norm, biased = is(p->router->name, "bias");
-    int plain_router = is(p->router->name, "copy") || biased;
+    double nothing = lists("scaled,temperature", p->router->name) ? 1 : 0; // the strength that leaves rows as they are
+    int plain_router = is(p->router->name, "copy") || biased || router_strength(p) == nothing;
     // the mean of all logits, and the mean of all prototypes, are those of SRC only if every expert has as many copies
     int unequal_sums = (from->router.logit_norm > 0 || lpr) && !equal;
     // down times a number that is no power of two has more digits than BF16 and F16 hold
@@ -100,9 +124,10 @@ static void find_properties(const Plan* p, Findings* f) {
     int f16 = p->growth && p->growth->times > 1 && source_ffn(p->sources[0], l, 0, DOWN)->stored->dtype == DTYPE_F16;
     char grown[256];
     growth_words(p, grown, sizeof grown);
-    const char* rounding = !is(ask.dtype, "keep") && !is(ask.dtype, "f32")              ? ", up to rounding to bf16"
-                           : (dense && sharded && (scale & (scale - 1)) && half) || f16 ? ", up to rounding of down"
-                                                                          : "";
+    int rounds = (dense && sharded && half && frexp(scale, &exponent) != 0.5) || f16;
+    const char* rounding = !is(ask.dtype, "keep") && !is(ask.dtype, "f32") ? ", up to rounding to bf16"
+                           : rounds                                        ? ", up to rounding of down"
+                                                                           : "";
     const Clusters* clusters = p->clusters;
     Words words = {{NULL}, {""}, 0};
     add_word(&words, "K", "%d", K);
@@ -113,6 +138,9 @@ static void find_properties(const Plan* p, Findings* f) {
     add_word(&words, "E-M", "%d", E - M);
     add_word(&words, "M-E", "%d", M - E);
     add_word(&words, "G", "%d", G);
+    add_word(&words, "scale", "%.3g", scale);
+    add_word(&words, "exact is", "%s", !granular ? "" : sums ? "; --scale exact is"
+                                                             : "; --scale exact with --norm-topk 1 is");
     add_word(&words, "shared", "%d", p->num_shared);
     add_word(&words, "rest", p->rest_is_mean ? "their mean" : p->unlike ? "SRC's, as they differ in " : "SRC's");
     if (p->unlike) strcat(words.text[words.count - 1], p->unlike);
@@ -139,26 +167,34 @@ static void find_properties(const Plan* p, Findings* f) {
              "K = 1 with renormalised gates: every gate is 1, so the router never learns from the loss");
     add_word(&words, "never separate",
              "equal gates get equal gradients and never separate in a deterministic trainer");
+    int families_fit = K <= E && !lpr; // see refuse_router
+    add_word(&words, "family", "%s", families_fit ? "; --method family avoids it" : "");
+    add_word(&words, "or family", "%s", families_fit ? " or --method family avoid it" : " avoids it");
+    add_word(&words, "family or", "%s", families_fit ? "--method family or drop, or" : "--method drop or");
+    // of the pairs of copies of a unit: those of which neither is drawn anew
+    double stay = 1 - (is(name, "noise") ? ask.noise_fraction : ask.drop_ratio);
+    add_word(&words, "pairs", "%.0f", 100 * pow(stay, is(ask.drop_indices, "shared") ? 2 : 6));
 
     // the first that holds
     const Finding of_copied = {1, NOT_KEPT "copied layers add their part once more: {new} of {L}"};
     const Finding of_dense[] = {
         {!dense, "kept exactly{up to}"},
-        {sharded && asked("drop-ratio") && ask.drop_ratio > 0,
+        {sharded && dropped,
          NOT_KEPT "{drop} % of the units of every shard are drawn anew"},
-        {norm && one_model && granular && is(ask.scale, "exact"),
-         "kept exactly{up to}: gates sum to 1, and down is scaled by {G} for the {G} shards of a group"},
-        {norm && one_model && (is(name, "copy") || (is(name, "drop") && ask.drop_ratio == 0)),
-         "kept exactly{up to}: gates sum to 1, and every expert is the dense FFN"},
         {!one_model, NOT_KEPT "experts come from {E} models and everything else is {rest}"},
-        {granular && is(ask.scale, "cuberoot"),
-         norm ? NOT_KEPT "the cube root of the scale on gate, up and down is not exact for SwiGLU; --scale exact is"
-              : NOT_KEPT "the cube root of the scale on gate, up and down is not exact for SwiGLU; --scale exact with "
-                         "--norm-topk 1 is"},
-        {granular && is(ask.scale, "none"),
-         NOT_KEPT "--scale none leaves a token with 1 / {G} of the FFN's output or less"},
+        {sums && twins, "kept exactly{up to}: gates sum to 1, and every expert is the dense FFN"},
+        {twins && !sharded,
+         NOT_KEPT "gates are not renormalised, so every FFN's output shrinks to about K / N = {K} / {M}"},
+        {shards && is(ask.scale, "cuberoot"),
+         NOT_KEPT "the cube root of the scale on gate, up and down is not exact for SwiGLU{exact is}"},
+        {shards && is(ask.scale, "none"),
+         NOT_KEPT "--scale none leaves a token with about 1 / {scale} of the FFN's output"},
+        {sums && granular,
+         "kept exactly{up to}: gates sum to 1, and down is scaled by {G} for the {G} shards of a group"},
+        {sharded && zero_router && (granular || K == M),
+         "kept exactly{up to} while the router is zero, as it is now: all gates are equal"},
         {sharded && !granular && K == M,
-         "kept exactly{up to} while the router is zero (--router-init zero), otherwise nearly: gates weigh the shards"},
+         "nearly kept: gates weigh the parts of the FFN; exactly while the router is zero (--router-init zero)"},
         {1, p->method->changed}};
     const Finding of_mixture[] = {
         {insists("prune-weights"), NOT_KEPT "{prune} % of the weights of every expert are zero"},
@@ -169,13 +205,14 @@ static void find_properties(const Plan* p, Findings* f) {
         {M == E && K != K0, NOT_KEPT "{K} experts per token instead of {K0}"},
         {is_new, NOT_KEPT "{M-E} experts of each sparse layer are new, with new rows of the router"},
         {is(ask.router_bias, "reset"), NOT_KEPT "the bias that experts are selected by is 0 again"},
-        {M == E && !is(p->router->name, "noise"),
+        {M == E && (plain_router || !is(p->router->name, "noise")),
          p->growth ? "kept exactly{up to}" : "kept exactly{up to}: nothing was added"},
         {unequal_sums, NOT_KEPT "unequal numbers of copies shift {sums}"},
         {family && K != K0, "that of SRC with {K} experts per token while train_moe's family penalty is infinite"},
         {family,
          "kept exactly{up to} while train_moe's family penalty is infinite (t = 0 of --family-steps), for every K; "
          "only train_moe opens it until the penalty has ended"},
+        {E == 1 && sums && twins, "kept exactly{up to}: gates sum to 1, and every expert is SRC's one"},
         {from->router.kind == ROUTER_DYNAMIC,
          NOT_KEPT "how many experts a token gets depends on the entropy over all of them, {M} instead of {E}"},
         {!twins, NOT_KEPT "copies differ from their sources"},
@@ -189,6 +226,7 @@ static void find_properties(const Plan* p, Findings* f) {
         {biased, NOT_KEPT "with K = {K} a token gets copies of one expert instead of different experts"},
         {raw && equal && K % m == 0,
          NOT_KEPT "sigmoid gates are not renormalised, so {m} copies add up to {m} times an expert's output"},
+        {norm && K0 == 1 && equal && K < m, "kept exactly{up to}: the top {K} are copies of SRC's one"},
         {all_copies, "kept exactly{up to}: the top {K} are {m} copies of each of SRC's {K0}"},
         {equal && K % m == 0,
          "that of SRC with {K/m experts} per token{up to}: the top {K} are {m} copies each of the best {K/m}"},
@@ -212,48 +250,55 @@ static void find_properties(const Plan* p, Findings* f) {
 
     // all that hold
     mixture = mixture && larger && !is_new;
+    const int wider = p->growth && p->growth->times > 1;
     const int tied = twins && !family, collapse = mixture && K >= 2 && !family;
     const Finding warnings[] = {
-        {p->growth && p->growth->times > 1 && twins,
+        {wider && !p->dense,
+         "the {times} copies of a unit get equal gradients and never separate in a deterministic trainer; in SRC's own "
+         "experts no method separates them"},
+        {wider && p->dense && (twins || (granular && !dropped)),
          "the {times} copies of a unit get equal gradients and never separate in a deterministic trainer; upcycling by "
-         "--method drop separates them"},
-        {dense && is(name, "copy") && norm && one_model,
+         "--method noise-replace separates them (drop: those of which it draws one anew)"},
+        {wider && lists("drop,noise,granular", name) && !twins && (dropped || !granular) && stay > 0,
+         "about {pairs} % of the pairs of copies of a unit are still equal: these get equal gradients and never "
+         "separate in a deterministic trainer; --method noise-replace separates all"},
+        {dense && twins && sums && one_model && M > 1,
          "equal experts give the router no language-model gradient at step 0; only the balance loss moves it. Experts "
          "separate because different tokens reach them; --method drop makes them differ from the start"},
-        {dense && norm && K == 1,
-         M == 1                ? "{never learns}; with one expert nothing avoids it"
+        {dense && (norm || (sums && M == 1)) && K == 1,
+         M == 1                ? "with one expert its gate is always 1, and the router never learns from the loss"
          : to->arch == MIXTRAL ? "{never learns}; --topk 2 avoids it"
                                : "{never learns}; --norm-topk 0 or --topk 2 avoid it"},
-        {dense && !norm && !sharded,
+        {dense && !sums && !sharded,
          "gates are not renormalised: the FFN's output shrinks by about E / K = {M/K} at step 0; --norm-topk 1 avoids "
          "it"},
-        {dense && is(ask.router_init, "zero") && !sharded,
+        {dense && zero_router && !sharded && K < M,
          "a zero router ties all experts: every token goes to experts 0 to {K-1} until it moves; --router-init normal "
          "avoids it"},
-        {collapse && !all_copies,
-         "K = {K}: twins tie or nearly tie, so most tokens reach only about {near sources}; --method "
-         "family avoids it"},
+        {collapse && !all_copies && E > 1,
+         "K = {K}: twins (copies of one expert) tie or nearly tie, so most tokens reach only about {near sources}"
+         "{family}"},
         {mixture && is(p->router->name, "copy") && !twins && !family && !(equal && K % m == 0),
          "the router's rows of copies are equal, and the copies are not: where a tie decides, transformers may choose "
          "another copy, with other logits; --router perturb-new avoids it"},
         {mixture && K == 1 && is(p->router->name, "copy") && !family,
          "K = 1: here a tie goes to the lower index, so copies get no token until the router moves; --router "
-         "perturb-new or --method family avoid it"},
+         "perturb-new{or family}"},
         {mixture && !norm && !sigmoid && !family && !all_copies,
          K == 1 ? "gates are not renormalised: each shrinks by about {m}, the number of copies, and with K = 1 the "
-                  "output does too; --method family avoids it"
-                : "gates are not renormalised: each shrinks by about {m}, the number of copies; --method family avoids "
-                  "it"},
-        {collapse && tied && norm && K <= m && equal && plain_router,
+                  "output does too{family}"
+                : "gates are not renormalised: each shrinks by about {m}, the number of copies{family}"},
+        {collapse && tied && sums && K <= m && equal && plain_router,
          "all {K} experts of a token are copies of one, so the router gets no language-model gradient at step 0; only "
-         "balancing moves it; --method family avoids it"},
+         "balancing moves it{family}"},
         {mixture && norm && K == 1, "{never learns}; --topk 2 avoids it"},
         {collapse && tied && plain_router,
-         multiply ? "twins are always chosen together, and {never separate}; --strength 0.01 avoids it"
-         : biased ? "twins that are chosen together with {never separate} (a bias for selection does not reach the "
-                    "gates); --method family or drop, or --router perturb-new avoid it"
-                  : "twins that are chosen together with {never separate}; --method family or drop, or --router "
-                  "perturb-new avoid it"}};
+         multiply ? "a token that gets one copy of an expert gets all of them, and copies with {never separate}; "
+                    "--strength 0.01 avoids it"
+         : biased ? "copies of one expert that a token gets together with {never separate} (a bias for selection does "
+                    "not reach the gates); {family or} --router perturb-new avoid it"
+                  : "copies of one expert that a token gets together with {never separate}; {family or} --router "
+                    "perturb-new avoid it"}};
     for (size_t i = 0; i < sizeof warnings / sizeof warnings[0]; i++)
         if (warnings[i].holds) warn(f, warnings[i].sentence, &words);
 }
@@ -279,11 +324,12 @@ static void print_config_line(const char* what, const char* dir, const Config* c
     count_parameters(c, &total, &active);
     printf("%-8s%s: %s", what, dir, class_of(c));
     if (c->num_experts)
-        printf(", %d of %d layers sparse, %d experts of width %d, %d per token", count_sparse(c), c->num_layers,
-               c->num_experts, c->moe_intermediate_size, c->num_experts_per_tok);
+        printf(", %d of %d layer%s sparse, %d expert%s of width %d, %d per token", count_sparse(c), c->num_layers,
+               c->num_layers > 1 ? "s" : "", c->num_experts, c->num_experts > 1 ? "s" : "", c->moe_intermediate_size,
+               c->num_experts_per_tok);
     if (shared_expert_width(c)) printf(", and a shared one of width %d", shared_expert_width(c));
     if (!c->num_experts)
-        printf(", %d dense layers of width %d", c->num_layers, c->intermediate_size);
+        printf(", %d dense layer%s of width %d", c->num_layers, c->num_layers > 1 ? "s" : "", c->intermediate_size);
     printf("\n        %ld parameters, %ld active for a token, %.1f MB\n", total, active, bytes * 1e-6);
 }
 

@@ -325,13 +325,20 @@ static void write_config(const Plan* p, const char* dir) {
     save_text(dir, "config.json", &t);
 }
 
-// What other programs and readers want beside the model.
+static int replaced_lock = -1; // on the directory that --force replaces: it keeps runs of train_moe out
+
+// What other programs and readers want beside the model. A card that somebody wrote in what --force replaces stays.
 static void write_cards(const Plan* p, const char* dst, const char* dir) {
     Error error = {""};
+    char from[PATH_SIZE], to[PATH_SIZE], *old = replaced_lock >= 0 ? read_card(dst) : NULL;
     const Source* s = p->sources[0];
     int bytes = reads_bytes(&s->config, s->dir) == BYTES;
+    int taken_over = replaced_lock >= 0 && holds(dst, "README.md") && !card_is_ours(old);
+    join_path(from, dst, "README.md");
+    free(old);
     if (!carry_card(s->dir, dir, &error) || (bytes && !has_tokenizer(dir) && !write_byte_tokenizer(dir, dir, &error)) ||
-        !write_readme(&p->config, bytes, s->dir, dst, dir, dir, &error))
+        !(taken_over ? copy_file_to(from, join_path(to, dir, "README.md"), &error)
+                     : write_readme(&p->config, bytes, s->dir, dst, dir, dir, &error)))
         die(1, "%s", error.text);
 }
 
@@ -366,8 +373,6 @@ static int holds_moments_only(const char* path) {
     if (d) closedir(d);
     return only;
 }
-
-static int replaced_lock = -1; // on the directory that --force replaces: it keeps runs of train_moe out
 
 // DST without slashes at its end; it must not exist, or hold a checkpoint and --force be given. The source is never
 // touched.
