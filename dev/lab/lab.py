@@ -690,6 +690,8 @@ def collect():
             for row in rows_of(source) if source.is_file() else ():
                 if row[sort] not in wanted or source != path and row[sort] in other:
                     continue
+                if target == "readers" and "-s1-" not in row[sort]:     # all seeds' are MBs; `reading` sums them up
+                    continue
                 key = (row[sort], row["step"] if target == "curves" else "", row.get("layer"), row.get("kind"))
                 rows[key] = row
                 columns += [c for c in row if c not in columns]

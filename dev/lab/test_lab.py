@@ -190,6 +190,14 @@ def test_collect():
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             lab.collect()
         kept.append(lab.rows_of(lab.RESULTS / "stages.csv")[0]["loss"])
+    for name in sorted(lab.stages_of(lab.read_experiment("noise"))[1]):
+        lab.write_rows(lab.LAB / "done" / f"{name}.readers", lab.READERS, [dict(zip(lab.READERS, (name, 0, "a", "1")))])
+    with contextlib.redirect_stdout(io.StringIO()):
+        lab.collect()
+    seeds = {row["stage"].split("-")[1] for row in lab.rows_of(lab.RESULTS / "readers.csv")}
+    check(seeds == {"s1"}, "what experts read is kept of one seed", seeds)
+    for path in (lab.LAB / "done").glob("*.readers"):
+        path.unlink()
     (lab.LAB / "done" / f"{stage}.csv").unlink()
     lab.RESULTS = results
     check(kept == ["1", "1", "3"], "a row takes the place of one of the same canary alone", kept)
