@@ -19,6 +19,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from to_gguf import cut_as_gpt2
+
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore")
 transformers.logging.set_verbosity_error()
@@ -95,6 +97,18 @@ def main():
     olmoe = json.loads((work / "olmoe" / "config.json").read_text())
     check(olmoe["norm_topk_prob"] is False and olmoe["num_key_value_heads"] == olmoe["num_attention_heads"] and
           olmoe["rms_norm_eps"] == 1e-5, "olmoe: what vLLM and llama.cpp compute")
+    # what to_gguf.py may tell llama.cpp's converter: bytes and GPT-2's rule, not Qwen2's, nor one after a normalizer
+    cut = json.loads((work / "llama" / "tokenizer.json").read_text())
+    check(cut_as_gpt2(work / "llama"), "a byte model is cut as GPT-2's")
+    for what, pre, normalizer, fits in (
+            ("GPT-2's rule", {"type": "ByteLevel", "add_prefix_space": False}, None, True),
+            ("a space before", {"type": "ByteLevel", "add_prefix_space": True}, None, False),
+            ("Qwen2's rule", {"type": "Sequence", "pretokenizers": []}, None, False),
+            ("a normalizer", {"type": "ByteLevel"}, {"type": "NFC"}, False),
+            ("no rule, and merges", {"type": "ByteLevel", "use_regex": False}, None, False)):
+        cut["model"]["merges"] = ["a b"]
+        (work / "tokenizer.json").write_text(json.dumps(cut | {"pre_tokenizer": pre, "normalizer": normalizer}))
+        check(cut_as_gpt2(work) == fits, f"GGUF: {what}")
     # what transformers saves anew is still known as bytes
     transformers.AutoTokenizer.from_pretrained(work / "qwen3_moe").save_pretrained(work / "resaved")
     transformers.AutoModelForCausalLM.from_pretrained(work / "qwen3_moe").save_pretrained(work / "resaved")

@@ -12,11 +12,12 @@ import pathlib
 import runpy
 import sys
 
-# what GPT-2's rule would cut and a byte model must not join: its one merge is of bytes that no text has
+# The one merge of a byte model, of bytes that no text has: whatever the rule, nothing is joined.
 IMPOSSIBLE = [["À", "Á"]]
 
 
 def cut_as_gpt2(directory):
+    """Whether GPT-2's rule gives this tokenizer's tokens: it is byte-level and cuts by that rule, or joins nothing."""
     tokenizer = json.loads((pathlib.Path(directory) / "tokenizer.json").read_text())
     cut = tokenizer.get("pre_tokenizer") or {}
     merges = [m.split(" ") if isinstance(m, str) else m for m in tokenizer["model"].get("merges", [])]

@@ -306,8 +306,7 @@ static int has_licence(const char* dir) {
     DIR* d = opendir(dir);
     int found = 0;
     for (struct dirent* entry; d && (entry = readdir(d)) != NULL;)
-        found |= !fnmatch("[Ll][Ii][Cc][Ee][Nn][CScs][Ee]*", entry->d_name, 0) ||
-                 !fnmatch("COPYING*", entry->d_name, 0);
+        found |= !fnmatch(LICENCE, entry->d_name, 0) || !fnmatch("COPYING*", entry->d_name, 0);
     if (d) closedir(d);
     return found;
 }

@@ -431,15 +431,18 @@ static void config_to_json(Text* t, const Config* c, const Json* luggage, const 
     // the luggage, sorted by name, and among it keys that engines want: mistral.rs of a Qwen3, llama.cpp of a Dots1
     char layers[16];
     snprintf(layers, sizeof layers, "%d", c->num_layers);
-    const char* wanted[][2] = {{"max_window_layers", layers},
-                               {"scoring_func", "\"sigmoid\""},
-                               {"use_sliding_window", "false"}};
     int qwen3 = c->arch == QWEN3 || c->arch == QWEN3_MOE;
+    const struct {
+        const char *key, *value;
+        int wanted;
+    } engines[] = {{"max_window_layers", layers, qwen3},
+                   {"scoring_func", "\"sigmoid\"", c->arch == DOTS1},
+                   {"use_sliding_window", "false", qwen3}};
     for (int i = 0, next = 0; i <= luggage->count; i++) {
         const Json* v = i < luggage->count ? luggage->items[i] : NULL;
-        for (; next < 3 && (!v || strcmp(wanted[next][0], v->key) <= 0); next++)
-            if ((next == 1 ? c->arch == DOTS1 : qwen3) && !json_get(luggage, wanted[next][0]))
-                text_print(t, "  \"%s\": %s,\n", wanted[next][0], wanted[next][1]);
+        for (; next < 3 && (!v || strcmp(engines[next].key, v->key) <= 0); next++)
+            if (engines[next].wanted && !json_get(luggage, engines[next].key))
+                text_print(t, "  \"%s\": %s,\n", engines[next].key, engines[next].value);
         if (!v || key_is_owned(c, v->key)) continue;
         text_print(t, "  ");
         text_json_string(t, v->key);
@@ -579,14 +582,14 @@ static int optimizer_load(Model* m, const char* dir, Error* error) {
 }
 
 // Files that belong to the tokenizer, to the licence or to the model's history travel from the source to every save.
+#define LICENCE "[Ll][Ii][Cc][Ee][Nn][CScs][Ee]*"
 static const char templates_dir[] = "additional_chat_templates";   // the one directory among them
 static int travels(const char* name) {
     static const char* patterns[] = {"tokenizer*", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken",
                                      "tiktoken.model", "*piece*.model", "*.spm", "bpe.codes", "normalizer.json",
                                      "tokenization_*.py", "special_tokens_map.json", "added_tokens.json",
                                      "generation_config.json", "*processor_config.json", "chat_template*", "*.jinja",
-                                     "[Ll][Ii][Cc][Ee][Nn][CScs][Ee]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "COPYING*",
-                                     "USE_POLICY*", "upcycle.json"};
+                                     LICENCE, "COPYING*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", "USE_POLICY*", "upcycle.json"};
     int found = 0;
     for (size_t i = 0; i < sizeof patterns / sizeof patterns[0]; i++) found |= !fnmatch(patterns[i], name, 0);
     return found;

@@ -107,6 +107,7 @@ static void test_bad_commands(void) {
                {"--model @/trained --dump @/new", "--dump wants --data"},
                {"--load", "--load: goes with --eval"},
                {"--model @/trained --layers 3 --data @/corpus.txt", "--layers 3: the model in"},
+               {"--model @/trained --sparse-step 2 --data @/corpus.txt", "--sparse-step 2: other layers of the model"},
                {"--model @/trained --topk 1 --data @/corpus.txt", "--topk 1: the model in"},
                {"--model @/absent --data @/corpus.txt", "@/absent/config.json: No such file"},
                {"--out @/trained --data @/corpus.txt", "--resume goes on with that run"},

@@ -142,6 +142,13 @@ static void test_other_formats(void) {
     copy_file(GOLDEN "llama/config.json", temp("foreign/config.json"));
     write_text(temp("foreign/model.safetensors"), "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n");
     check_load_refused("a git-lfs pointer", temp("foreign"), "git lfs pull");
+    write_text(temp("foreign/config.json"), "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n");
+    check_load_refused("config.json is one", temp("foreign"), "config.json: a git-lfs pointer");
+    // a name that a shell would take apart is not put into a command
+    mkdir(temp("it's"), 0777);
+    write_text(temp("it's/pytorch_model.bin"), "x");
+    copy_file(GOLDEN "llama/config.json", temp("it's/config.json"));
+    check_load_refused("a folder with a quote", temp("it's"), "X.from_pretrained('DIR')");
 }
 
 static void test_null_heads(void) {
